@@ -1,0 +1,44 @@
+"""Every error that deepspeedlite raises on purpose.
+
+Each message says what is wrong, where (a parameter's full name, a rank, a config key) and how to mend it.
+All derive from `DeepSpeedLiteError`; each also derives from the builtin that callers of DeepSpeed or torch
+would already be catching, so `except ValueError` around `initialize` keeps working.
+"""
+
+from __future__ import annotations
+
+
+class DeepSpeedLiteError(Exception):
+    """Root of this package's exceptions."""
+
+
+class ConfigError(DeepSpeedLiteError, ValueError):
+    """The configuration is wrong. The message lists every fault found, one per line, with its key's full path."""
+
+
+class DistributedError(DeepSpeedLiteError, RuntimeError):
+    """Start-up or a collective failed: ranks missing, ranks that disagree, a timeout."""
+
+
+class EngineStateError(DeepSpeedLiteError, RuntimeError):
+    """The engine was called in an order that cannot be right, such as `step` after `destroy`."""
+
+
+class UnsupportedError(DeepSpeedLiteError, RuntimeError):
+    """Something that is understood but not done here. The message gives the reason and the alternative."""
+
+
+class OptimizerError(DeepSpeedLiteError, ValueError):
+    """An optimizer or schedule that is unknown, cannot be built from its parameters, or cannot be used."""
+
+
+class LossScaleError(DeepSpeedLiteError, RuntimeError):
+    """fp16 training overflowed at the smallest allowed loss scale: the run has diverged."""
+
+
+class DataError(DeepSpeedLiteError, ValueError):
+    """Training data that cannot be used as asked."""
+
+
+class LaunchError(DeepSpeedLiteError, RuntimeError):
+    """The launcher could not start the ranks."""
