@@ -1,0 +1,110 @@
+"""Index arithmetic of one flat buffer: where each parameter lies, and what each rank's optimizer sees of it.
+
+    buffer   | w1 ....pad| b1 pad| w2 ........pad|  tail pad |        one dtype, one allocation
+    groups   |<-- optimizer group 0 -->|<- group 1 ->|
+    shards   |<---- rank 0 ---->|<---- rank 1 ------------>|          equal and contiguous
+    runs     |<-- r0 g0 ------->|<g0-->|<- r1 g1 --->|                 (shard, group) intersections
+
+Parameters of one optimizer group lie side by side, so that a *run* (one 1-D tensor per shard and group) is all that
+an elementwise optimizer needs. Every parameter starts at a multiple of `ALIGN_NUMEL` elements, which keeps vector
+loads and matrix kernels on aligned addresses; the gaps hold zeros in values and gradients alike, and an elementwise
+optimizer leaves zeros there. No torch in this file: it is plain integers, tested by property.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import NamedTuple
+
+ALIGN_NUMEL = 64
+
+
+class Slot(NamedTuple):
+    """One parameter's place: elements `[start, start + numel)` of the buffer."""
+
+    name: str
+    shape: tuple[int, ...]
+    start: int
+    numel: int
+    group: int
+
+    @property
+    def stop(self) -> int:
+        """One past the last element."""
+        return self.start + self.numel
+
+
+class Run(NamedTuple):
+    """Elements `[start, stop)` of the buffer, all of one optimizer group and one shard."""
+
+    group: int
+    start: int
+    stop: int
+
+    @property
+    def numel(self) -> int:
+        """Elements in the run, gaps included."""
+        return self.stop - self.start
+
+
+class Segment(NamedTuple):
+    """The part of one parameter that lies in a run, in the run's own coordinates."""
+
+    slot: Slot
+    start: int
+    stop: int
+
+
+def _padded(numel: int, multiple: int) -> int:
+    return -(-numel // multiple) * multiple
+
+
+class FlatLayout:
+    """The places of parameters `(name, shape, optimizer group)` in one buffer cut into `shard_count` equal shards.
+
+    Slots are ordered by group, and inside a group as given.
+    """
+
+    def __init__(self, entries: Iterable[tuple[str, Sequence[int], int]], shard_count: int = 1) -> None:
+        if shard_count < 1:
+            raise ValueError(f"shard_count must be at least 1, not {shard_count}")
+        slots = []
+        cursor = 0
+        for name, shape, group in sorted(entries, key=lambda entry: entry[2]):
+            numel = prod(shape)
+            slots.append(Slot(name, tuple(shape), cursor, numel, group))
+            cursor += _padded(numel, ALIGN_NUMEL)
+        self.slots: tuple[Slot, ...] = tuple(slots)
+        self.shard_count = shard_count
+        self.numel = _padded(cursor, ALIGN_NUMEL * shard_count)
+        self.shard_numel = self.numel // shard_count
+
+    def shard(self, index: int) -> tuple[int, int]:
+        """The buffer's elements `[start, stop)` that shard `index` holds."""
+        return index * self.shard_numel, (index + 1) * self.shard_numel
+
+    def _group_spans(self) -> list[Run]:
+        spans: list[Run] = []
+        for slot in self.slots:
+            stop = slot.start + _padded(slot.numel, ALIGN_NUMEL)
+            if spans and spans[-1].group == slot.group:
+                spans[-1] = Run(slot.group, spans[-1].start, stop)
+            else:
+                spans.append(Run(slot.group, slot.start, stop))
+        return spans
+
+    def runs(self, index: int = 0) -> list[Run]:
+        """The non-empty runs of shard `index`, one per optimizer group that reaches into it."""
+        start, stop = self.shard(index)
+        cut = (Run(span.group, max(span.start, start), min(span.stop, stop)) for span in self._group_spans())
+        return [run for run in cut if run.numel > 0]
+
+    def segments(self, run: Run) -> list[Segment]:
+        """The parts of parameters inside a run, in order; gaps belong to none."""
+        found = []
+        for slot in self.slots:
+            start, stop = max(slot.start, run.start), min(slot.stop, run.stop)
+            if start < stop:
+                found.append(Segment(slot, start - run.start, stop - run.start))
+        return found
