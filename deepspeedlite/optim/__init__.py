@@ -1,0 +1,1 @@
+"""Optimizers, learning-rate schedules and the step that applies them to flat runs."""
