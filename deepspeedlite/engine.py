@@ -1,0 +1,440 @@
+"""The engine: what `initialize` returns, and what a training loop calls.
+
+    loss = engine(batch)        forward, in the precision the configuration asks for
+    engine.backward(loss)       gradients, scaled, accumulated and averaged over the ranks
+    engine.step()               every gradient_accumulation_steps calls: clip, update, schedule, clear
+
+The engine keeps count and passes the work on: gradients to `zero.GradientSchedule`, the update to
+`optim.ShardedOptimizer`, what is printed to `watch.StepWatch`.
+
+[Note: backward passes the engine does not start]
+`loss.backward()` works as `engine.backward(loss)` does. The forward pass puts a hook on every output; the first one to
+fire announces the pass, and asks autograd to call back when the pass (the outermost one, should reentrant checkpoints
+nest others in it) is over. The loss itself is out of reach then, so its share of the accumulated batch and the loss
+scale are applied to the parameters' gradients as they arrive: the same result, less fp16's protection from underflow.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import torch
+
+from deepspeedlite.comm import Group
+from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
+from deepspeedlite.data import build_dataloader
+from deepspeedlite.device import Device
+from deepspeedlite.errors import ConfigError, EngineStateError
+from deepspeedlite.log import log_once, logger
+from deepspeedlite.optim.step import ShardedOptimizer
+from deepspeedlite.precision import LossScaler, Precision, cast_floating
+from deepspeedlite.watch import StepReport, StepWatch
+from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.schedule import GradientSchedule
+
+ROUTE_TRAIN = "train"
+
+
+@dataclass
+class EngineParts:
+    """What `initialize` builds and an engine runs on."""
+
+    config: DeepSpeedConfig
+    batch: BatchSizes
+    device: Device
+    group: Group
+    plan: ShardingPlan
+    precision: Precision
+    scaler: LossScaler
+    schedule: GradientSchedule
+    optimizer: ShardedOptimizer | None
+    lr_scheduler: Any
+    watch: StepWatch
+    mpu: Any = None
+    collate_fn: Callable[..., Any] | None = None
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a model's output: tensors, and lists, tuples, mappings and dataclasses of them at any depth."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_in(getattr(value, entry.name))
+
+
+def _widen(loss: torch.Tensor) -> torch.Tensor:
+    """The loss in a dtype that a loss scale does not push out of range."""
+    return loss.float() if loss.dtype.itemsize < 4 else loss
+
+
+class DeepSpeedEngine(torch.nn.Module):
+    """A model with its optimizer, precision, accumulation and data-parallel average. Made by `initialize`.
+
+    Attributes that the engine does not have are looked up on the wrapped `module`.
+    """
+
+    def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
+        super().__init__()
+        self.module = module
+        self.optimizer = parts.optimizer
+        self.lr_scheduler = parts.lr_scheduler
+        self.mpu = parts.mpu
+        self.collate_fn = parts.collate_fn
+        self.training_dataloader: Any = None
+        self._parts = parts
+        self._batch = parts.batch
+        self._schedule = parts.schedule
+        self._schedule.on_unannounced = self._announce_backward
+        self._scaler = parts.scaler
+        self._watch = parts.watch
+        self.micro_steps = 0
+        self.global_steps = 0
+        self.global_samples = 0
+        self.skipped_steps = 0
+        self._window_steps = 0  # micro-steps since the last boundary
+        self._forced_boundary: bool | None = None
+        self._in_no_sync = False
+        self._loss_is_scaled = False
+        self._passes_since_step = 0
+        self._step_applied = False
+        self._destroyed = False
+        self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is not None and hasattr(module, name):
+                return getattr(module, name)
+            raise
+
+    # --- the training loop ----------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """Run the model, under autocast or with inputs cast where the configuration says so."""
+        self._check_alive("forward")
+        if self._schedule.in_backward and torch._C._current_graph_task_id() == -1:
+            log_once("a backward pass was left by an exception; its gradients are dropped")
+            self._schedule.clear()
+        precision, recording = self._parts.precision, torch.is_grad_enabled()
+        watched = self._watch.forward_pass(self.global_steps, self.training and recording)
+        if precision.cast_inputs and precision.model_dtype is not None:
+            inputs = cast_floating(inputs, precision.model_dtype)
+            kwargs = cast_floating(kwargs, precision.model_dtype)
+        with watched, precision.autocast(self.device.type):
+            outputs = self.module(*inputs, **kwargs)
+        if recording:
+            for tensor in tensors_in(outputs):
+                if tensor.requires_grad:
+                    tensor.register_hook(self._announce_backward)
+        return outputs
+
+    def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
+        """Compute and accumulate gradients; on an accumulation boundary average them over the ranks.
+
+        Args:
+            loss: a scalar that depends on the parameters.
+            retain_graph: keep the graph for another pass through it.
+            scale_wrt_gas: divide the loss by `gradient_accumulation_steps`, so that gradients are the mean over the
+                accumulated micro-batches.
+
+        Returns:
+            the loss, divided by the accumulation steps if `scale_wrt_gas`.
+
+        Raises:
+            EngineStateError: `loss` is not a scalar, or no parameter depends on it.
+        """
+        self._check_alive("backward")
+        self._check_loss(loss)
+        share = 1.0 / self._batch.accumulation if scale_wrt_gas else 1.0
+        self._watch.saw_loss(loss)
+        with self._watch.phase("backward"):
+            self._loss_is_scaled = True
+            self._begin_backward()
+            try:
+                factor = share * self._scaler.scale
+                (_widen(loss) * factor if factor != 1.0 else loss).backward(retain_graph=retain_graph)
+            except BaseException:
+                self._loss_is_scaled = False
+                self._schedule.clear()
+                raise
+            self._end_backward()
+        return loss.detach() * share if share != 1.0 else loss.detach()
+
+    def scale(self, loss: torch.Tensor) -> torch.Tensor:
+        """The loss as `engine.scale(loss).backward()` needs it: its share of the batch times the loss scale."""
+        self._check_loss(loss)
+        self._watch.saw_loss(loss)
+        self._loss_is_scaled = True
+        return _widen(loss) * (self._scaler.scale / self._batch.accumulation)
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """On an accumulation boundary update the parameters, step the schedule and clear the gradients.
+
+        Args:
+            lr_kwargs: handed to the schedule's `step`, such as a metric for ReduceLROnPlateau.
+
+        Raises:
+            EngineStateError: inside `no_sync`, without a backward pass since the last call, or without an optimizer.
+            LossScaleError: fp16 diverged; the message names the parameters.
+        """
+        self._check_alive("step")
+        self._step_applied = False
+        if self._in_no_sync:
+            raise EngineStateError(
+                "engine.step() inside engine.no_sync(): gradients are not averaged there; leave it first"
+            )
+        if self.optimizer is None:
+            raise EngineStateError(
+                "engine.step() needs an optimizer: name one in the configuration or pass one to initialize"
+            )
+        if self._passes_since_step == 0:
+            raise EngineStateError(
+                f"engine.step() at micro step {self.micro_steps}: there was no backward pass since the last one; "
+                "a rank that has no data calls engine.backward on a loss multiplied by 0"
+            )
+        boundary = self.is_gradient_accumulation_boundary()
+        with self._watch.phase("step"):
+            self._schedule.end_backward()
+            if boundary:
+                self._take_step(self.optimizer, lr_kwargs or {})
+        self._passes_since_step = 0
+        self.micro_steps += 1
+        self._window_steps = 0 if boundary else self._window_steps + 1
+        self._watch.end_micro_step(boundary)
+        if boundary:
+            self._watch.after_step(self._report())
+
+    def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
+        optimizer.step()
+        self.global_steps += 1
+        self.global_samples += self._batch.train
+        if optimizer.overflow:
+            self.skipped_steps += 1
+            return
+        self._step_applied = True
+        if self.lr_scheduler is not None:
+            self.lr_scheduler.step(**lr_kwargs)
+
+    def _report(self) -> StepReport:
+        norm = self.get_global_grad_norm() if self._watch.monitor.enabled else None
+        return StepReport(
+            self.global_steps,
+            self.global_samples,
+            self.skipped_steps,
+            self.get_lr(),
+            self.get_mom(),
+            self.loss_scale,
+            norm,
+        )
+
+    # --- backward passes ------------------------------------------------------------------------------------------
+
+    def _begin_backward(self) -> None:
+        self._passes_since_step += 1
+        scale = 1.0 if self._loss_is_scaled else self._scaler.scale / self._batch.accumulation
+        if not self._loss_is_scaled and self._parts.precision.needs_loss_scale:
+            log_once(
+                "loss.backward() under fp16 scales gradients only as they reach the parameters; "
+                "engine.backward(loss) or engine.scale(loss).backward() also protects those on the way",
+            )
+        self._schedule.begin_backward(scale, reduce=self.is_gradient_accumulation_boundary() and not self._in_no_sync)
+
+    def _end_backward(self) -> None:
+        self._loss_is_scaled = False
+        self._schedule.end_backward()
+
+    def _announce_backward(self, grad: torch.Tensor | None = None) -> None:
+        if not self._schedule.in_backward and not self._destroyed:
+            self._begin_backward()
+            torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
+
+    @staticmethod
+    def _check_loss(loss: torch.Tensor) -> None:
+        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+            what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+            raise EngineStateError(f"engine.backward needs a scalar loss, got {what}; reduce it first (loss.mean())")
+        if not loss.requires_grad:
+            raise EngineStateError(
+                "engine.backward: no parameter that requires grad leads to this loss; was it computed under "
+                "torch.no_grad, detached, or are all parameters frozen?"
+            )
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether this micro-step ends an accumulation window: its backward averages and its step updates."""
+        if self._forced_boundary is not None:
+            return self._forced_boundary
+        return self._window_steps + 1 >= self._batch.accumulation
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say."""
+        self._forced_boundary = is_boundary
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes in this context only accumulate; `step` is not allowed in it."""
+        if self._in_no_sync:
+            raise EngineStateError("engine.no_sync() cannot be nested")
+        self._in_no_sync = True
+        try:
+            yield
+        finally:
+            self._in_no_sync = False
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget the gradients accumulated since the last step. `step` does this by itself."""
+        self._schedule.clear()
+        for param in self.module.parameters():
+            param.grad = None
+
+    # --- what the engine is asked ---------------------------------------------------------------------------------
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self._parts.device.torch_device
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The configuration as it was given."""
+        return self._parts.config.raw
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor on the loss now in force; 1 where gradients are not scaled."""
+        return self._scaler.scale
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` updated the parameters: a boundary that did not overflow."""
+        return self._step_applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """The 2-norm of the last step's averaged gradients before clipping.
+
+        Available until the next backward pass, and beyond it where clipping or fp16 measured it anyway; else None.
+        """
+        return self.optimizer.grad_norm() if self.optimizer is not None else None
+
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self._batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward pass of one rank."""
+        return self._batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step."""
+        return self._batch.accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the batch by changing the accumulation steps; the micro-batch stays.
+
+        Raises:
+            EngineStateError: in the middle of an accumulation window.
+            ConfigError: it is not a multiple of micro-batch times ranks.
+        """
+        if self._schedule.has_grads:
+            raise EngineStateError("set_train_batch_size in the middle of a batch; call it after a step")
+        world = self._parts.group.size
+        if train_batch_size < 1 or train_batch_size % (self._batch.micro * world):
+            raise ConfigError(
+                f"train_batch_size={train_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
+                f"({self._batch.micro}) x world size ({world}) = {self._batch.micro * world}"
+            )
+        self._batch = solve_batch(train_batch_size, self._batch.micro, None, world)
+        self._watch.throughput.batch_size = train_batch_size
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each param group."""
+        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
+
+    def get_mom(self) -> list[Any]:
+        """The momentum, or the betas, of each param group."""
+        groups = self.optimizer.param_groups if self.optimizer is not None else []
+        return [group.get("betas", group.get("momentum", 0.0)) for group in groups]
+
+    def zero_optimization_stage(self) -> int:
+        """The ZeRO stage in force."""
+        return self._parts.plan.stage
+
+    def zero_optimization(self) -> bool:
+        """Whether any model state is sharded."""
+        return self._parts.plan.stage > 0
+
+    def fp16_enabled(self) -> bool:
+        """Whether the model computes in fp16."""
+        return self._parts.precision.model_dtype is torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether the model computes in bf16."""
+        return self._parts.precision.model_dtype is torch.bfloat16
+
+    def gradient_clipping(self) -> float:
+        """The norm that gradients are clipped to; 0 where they are not."""
+        return self._parts.config.gradient_clipping
+
+    # --- data and life cycle --------------------------------------------------------------------------------------
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = ROUTE_TRAIN,
+        pin_memory: bool | None = None,
+        data_sampler: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader that gives this rank its part of `dataset`.
+
+        Args:
+            dataset: a torch map-style or iterable dataset.
+            batch_size: samples per batch of this rank; the micro-batch if None.
+            route: `train` shuffles; `eval` and `predict` keep the order.
+            pin_memory: copy batches to page-locked memory; on a GPU by default.
+            data_sampler: replaces the distributed sampler.
+            collate_fn: as torch's DataLoader takes it.
+            num_local_io_workers: worker processes; 0 by default.
+        """
+        return build_dataloader(
+            dataset,
+            batch_size or self._batch.micro,
+            rank=self._parts.group.rank,
+            world_size=self._parts.group.size,
+            collate_fn=collate_fn or self.collate_fn,
+            drop_last=self._parts.config.dataloader_drop_last,
+            num_workers=num_local_io_workers or 0,
+            pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
+            shuffle=route == ROUTE_TRAIN,
+            sampler=data_sampler,
+        )
+
+    def _after_load_state_dict(self, module: torch.nn.Module, incompatible_keys: Any) -> None:
+        if self.optimizer is not None:
+            self.optimizer.refresh_masters()
+
+    def _check_alive(self, what: str) -> None:
+        if self._destroyed:
+            raise EngineStateError(f"engine.{what}() after engine.destroy()")
+
+    def destroy(self) -> None:
+        """Remove the engine's hooks and close its monitors. The module keeps its trained values and works alone."""
+        if self._destroyed:
+            return
+        self._destroyed = True
+        self._schedule.close()
+        self._load_hook.remove()
+        self._watch.close()
+        logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -1,0 +1,317 @@
+"""From a model and a configuration to an engine: `initialize` and the functions that build its parts.
+
+Every part is built by a function below, in the order in which they depend on each other: configuration, process
+group, batch sizes, device and precision, optimizer, units and step, schedule, loader.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from argparse import ArgumentParser
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+
+from deepspeedlite import comm
+from deepspeedlite.comm import Group
+from deepspeedlite.config import DeepSpeedConfig, load_config
+from deepspeedlite.device import pick_device
+from deepspeedlite.engine import DeepSpeedEngine, EngineParts
+from deepspeedlite.errors import ConfigError, DistributedError, OptimizerError, UnsupportedError
+from deepspeedlite.log import log_dist, log_once, logger
+from deepspeedlite.optim.lr_schedules import build_scheduler
+from deepspeedlite.optim.registry import build_optimizer
+from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
+from deepspeedlite.precision import DTYPES, LossScaler, Precision
+from deepspeedlite.watch import StepWatch
+from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.unit import ReducePolicy
+from deepspeedlite.zero.wrap import name_parameters, reverse_buckets
+
+Parameters = Iterable[Any]
+
+
+def initialize(
+    args: Any = None,
+    model: torch.nn.Module | None = None,
+    optimizer: torch.optim.Optimizer | Callable[[Parameters], torch.optim.Optimizer] | None = None,
+    model_parameters: Parameters | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[..., Any] | None = None,
+    config: str | os.PathLike[str] | dict[str, Any] | None = None,
+    mesh_param: Sequence[int] | None = None,
+    config_params: str | os.PathLike[str] | dict[str, Any] | None = None,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """Make a training engine of a model.
+
+    Args:
+        args: parsed command line; its `deepspeed_config` is used where `config` is not given.
+        model: the module to train. It is moved to this rank's device, cast to the configured precision, and its
+            parameters become views of flat buffers.
+        optimizer: an elementwise torch optimizer over the model's parameters, or a callable that makes one from them;
+            the configuration's if None.
+        model_parameters: what to train: tensors, (name, tensor) pairs, a generator of either, or param-group dicts; all
+            parameters that require grad if None.
+        training_data: a dataset; the returned loader gives each rank its part.
+        lr_scheduler: a schedule, or a callable that makes one from the optimizer; the configuration's if None.
+        distributed_port: port of rank 0 for start-ups that do not name one.
+        mpu: a Megatron-style object whose data-parallel group gradients are averaged over.
+        dist_init_required: False: torch.distributed must be initialised already; None: initialise it if it is not.
+        collate_fn: for the loader of `training_data`.
+        config: path, dict or base64 of the JSON configuration.
+        mesh_param: (data-parallel size, sequence-parallel size); only a sequence-parallel size of 1 is supported.
+        config_params: an older name of `config`.
+
+    Returns:
+        (engine, optimizer, training_dataloader, lr_scheduler); those that do not exist are None.
+
+    Raises:
+        ConfigError: the configuration is missing or wrong; every fault is listed.
+        OptimizerError: the optimizer or schedule cannot be made or used.
+        DistributedError: the ranks do not meet, or their models differ.
+    """
+    source = _config_source(args, config, config_params)
+    if not isinstance(model, torch.nn.Module):
+        raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
+    comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    group = _data_parallel_group(mpu, mesh_param)
+    settings = load_config(source, world_size=group.size)
+    if settings.dump_state:
+        log_dist("configuration: " + json.dumps(settings.raw, indent=2, default=str))
+    parts = _build_parts(settings, group, model, optimizer, model_parameters, lr_scheduler)
+    parts.mpu, parts.collate_fn = mpu, collate_fn
+    engine = DeepSpeedEngine(model, parts)
+    if training_data is not None:
+        engine.training_dataloader = engine.deepspeed_io(training_data)
+    _log_summary(engine, parts)
+    return engine, parts.optimizer, engine.training_dataloader, parts.lr_scheduler
+
+
+def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
+    """Add `--deepspeed` and `--deepspeed_config FILE` to a script's argument parser, and return it."""
+    group = parser.add_argument_group("deepspeedlite", "training engine")
+    group.add_argument(
+        "--deepspeed", action="store_true", help="train with the engine (kept for scripts that ask for it)"
+    )
+    group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="JSON configuration of the engine")
+    return parser
+
+
+def _config_source(args: Any, config: Any, config_params: Any) -> Any:
+    named = {
+        "config": config,
+        "config_params": config_params,
+        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
+    }
+    given = {name: value for name, value in named.items() if value is not None}
+    if not given:
+        raise ConfigError(
+            "no configuration: pass initialize(config=FILE or dict), or start with --deepspeed_config FILE"
+        )
+    first = next(iter(given.values()))
+    for name, value in given.items():
+        if value is not first and value != first:
+            raise ConfigError(f"two configurations were given, as {next(iter(given))} and as {name}; pass one of them")
+    return first
+
+
+def _data_parallel_group(mpu: Any, mesh_param: Sequence[int] | None) -> Group:
+    if mesh_param is not None and len(mesh_param) > 1 and mesh_param[1] != 1:
+        raise UnsupportedError(
+            f"mesh_param={tuple(mesh_param)}: sequence parallelism is not in this release; use (world, 1)"
+        )
+    if mpu is None:
+        group = Group()
+    else:
+        if getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
+            raise UnsupportedError(
+                "mpu with a model-parallel size over 1 is not in this release: gradient norms and overflow would have "
+                "to be taken over its group. Its data-parallel group is honoured"
+            )
+        group = Group(mpu.get_data_parallel_group())
+    if mesh_param is not None and mesh_param[0] != group.size:
+        raise ConfigError(f"mesh_param={tuple(mesh_param)} does not match the {group.size} data-parallel ranks")
+    return group
+
+
+def _build_parts(
+    settings: DeepSpeedConfig,
+    group: Group,
+    model: torch.nn.Module,
+    optimizer: Any,
+    model_parameters: Parameters | None,
+    lr_scheduler: Any,
+) -> EngineParts:
+    batch = settings.batch(group.size)
+    plan = ShardingPlan.from_stage(settings.zero_optimization.stage)
+    precision = make_precision(settings)
+    device = pick_device(comm.get_local_rank())
+    device.make_current()
+    _check_same_model(model, group)
+    model.to(device.torch_device)
+    precision.convert(model)
+    base = _make_base_optimizer(settings, model, optimizer, model_parameters)
+    param_groups = [g["params"] for g in base.param_groups] if base is not None else [list(model.parameters())]
+    trained = name_parameters(model, param_groups)
+    _warn_left_out(model, {id(entry.param) for entry in trained}, base)
+    zero = settings.zero_optimization
+    schedule = GradientSchedule(
+        reverse_buckets(trained, zero.reduce_bucket_size),
+        ReducePolicy(
+            group,
+            prescale_gradients=settings.prescale_gradients,
+            predivide_factor=settings.gradient_predivide_factor,
+            wire_dtype=_dtype(settings.communication_data_type),
+        ),
+        grad_dtype=precision.grad_dtype,
+        overlap=zero.overlap_comm is not False,
+        shard_count=plan.shard_count(group.size),
+    )
+    _broadcast_state(model, schedule, {id(entry.param) for entry in trained}, group)
+    scaler = make_loss_scaler(settings, precision)
+    step_settings = StepSettings(settings.gradient_clipping, precision.check_overflow)
+    wrapped = ShardedOptimizer(base, schedule, scaler, step_settings) if base is not None else None
+    scheduler = _make_scheduler(settings, base, lr_scheduler)
+    watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
+    return EngineParts(settings, batch, device, group, plan, precision, scaler, schedule, wrapped, scheduler, watch)
+
+
+def _dtype(name: str | None) -> torch.dtype | None:
+    return None if name is None else DTYPES[name]
+
+
+def make_precision(settings: DeepSpeedConfig) -> Precision:
+    """The precision that the fp16, bf16, torch_autocast and data_types sections ask for."""
+    model_dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
+    autocast = settings.torch_autocast
+    autocast_dtype = (_dtype(autocast.dtype) or torch.bfloat16) if autocast.enabled else None
+    grad_dtype = _dtype(settings.data_types.grad_accum_dtype)
+    return Precision(
+        model_dtype=model_dtype,
+        autocast_dtype=autocast_dtype,
+        grad_dtype=grad_dtype,
+        cast_inputs=settings.fp16.enabled and settings.fp16.auto_cast,
+        check_overflow=torch.float16 in (model_dtype, autocast_dtype)
+        or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
+    )
+
+
+def make_loss_scaler(settings: DeepSpeedConfig, precision: Precision) -> LossScaler:
+    """The loss scale that the fp16 section asks for; a constant 1 where gradients do not pass through fp16."""
+    if not precision.needs_loss_scale:
+        return LossScaler()
+    fp16 = settings.fp16
+    if fp16.loss_scale:
+        return LossScaler(scale=float(fp16.loss_scale))
+    return LossScaler(
+        scale=2.0**fp16.initial_scale_power,
+        dynamic=True,
+        window=fp16.loss_scale_window,
+        min_scale=fp16.min_loss_scale,
+        hysteresis=fp16.hysteresis,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+    )
+
+
+def _make_base_optimizer(
+    settings: DeepSpeedConfig, model: torch.nn.Module, optimizer: Any, model_parameters: Parameters | None
+) -> torch.optim.Optimizer | None:
+    parameters = list(model_parameters) if model_parameters is not None else None
+    if parameters is None:
+        parameters = [param for param in model.parameters() if param.requires_grad]
+    if isinstance(optimizer, torch.optim.Optimizer):
+        base = optimizer
+    elif callable(optimizer):
+        base = optimizer(parameters)
+    elif optimizer is not None:
+        raise OptimizerError(f"optimizer= must be a torch optimizer or make one, not {type(optimizer).__name__}")
+    elif settings.optimizer is None or settings.optimizer.type is None:
+        return None
+    else:
+        return build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
+    if not isinstance(base, torch.optim.Optimizer):
+        raise OptimizerError(f"the optimizer callable returned {type(base).__name__}, not a torch optimizer")
+    if settings.optimizer is not None:
+        log_once(f"the optimizer passed to initialize ({type(base).__name__}) is used, not the configured one")
+    return base
+
+
+def _make_scheduler(settings: DeepSpeedConfig, base: torch.optim.Optimizer | None, lr_scheduler: Any) -> Any:
+    section = settings.scheduler if settings.scheduler is not None and settings.scheduler.type else None
+    if lr_scheduler is not None:
+        if section is not None:
+            log_once("the lr_scheduler passed to initialize is used, not the configuration's scheduler section")
+        if hasattr(lr_scheduler, "step"):
+            return lr_scheduler
+        if not callable(lr_scheduler):
+            raise OptimizerError(f"lr_scheduler= must be a schedule or make one, not {type(lr_scheduler).__name__}")
+        if base is None:
+            raise OptimizerError("lr_scheduler= is a callable that needs an optimizer, and there is none")
+        return lr_scheduler(base)
+    if section is None:
+        return None
+    if base is None:
+        raise OptimizerError("the configuration's scheduler section needs an optimizer, and there is none")
+    return build_scheduler(section.type, section.params, base)
+
+
+def _warn_left_out(model: torch.nn.Module, trained: set[int], base: torch.optim.Optimizer | None) -> None:
+    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
+    if left_out and base is not None:
+        shown = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
+        logger.warning(
+            "%d parameters require grad but belong to no optimizer group; they are not trained: %s",
+            len(left_out),
+            shown,
+        )
+
+
+def _check_same_model(model: torch.nn.Module, group: Group) -> None:
+    """Raise on every rank if the ranks' models differ in a parameter's or buffer's name, shape or dtype."""
+    mine = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _all_state(model)]
+    digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
+    digests = group.all_gather_objects(digest)
+    if len(set(digests)) == 1:
+        return
+    everyone: list[list[str]] = group.all_gather_objects(mine)
+    other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
+    ours, theirs = set(everyone[0]), set(everyone[other])
+    raise DistributedError(
+        f"the model of rank {other} differs from rank 0's: only rank 0 has {sorted(ours - theirs)[:3]}, "
+        f"only rank {other} has {sorted(theirs - ours)[:3]} (or the order differs); build the same model on every rank"
+    )
+
+
+def _all_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(), *model.named_buffers()]
+
+
+@torch.no_grad()
+def _broadcast_state(model: torch.nn.Module, schedule: GradientSchedule, in_units: set[int], group: Group) -> None:
+    for unit in schedule.units:
+        unit.broadcast_values()
+    for _, tensor in _all_state(model):
+        if id(tensor) not in in_units and tensor.numel() > 0:
+            whole = tensor.data.contiguous()
+            group.broadcast(whole, src=0)
+            if whole.data_ptr() != tensor.data_ptr():
+                tensor.data.copy_(whole)
+
+
+def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
+    trained_numel = sum(param.numel() for unit in parts.schedule.units for param in unit.params)
+    dtype = parts.precision.model_dtype or parts.precision.autocast_dtype or torch.float32
+    optimizer = type(parts.optimizer.optimizer).__name__ if parts.optimizer is not None else "no optimizer"
+    log_dist(
+        f"training {trained_numel / 1e6:.2f} M parameters in {str(dtype).removeprefix('torch.')} on "
+        f"{parts.group.size} x {parts.device.name}, ZeRO stage {parts.plan.stage}, {optimizer}, "
+        f"batch {parts.batch.train} = {parts.batch.micro} x {parts.batch.accumulation} x {parts.group.size}"
+    )

@@ -1,0 +1,175 @@
+"""The walls of the house: layers, lean imports, sizes. See CONTRIBUTING.md for the reasons."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "deepspeedlite"
+
+# The layer of each part of the package; the longest matching prefix counts. A new file must be given a layer here.
+LAYERS = {
+    0: ["_version", "env", "errors", "log", "config", "launcher", "env_report"],
+    1: ["device", "comm"],
+    2: ["zero"],
+    3: ["optim", "precision"],
+    4: ["data", "monitor", "profiling"],
+    5: ["engine", "factory", "watch", "__init__"],
+}
+LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
+# Fixed by DeepSpeed's interface, and therefore allowed more than eight parameters.
+WIDE_SIGNATURES = {
+    "factory.py:initialize",
+    "init.py:init_distributed",
+    "data.py:build_dataloader",
+    "lamb.py:__init__",
+    "lr_schedules.py:__init__",
+    "flops.py:get_model_profile",
+}
+MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 600, 60, 8
+
+
+def python_files() -> list[Path]:
+    return sorted(p for p in PACKAGE.rglob("*.py") if "__pycache__" not in p.parts)
+
+
+def part_of(module: str) -> str:
+    """`deepspeedlite.zero.unit` -> `zero`."""
+    return module.split(".")[1] if "." in module else "__init__"
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.with_suffix(".py").is_file() or (path / "__init__.py").is_file()
+
+
+def imports_of(tree: ast.AST) -> list[tuple[str, bool]]:
+    """(module, whether it happens when the file is imported) of every import."""
+    found = []
+
+    def visit(node: ast.AST, at_import: bool) -> None:
+        for child in ast.iter_child_nodes(node):
+            deferred = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            typing_only = isinstance(child, ast.If) and "TYPE_CHECKING" in ast.unparse(child.test)
+            if isinstance(child, ast.Import):
+                found.extend((alias.name, at_import) for alias in child.names)
+            elif isinstance(child, ast.ImportFrom):
+                assert child.level == 0, "relative imports hide the layer"
+                base = child.module or ""
+                submodules = [f"{base}.{alias.name}" for alias in child.names]
+                found.extend((name if is_module(name) else base, at_import) for name in submodules)
+            visit(child, at_import and not deferred and not typing_only)
+
+    visit(tree, True)
+    return found
+
+
+def test_every_file_has_a_layer():
+    for file in python_files():
+        part = file.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        assert part in LAYER_OF, f"{file} belongs to no layer; add {part!r} to LAYERS"
+
+
+def test_imports_go_down():
+    wrong = []
+    for file in python_files():
+        if file == PACKAGE / "__init__.py":
+            continue
+        relative = file.relative_to(PACKAGE)
+        mine = LAYER_OF[relative.parts[0].removesuffix(".py")]
+        for module, _ in imports_of(ast.parse(file.read_text())):
+            if module.split(".")[0] != "deepspeedlite":
+                continue
+            if module == "deepspeedlite":
+                wrong.append(f"{relative} imports the package root")
+            elif LAYER_OF.get(part_of(module), 99) > mine:
+                wrong.append(f"{relative} (L{mine}) imports {module} (L{LAYER_OF.get(part_of(module))})")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_import_cycles():
+    graph: dict[str, set[str]] = {}
+    names = {".".join(("deepspeedlite", *f.relative_to(PACKAGE).with_suffix("").parts)) for f in python_files()}
+    names |= {name.removesuffix(".__init__") for name in names}
+    for file in python_files():
+        name = ".".join(("deepspeedlite", *file.relative_to(PACKAGE).with_suffix("").parts)).removesuffix(".__init__")
+        targets = {m for m, at_import in imports_of(ast.parse(file.read_text())) if at_import and m in names}
+        graph[name] = targets - {name}
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, "import cycle: " + " -> ".join([*path[path.index(name) :], name])
+        if name in done:
+            return
+        for target in graph.get(name, ()):
+            visit(target, (*path, name))
+        done.add(name)
+
+    for name in graph:
+        visit(name, ())
+
+
+def test_sizes():
+    wrong = []
+    for file in python_files():
+        text = file.read_text()
+        relative = file.relative_to(ROOT)
+        if (lines := text.count("\n")) > MAX_FILE_LINES:
+            wrong.append(f"{relative}: {lines} lines")
+        for node in ast.walk(ast.parse(text)):
+            if isinstance(node, ast.Global):
+                wrong.append(f"{relative}:{node.lineno}: global statement")
+            if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+                continue
+            length = (node.end_lineno or node.lineno) - node.lineno + 1
+            # A long docstring is no sin; the code under it is counted.
+            length -= len((ast.get_docstring(node, clean=False) or "").splitlines())
+            arguments = [
+                a
+                for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)
+                if a.arg not in ("self", "cls")
+            ]
+            if length > MAX_FUNCTION_LINES:
+                wrong.append(f"{relative}:{node.lineno} {node.name}: {length} lines")
+            if len(arguments) > MAX_PARAMETERS and f"{file.name}:{node.name}" not in WIDE_SIGNATURES:
+                wrong.append(f"{relative}:{node.lineno} {node.name}: {len(arguments)} parameters")
+    assert not wrong, "\n".join(wrong)
+
+
+def modules_after(statement: str) -> set[str]:
+    code = f"import sys\n{statement}\nprint(' '.join(sys.modules))"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    return set(ran.stdout.split())
+
+
+@pytest.mark.parametrize(
+    "statement, unwanted",
+    [
+        ("import deepspeedlite", {"torch", "pydantic", "rich", "numpy", "psutil"}),
+        ("import deepspeedlite.launcher.cli", {"torch", "pydantic", "rich", "numpy"}),
+        ("import deepspeedlite.env_report", {"torch", "pydantic", "rich", "numpy"}),
+        ("import deepspeedlite.config", {"torch", "rich", "numpy"}),
+        ("import deepspeedlite; deepspeedlite.initialize", {"tensorboard", "wandb", "mpi4py", "rich", "pandas"}),
+    ],
+)
+def test_imports_are_lean(statement, unwanted):
+    assert not modules_after(statement) & unwanted
+
+
+def test_public_names_resolve():
+    import deepspeedlite
+
+    for name in deepspeedlite.__all__:
+        assert getattr(deepspeedlite, name) is not None
+    with pytest.raises(AttributeError, match="no_such_name"):
+        deepspeedlite.no_such_name  # noqa: B018
+
+
+def test_every_module_explains_itself():
+    for file in python_files():
+        assert ast.get_docstring(ast.parse(file.read_text())), f"{file} has no docstring"
