@@ -85,6 +85,8 @@ def pick_device(local_rank: int = 0) -> Device:
         if wanted in ("cuda", "rocm"):
             raise DistributedError(f"DS_ACCELERATOR={wanted} was asked for, but torch {torch.__version__} sees no GPU")
         return Device(torch.device("cpu"))
+    if count == 1 and "SLURM_LOCALID" in os.environ:
+        return Device(torch.device("cuda", 0))  # Slurm's --gpus-per-task shows each rank its own GPU as number 0
     if local_rank >= count:
         raise DistributedError(
             f"local rank {local_rank} needs GPU {local_rank}, but this process sees {count} GPU(s) "

@@ -84,6 +84,8 @@ def initialize(
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     group = _data_parallel_group(mpu, mesh_param)
     settings = load_config(source, world_size=group.size)
+    if settings.comms_logger.enabled:
+        comm.comms_logger.configure(settings.comms_logger)
     if settings.dump_state:
         log_dist("configuration: " + json.dumps(settings.raw, indent=2, default=str))
     parts = _build_parts(settings, group, model, optimizer, model_parameters, lr_scheduler)

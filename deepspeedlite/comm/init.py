@@ -1,0 +1,266 @@
+"""`init_distributed`: find this process's world, meet the other ranks, start torch.distributed.
+
+The world comes from the arguments, else from the launcher's variables (`deepspeedlite.env`), else from MPI itself
+(mpi4py, only when MPI spans hosts and nothing else tells where rank 0 is), else it is this process alone. The
+backend follows the device: NCCL on GPUs, gloo on CPUs. A process group that exists is used as it is.
+
+Waiting for the others takes `timeout` at most, 10 minutes as in DeepSpeed, or `DEEPSPEED_TIMEOUT` minutes; rank 0
+names whom it waits for every 30 s, and the error names the ranks that never came (`comm.rendezvous`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import socket
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any
+from urllib.parse import urlparse
+
+import torch.distributed as dist
+
+from deepspeedlite.comm import rendezvous
+from deepspeedlite.comm.logger import comms_logger
+from deepspeedlite.device import Device, pick_device
+from deepspeedlite.env import World, discover_world
+from deepspeedlite.errors import ConfigError, DistributedError
+from deepspeedlite.log import log_dist
+
+TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
+_DEFAULT_TIMEOUT_MIN = 10.0
+_MPI_SOURCES = ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Start torch.distributed for this process; return quietly where that is already done.
+
+    Args:
+        dist_backend: `nccl`, `gloo`, or any backend that this torch knows; by default the device's own.
+        auto_mpi_discovery: False ignores what MPI and Slurm set; RANK and WORLD_SIZE still count.
+        distributed_port: the port on rank 0's host where neither MASTER_PORT nor the job decides it.
+        verbose: log one line with the backend and where the world was found.
+        timeout: for the start and for each collective; None is `DEEPSPEED_TIMEOUT` minutes, or 10.
+        init_method: `env://`, `tcp://host:port` or `file:///path` instead of MASTER_ADDR and MASTER_PORT.
+        dist_init_required: False: the caller has initialised torch.distributed, and it is an error if not.
+        config: a DeepSpeedConfig, dict or path, of which the section `comms_logger` is used.
+        rank: this process's rank, together with `world_size`, instead of what the environment says.
+        world_size: see `rank`.
+
+    Raises:
+        DistributedError: contradictory variables, ranks that did not arrive (by number), two processes with one
+            rank, rank 0 unreachable, a backend that this torch lacks.
+    """
+    _configure_logger(config)
+    if dist.is_initialized():
+        _check_existing(rank, world_size)
+        return
+    if dist_init_required is False:
+        raise DistributedError(
+            "dist_init_required=False says that torch.distributed is initialised, but it is not; call "
+            "torch.distributed.init_process_group first, or pass None or True"
+        )
+    limit = default_timeout() if timeout is None else timeout
+    world = _find_world(rank, world_size, auto_mpi_discovery)
+    device = pick_device(world.local_rank)
+    device.make_current()
+    backend = dist_backend or device.backend
+    _check_backend(backend, device)
+    store, world = _open_store(world, init_method, distributed_port, limit.total_seconds())
+    if store is None:
+        dist.init_process_group(backend, init_method, limit, world.world_size, world.rank)
+    else:
+        if world.world_size > 1:
+            address = init_method if init_method and init_method.startswith("file") else _address(world)
+            store = rendezvous.meet(store, address, world.rank, world.world_size, limit.total_seconds())
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=limit,
+            device_id=device.torch_device if backend == "nccl" else None,
+        )
+    _export(world)
+    if verbose:
+        where = f", rank 0 at {_address(world)}" if world.master_addr else ""
+        log_dist(f"distributed: {world.world_size} rank(s), {backend} on {device.name}, found by {world.source}{where}")
+
+
+def default_timeout() -> timedelta:
+    """`DEEPSPEED_TIMEOUT` minutes, or 10 minutes.
+
+    Raises:
+        DistributedError: the variable is not a positive number.
+    """
+    text = os.environ.get(TIMEOUT_VARIABLE, "").strip() or str(_DEFAULT_TIMEOUT_MIN)
+    minutes = 0.0
+    with contextlib.suppress(ValueError):
+        minutes = float(text)
+    if not 0 < minutes < float("inf"):
+        raise DistributedError(f"{TIMEOUT_VARIABLE}={text!r} is not a positive number of minutes; correct or unset it")
+    return timedelta(minutes=minutes)
+
+
+def _find_world(rank: int, world_size: int, schedulers: bool) -> World:
+    if rank < 0 and world_size < 0:
+        return discover_world(os.environ, schedulers)
+    if rank < 0 or world_size < 1 or rank >= world_size:
+        raise DistributedError(
+            f"rank={rank} and world_size={world_size} were passed; pass both with 0 <= rank < world_size, or neither"
+        )
+    told = {**os.environ, "RANK": str(rank), "WORLD_SIZE": str(world_size)}
+    if "LOCAL_RANK" not in told:
+        around = discover_world(os.environ, schedulers)
+        told["LOCAL_RANK"] = str(around.local_rank if around.world_size == world_size else rank)
+    return dataclasses.replace(discover_world(told, schedulers=False), source="arguments")
+
+
+def _open_store(
+    world: World, init_method: str | None, default_port: int, timeout_s: float
+) -> tuple[dist.Store | None, World]:
+    """Where the ranks meet. None: torch itself is to make something of `init_method`."""
+    url = urlparse(init_method or "env://")
+    if url.scheme == "file":
+        return dist.FileStore(url.netloc + url.path, world.world_size), world
+    if url.scheme == "tcp":
+        if url.hostname is None or url.port is None:
+            raise DistributedError(f"init_method {init_method!r} lacks a host or port; write tcp://host:port")
+        world = dataclasses.replace(world, master_addr=url.hostname, master_port=url.port)
+    elif url.scheme != "env":
+        return None, world
+    if world.world_size == 1 and init_method is None:
+        return dist.HashStore(), world
+    world = _with_master(world, default_port)
+    assert world.master_addr is not None and world.master_port is not None, "_with_master sets both"
+    return rendezvous.tcp_store(world.master_addr, world.master_port, world.rank, timeout_s), world
+
+
+def _address(world: World) -> str:
+    return f"{world.master_addr}:{world.master_port}"
+
+
+def _with_master(world: World, default_port: int) -> World:
+    """The world with rank 0's address and port filled in."""
+    port = world.master_port or default_port
+    if world.master_addr is not None:
+        return dataclasses.replace(world, master_port=port)
+    if world.world_size == 1:
+        return dataclasses.replace(world, master_addr="127.0.0.1", master_port=port)
+    if world.source not in _MPI_SOURCES:
+        raise DistributedError(
+            f"rank {world.rank} of {world.world_size} was found by {world.source}, but MASTER_ADDR is not set; set it "
+            "to the host of rank 0 (127.0.0.1 where all ranks are on one host) and MASTER_PORT to a free port there"
+        )
+    addr, port = _ask_mpi(world, port)
+    return dataclasses.replace(world, master_addr=addr, master_port=port)
+
+
+def _ask_mpi(world: World, port: int) -> tuple[str, int]:
+    """Rank 0's address, broadcast over MPI itself."""
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise DistributedError(
+            f"{world.source} started {world.world_size} processes on several hosts, and rank 0's address is unknown; "
+            "install mpi4py (pip install 'deepspeedlite[mpi]'), or pass it: mpirun -x MASTER_ADDR=<host of rank 0>"
+        ) from error
+    comm = MPI.COMM_WORLD
+    if comm.Get_size() != world.world_size or comm.Get_rank() != world.rank:
+        raise DistributedError(
+            f"mpi4py says rank {comm.Get_rank()} of {comm.Get_size()}, but {world.source}'s variables say "
+            f"{world.rank} of {world.world_size}: mpi4py was built for another MPI; rebuild it for the one of mpirun, "
+            "or set MASTER_ADDR"
+        )
+    addr, port = comm.bcast((_own_address(), port) if world.rank == 0 else None, root=0)
+    return addr, port
+
+
+def _own_address() -> str:
+    """This host's address on the interface of its default route, which other hosts can usually reach."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 1))  # chooses a route; a datagram socket sends nothing on connect
+            return str(probe.getsockname()[0])
+        except OSError:
+            return socket.gethostname()
+
+
+def _check_existing(rank: int, world_size: int) -> None:
+    """The process group that exists must be the one that the arguments describe."""
+    here, size = dist.get_rank(), dist.get_world_size()
+    if (rank >= 0 and rank != here) or (world_size > 0 and world_size != size):
+        raise DistributedError(
+            f"rank={rank}, world_size={world_size} were passed, but torch.distributed is already initialised as rank "
+            f"{here} of {size}; pass neither, or destroy that process group first"
+        )
+    if size > 1:
+        os.environ.setdefault("RANK", str(here))
+        os.environ.setdefault("WORLD_SIZE", str(size))
+
+
+def _check_backend(backend: str, device: Device) -> None:
+    if backend == "nccl" and device.type != "cuda":
+        raise DistributedError(
+            f"backend nccl needs a GPU, but this process runs on {device.name} "
+            f"(DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR', 'unset')}); use gloo"
+        )
+    lacks = [
+        name
+        for name, available in (("nccl", dist.is_nccl_available), ("gloo", dist.is_gloo_available), ("mpi", _has_mpi))
+        if name in backend and not available()
+    ]
+    if lacks:
+        raise DistributedError(f"this torch was built without the backend {lacks[0]}; use {device.backend}")
+    if ":" not in backend and backend.lower() not in dist.Backend.backend_list:
+        known = ", ".join(name for name in dist.Backend.backend_list if name != "undefined")
+        raise DistributedError(f"backend {backend!r} is not known to this torch, which has {known}")
+
+
+def _has_mpi() -> bool:
+    return bool(dist.is_mpi_available())
+
+
+def _export(world: World) -> None:
+    """Tell logging, and code that reads the variables, what was found. A process alone sets nothing: a child that
+    it starts under mpirun or torchrun must not inherit a world of one.
+    """
+    if world.world_size == 1:
+        return
+    found = {
+        "RANK": world.rank,
+        "WORLD_SIZE": world.world_size,
+        "LOCAL_RANK": world.local_rank,
+        "LOCAL_WORLD_SIZE": world.local_size,
+        "MASTER_ADDR": world.master_addr,
+        "MASTER_PORT": world.master_port,
+    }
+    os.environ.update({name: str(value) for name, value in found.items() if value is not None})
+    if world.source == "Azure ML":  # its hosts' docker bridge answers but leads nowhere
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "^docker0,lo")
+
+
+def _configure_logger(config: Any) -> None:
+    """Apply the section `comms_logger` of a config in any of its forms."""
+    if config is None:
+        return
+    if isinstance(config, (str, os.PathLike, Mapping)):
+        from deepspeedlite.config import load_config
+
+        config = load_config(config)
+    section = getattr(config, "comms_logger", None)
+    if section is None:
+        raise ConfigError(f"config of type {type(config).__name__} has no comms_logger; pass a DeepSpeedConfig or dict")
+    comms_logger.configure(section)

@@ -1,0 +1,235 @@
+"""How the ranks of a job find each other before the first collective, and what is said when they do not.
+
+Rank 0 hosts a TCP key-value store; the others connect. Each rank checks in under its number with its host, process
+id and idea of the world size. Rank 0 waits until all are there, then releases everyone, so a job either starts
+whole or every rank that came raises the same `DistributedError`: the ranks that did not come, two processes that
+claim one rank, or ranks that disagree on the world size. torch's own start-up says only that a timeout passed.
+
+Waiting costs rank 0 one request per missing rank and round, and the others a single blocking wait.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import itertools
+import json
+import os
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import timedelta
+from typing import Any
+
+import torch.distributed as dist
+
+from deepspeedlite.errors import DistributedError
+from deepspeedlite.log import logger
+
+_POLL_S = 0.05
+_STILL_WAITING_EVERY_S = 30.0
+_CONNECT_TRY_S = 2.0
+_FAREWELL_S = 2.0  # how long rank 0 keeps the store open for others to read why the start failed
+_VERDICT_MARGIN_S = 3.0  # ranks other than 0 wait this much longer, so that rank 0's verdict comes first
+_NAMED_RANKS = 16
+
+
+@functools.lru_cache(maxsize=64)
+def _generations(address: str) -> Iterator[int]:
+    """Numbers the start-ups at one address: one after `destroy_process_group` must not meet the last one's keys."""
+    return itertools.count()
+
+
+def meet(store: dist.Store, address: str, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+    """Check in at `store` and return, once all ranks are there, a fresh part of it for the process group.
+
+    Args:
+        store: reached by every rank; hosted by rank 0 or by the launcher.
+        address: names the store; the same on every rank.
+        rank: this process's number, 0 <= rank < world_size.
+        world_size: how many must come.
+        timeout_s: how long the last rank may be behind the first.
+
+    Raises:
+        DistributedError: on every rank that came, when the world is not complete and consistent in time.
+    """
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_generations(address))}"
+    desk = dist.PrefixStore(f"deepspeedlite/{attempt}/desk", store)
+    try:
+        verdict = _check_in(desk, rank, world_size, timeout_s)
+    except DistributedError:
+        raise
+    except RuntimeError as error:  # torch's store errors
+        raise DistributedError(
+            f"rank {rank} of {world_size} lost the connection to rank 0's store while waiting for the other ranks; "
+            f"rank 0 has probably ended, see its output ({_first_line(error)})"
+        ) from error
+    if verdict:
+        raise DistributedError(f"rank {rank}: {verdict}")
+    return dist.PrefixStore(f"deepspeedlite/{attempt}/group", store)
+
+
+def tcp_store(host: str, port: int, rank: int, timeout_s: float) -> dist.Store:
+    """The store at rank 0's address; rank 0 hosts it, unless torchrun's agent already does.
+
+    It stays open until the process ends, so that a later start-up can use it again.
+
+    Raises:
+        DistributedError: rank 0 cannot listen there, or another rank cannot reach it within `timeout_s`.
+    """
+    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return _open_store(host, port, rank, hosted_by_agent, timeout_s)
+
+
+@functools.lru_cache(maxsize=8)
+def _open_store(host: str, port: int, rank: int, hosted_by_agent: bool, timeout_s: float) -> dist.Store:
+    hosts_it = rank == 0 and not hosted_by_agent
+    deadline = time.monotonic() + timeout_s
+    if not hosts_it:
+        _await_listener(host, port, rank, deadline, timeout_s)
+    left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
+    try:
+        store = dist.TCPStore(host, port, is_master=hosts_it, timeout=left, wait_for_workers=False, multi_tenant=True)
+        store.set_timeout(timedelta(seconds=timeout_s))
+        return store
+    except RuntimeError as error:
+        if not hosts_it:
+            raise DistributedError(
+                f"rank {rank} reached {host}:{port}, but what listens there is not rank 0's store; another program "
+                f"may hold the port: choose a free MASTER_PORT ({_first_line(error)})"
+            ) from error
+        raise DistributedError(
+            f"rank 0 cannot listen on port {port} (MASTER_PORT): another job or program holds it, or two processes "
+            f"both claim rank 0; choose a free port, or check RANK on each process ({_first_line(error)})"
+        ) from error
+
+
+def _await_listener(host: str, port: int, rank: int, deadline: float, timeout_s: float) -> None:
+    """Try until something accepts connections at rank 0's address; the last reason is what is reported."""
+    while True:
+        try:
+            with socket.create_connection((host, port), timeout=_CONNECT_TRY_S):
+                return
+        except OSError as error:
+            reason = error
+        if time.monotonic() >= deadline:
+            break
+        time.sleep(min(_POLL_S * 4, max(0.0, deadline - time.monotonic())))
+    if isinstance(reason, socket.gaierror):
+        hint = f"the name {host!r} cannot be resolved on this host; set MASTER_ADDR to an address that all hosts know"
+    elif isinstance(reason, ConnectionRefusedError):
+        hint = "nothing listens there: rank 0 did not start, ended early (see its output), or MASTER_PORT differs"
+    else:
+        hint = "the host does not answer: check MASTER_ADDR, the network between the hosts and their firewalls"
+    raise DistributedError(
+        f"rank {rank} could not reach rank 0 at {host}:{port} within {timeout_s:g} s ({reason}); {hint}"
+    ) from reason
+
+
+def _check_in(desk: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Claim this rank, then wait for rank 0's verdict: empty when all is well."""
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size, "token": uuid.uuid4().hex}
+    mine = json.dumps(me)
+    holder = _text(desk.compare_set(f"rank/{rank}", "", mine))
+    if holder != mine:
+        other = json.loads(holder)
+        fault = f"two processes claim rank {rank}: {_place(other)} and {_place(me)}; give each process its own RANK"
+        desk.set("fault", fault)
+        return fault
+    if rank == 0:
+        return _host(desk, world_size, timeout_s)
+    try:
+        desk.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
+    except dist.DistStoreError:
+        return _verdict_without_rank_0(desk, me, timeout_s)
+    verdict = _text(desk.get("verdict"))
+    desk.add("read", 1)
+    return verdict or _disagreement(desk, me)
+
+
+def _host(desk: dist.Store, world_size: int, timeout_s: float) -> str:
+    """Rank 0's part: wait for all ranks, compare what they say, and tell them."""
+    verdict = _await_ranks(desk, world_size, timeout_s) or _compare(desk, range(world_size))
+    desk.set("verdict", verdict)
+    if verdict:
+        present = [rank for rank in range(1, world_size) if desk.check([f"rank/{rank}"])]
+        deadline = time.monotonic() + _FAREWELL_S
+        while desk.add("read", 0) < len(present) and time.monotonic() < deadline:
+            time.sleep(_POLL_S)
+    return verdict
+
+
+def _await_ranks(desk: dist.Store, world_size: int, timeout_s: float) -> str:
+    started = time.monotonic()
+    next_word_s = _STILL_WAITING_EVERY_S
+    missing = list(range(world_size))
+    while True:
+        missing = [rank for rank in missing if not desk.check([f"rank/{rank}"])]
+        waited_s = time.monotonic() - started
+        if desk.check(["fault"]):
+            return _text(desk.get("fault"))
+        if not missing:
+            return ""
+        if waited_s >= timeout_s:
+            mismatch = _compare(desk, sorted(set(range(world_size)) - set(missing)))
+            did_not = f"{_ranks(missing)} of {world_size} did not arrive within {timeout_s:g} s"
+            return mismatch or f"{did_not}; see the output of those ranks, and check that they were started"
+        if waited_s >= next_word_s:
+            next_word_s += _STILL_WAITING_EVERY_S
+            logger.warning(f"still waiting for {_ranks(missing)} of {world_size} after {waited_s:.0f} s")
+        time.sleep(_POLL_S)
+
+
+def _compare(desk: dist.Store, present: Sequence[int]) -> str:
+    """What is wrong when ranks were started with different world sizes; empty when they agree."""
+    by_size: dict[int, list[int]] = {}
+    for rank in present:
+        said = json.loads(_text(desk.get(f"rank/{rank}")))
+        by_size.setdefault(said["world_size"], []).append(rank)
+    if len(by_size) <= 1:
+        return ""
+    views = "; ".join(f"{size} on {_ranks(ranks)}" for size, ranks in sorted(by_size.items()))
+    return f"the ranks disagree on the world size: {views}. Start all with the same WORLD_SIZE"
+
+
+def _disagreement(desk: dist.Store, me: Mapping[str, Any]) -> str:
+    """The fault of a rank that rank 0 did not count on: it let its own world start without this one."""
+    zero = json.loads(_text(desk.get("rank/0")))
+    if zero["world_size"] == me["world_size"]:
+        return ""
+    return (
+        f"the ranks disagree on the world size: rank 0 says {zero['world_size']}, this one {me['world_size']}. "
+        "Start all with the same WORLD_SIZE"
+    )
+
+
+def _verdict_without_rank_0(desk: dist.Store, me: Mapping[str, Any], timeout_s: float) -> str:
+    """Why no verdict came: rank 0 is late itself (the store is torchrun's or a file), or it died while waiting."""
+    if desk.check(["rank/0"]):
+        return _disagreement(desk, me) or f"rank 0 checked in but gave no sign for {timeout_s:g} s; see its output"
+    missing = [rank for rank in range(me["world_size"]) if not desk.check([f"rank/{rank}"])]
+    return (
+        f"{_ranks(missing)} of {me['world_size']} did not arrive within {timeout_s:g} s; see the output of those ranks"
+    )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    shown = ", ".join(map(str, ranks[:_NAMED_RANKS]))
+    more = f" and {len(ranks) - _NAMED_RANKS} more" if len(ranks) > _NAMED_RANKS else ""
+    return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
+
+
+def _place(who: Mapping[str, Any]) -> str:
+    return f"process {who['pid']} on {who['host']}"
+
+
+def _text(value: bytes | str) -> str:
+    return value if isinstance(value, str) else value.decode()
+
+
+def _first_line(error: BaseException) -> str:
+    text = ""
+    with contextlib.suppress(IndexError):
+        text = str(error).strip().splitlines()[0]
+    return text[:200]

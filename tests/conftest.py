@@ -1,0 +1,21 @@
+"""Pytest's set-up for all tests: puts the repository and tests/ on sys.path, and ends the rank workers at the end.
+
+Ranks are started by `harness.distributed`; see its docstring. `from harness import distributed` is how tests use it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+_TESTS = Path(__file__).resolve().parent
+for _folder in (str(_TESTS.parent), str(_TESTS)):
+    if _folder not in sys.path:
+        sys.path.insert(0, _folder)
+
+
+def pytest_sessionfinish() -> None:
+    """Leave no worker process behind, whether the session passed, failed or was interrupted."""
+    harness = sys.modules.get("harness")
+    if harness is not None:
+        harness.close_pool()
