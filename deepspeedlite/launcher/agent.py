@@ -1,0 +1,343 @@
+"""The node agent: starts a Job's ranks, watches them, and leaves nothing behind.
+
+Each rank leads its own session, so that its whole tree can be ended. The agent's main thread sleeps until a
+signal arrives: a rank's end is SIGCHLD, a person's Ctrl-C is SIGINT, and all come through one wake-up pipe in order.
+Output runs in a thread of its own (output.py), so that a stopped pager cannot delay the end of a failed run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from types import FrameType
+
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.launcher import guard
+from deepspeedlite.launcher.command import Job, RankCommand
+from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, copy_window_size, open_channel
+from deepspeedlite.launcher.report import ErrorTail, Failure, first_failure
+
+FAILURE_GRACE_S = 2.0  # from SIGTERM to SIGKILL after a rank failed
+SIGNAL_GRACE_S = 5.0  # the same after Ctrl-C: a script may be saving
+_SETTLE_S = 1.0  # how long a rank that has raised may take to exit before others are ended
+_RECENT_S = 5.0  # a traceback older than this belongs to no failure of now
+_KILL_S = 1.0  # SIGKILL is repeated this long: a process may be forking
+_POLL_S = 0.05  # descendants that are not our children end without telling us
+
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
+_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
+
+
+@dataclass
+class Outcome:
+    """How a job went. `failures` holds the ranks that ended badly on their own."""
+
+    started_s: float
+    ended_s: float = 0.0
+    failures: list[Failure] = field(default_factory=list)
+    interrupted_by: int | None = None
+    left_behind: int = 0
+    unkillable: tuple[int, ...] = ()
+
+    @property
+    def first(self) -> Failure | None:
+        """The failure to blame."""
+        return first_failure(self.failures) if self.failures else None
+
+    @property
+    def exit_status(self) -> int:
+        """0, the first failing rank's status, or 128 + the signal that ended the job."""
+        if self.interrupted_by is not None:
+            return 128 + self.interrupted_by
+        return self.first.exit_status if self.first else 0
+
+
+@dataclass
+class _Rank:
+    command: RankCommand
+    pid: int
+    process: subprocess.Popen[bytes]  # kept referenced; the agent reaps by itself
+    tail: ErrorTail
+    log: RankLog | None
+    status: int | None = None  # None: still running
+    ended_s: float = 0.0
+
+
+class Agent:
+    """Runs one Job on this machine. Use once."""
+
+    def __init__(self, job: Job, screen: Screen) -> None:
+        self._job, self._screen = job, screen
+        self._ranks: list[_Rank] = []
+        self._ptys: list[tuple[int, int]] = []
+        self._streams: list[tuple[int, RankStream]] = []
+        self._is_ending = False
+        self._wake_read, self._wake_write = socket.socketpair()
+        for end in (self._wake_read, self._wake_write):
+            end.setblocking(False)
+        screen.on_broken = self._screen_broken
+
+    def run(self) -> Outcome:
+        """Start the ranks and return when every one of them, and all they started, has ended.
+
+        Raises:
+            LaunchError: a rank could not be started; those that were are ended first.
+        """
+        guard.become_subreaper()
+        self._guardian = guard.Guardian()
+        with self._listening():
+            self._outcome = Outcome(time.monotonic())
+            try:
+                for command in self._job.ranks:
+                    self._start(command)
+                self._pump = Pump(self._streams)
+                self._pump.start()
+                self._supervise()
+            finally:
+                self._outcome.unkillable = tuple(sorted(self._kill_all()))
+                self._guardian.dismiss()
+            self._outcome.ended_s = time.monotonic()
+            self._flush()
+        return self._outcome
+
+    # Starting
+
+    def _start(self, command: RankCommand) -> None:
+        is_first, is_alone = command.local_rank == 0, len(self._job.ranks) == 1
+        prefix = b"" if is_alone else f"[{command.rank}] ".encode()
+        sinks = (self._screen.out_fd, self._screen.err_fd)
+        channels = [open_channel(self._screen, sink, prefix, is_first) for sink in sinks]
+        try:
+            process = subprocess.Popen(
+                command.argv,
+                env={**os.environ, **command.env},
+                stdin=None if is_first else subprocess.DEVNULL,  # one reader of the keyboard, for pdb in rank 0
+                stdout=channels[0][1],
+                stderr=channels[1][1],
+                start_new_session=True,
+                preexec_fn=guard.die_with(os.getpid()),  # safe: no other thread runs yet
+            )
+        except OSError as error:
+            raise LaunchError(f"rank {command.rank}: cannot start {command.argv[0]}: {error.strerror}") from error
+        finally:
+            for _, theirs in channels:
+                os.close(theirs)
+        self._guardian.watch(process.pid)
+        log = self._open_log(command.rank)
+        rank = _Rank(command, process.pid, process, ErrorTail(), log)
+        for sink, (ours, _) in zip(sinks, channels):
+            stream = RankStream(self._screen, sink, prefix, is_first)
+            stream.log = log
+            stream.tail = rank.tail if sink == self._screen.err_fd else None
+            self._streams.append((ours, stream))
+            if os.isatty(ours):
+                self._ptys.append((sink, ours))
+        self._prefix_width = len(prefix)
+        self._ranks.append(rank)
+
+    def _open_log(self, rank: int) -> RankLog | None:
+        if self._job.log_dir is None:
+            return None
+        clock = time.strftime("%Y%m%d%H%M%S", time.localtime(self._wall_start_s))
+        return RankLog(os.path.join(self._job.log_dir, f"{clock}_rank{rank}.log"))
+
+    # Waiting
+
+    @contextlib.contextmanager
+    def _listening(self) -> Iterator[None]:
+        """Route the signals that matter into `_wait` while the job runs."""
+        self._wall_start_s = time.time()
+        taken = [*_ENDING, *_PASSED_ON, signal.SIGCHLD, signal.SIGTSTP, signal.SIGWINCH]
+        taken.remove(signal.SIGPIPE)  # Python ignores it; the screen reports a closed reader instead
+        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+            taken.remove(signal.SIGHUP)  # nohup: go on without the terminal
+
+        def heard(_number: int, _frame: FrameType | None) -> None:
+            """The number reaches `_wait` through the wake-up socket."""
+
+        before = {number: signal.signal(number, heard) for number in taken}
+        old_wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(old_wakeup)
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _screen_broken(self) -> None:
+        """Nobody reads the launcher's output any more: end as a program in a shell pipeline would."""
+        with contextlib.suppress(OSError):
+            self._wake_write.send(bytes([signal.SIGPIPE]))
+
+    def _wait(self, timeout_s: float | None) -> bool:
+        """Sleep until something happens, then note it. True if someone asked for the end (again)."""
+        select.select([self._wake_read], [], [], timeout_s)
+        numbers = b""
+        with contextlib.suppress(BlockingIOError):
+            numbers = self._wake_read.recv(4096)
+        self._reap()
+        asked = False
+        for number in numbers:
+            if number in _ENDING:
+                asked = True
+                if self._outcome.interrupted_by is None and not self._is_ending:
+                    self._outcome.interrupted_by = number
+            elif number in _PASSED_ON:
+                guard.send(self._running_pids(), number)
+            elif number == signal.SIGTSTP:
+                self._suspend()
+            elif number == signal.SIGWINCH:
+                for terminal, pty in self._ptys:
+                    copy_window_size(terminal, pty, self._prefix_width)
+        return asked
+
+    def _reap(self) -> None:
+        """Collect every child that has ended, adopted orphans included."""
+        now_s = time.monotonic()
+        by_pid = {rank.pid: rank for rank in self._ranks}
+        while True:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            rank = by_pid.get(ended.si_pid)
+            if rank is not None:
+                rank.status = ended.si_status if ended.si_code == os.CLD_EXITED else -ended.si_status
+                rank.process.returncode = rank.status
+                rank.ended_s = now_s
+
+    def _suspend(self) -> None:
+        """Ctrl-Z stops the ranks too, which are in sessions of their own; `fg` wakes all."""
+        self._signal_groups(signal.SIGSTOP)
+        os.kill(os.getpid(), signal.SIGSTOP)
+        self._signal_groups(signal.SIGCONT)
+
+    # Watching and ending
+
+    def _running(self) -> list[_Rank]:
+        return [rank for rank in self._ranks if rank.status is None]
+
+    def _running_pids(self) -> list[int]:
+        return [rank.pid for rank in self._running()]
+
+    def _supervise(self) -> None:
+        while self._running():
+            self._wait(None)
+            if any(rank.status for rank in self._ranks) and self._outcome.interrupted_by is None:
+                self._settle()
+            if self._outcome.interrupted_by is not None:
+                self._end(self._outcome.interrupted_by, SIGNAL_GRACE_S)
+                return
+            if self._outcome.failures:
+                self._end(signal.SIGTERM, FAILURE_GRACE_S)
+                return
+        self._end_left_behind()
+
+    def _settle(self) -> None:
+        """Give the rank that may be the true cause a moment to exit, then note who failed on their own.
+
+        A rank that has raised can take longer to exit than its peers take to notice.
+        """
+        deadline_s = time.monotonic() + _SETTLE_S
+        time.sleep(0.02)  # for the pump to read what the dead rank wrote last
+        while self._running() and time.monotonic() < deadline_s and self._outcome.interrupted_by is None:
+            failures = self._failed()
+            oldest_s = min(failure.exited_s for failure in failures) - _RECENT_S
+            raised = [rank for rank in self._running() if (rank.tail.traceback_s or oldest_s) > oldest_s]
+            if not raised and not all(failure.lost_peer for failure in failures):
+                break
+            self._wait(_POLL_S)
+        time.sleep(0.02)
+        self._wait(0)  # a scheduler that ends everything at once signals us and the ranks: that is no rank's failure
+        if self._outcome.interrupted_by is None:
+            self._outcome.failures = self._failed()
+
+    def _failed(self) -> list[Failure]:
+        failures = []
+        for rank in self._ranks:
+            if rank.status:
+                seen_s = rank.tail.traceback_s
+                recent = seen_s is not None and seen_s > rank.ended_s - _RECENT_S
+                failures.append(
+                    Failure(
+                        rank.command.rank,
+                        rank.status,
+                        rank.ended_s,
+                        seen_s if recent else None,
+                        rank.tail.text,
+                        rank.log.path if rank.log else None,
+                    )
+                )
+        return failures
+
+    def _end(self, number: int, grace_s: float) -> None:
+        """Ask all ranks to end, and wait at most `grace_s`; being asked once more cuts the wait short."""
+        self._is_ending = True
+        if number == signal.SIGINT:
+            self._signal_groups(number)  # as a terminal does
+        else:
+            # Workers of a rank that saves on SIGTERM must stay alive until it has saved.
+            guard.send(self._running_pids(), signal.SIGTERM if number == signal.SIGPIPE else number)
+        leaders = {rank.pid for rank in self._ranks}
+        deadline_s = time.monotonic() + grace_s
+        while self._descendants() and time.monotonic() < deadline_s:
+            for pid in leaders - set(self._running_pids()):
+                leaders.remove(pid)  # the rank has gone before its children: it is their turn
+                with contextlib.suppress(ProcessLookupError, PermissionError):
+                    os.killpg(pid, signal.SIGTERM)
+            if self._wait(_POLL_S):
+                return
+
+    def _end_left_behind(self) -> None:
+        """After a good end: what the ranks left running in their sessions is ended; what made its own stays."""
+        sessions = [rank.pid for rank in self._ranks]
+        self._await_sessions(sessions, 0.5)  # helpers of multiprocessing end by themselves
+        left = guard.in_sessions(sessions)
+        self._outcome.left_behind = len(left)
+        guard.send(left, signal.SIGTERM)
+        self._await_sessions(sessions, FAILURE_GRACE_S)
+
+    def _await_sessions(self, sessions: list[int], grace_s: float) -> None:
+        deadline_s = time.monotonic() + grace_s
+        while guard.in_sessions(sessions) and time.monotonic() < deadline_s and not self._wait(_POLL_S):
+            pass
+
+    def _descendants(self) -> set[int]:
+        return guard.descendants(os.getpid()) - {self._guardian.pid}
+
+    def _kill_all(self) -> set[int]:
+        """SIGKILL whatever is left, and return what even that does not end (a process stuck in the kernel)."""
+        in_order = len(self._ranks) == len(self._job.ranks) and not self._is_ending
+        sessions = [rank.pid for rank in self._ranks]
+        deadline_s = time.monotonic() + _KILL_S
+        while left := guard.in_sessions(sessions) if in_order else self._descendants():
+            if time.monotonic() > deadline_s:
+                break
+            guard.send(left, signal.SIGKILL)
+            time.sleep(0.01)
+            self._reap()
+        return left
+
+    def _signal_groups(self, number: int) -> None:
+        for pid in self._running_pids():
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(pid, number)
+
+    def _flush(self) -> None:
+        """Show what the ranks wrote to the end. A stopped pager is waited for unless the job is being ended."""
+        self._pump.stop()
+        is_hurried = self._outcome.interrupted_by is not None
+        deadline_s = time.monotonic() + 1.0
+        while self._pump.is_alive() and not (is_hurried and time.monotonic() > deadline_s):
+            self._pump.join(_POLL_S)
+            if self._wait(0):
+                return

@@ -1,0 +1,148 @@
+"""Keeps process trees from outliving the launcher, however either of them ends. Linux only.
+
+Three kernel facts are used. A *subreaper* adopts the orphans below it, so that a rank's child which left the
+rank's process group is still found. A *parent-death signal* kills a rank the moment the launcher dies. And the
+*guardian*, a forked child that waits on a pipe only the launcher holds, sees that death as end-of-file and kills
+the rest of each rank's session: the parent-death signal reaches only the rank itself, not a python below a shell
+wrapper or a data-loading worker, which would keep GPU memory. Both are needed: `kill -9` of everything named
+deepspeedlite takes the guardian too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import os
+import signal
+import time
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def become_subreaper() -> None:
+    """Adopt orphaned descendants of this process from now on."""
+    _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def die_with(launcher_pid: int) -> Callable[[], None]:
+    """What a rank runs between fork and exec: the kernel then kills it when the launcher dies.
+
+    The signal is tied to the thread that forked, so ranks must be started from the launcher's main thread.
+    """
+
+    def in_child() -> None:
+        _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if os.getppid() != launcher_pid:  # it died before the line above
+            os._exit(128 + signal.SIGKILL)
+
+    return in_child
+
+
+class Process(NamedTuple):
+    """One live process as /proc shows it."""
+
+    pid: int
+    parent: int
+    session: int
+
+
+def live_processes() -> list[Process]:
+    """Every process that is not a zombie."""
+    found = []
+    for name in os.listdir("/proc"):
+        if not name.isdigit():
+            continue
+        try:
+            with open(f"/proc/{name}/stat", "rb") as file:
+                stat = file.read()
+        except OSError:  # it ended while we looked
+            continue
+        # pid (any bytes, even parentheses) state parent group session ...
+        state, parent, _group, session = stat[stat.rindex(b")") + 2 :].split(maxsplit=4)[:4]
+        if state not in (b"Z", b"X"):
+            found.append(Process(int(name), int(parent), int(session)))
+    return found
+
+
+def descendants(root: int) -> set[int]:
+    """Live processes below `root`, itself excluded."""
+    children: dict[int, list[int]] = {}
+    for process in live_processes():
+        children.setdefault(process.parent, []).append(process.pid)
+    found: set[int] = set()
+    open_pids = [root]
+    while open_pids:
+        for child in children.get(open_pids.pop(), ()):
+            if child not in found:
+                found.add(child)
+                open_pids.append(child)
+    return found
+
+
+def in_sessions(sessions: Iterable[int]) -> set[int]:
+    """Live processes of these sessions."""
+    wanted = set(sessions)
+    return {process.pid for process in live_processes() if process.session in wanted}
+
+
+def send(pids: Iterable[int], number: int) -> None:
+    """Signal each process that still exists."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(pid, number)
+
+
+class Guardian:
+    """A forked process that outlives the launcher by a moment and kills the sessions it was told of.
+
+    Fork it before any thread starts.
+    """
+
+    def __init__(self) -> None:
+        read_end, self._write_end = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                _guard(read_end)
+            finally:
+                os._exit(0)
+        os.close(read_end)
+
+    def watch(self, session: int) -> None:
+        """Kill this session too if the launcher dies."""
+        self._tell(f"{session}\n")
+
+    def dismiss(self) -> None:
+        """All is ended in order: nothing is left to kill."""
+        self._tell("done\n")
+        os.close(self._write_end)
+
+    def _tell(self, line: str) -> None:
+        with contextlib.suppress(BrokenPipeError):  # someone killed it; the parent-death signal remains
+            os.write(self._write_end, line.encode())
+
+
+def _guard(read_end: int) -> None:
+    os.setsid()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    # Whoever reads the launcher's output must see it end with the launcher.
+    os.dup2(read_end, 0)
+    os.closerange(1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)
+    told = b""
+    while part := os.read(0, 4096):
+        told += part
+    words = told.split()
+    if b"done" in words:
+        return
+    sessions = [int(word) for word in words]
+    for _ in range(20):  # again and again: a process may be forking while the first kill goes round
+        left = in_sessions(sessions)
+        if not left:
+            return
+        send(left, signal.SIGKILL)
+        time.sleep(0.02)
