@@ -23,7 +23,7 @@ from deepspeedlite.engine import DeepSpeedEngine, EngineParts
 from deepspeedlite.errors import ConfigError, DistributedError, OptimizerError, UnsupportedError
 from deepspeedlite.log import log_dist, log_once, logger
 from deepspeedlite.optim.lr_schedules import build_scheduler
-from deepspeedlite.optim.registry import build_optimizer
+from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.watch import StepWatch
@@ -161,6 +161,8 @@ def _build_parts(
     model.to(device.torch_device)
     precision.convert(model)
     base = _make_base_optimizer(settings, model, optimizer, model_parameters)
+    if base is not None:
+        check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
     param_groups = [g["params"] for g in base.param_groups] if base is not None else [list(model.parameters())]
     trained = name_parameters(model, param_groups)
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)

@@ -22,7 +22,6 @@ import torch
 from deepspeedlite.errors import LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
 from deepspeedlite.optim.lamb import Lamb
-from deepspeedlite.optim.registry import check_flat_compatible
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.schedule import GradientSchedule
@@ -55,13 +54,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
     `optimizer`; `torch.optim.Optimizer.__init__` is not called, since there is nothing of its own to keep.
 
     Args:
-        optimizer: an elementwise torch optimizer (or this package's LAMB) whose params the schedule's units hold.
+        optimizer: one that `registry.check_flat_compatible` passes, whose params the schedule's units hold.
         schedule: the units and the state of their gradients.
         scaler: the loss scale in force.
         settings: clipping, overflow check, sub-group size.
 
     Raises:
-        UnsupportedError: the optimizer needs more than flat runs give.
         OptimizerError: it has state already, and parameters of one run differ in it (in their step counts, say).
     """
 
@@ -72,7 +70,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         scaler: LossScaler,
         settings: StepSettings,
     ) -> None:
-        check_flat_compatible(optimizer)
         self.optimizer = optimizer
         self.loss_scaler = scaler
         self.overflow = False
