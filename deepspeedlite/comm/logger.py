@@ -37,11 +37,16 @@ _BUS_FACTORS: Mapping[str, Callable[[int], float]] = {
 class CommsLoggerSettings(Protocol):
     """The config section `comms_logger`."""
 
-    enabled: bool
-    verbose: bool
-    prof_all: bool
-    prof_ops: Sequence[str]
-    debug: bool
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def verbose(self) -> bool: ...
+    @property
+    def prof_all(self) -> bool: ...
+    @property
+    def prof_ops(self) -> Sequence[str]: ...
+    @property
+    def debug(self) -> bool: ...
 
 
 @dataclass
