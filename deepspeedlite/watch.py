@@ -54,7 +54,7 @@ class StepWatch:
         every = config.steps_per_print
         self._every = int(every) if every and math.isfinite(every) else None
         self._device = device
-        self._wall_clock = bool(config.wall_clock_breakdown)
+        self._wall_clock = bool(config.wall_clock_breakdown or config.flops_profiler.enabled)
         self._memory = bool(config.memory_breakdown)
         self.timers = Timers(device, enabled=self._wall_clock)
         self.throughput = ThroughputTimer(batch_size, steps_per_output=self._every, device=device)

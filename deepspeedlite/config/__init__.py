@@ -1,0 +1,31 @@
+"""The configuration: what a DeepSpeed JSON file may say, what each key does here, and every mistake in it at once.
+
+    config = load_config("ds_config.json", world_size=8)
+    config.batch(8)                       # BatchSizes(train=64, micro=4, accumulation=2)
+    config.zero_optimization.stage        # sections and scalars under DeepSpeed's names
+
+`python -m deepspeedlite.config check FILE` does the same from a shell. features.py says what this release supports.
+"""
+
+from __future__ import annotations
+
+from deepspeedlite.config.base import KeyInfo, Section
+from deepspeedlite.config.batch import BatchSizes, solve_batch
+from deepspeedlite.config.features import FEATURES, Feature
+from deepspeedlite.config.load import load_config
+from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
+from deepspeedlite.errors import ConfigError
+
+__all__ = [
+    "ALL_SECTIONS",
+    "FEATURES",
+    "BatchSizes",
+    "ConfigError",
+    "DeepSpeedConfig",
+    "Feature",
+    "KeyInfo",
+    "Section",
+    "iter_keys",
+    "load_config",
+    "solve_batch",
+]

@@ -1,0 +1,333 @@
+"""`load_config`: from a source to a checked `DeepSpeedConfig`, or to one ConfigError with everything that is wrong.
+
+Stages, each adding to one list of faults: read (source), older spellings (legacy), placeholders, types and unknown
+keys (pydantic), features of this release (features), contradictions (rules), the batch triangle (batch). A value at
+fault is taken out and the rest checked again, so no mistake hides another.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import typing
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from deepspeedlite.config.base import Section, copy_tree, default_of, inner_section, kind_of, standing
+from deepspeedlite.config.batch import NAMES, batch_problem
+from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, nearest, raise_faults
+from deepspeedlite.config.legacy import RENAMED, Origin, modernise
+from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
+from deepspeedlite.config.rules import RULES
+from deepspeedlite.config.source import read_source
+from deepspeedlite.log import log_once
+
+AUTO_REMEDY = (
+    'give a value: "auto" is a placeholder that the Hugging Face Trainer or Accelerate replaces before it calls '
+    "`initialize`"
+)
+
+# Names that people write from memory of other tools, and what they are called here.
+OTHER_NAMES: dict[str, str] = {
+    "batch_size": "use train_batch_size (over all ranks) or train_micro_batch_size_per_gpu (one rank)",
+    "micro_batch_size": "use train_micro_batch_size_per_gpu",
+    "lr": "it goes into optimizer.params",
+    "learning_rate": "it goes into optimizer.params, as lr",
+    "max_grad_norm": "use gradient_clipping",
+    "clip_grad": "use gradient_clipping",
+    "fp32_allreduce": 'use communication_data_type: "fp32"',
+    "zero_stage": "use zero_optimization.stage",
+    "amp_opt_level": "use bf16, fp16 or torch_autocast",
+}
+
+
+class Examined(NamedTuple):
+    """What `examine` found: a name for messages, the model (of what is right), and the faults."""
+
+    origin: str
+    config: DeepSpeedConfig
+    faults: list[Fault]
+
+
+def load_config(
+    source: str | os.PathLike | Mapping[str, Any] | DeepSpeedConfig, world_size: int | None = None
+) -> DeepSpeedConfig:
+    """Read and check a configuration.
+
+    Args:
+        source: path of a JSON file, a dict (not changed), JSON in base64, or a configuration already loaded.
+        world_size: data-parallel ranks; if given, the batch sizes are solved for it too.
+
+    Raises:
+        ConfigError: lists every fault, one per line, with the key's full path, its value and the remedy.
+    """
+    if isinstance(source, DeepSpeedConfig):
+        if world_size is not None:
+            source.batch(world_size)
+        return source
+    origin, config, faults = examine(source, world_size)
+    if faults:
+        raise_faults(origin, faults)
+    for hint in config.hints:
+        log_once(f"configuration: {hint}")
+    return config
+
+
+def examine(source: Any, world_size: int | None = None) -> Examined:
+    """Do all of `load_config`'s work, and return faults instead of raising. Unreadable sources still raise."""
+    origin, raw, faults = read_source(source)
+    tree = typing.cast(dict[str, Any], copy_tree(raw))
+    moved = modernise(tree, faults)
+    found = _Findings(moved, faults)
+    _placeholders(tree, DeepSpeedConfig, (), found)
+    config = _validate(tree, found)
+    hints: dict[str, list[str]] = {}
+    _features(config, (), found, hints)
+    if world_size is not None:
+        _check_batch(config, world_size, found)
+    for rule in RULES:
+        paths = [tuple(name.split(".")) for name in rule.keys]
+        if not any(found.covers(path) for path in paths) and rule.broken(config):
+            found.add(paths[0], _value_at(tree, paths[0]), rule.problem, rule.remedy)
+    config._raw = raw
+    config._hints = tuple(f"{', '.join(keys)}: {note}" for note, keys in hints.items())
+    return Examined(origin, config, faults)
+
+
+class _Findings:
+    """The faults so far, by path: knows which keys are already at fault, and how the user spelled each."""
+
+    def __init__(self, moved: dict[KeyPath, Origin], faults: list[Fault]) -> None:
+        self.moved = moved
+        self.faults = faults
+        self.paths: set[KeyPath] = set()
+
+    def add(self, path: KeyPath, value: Any, problem: str, remedy: str = "") -> None:
+        """Record a fault unless the key, or one that holds it, has one."""
+        if self.covers(path):
+            return
+        self.paths.add(path)
+        written, value = self.as_written(path, value)
+        self.faults.append(Fault(written, value, problem, remedy))
+
+    def covers(self, path: KeyPath) -> bool:
+        """True if the key or an object that it is in is at fault."""
+        return any(path[:length] in self.paths for length in range(1, len(path) + 1))
+
+    def as_written(self, path: KeyPath, value: Any = MISSING) -> tuple[KeyPath, Any]:
+        """A key's path and value as they stand in the source."""
+        for length in range(len(path), 0, -1):
+            origin = self.moved.get(path[:length])
+            if origin is not None:
+                return (origin.path + path[length:], value) if origin.value is MISSING else origin
+        return path, value
+
+
+def _placeholders(node: Any, model: type[Section] | None, path: KeyPath, found: _Findings) -> None:
+    """Take out "auto" where no key allows it, NaN in free-form objects, and null where a section may stand."""
+    items = list(node.items()) if isinstance(node, dict) else list(enumerate(node))
+    for name, value in items:
+        where = (*path, name)
+        field = model.model_fields.get(str(name)) if model is not None and isinstance(node, dict) else None
+        inner = inner_section(field.annotation) if field is not None else model if isinstance(node, list) else None
+        if isinstance(value, str) and value == "auto" and not (field is not None and '"auto"' in kind_of(field)):
+            found.add(where, value, "is not a value", AUTO_REMEDY)
+        elif field is None and model is None and isinstance(value, float) and math.isnan(value):
+            found.add(where, value, "is not a number", "give a number")
+        elif value is None and field is not None and isinstance(default_of(field), Section):
+            del node[name]
+        elif isinstance(value, dict | list):
+            _placeholders(value, inner, where, found)
+    for bad in [place for place in found.paths if place[:-1] == path and len(place) == len(path) + 1]:
+        if isinstance(node, dict):
+            node.pop(bad[-1], None)
+
+
+def _validate(tree: dict[str, Any], found: _Findings) -> DeepSpeedConfig:
+    """Validate; record each error and take its key out until what is left is valid."""
+    while True:
+        try:
+            return DeepSpeedConfig.model_validate(tree)
+        except ValidationError as error:
+            faulty = [_explain(item, tree, found) for item in error.errors(include_url=False, include_context=False)]
+        for path in faulty:
+            _remove(tree, path)
+
+
+def _explain(item: Any, tree: dict[str, Any], found: _Findings) -> KeyPath:
+    """Record one of pydantic's errors in our words. Returns the path to take out before the next try."""
+    path: list[Any] = []
+    model: type[Section] | None = DeepSpeedConfig
+    owner: type[Section] = DeepSpeedConfig
+    field: FieldInfo | None = None
+    node: Any = tree
+    last = len(item["loc"]) - 1
+    for position, part in enumerate(item["loc"]):
+        if isinstance(node, dict) and (part in node or (item["type"] == "missing" and position == last)):
+            owner = model or owner
+            field = owner.model_fields.get(str(part))
+            model = inner_section(field.annotation) if field is not None else None
+        elif not (isinstance(node, list) and isinstance(part, int)):
+            continue  # the name of a union's arm
+        path.append(part)
+        node = node.get(part) if isinstance(node, dict) else node[part]
+    while path and isinstance(path[-1], int):
+        path.pop()
+    where = tuple(path)
+    value = _value_at(tree, where)
+    if item["type"] == "extra_forbidden":
+        found.add(where, value, "unknown key", _known_key(where, owner))
+    elif item["type"] == "missing":
+        doc = field.description if field is not None else ""
+        found.add(where, MISSING, "is not given", f"it names: {doc}")
+        return where[:-1]
+    elif field is not None:
+        found.add(where, value, f"must be {kind_of(field)}", _type_advice(value, field))
+    return where
+
+
+def _value_at(tree: Any, path: KeyPath) -> Any:
+    for part in path:
+        try:
+            tree = tree[part]
+        except (KeyError, IndexError, TypeError):
+            return MISSING
+    return tree
+
+
+def _remove(tree: Any, path: KeyPath) -> None:
+    while path and isinstance(path[-1], int):
+        path = path[:-1]
+    holder = _value_at(tree, path[:-1])
+    if isinstance(holder, dict):
+        holder.pop(path[-1], None)
+
+
+@functools.cache
+def _places() -> dict[str, list[str]]:
+    """Each key's name to the sections that have it."""
+    places: dict[str, list[str]] = {}
+    for info in iter_keys():
+        parent, _, name = info.path.rpartition(".")
+        places.setdefault(name, []).append(parent)
+    return places
+
+
+def _known_key(path: KeyPath, owner: type[Section]) -> str:
+    """What an unknown key was probably meant to be."""
+    name = str(path[-1])
+    parent = tuple(part for part in path[:-1] if isinstance(part, str))
+    known = {*owner.model_fields, *(old.old for old in RENAMED if old.parent == parent)}
+    elsewhere = [place for place in _places().get(name, ()) if place != ".".join(parent)]
+    match = nearest(name, known)
+    if name in OTHER_NAMES and not parent:
+        return OTHER_NAMES[name]
+    if len(elsewhere) == 1:
+        return f"it belongs in {elsewhere[0]}" if elsewhere[0] else "it belongs at the top level"
+    if match is not None:
+        return f"did you mean {dotted((*path[:-1], match))}?"
+    if "params" in owner.model_fields:
+        return f"parameters of the {dotted(path[:-1])} go into {dotted((*path[:-1], 'params'))}"
+    far = nearest(name, _places())
+    if far is not None:
+        place = _places()[far][0]
+        return f"did you mean {place}.{far}?" if place else f"did you mean {far}?"
+    return "remove it"
+
+
+def _type_advice(value: Any, field: FieldInfo) -> str:
+    """How a value of the wrong type may have come about."""
+    if value is None:
+        return "leave the key out for its default"
+    if not isinstance(value, str):
+        return ""
+    match = nearest(value, _words(field.annotation))
+    if match is not None:
+        return f'did you mean "{match}"?'
+    bare = value.strip()
+    if bare.lower() in ("true", "false", "null"):
+        return f"write {bare.lower()} without quotes"
+    try:
+        number = float(bare)
+    except ValueError:
+        return ""
+    return f"write {bare} without quotes" if math.isfinite(number) else ""
+
+
+def _words(annotation: Any) -> list[str]:
+    if typing.get_origin(annotation) is Literal:
+        return [word for word in typing.get_args(annotation) if isinstance(word, str)]
+    return [word for argument in typing.get_args(annotation) for word in _words(argument)]
+
+
+def _asks(value: Any, default: Any) -> bool:
+    """True if a refused key's value asks for its feature. Free-form objects may carry `enabled` switches."""
+    if value == default or (default is None and value is False):
+        return False
+    if isinstance(value, dict):
+        switches = list(_switches(value))
+        return any(switches) if switches else bool(value)
+    return True
+
+
+def _switches(node: Any) -> typing.Iterator[bool]:
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name == "enabled":
+                yield bool(value)
+            else:
+                yield from _switches(value)
+
+
+def _features(section: Section, path: KeyPath, found: _Findings, hints: dict[str, list[str]]) -> None:
+    """Refuse what this release does not do, and note the given keys that change nothing."""
+    for name, field in type(section).model_fields.items():
+        if name not in section.model_fields_set:
+            continue
+        where, value = (*path, name), getattr(section, name)
+        default = default_of(field)
+        status, note = standing(field, value)
+        if isinstance(value, Section):
+            by_presence = default is None and status == "refused"
+            _section_features(value, where, note if by_presence else "", found, hints)
+        elif status == "refused" and _asks(value, default):
+            found.add(where, value, note)
+        elif status == "hint":
+            hints.setdefault(note, []).append(dotted(found.as_written(where)[0]))
+        if isinstance(value, list):
+            for index, item in enumerate(value):
+                if isinstance(item, Section):
+                    _features(item, (*where, index), found, hints)
+
+
+def _section_features(
+    section: Section, path: KeyPath, refusal: str, found: _Findings, hints: dict[str, list[str]]
+) -> None:
+    """`refusal` is the note of a section whose mere presence asks for a feature that is refused."""
+    if section.switched_off():
+        return
+    if refusal:
+        found.add(path, MISSING, refusal)
+        return
+    if section.SWITCH is not None:
+        status, note = standing(type(section).model_fields[section.SWITCH])
+        if status == "refused":
+            found.add((*path, section.SWITCH), getattr(section, section.SWITCH), note)
+            return
+    _features(section, path, found, hints)
+
+
+def _check_batch(config: DeepSpeedConfig, world_size: int, found: _Findings) -> None:
+    paths: list[KeyPath] = [(name,) for name in NAMES]
+    if any(found.covers(path) for path in paths):
+        return
+    problem = batch_problem(
+        config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, world_size
+    )
+    if problem is not None:
+        found.faults.append(Fault((), MISSING, problem))
+        found.paths.update(paths)

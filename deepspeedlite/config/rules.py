@@ -1,0 +1,134 @@
+"""Contradictions: pairs of keys that are each right and cannot both be meant.
+
+A rule runs on the checked model and is skipped when one of its keys is already at fault, so one mistake is
+reported once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from deepspeedlite.config.root import DeepSpeedConfig
+from deepspeedlite.config.sections.zero import OffloadOptimizer, OffloadParam
+
+
+class Rule(NamedTuple):
+    """`broken(config)` is true when the keys contradict each other; the first key is the one to report."""
+
+    keys: tuple[str, ...]
+    broken: Callable[[DeepSpeedConfig], bool]
+    problem: str
+    remedy: str
+
+
+def _model_dtype(config: DeepSpeedConfig) -> str:
+    return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+
+
+def _batch_product_broken(config: DeepSpeedConfig) -> bool:
+    train, micro = config.train_batch_size, config.train_micro_batch_size_per_gpu
+    if train is None:
+        return False
+    return train % ((micro or 1) * (config.gradient_accumulation_steps or 1)) != 0
+
+
+def _nvme_without_path(section: OffloadParam | OffloadOptimizer) -> bool:
+    return section.device == "nvme" and not section.nvme_path
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        ("fp16.enabled", "bf16.enabled"),
+        lambda c: c.fp16.enabled and c.bf16.enabled,
+        "fp16 and bf16 are both enabled",
+        "enable one of them",
+    ),
+    Rule(
+        ("torch_autocast.enabled", "fp16.enabled"),
+        lambda c: c.torch_autocast.enabled and c.fp16.enabled,
+        "torch_autocast wants fp32 weights, and fp16 is enabled",
+        'disable fp16, and set torch_autocast.dtype to "fp16"',
+    ),
+    Rule(
+        ("torch_autocast.enabled", "bf16.enabled"),
+        lambda c: c.torch_autocast.enabled and c.bf16.enabled,
+        "torch_autocast wants fp32 weights, and bf16 is enabled",
+        'disable bf16, and set torch_autocast.dtype to "bf16"',
+    ),
+    Rule(
+        ("data_types.grad_accum_dtype", "fp16.enabled", "bf16.enabled"),
+        lambda c: c.data_types.grad_accum_dtype not in (None, "fp32", _model_dtype(c)),
+        "gradients accumulate in fp32 or in the model's own type, and this is neither",
+        'use "fp32", or enable the section of that type',
+    ),
+    Rule(
+        ("fp16.min_loss_scale", "fp16.initial_scale_power", "fp16.enabled", "fp16.loss_scale"),
+        lambda c: c.fp16.enabled and c.fp16.loss_scale == 0 and c.fp16.min_loss_scale > 2**c.fp16.initial_scale_power,
+        "is above the initial scale, 2 to the power of fp16.initial_scale_power",
+        "lower it or raise initial_scale_power",
+    ),
+    Rule(
+        ("optimizer.params.max_grad_norm", "optimizer"),
+        lambda c: c.optimizer is not None and "max_grad_norm" in c.optimizer.params,
+        "no optimizer clips gradients",
+        "use the top-level key gradient_clipping",
+    ),
+    Rule(
+        ("gradient_predivide_factor", "prescale_gradients"),
+        lambda c: c.prescale_gradients and c.gradient_predivide_factor != 1.0,
+        "prescale_gradients divides by the whole world size already, so this factor would be ignored",
+        "drop one of the two",
+    ),
+    Rule(
+        ("comms_logger.prof_ops", "comms_logger.prof_all", "comms_logger.enabled"),
+        lambda c: c.comms_logger.enabled and not c.comms_logger.prof_all and not c.comms_logger.prof_ops,
+        "nothing would be recorded: prof_all is false and no operation is listed",
+        'list operations, such as ["all_reduce"], or set prof_all to true',
+    ),
+    Rule(
+        ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"),
+        _batch_product_broken,
+        "is not a multiple of train_micro_batch_size_per_gpu x gradient_accumulation_steps, so no world size fits",
+        "change one of the three or leave it out",
+    ),
+    Rule(
+        ("zero_optimization.offload_param.device", "zero_optimization.stage"),
+        lambda c: c.zero_optimization.offload_param.device != "none" and c.zero_optimization.stage < 3,
+        "parameters can be offloaded only when they are sharded",
+        "set zero_optimization.stage to 3",
+    ),
+    Rule(
+        ("zero_optimization.offload_optimizer.device", "zero_optimization.stage"),
+        lambda c: c.zero_optimization.offload_optimizer.device != "none" and c.zero_optimization.stage < 1,
+        "the optimizer's state can be offloaded only when it is sharded",
+        "set zero_optimization.stage to 1, 2 or 3",
+    ),
+    Rule(
+        ("zero_optimization.offload_param.nvme_path", "zero_optimization.offload_param.device"),
+        lambda c: (
+            c.zero_optimization.offload_param.device == "nvme" and not c.zero_optimization.offload_param.nvme_path
+        ),
+        'is needed when device is "nvme"',
+        "give a directory on the drive",
+    ),
+    Rule(
+        ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_optimizer.device"),
+        lambda c: _nvme_without_path(c.zero_optimization.offload_optimizer),
+        'is needed when device is "nvme"',
+        "give a directory on the drive",
+    ),
+    Rule(
+        (
+            "activation_checkpointing.contiguous_memory_optimization",
+            "activation_checkpointing.partition_activations",
+            "activation_checkpointing.number_checkpoints",
+        ),
+        lambda c: (
+            c.activation_checkpointing.contiguous_memory_optimization
+            and not (c.activation_checkpointing.partition_activations and c.activation_checkpointing.number_checkpoints)
+        ),
+        "needs partition_activations and number_checkpoints",
+        "set both, or set it to false",
+    ),
+)

@@ -1,0 +1,73 @@
+"""Number formats: `fp16` and its loss scaling, `bf16`, `torch_autocast`, and `data_types`."""
+
+from typing import Annotated, Literal
+
+from pydantic import BeforeValidator
+
+from deepspeedlite.config.base import Dtype, Flag, Int, Number, Section, Text, _dtype, key
+
+HalfDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)]
+
+
+class Fp16(Section):
+    """fp16 weights and gradients, fp32 masters, and a loss scale that keeps small gradients from vanishing."""
+
+    SWITCH = "enabled"
+
+    enabled: Flag = key(False, "Train in fp16 with fp32 master weights.")
+    auto_cast: Flag = key(False, "Convert floating-point inputs of the model to fp16.")
+    loss_scale: Number = key(0.0, "A fixed factor on the loss; 0 lets it adapt (dynamic loss scaling).", ge=0)
+    initial_scale_power: Int = key(16, "The dynamic scale starts at 2 to this power.", ge=0, le=127)
+    loss_scale_window: Int = key(1000, "Steps without overflow after which the dynamic scale doubles.", ge=1)
+    hysteresis: Int = key(2, "Overflows that are tolerated before the dynamic scale is halved.", ge=1)
+    consecutive_hysteresis: Flag = key(False, "Any step without overflow restores the tolerance in full.")
+    min_loss_scale: Int = key(1, "The dynamic scale never goes below this; overflowing there is an error.", ge=1)
+    fp16_master_weights_and_grads: Flag = key(
+        False, "Keep master weights and gradients in fp16.", feature="low_precision_masters"
+    )
+
+
+class Bf16(Section):
+    """bf16 weights and gradients with fp32 masters; the range of fp32, so no loss scale."""
+
+    SWITCH = "enabled"
+
+    enabled: Flag = key(False, "Train in bf16 with fp32 master weights.")
+    check_grad_overflow: Flag = key(True, "Skip a step whose gradients hold an infinity or NaN.")
+    immediate_grad_update: Flag = key(
+        False,
+        "Add a gradient to its accumulator as soon as it is computed.",
+        status="hint",
+        note="is what always happens: gradients accumulate in place",
+    )
+    bf16_master_weights_and_grads: Flag = key(
+        False, "Keep master weights and gradients in bf16.", feature="low_precision_masters"
+    )
+    bf16_optimizer_states: Flag = key(False, "Keep the optimizer's moments in bf16.", feature="low_precision_masters")
+
+
+class TorchAutocast(Section):
+    """fp32 weights; `torch.autocast` chooses a lower precision operation by operation."""
+
+    SWITCH = "enabled"
+
+    enabled: Flag = key(False, "Run the forward pass under torch.autocast.")
+    dtype: HalfDtype = key("bf16", "The lower precision.")
+    lower_precision_safe_modules: list[Text] | None = key(
+        None,
+        "Module classes, by full name, whose gradients are reduced in the lower precision; null: torch's own "
+        "Linear and convolutions.",
+        status="hint",
+        note="changes nothing: gradients are reduced in the parameters' dtype, or in communication_data_type",
+    )
+
+
+class DataTypes(Section):
+    """Types of what the engine stores for itself."""
+
+    grad_accum_dtype: Dtype | None = key(None, "Type in which gradients accumulate; null: the model's own.")
+    param_dtype: Dtype | None = key(None, "Type to convert parameters to.", feature="cast_types")
+    buffer_dtype: Dtype | None = key(None, "Type to convert buffers to.", feature="cast_types")
+    keep_in_fp32_modules: Literal["auto"] | list[Text] = key(
+        "auto", "Name patterns of modules whose buffers stay fp32.", feature="cast_types"
+    )

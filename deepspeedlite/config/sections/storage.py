@@ -1,0 +1,70 @@
+"""What is written to disks and what is recomputed: `aio`, `checkpoint`, `activation_checkpointing`."""
+
+from typing import Annotated, Literal
+
+from deepspeedlite.config.base import AnyCase, Flag, Int, Section, key, part
+
+
+class Aio(Section):
+    """Asynchronous file access, used by NVMe offload."""
+
+    FEATURE = "aio"
+
+    block_size: Int = key(1_048_576, "Bytes per request.", ge=1)
+    queue_depth: Int = key(8, "Requests in flight.", ge=1)
+    intra_op_parallelism: Int = key(1, "Threads that share one read or write.", ge=1)
+    single_submit: Flag = key(False, "Submit requests one by one.")
+    overlap_events: Flag = key(True, "Submit without waiting for earlier requests.")
+    use_gds: Flag = key(False, "Move data between NVMe and GPU directly (GPUDirect Storage).")
+
+
+class ParallelWrite(Section):
+    """Sharing the work of writing a checkpoint."""
+
+    FEATURE = "checkpoint"
+
+    pipeline_stage: Flag = key(False, "Pipeline stages write in parallel.")
+
+
+class CheckpointWriter(Section):
+    """How a checkpoint's bytes reach the disk."""
+
+    FEATURE = "checkpoint"
+
+    type: Annotated[Literal["mock", "python", "fast"], AnyCase] = key("fast", "The writer.")
+    io_buffer_size: Int = key(67_108_864, "Bytes of buffer.", ge=1)
+    io_buffer_double: Flag = key(True, "Fill one buffer while another is written.")
+    show_statistics: Flag = key(False, "Log throughput.")
+    data_parallel: Annotated[Literal["replica", "socket", "machine"] | None, AnyCase] = key(
+        None, "Which data-parallel ranks share the writing."
+    )
+    decoupled: Flag = key(False, "Write in the background.")
+    io_multiplier: Int = key(1, "Writers per rank.", ge=1)
+
+
+class Checkpoint(Section):
+    """Saving and loading."""
+
+    FEATURE = "checkpoint"
+
+    tag_validation: Annotated[Literal["ignore", "warn", "fail"], AnyCase] = key(
+        "warn", "What to do when ranks save under different tags."
+    )
+    load_universal: Flag = key(False, "Load a checkpoint that was converted for any world size.")
+    use_node_local_storage: Flag = key(False, "Nodes share no file system: each keeps its own shards.")
+    checkpoint_serialization: Flag = key(True, "Use DeepSpeed's zip format for tensors.")
+    parallel_write: ParallelWrite = part(ParallelWrite, "Parallel writing.")
+    writer: CheckpointWriter | None = key(None, "The writer; null: the plain one.")
+
+
+class ActivationCheckpointing(Section):
+    """Recomputing activations in backward instead of keeping them."""
+
+    FEATURE = "activation_checkpointing"
+
+    partition_activations: Flag = key(False, "Shard kept activations over model-parallel ranks.")
+    cpu_checkpointing: Flag = key(False, "Keep checkpointed inputs in CPU memory.")
+    contiguous_memory_optimization: Flag = key(False, "Keep sharded activations in one buffer.")
+    number_checkpoints: Int | None = key(None, "How many checkpoints that buffer holds.", ge=1)
+    synchronize_checkpoint_boundary: Flag = key(False, "Synchronize the device at every boundary.")
+    profile: Flag = key(False, "Log the time of every checkpointed function.")
