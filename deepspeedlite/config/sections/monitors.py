@@ -72,7 +72,7 @@ class FlopsProfiler(Section):
 
     enabled: Flag = key(False, "Profile. Turns wall_clock_breakdown on.")
     recompute_fwd_factor: Number = key(0.0, "Share of the forward pass that backward recomputes.", ge=0)
-    profile_step: Int = key(1, "Global step to profile; allow a few for warming up.", ge=1)
+    profile_step: Int = key(1, "Global step to profile; allow a few for warming up.", ge=0)
     module_depth: Int = key(-1, "Depth to which modules are listed; -1: all.", ge=-1)
     top_modules: Int = key(1, "Modules listed per depth in the summary.", ge=1)
     detailed: Flag = key(True, "Print the whole module tree too.")
