@@ -112,9 +112,9 @@ class ShardUnit:
         self._attach()
         self._filled = [False] * len(self.params)
         self._arrivals = [0] * len(self.params)
-        # How often each gradient arrives in one pass is learnt from the passes before: a parameter used in several
-        # reentrant checkpoints comes several times. Until the first pass is over nothing counts as complete.
-        self._expected: list[int] | None = None
+        # How often each gradient arrives in one pass is learnt from the passes before (0: never seen): a parameter used
+        # in several reentrant checkpoints comes several times. One never seen keeps its unit open until the pass ends.
+        self._expected = [0] * len(self.params)
         self._missing = 0
         self._scale = 1.0
         self._prescaled = False
@@ -179,7 +179,7 @@ class ShardUnit:
     @property
     def complete(self) -> bool:
         """Whether every gradient known to come in this pass has come."""
-        return self._expected is not None and self._missing <= 0
+        return self._missing <= 0
 
     @torch.no_grad()
     def _arrived(self, index: int, param: torch.Tensor) -> None:
@@ -204,7 +204,7 @@ class ShardUnit:
         self._filled[index] = True
         self.state = GradState.LOCAL
         self._arrivals[index] += 1
-        if self._expected is not None and self._arrivals[index] == self._expected[index]:
+        if self._arrivals[index] == self._expected[index]:
             self._missing -= 1
             if self._missing == 0:
                 self._on_complete()
@@ -234,8 +234,7 @@ class ShardUnit:
         if not self._in_pass:
             return
         self._in_pass = False
-        expected = self._expected or [1] * len(self.params)
-        self._expected = [max(known, seen) for known, seen in zip(expected, self._arrivals)]
+        self._expected = [max(known, seen) for known, seen in zip(self._expected, self._arrivals)]
         if self.grad_dtype != self.dtype:
             return
         everything = self.state is GradState.AVERAGED
