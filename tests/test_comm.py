@@ -307,12 +307,30 @@ comm.destroy_process_group()
 """
 
 
+# Rank 1's script is over while its collective is under way. The result arrives while `sum`, the last thing before the
+# interpreter is finalised, holds the lock that gloo's thread needs to drop the tensor.
+LEAVES_EARLY = """
+import atexit
+atexit.register(sum, range(60_000_000))  # the first to be registered is the last to run
+import time, torch, torch.distributed as dist
+from deepspeedlite import comm
+comm.init_distributed()
+if comm.get_rank() == 1:
+    dist.all_reduce(torch.ones(4), async_op=True)
+else:
+    time.sleep(0.5)
+    x = torch.ones(4)
+    dist.all_reduce(x)
+    print("rank 0 has", x.sum().item())
+"""
+
+
 @pytest.fixture
 def run_script(tmp_path: Path) -> Callable[..., tuple[list[str], str]]:
     """Start the script with a launcher's command line; its sorted lines, and its log."""
-    (tmp_path / "script.py").write_text(SCRIPT)
 
-    def run(*launcher: str) -> tuple[list[str], str]:
+    def run(*launcher: str, script: str = SCRIPT) -> tuple[list[str], str]:
+        (tmp_path / "script.py").write_text(script)
         environ = {k: v for k, v in os.environ.items() if k not in LAUNCHERS}
         environ.update(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT), DS_ACCELERATOR="cpu")
         command = [*(launcher or (sys.executable,)), str(tmp_path / "script.py")]
@@ -339,6 +357,13 @@ def test_torchrun(run_script: Callable[..., tuple[list[str], str]]) -> None:
     lines, log = run_script(*launcher)
     assert lines == TWO_RANKS
     assert log.count("2 rank(s), gloo on cpu, found by torchrun") == 1
+
+
+def test_the_interpreter_ends_after_the_process_group(run_script: Callable[..., tuple[list[str], str]]) -> None:
+    """A rank that ends with a collective under way does not abort, and does not fail the others."""
+    launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    lines, _ = run_script(*launcher, script=LEAVES_EARLY)
+    assert lines == ["rank 0 has 8.0"]
 
 
 def test_open_mpi(run_script: Callable[..., tuple[list[str], str]]) -> None:

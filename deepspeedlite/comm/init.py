@@ -10,10 +10,12 @@ names whom it waits for every 30 s, and the error names the ranks that never cam
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import os
 import socket
+import sys
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -64,6 +66,8 @@ def init_distributed(
             rank, rank 0 unreachable, a backend that this torch lacks.
     """
     _configure_logger(config)
+    atexit.unregister(_leave)
+    atexit.register(_leave)
     if dist.is_initialized():
         _check_existing(rank, world_size)
         return
@@ -97,6 +101,19 @@ def init_distributed(
     if verbose:
         where = f", rank 0 at {_address(world)}" if world.master_addr else ""
         log_dist(f"distributed: {world.world_size} rank(s), {backend} on {device.name}, found by {world.source}{where}")
+
+
+def _leave() -> None:
+    """End the process group while the interpreter still runs.
+
+    [Note: gloo's threads and the interpreter's end]
+    A gloo thread drops its finished work, and with it tensors that Python owns, a moment after `wait` has returned. If
+    the interpreter is being finalised by then, the thread cannot take the lock it needs, is unwound through C++ that
+    does not expect it, and the process aborts after a training that went well. Destroying the group joins the threads.
+    After an uncaught exception that would wait for ranks that are stuck in a collective with us, so it is left out.
+    """
+    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+        dist.destroy_process_group()
 
 
 def default_timeout() -> timedelta:
