@@ -6,10 +6,18 @@ arguments count within the group. Each collective runs in place on buffers that 
 
 Averages: NCCL averages while reducing. gloo cannot, so there the input is divided by the number of ranks first, in
 place, as torch's DistributedDataParallel does; the results of the two differ by rounding only.
+
+[Note: shards on gloo]
+gloo's own reduce-scatter and all-gather move the whole buffer several times through one thread. Here every rank sends
+each other rank its piece directly, which is the least that can be sent, and a reduce-scatter adds up the pieces it was
+sent in rank order, in fp32 for 16-bit gradients. Measured on 136 MB and 2 ranks: 104 ms instead of 390 and 66 instead
+of 291, beside 160 ms for an all-reduce.
 """
 
 from __future__ import annotations
 
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -22,11 +30,31 @@ _T = TypeVar("_T")
 _SUMS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
 
+# gloo's finished collectives that Python holds on to: see the note on the interpreter's end in `comm.init`.
+_KEPT: deque[Any] = deque(maxlen=4)
+
+
 class Work(Protocol):
     """A collective under way. Its buffers may be touched again after `wait` (on GPUs: by the current stream)."""
 
     def wait(self) -> Any:
         """Wait for completion; raises what the backend raises when a rank is gone."""
+
+
+class _Pieces:
+    """Messages to and from every other rank, and what is done when all have come."""
+
+    def __init__(self, messages: Sequence[Any], then: Callable[[], None] | None = None) -> None:
+        self._messages, self._then = messages, then
+
+    def wait(self) -> None:
+        """Wait for all messages; the second time there is nothing to wait for."""
+        messages, self._messages = self._messages, ()
+        for message in messages:
+            message.wait()
+        then, self._then = self._then, None
+        if then is not None:
+            then()
 
 
 class Group:
@@ -72,20 +100,12 @@ class Group:
         reduce_op = self._reduce_op(op, tensor)
         if self.size == 1:
             return None
-        if self.logger.enabled:
-            with self.logger.measure("all_reduce", tensor, self.size) as measured:
-                return measured.finish(dist.all_reduce(tensor, reduce_op, self.process_group, async_op))
-        return dist.all_reduce(tensor, reduce_op, self.process_group, async_op)
+        return self._run("all_reduce", tensor, async_op, lambda: self._kept(dist.all_reduce, tensor, reduce_op))
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> None:
         """Give every rank the values that `tensor` has on rank `src` of this group."""
-        if self.size == 1:
-            return
-        if self.logger.enabled:
-            with self.logger.measure("broadcast", tensor, self.size):
-                dist.broadcast(tensor, group=self.process_group, group_src=src)
-            return
-        dist.broadcast(tensor, group=self.process_group, group_src=src)
+        if self.size > 1:
+            self._run("broadcast", tensor, False, lambda: self._kept(dist.broadcast, tensor, group_src=src))
 
     def all_gather_into(self, out: torch.Tensor, shard: torch.Tensor, async_op: bool = False) -> Work | None:
         """Concatenate every rank's `shard` (S elements) in rank order into `out` (size * S elements).
@@ -95,10 +115,15 @@ class Group:
         if self.size == 1:
             _copy_unless_same(out, shard)
             return None
-        if self.logger.enabled:
-            with self.logger.measure("all_gather_into_tensor", out, self.size) as measured:
-                return measured.finish(dist.all_gather_into_tensor(out, shard, self.process_group, async_op))
-        return dist.all_gather_into_tensor(out, shard, self.process_group, async_op)
+
+        def start() -> Work:
+            if self.backend != "gloo":
+                return self._kept(dist.all_gather_into_tensor, out, shard)
+            pieces = out.view(self.size, shard.numel())
+            _copy_unless_same(pieces[self.rank], shard)
+            return _Pieces(self._exchange([shard] * self.size, list(pieces)))
+
+        return self._run("all_gather_into_tensor", out, async_op, start)
 
     def reduce_scatter_into(
         self, out_shard: torch.Tensor, full: torch.Tensor, op: str = "sum", async_op: bool = False
@@ -112,12 +137,17 @@ class Group:
         if self.size == 1:
             _copy_unless_same(out_shard, full)
             return None
-        if self.logger.enabled:
-            with self.logger.measure("reduce_scatter_tensor", full, self.size) as measured:
-                return measured.finish(
-                    dist.reduce_scatter_tensor(out_shard, full, reduce_op, self.process_group, async_op)
-                )
-        return dist.reduce_scatter_tensor(out_shard, full, reduce_op, self.process_group, async_op)
+
+        def start() -> Work:
+            if self.backend != "gloo" or reduce_op != dist.ReduceOp.SUM:
+                return self._kept(dist.reduce_scatter_tensor, out_shard, full, reduce_op)
+            pieces = list(full.view(self.size, out_shard.numel()))
+            arriving = torch.empty(self.size - 1, pieces[0].numel(), dtype=full.dtype, device=full.device)
+            inbox = list(arriving)
+            inbox.insert(self.rank, pieces[self.rank])
+            return _Pieces(self._exchange(pieces, inbox), lambda: _sum_into(out_shard, inbox))
+
+        return self._run("reduce_scatter_tensor", full, async_op, start)
 
     def all_gather_objects(self, obj: _T) -> list[_T]:
         """Every rank's object, in rank order. Objects are pickled: trusted ranks and small objects only."""
@@ -140,11 +170,36 @@ class Group:
         if self.size == 1:
             return
         devices = [torch.cuda.current_device()] if "nccl" in self.backend else None
-        if self.logger.enabled:
-            with self.logger.measure("barrier", None, self.size):
-                dist.barrier(self.process_group, device_ids=devices)
-            return
-        dist.barrier(self.process_group, device_ids=devices)
+        self._run("barrier", None, False, lambda: self._kept(dist.barrier, device_ids=devices))
+
+    def _run(self, name: str, tensor: torch.Tensor | None, async_op: bool, start: Callable[[], Work]) -> Work | None:
+        if not self.logger.enabled:
+            work = start()
+            if async_op:
+                return work
+            work.wait()
+            return None
+        with self.logger.measure(name, tensor, self.size) as measured:
+            work = start()
+            if async_op:
+                return measured.finish(work)
+            work.wait()
+            return None
+
+    def _kept(self, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Work:
+        work = collective(*tensors, group=self.process_group, async_op=True, **options)
+        if self.backend == "gloo":
+            _KEPT.append(work)
+        return work
+
+    def _exchange(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor]) -> list[Any]:
+        """Send `outbox[r]` to every other rank r and receive `inbox[r]` from it."""
+        others = [(self.rank + step) % self.size for step in range(1, self.size)]
+        if not outbox[0].numel():
+            return []
+        receives = [dist.irecv(inbox[rank], group=self.process_group, group_src=rank) for rank in others]
+        sends = [dist.isend(outbox[rank], group=self.process_group, group_dst=rank) for rank in others]
+        return receives + sends
 
     def _reduce_op(self, op: str, tensor: torch.Tensor) -> dist.ReduceOp.RedOpType:
         if op not in _SUMS:
@@ -155,6 +210,17 @@ class Group:
             tensor.div_(self.size)
             return dist.ReduceOp.SUM
         return _SUMS[op]
+
+
+def _sum_into(out: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
+    """The pieces' sum in the order given, accumulated in fp32 where they are 16-bit. `out` may be one of them."""
+    if len(pieces) == 2:
+        torch.add(pieces[0], pieces[1], out=out)
+        return
+    total = pieces[0].float() if pieces[0].dtype.itemsize < 4 else pieces[0].clone()
+    for piece in pieces[1:]:
+        total += piece
+    out.copy_(total)
 
 
 def _copy_unless_same(out: torch.Tensor, source: torch.Tensor) -> None:

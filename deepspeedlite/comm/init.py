@@ -16,6 +16,7 @@ import dataclasses
 import os
 import socket
 import sys
+import time
 from collections.abc import Mapping
 from datetime import timedelta
 from typing import Any
@@ -32,6 +33,7 @@ from deepspeedlite.log import log_dist
 
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
 _DEFAULT_TIMEOUT_MIN = 10.0
+_THREADS_FINISH_S = 0.05
 _MPI_SOURCES = ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
 
 
@@ -107,12 +109,17 @@ def _leave() -> None:
     """End the process group while the interpreter still runs.
 
     [Note: gloo's threads and the interpreter's end]
-    A gloo thread drops its finished work, and with it tensors that Python owns, a moment after `wait` has returned. If
-    the interpreter is being finalised by then, the thread cannot take the lock it needs, is unwound through C++ that
-    does not expect it, and the process aborts after a training that went well. Destroying the group joins the threads.
-    After an uncaught exception that would wait for ranks that are stuck in a collective with us, so it is left out.
+    A gloo thread drops a finished collective, and with it tensors that Python owns, a moment after `wait` has returned.
+    If Python (before 3.14) is being finalised by then, the thread cannot take the interpreter's lock, is unwound
+    through C++ that does not expect it, and the process aborts after a training that went well. `Group` keeps its last
+    collectives, so that the thread's reference is not the last one. For those that users start through torch itself,
+    the lock is given up here for long enough, and after a clean run destroying the group joins the threads where
+    nothing in torch holds on to it. After an exception that could wait for ranks that wait for this one.
     """
-    if dist.is_initialized() and getattr(sys, "last_value", None) is None:
+    if not dist.is_initialized():
+        return
+    time.sleep(_THREADS_FINISH_S)
+    if getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()
 
 
