@@ -16,9 +16,9 @@ scale are applied to the parameters' gradients as they arrive: the same result, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -32,8 +32,10 @@ from deepspeedlite.log import log_once, logger
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.precision import LossScaler, Precision, cast_floating
 from deepspeedlite.watch import StepReport, StepWatch
+from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.values import FlatValues
 
 ROUTE_TRAIN = "train"
 
@@ -53,23 +55,10 @@ class EngineParts:
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
     watch: StepWatch
+    parameters: ParameterSchedule | None = None  # where parameters are sharded
+    frozen: Sequence[FlatValues] = ()  # sharded values that are not trained
     mpu: Any = None
     collate_fn: Callable[..., Any] | None = None
-
-
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a model's output: tensors, and lists, tuples, mappings and dataclasses of them at any depth."""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name))
 
 
 def _widen(loss: torch.Tensor) -> torch.Tensor:
@@ -95,6 +84,9 @@ class DeepSpeedEngine(torch.nn.Module):
         self._batch = parts.batch
         self._schedule = parts.schedule
         self._schedule.on_unannounced = self._announce_backward
+        self._gathering = parts.parameters
+        if self._gathering is not None:
+            self._schedule.on_pass_end = self._gathering.end_backward
         self._scaler = parts.scaler
         self._watch = parts.watch
         self.micro_steps = 0
@@ -126,14 +118,18 @@ class DeepSpeedEngine(torch.nn.Module):
         self._check_alive("forward")
         if self._schedule.in_backward and torch._C._current_graph_task_id() == -1:
             log_once("a backward pass was left by an exception; its gradients are dropped")
-            self._schedule.clear()
+            self._abandon_backward()
         precision, recording = self._parts.precision, torch.is_grad_enabled()
         watched = self._watch.forward_pass(self.global_steps, self.training and recording)
         if precision.cast_inputs and precision.model_dtype is not None:
             inputs = cast_floating(inputs, precision.model_dtype)
             kwargs = cast_floating(kwargs, precision.model_dtype)
+        if self._gathering is not None:
+            self._gathering.begin_forward()
         with watched, precision.autocast(self.device.type):
             outputs = self.module(*inputs, **kwargs)
+        if self._gathering is not None and not recording:
+            self._gathering.release()
         if recording:
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
@@ -166,8 +162,7 @@ class DeepSpeedEngine(torch.nn.Module):
                 factor = share * self._scaler.scale
                 (_widen(loss) * factor if factor != 1.0 else loss).backward(retain_graph=retain_graph)
             except BaseException:
-                self._loss_is_scaled = False
-                self._schedule.clear()
+                self._abandon_backward()
                 raise
             self._end_backward()
         return loss.detach() * share if share != 1.0 else loss.detach()
@@ -249,13 +244,23 @@ class DeepSpeedEngine(torch.nn.Module):
                 "loss.backward() under fp16 scales gradients only as they reach the parameters; "
                 "engine.backward(loss) or engine.scale(loss).backward() also protects those on the way",
             )
-        self._schedule.begin_backward(scale, reduce=self.is_gradient_accumulation_boundary() and not self._in_no_sync)
+        boundary = self.is_gradient_accumulation_boundary() or self._parts.plan.shard_grads
+        if self._gathering is not None:
+            self._gathering.begin_backward()
+        self._schedule.begin_backward(scale, reduce=boundary and not self._in_no_sync)
+
+    def _abandon_backward(self) -> None:
+        self._loss_is_scaled = False
+        self._schedule.clear()
+        if self._gathering is not None:
+            self._gathering.abandon()
 
     def _end_backward(self) -> None:
         self._loss_is_scaled = False
         self._schedule.end_backward()
 
     def _announce_backward(self, grad: torch.Tensor | None = None) -> None:
+        self._schedule.note_pass()
         if not self._schedule.in_backward and not self._destroyed:
             self._begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
@@ -434,7 +439,11 @@ class DeepSpeedEngine(torch.nn.Module):
         if self._destroyed:
             return
         self._destroyed = True
+        if self._gathering is not None:
+            self._gathering.close()
         self._schedule.close()
+        for values in self._parts.frozen:
+            values.close()
         self._load_hook.remove()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -18,6 +18,7 @@ import torch
 from deepspeedlite import comm
 from deepspeedlite.comm import Group
 from deepspeedlite.config import DeepSpeedConfig, load_config
+from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.device import pick_device
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
 from deepspeedlite.errors import ConfigError, DistributedError, OptimizerError, UnsupportedError
@@ -27,10 +28,21 @@ from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.watch import StepWatch
+from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
+from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import ReducePolicy
-from deepspeedlite.zero.wrap import name_parameters, reverse_buckets
+from deepspeedlite.zero.values import FlatValues, full_shape, owner_of
+from deepspeedlite.zero.wrap import (
+    FROZEN,
+    NamedParameter,
+    frozen_parameters,
+    module_buckets,
+    name_parameters,
+    reverse_buckets,
+    split_persistent,
+)
 
 Parameters = Iterable[Any]
 
@@ -167,25 +179,69 @@ def _build_parts(
     trained = name_parameters(model, param_groups)
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
     zero = settings.zero_optimization
-    schedule = GradientSchedule(
-        reverse_buckets(trained, zero.reduce_bucket_size),
-        ReducePolicy(
-            group,
-            prescale_gradients=settings.prescale_gradients,
-            predivide_factor=settings.gradient_predivide_factor,
-            wire_dtype=_dtype(settings.communication_data_type),
-        ),
-        grad_dtype=precision.grad_dtype,
-        overlap=zero.overlap_comm is not False,
-        shard_count=plan.shard_count(group.size),
+    mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
+    buckets, frozen = _make_buckets(zero, plan, model, trained)
+    policy = ReducePolicy(
+        group,
+        prescale_gradients=settings.prescale_gradients,
+        predivide_factor=settings.gradient_predivide_factor,
+        wire_dtype=_dtype(settings.communication_data_type),
     )
-    _broadcast_state(model, schedule, {id(entry.param) for entry in trained}, group)
+    schedule = GradientSchedule(
+        buckets, policy, plan=plan, grad_dtype=precision.grad_dtype, overlap=zero.overlap_comm is not False
+    )
+    frozen_values = [FlatValues(bucket, group, sharded=True) for bucket in frozen]
+    sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
+    _broadcast_state(model, [*schedule.units, *frozen_values], group)
+    parameters = (
+        ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
+    )
     scaler = make_loss_scaler(settings, precision)
-    step_settings = StepSettings(settings.gradient_clipping, precision.check_overflow)
+    step_settings = StepSettings(settings.gradient_clipping, precision.check_overflow, zero.sub_group_size)
     wrapped = ShardedOptimizer(base, schedule, scaler, step_settings) if base is not None else None
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
-    return EngineParts(settings, batch, device, group, plan, precision, scaler, schedule, wrapped, scheduler, watch)
+    return EngineParts(
+        settings,
+        batch,
+        device,
+        group,
+        plan,
+        precision,
+        scaler,
+        schedule,
+        wrapped,
+        scheduler,
+        watch,
+        parameters=parameters,
+        frozen=frozen_values,
+    )
+
+
+def _make_buckets(
+    zero: ZeroOptimization, plan: ShardingPlan, model: torch.nn.Module, trained: Sequence[NamedParameter]
+) -> tuple[list[tuple[list[NamedParameter], bool]], list[list[NamedParameter]]]:
+    """The parameters of each unit in launch order with whether its values are sharded; those of each frozen one."""
+    if not plan.shard_params:
+        return [(bucket, False) for bucket in reverse_buckets(trained, zero.reduce_bucket_size)], []
+    everyone = [*trained, *frozen_parameters(model, trained)]
+    held = {id(param) for param in model.parameters()}
+    persistent, sharded = split_persistent(
+        everyone, held, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
+    )
+    by_module = module_buckets(model, sharded, get_z3_leaf_modules(model))
+    buckets = [(bucket, True) for bucket in by_module if bucket[0].group != FROZEN]
+    small = [entry for entry in persistent if entry.group != FROZEN]
+    buckets += [(bucket, False) for bucket in reverse_buckets(small, zero.reduce_bucket_size)]
+    return buckets, [bucket for bucket in by_module if bucket[0].group == FROZEN]
+
+
+def _gather_limits(zero: ZeroOptimization) -> GatherLimits:
+    return GatherLimits(
+        prefetch_numel=zero.stage3_prefetch_bucket_size,
+        max_live_numel=zero.stage3_max_live_parameters,
+        max_reuse_numel=zero.stage3_max_reuse_distance,
+    )
 
 
 def _dtype(name: str | None) -> torch.dtype | None:
@@ -280,7 +336,7 @@ def _warn_left_out(model: torch.nn.Module, trained: set[int], base: torch.optim.
 
 def _check_same_model(model: torch.nn.Module, group: Group) -> None:
     """Raise on every rank if the ranks' models differ in a parameter's or buffer's name, shape or dtype."""
-    mine = [f"{name} {tuple(t.shape)} {t.dtype}" for name, t in _all_state(model)]
+    mine = [f"{name} {tuple(full_shape(t))} {t.dtype}" for name, t in _all_state(model)]
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     digests = group.all_gather_objects(digest)
     if len(set(digests)) == 1:
@@ -299,11 +355,12 @@ def _all_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _broadcast_state(model: torch.nn.Module, schedule: GradientSchedule, in_units: set[int], group: Group) -> None:
-    for unit in schedule.units:
-        unit.broadcast_values()
+def _broadcast_state(model: torch.nn.Module, owners: Sequence[FlatValues], group: Group) -> None:
+    """Give every rank what rank 0 has: flat values, and the parameters and buffers outside them."""
+    for owner in owners:
+        owner.broadcast_values()
     for _, tensor in _all_state(model):
-        if id(tensor) not in in_units and tensor.numel() > 0:
+        if owner_of(tensor) is None and tensor.numel() > 0:
             whole = tensor.data.contiguous()
             group.broadcast(whole, src=0)
             if whole.data_ptr() != tensor.data_ptr():
@@ -311,7 +368,7 @@ def _broadcast_state(model: torch.nn.Module, schedule: GradientSchedule, in_unit
 
 
 def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
-    trained_numel = sum(param.numel() for unit in parts.schedule.units for param in unit.params)
+    trained_numel = sum(slot.numel for unit in parts.schedule.units for slot in unit.layout.slots)
     dtype = parts.precision.model_dtype or parts.precision.autocast_dtype or torch.float32
     optimizer = type(parts.optimizer.optimizer).__name__ if parts.optimizer is not None else "no optimizer"
     log_dist(

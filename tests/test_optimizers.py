@@ -162,7 +162,7 @@ def test_lamb_on_runs_with_padding_equals_lamb_on_tensors(lengths, gaps, cut):
         at, segments[tensor] = 0, []
         for i in part:
             places[i] = (tensor, at + gaps[i])
-            segments[tensor].append((at + gaps[i], at + gaps[i] + lengths[i]))
+            segments[tensor].append((at + gaps[i], at + gaps[i] + lengths[i], i))
             at += gaps[i] + lengths[i]
     options = {"lr": 0.1, "weight_decay": 0.05}
     plain, flat = Lamb(whole, **options), Lamb(runs, **options)
@@ -181,24 +181,17 @@ def test_lamb_on_runs_with_padding_equals_lamb_on_tensors(lengths, gaps, cut):
         assert not tensor[start - gaps[i] : start].any()
 
 
-def test_lamb_steps_what_no_segment_covers_as_a_parameter_of_its_own():
+def test_lamb_steps_what_no_segment_covers_with_ratio_one():
     flat = torch.nn.Parameter(torch.arange(1.0, 7.0))
     optimizer = Lamb([flat], lr=0.1)
-    optimizer.set_segments({flat: [(2, 3), (3, 4)]})
+    optimizer.set_segments({flat: [(2, 3, 1), (3, 4, 0)]})
     flat.grad = torch.ones(6)
     optimizer.step()
-    step = optimizer.get_lamb_coeffs()
-    assert len(step) == 4
-    assert step == pytest.approx([n / step_norm for n, step_norm in LAMB_NORMS], rel=1e-5)
-
-
-# |p| and |u| of [1, 2], [3], [4], [5, 6] after one step with gradients of 1: each u is 0.1 / sqrt(0.001).
-LAMB_NORMS = [
-    (math.hypot(1, 2), math.sqrt(20)),
-    (3, math.sqrt(10)),
-    (4, math.sqrt(10)),
-    (math.hypot(5, 6), math.sqrt(20)),
-]
+    update = 0.1 / math.sqrt(0.001)  # of every element
+    rate = 0.1 * math.sqrt(0.001) / 0.1  # lr c
+    assert optimizer.get_lamb_coeffs() == pytest.approx([4 / update, 3 / update], rel=1e-5)
+    expected = [x - rate * update * r for x, r in zip(range(1, 7), [1, 1, 3 / update, 4 / update, 1, 1])]
+    assert flat.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_lamb_without_segments_differs_on_a_run():
@@ -211,13 +204,24 @@ def test_lamb_without_segments_differs_on_a_run():
     assert not torch.allclose(flat, torch.cat([p.detach().flatten() for p in params]), rtol=1e-3)
 
 
-@pytest.mark.parametrize("ranges", [[(0, 4), (3, 5)], [(2, 11)], [(4, 6), (0, 2)], [(3, 2)], [(-1, 2)]])
-def test_lamb_refuses_impossible_segments(ranges):
+@pytest.mark.parametrize(
+    "segments",
+    [
+        [(0, 4, 0), (3, 5, 1)],
+        [(2, 11, 0)],
+        [(4, 6, 0), (0, 2, 1)],
+        [(3, 2, 0)],
+        [(-1, 2, 0)],
+        [(0, 2, -1)],
+        [(0, 2, 2)],
+    ],
+)
+def test_lamb_refuses_impossible_segments(segments):
     flat = torch.nn.Parameter(torch.ones(10))
     with pytest.raises(OptimizerError, match="set_segments"):
-        Lamb([flat]).set_segments({flat: ranges})
+        Lamb([flat]).set_segments({flat: segments}, parameter_count=2)
     with pytest.raises(OptimizerError, match="not a 1-D run"):
-        Lamb([flat]).set_segments({torch.ones(10): [(0, 1)]})
+        Lamb([flat]).set_segments({torch.ones(10): [(0, 1, 0)]})
 
 
 @pytest.mark.parametrize(

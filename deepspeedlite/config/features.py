@@ -33,9 +33,9 @@ SUPPORTED = Feature("supported")
 FEATURES: dict[str, Feature] = {
     "core": SUPPORTED,
     # ZeRO and where tensors live
-    "zero_stage_1": _later("ZeRO stage 1 is", "set it to 0"),
-    "zero_stage_2": _later("ZeRO stage 2 is", "set it to 0"),
-    "zero_stage_3": _later("ZeRO stage 3 is", "set it to 0"),
+    "zero_stage_1": SUPPORTED,
+    "zero_stage_2": SUPPORTED,
+    "zero_stage_3": SUPPORTED,
     "zero_tuning": Feature("hint", "has no effect while nothing is sharded (stage 0)"),
     "zero_offload": _later("offloading is", 'set device to "none"'),
     "zero_plus_plus": _later("ZeRO++ is", "leave the key out"),

@@ -9,13 +9,19 @@ You et al. 2019, "Large Batch Optimization for Deep Learning" (arXiv:1904.00962)
 
 The bias correction c multiplies the whole step, after the ratio, as in DeepSpeed's FusedLamb, so that its tuned
 settings carry over; the paper corrects m and v before the ratio. From some hundred steps on the two agree.
+
+A parameter's elements may be spread over the ranks, and over several runs of one rank (ZeRO). Then |p|^2 and |u|^2 are
+sums over all its pieces, so a step has two phases with one reduction between them: moments and u of every run, the
+squared norms of all parameters summed in one call, and the scaled subtraction. Between the phases one vector u per run
+is held.
 """
 
 from __future__ import annotations
 
-import itertools
+import functools
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -25,12 +31,69 @@ from torch.optim import Optimizer
 from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.optim.lion import check_hyperparameters, dense_gradients, moment
 
+SumOverRanks = Callable[[Tensor], None]
 
-class _Split(NamedTuple):
-    """A run cut into consecutive pieces that cover it, each with a norm of its own."""
+
+class _Cut(NamedTuple):
+    """A run cut into consecutive pieces that cover it; none of them is empty."""
 
     lengths: list[int]
-    repeats: Tensor  # the same lengths, on the run's device
+    owned: list[bool]  # per piece: a parameter's, or a gap
+    indices: Tensor  # int64, on the run's device: the parameter's number, per owned piece
+
+
+class _Piece(NamedTuple):
+    """What takes one trust ratio: weights and update of one shape, and lr c of the module's docstring."""
+
+    weights: Tensor
+    update: Tensor
+    rate: float
+
+
+@dataclass
+class _Work:
+    """What a step does to the parameters of one group on one device."""
+
+    group: dict[str, Any]
+    pieces: list[_Piece]  # each with a ratio of its own
+    gaps: list[_Piece]  # with ratio 1
+    norms: Tensor  # (2, pieces): |p| and |u| of each piece; of its whole parameter, once they are summed
+    indices: Tensor  # the parameter's number per piece; empty without `set_segments`
+
+
+class _Segments:
+    """Where each parameter lies in the runs, and the norms of whole parameters."""
+
+    def __init__(self, cuts: dict[Tensor, _Cut], parameter_count: int, sum_over_ranks: SumOverRanks | None) -> None:
+        self.cuts = cuts
+        self._sum_over_ranks = sum_over_ranks
+        device = next((run.device for run in cuts), torch.device("cpu"))
+        # The latest norms of each parameter.
+        self.norms = torch.zeros(2, parameter_count, dtype=torch.float32, device=device)
+
+    def complete(self, works: list[_Work]) -> None:
+        """Replace the norms of pieces by those of the parameters that they belong to."""
+        dtypes = [] if self._sum_over_ranks else [work.norms.dtype for work in works]
+        dtype = functools.reduce(torch.promote_types, dtypes, torch.float32)
+        sums = torch.zeros(self.norms.shape, dtype=dtype, device=self.norms.device)
+        for work in works:
+            sums.index_add_(1, work.indices.to(sums.device), work.norms.square().to(sums))
+        if self._sum_over_ranks is not None:
+            self._sum_over_ranks(sums.view(-1))
+        norms = sums.sqrt_()
+        for work in works:
+            work.norms = norms.to(work.indices.device).index_select(1, work.indices)
+        self.norms = torch.where(norms.any(dim=0), norms, self.norms.to(dtype))
+
+    def ratios(self, groups: list[dict[str, Any]]) -> list[float]:
+        """The latest ratio of each parameter."""
+        found = _trust_ratios(self.norms, groups[0])  # a parameter without elements here belongs to an unknown group
+        for group in groups:
+            for run in group["params"]:
+                if run in self.cuts:
+                    indices = self.cuts[run].indices.to(found.device)
+                    found[indices] = _trust_ratios(self.norms[:, indices], group)
+        return found.tolist()
 
 
 class Lamb(Optimizer):
@@ -74,89 +137,138 @@ class Lamb(Optimizer):
             "max_coeff": max_coeff,
             "min_coeff": min_coeff,
         }
-        self._splits: dict[Tensor, _Split] = {}
+        self._segments: _Segments | None = None
         self._ratios: list[Tensor] = []
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a copied or unpickled optimizer; segments are a layout, not state, and must be set again."""
         super().__setstate__(state)
-        self._splits, self._ratios = {}, []
+        self._segments, self._ratios = None, []
 
-    def set_segments(self, segments: Mapping[Tensor, Iterable[tuple[int, int]]]) -> None:
-        """Say which parts of each 1-D run are one parameter.
+    def set_segments(
+        self,
+        segments: Mapping[Tensor, Sequence[tuple[int, int, int]]],
+        parameter_count: int | None = None,
+        sum_over_ranks: SumOverRanks | None = None,
+    ) -> None:
+        """Say which elements of each 1-D run belong to which parameter.
 
-        `segments` maps a run to ranges [start, end) in elements, ascending and disjoint; what lies between them
-        (padding) is treated as one more parameter, and zero padding stays zero. Runs left out are one parameter each.
-        A run must hold whole parameters: norms are not summed over ranks. Raises `OptimizerError`.
+        Args:
+            segments: for every run of this optimizer its segments (start, stop, parameter_index), ascending and
+                disjoint: elements [start, stop) of the run belong to parameter number `parameter_index`. A parameter
+                may have segments in several runs and on several ranks. What no segment covers (padding, zeros) takes
+                ratio 1. The segments of one parameter must lie in one group, or in groups with equal hyperparameters.
+            parameter_count: how many parameters there are, on all ranks together; the numbering is the same on every
+                rank. One more than the largest index where it is left out, which needs `sum_over_ranks` None.
+            sum_over_ranks: sums an fp32 tensor of shape (2 * parameter_count,) over the ranks, in place and in the
+                order of the current stream. It lies on the device of the first run here, on a rank without runs on
+                the CPU. None: this process holds every element.
+
+        `sum_over_ranks` is called exactly once in each `step()`, also where there is no run or no gradient, so every
+        rank must call `step()` equally often. When runs are stepped in sub-groups (`.grad` set for a part of the runs,
+        then `step()`, and so on), what lacks a gradient enters no norm: all segments of a parameter, on all ranks, must
+        then belong to the same call of `step()`.
+
+        Raises:
+            OptimizerError: a run is unknown, left out or not 1-D; segments overlap, are out of order or outside their
+                run; an index is not in [0, parameter_count); `sum_over_ranks` without `parameter_count`.
         """
+        if parameter_count is None:
+            if sum_over_ranks is not None:
+                raise OptimizerError("set_segments: sum_over_ranks needs a parameter_count, the same on every rank")
+            parameter_count = max((index + 1 for found in segments.values() for _, _, index in found), default=0)
         known = {id(p) for group in self.param_groups for p in group["params"]}
-        splits: dict[Tensor, _Split] = {}
-        for run, ranges in segments.items():
+        for run in segments:
             if id(run) not in known or run.dim() != 1:
                 raise OptimizerError(
                     f"set_segments: a tensor of shape {tuple(run.shape)} is not a 1-D run of this optimizer"
                 )
-            lengths = _piece_lengths(run.numel(), ranges)
-            splits[run] = _Split(lengths, torch.tensor(lengths, device=run.device))
-        self._splits = splits
+        if len(segments) < len(known):
+            raise OptimizerError(
+                f"set_segments: {len(segments)} of this optimizer's {len(known)} runs were given; give each of them, "
+                "with an empty list where it holds no parameter"
+            )
+        cuts = {run: _cut(run, found, parameter_count) for run, found in segments.items()}
+        self._segments = _Segments(cuts, parameter_count, sum_over_ranks)
 
     def get_lamb_coeffs(self) -> list[float]:
-        """The trust ratios of the last step, one per parameter (waits for the device)."""
+        """The trust ratios of the last step, one per parameter (waits for the device).
+
+        After `set_segments` the list goes by parameter index and holds the latest ratio of each parameter, 1 before its
+        first step. It is the same on every rank where `min_coeff` and `max_coeff` are the same in all groups; otherwise
+        a parameter of which no element lies here is shown within the first group's bounds.
+        """
+        if self._segments is not None:
+            return self._segments.ratios(self.param_groups)
         return [ratio for ratios in self._ratios for ratio in ratios.tolist()]
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the closure's loss where one is given."""
+        """One update of every parameter that has a gradient; returns the closure's loss where one is given.
+
+        With `sum_over_ranks` set it is a collective: see `set_segments`.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._ratios = []
-        for group in self.param_groups:
-            params, grads = dense_gradients(self, group)
-            if not params:
-                continue
-            updates = self._adam_updates(group, params, grads)
-            by_device: dict[torch.device, list[int]] = {}
-            for index, param in enumerate(params):
-                by_device.setdefault(param.device, []).append(index)
-            for indices in by_device.values():
-                self._apply(group, [params[i] for i in indices], [updates[i] for i in indices])
+        works = [work for group in self.param_groups for work in self._advance(group)]
+        if self._segments is not None:
+            self._segments.complete(works)
+        self._ratios = [_apply(work) for work in works]
         return loss
 
-    def _adam_updates(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
+    def _advance(self, group: dict[str, Any]) -> Iterator[_Work]:
+        """Phase one: steps and moments move on; what is to be subtracted comes back with the norms of its pieces."""
+        by_device: dict[torch.device, list[Tensor]] = {}
+        for param in dense_gradients(self, group)[0]:
+            by_device.setdefault(param.device, []).append(param)
+        for params in by_device.values():
+            pieces: list[_Piece] = []
+            gaps: list[_Piece] = []
+            for param, update in zip(params, self._adam_updates(group, params)):
+                rate = self._step_size(group, param)
+                cut = self._cut_of(param)
+                if cut is None:
+                    pieces.append(_Piece(param, update, rate))
+                    continue
+                for weights, part, owned in zip(param.split(cut.lengths), update.split(cut.lengths), cut.owned):
+                    (pieces if owned else gaps).append(_Piece(weights, part, rate))
+            indices = [cut.indices for cut in map(self._cut_of, params) if cut is not None]
+            norms = _norms(pieces, params[0].device)
+            yield _Work(group, pieces, gaps, norms, torch.cat(indices) if indices else torch.empty(0))
+
+    def _cut_of(self, param: Tensor) -> _Cut | None:
+        if self._segments is None:
+            return None
+        cut = self._segments.cuts.get(param)
+        if cut is None:
+            raise OptimizerError(
+                f"Lamb: a parameter of shape {tuple(param.shape)} was added after set_segments; call it again, with "
+                "every run"
+            )
+        return cut
+
+    def _adam_updates(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
         """Advance the moments; returns u of the module's docstring, one new tensor per parameter."""
         beta1, beta2 = group["betas"]
+        grads: list[Any] = [p.grad for p in params]
         exp_avgs, exp_avg_sqs = moment(self, params, "exp_avg"), moment(self, params, "exp_avg_sq")
         torch._foreach_lerp_(exp_avgs, grads, 1.0 - beta1)
         torch._foreach_mul_(exp_avg_sqs, beta2)
         torch._foreach_addcmul_(exp_avg_sqs, grads, grads, 1.0 - beta2)
         if group["eps_inside_sqrt"]:
-            denominators = torch._foreach_add(exp_avg_sqs, group["eps"])
-            torch._foreach_sqrt_(denominators)
+            updates = list(torch._foreach_add(exp_avg_sqs, group["eps"]))
+            torch._foreach_sqrt_(updates)
         else:
-            denominators = torch._foreach_sqrt(exp_avg_sqs)
-            torch._foreach_add_(denominators, group["eps"])
-        updates = list(torch._foreach_div(exp_avgs, denominators))
+            updates = list(torch._foreach_sqrt(exp_avg_sqs))
+            torch._foreach_add_(updates, group["eps"])
+        for update, exp_avg in zip(updates, exp_avgs):
+            torch.div(exp_avg, update, out=update)  # foreach has no such form, and would hold a second vector
         if group["weight_decay"]:
             torch._foreach_add_(updates, params, alpha=group["weight_decay"])
         return updates
-
-    def _apply(self, group: dict[str, Any], params: list[Tensor], updates: list[Tensor]) -> None:
-        """Scale each piece of each update by its trust ratio and subtract it; all tensors on one device."""
-        lengths = [self._splits[p].lengths if p in self._splits else [p.numel()] for p in params]
-        pieces = [piece for p, cut in zip(params, lengths) for piece in p.reshape(-1).split(cut)]
-        update_pieces = [piece for u, cut in zip(updates, lengths) for piece in u.reshape(-1).split(cut)]
-        weight_norms = torch.stack(torch._foreach_norm(pieces))
-        update_norms = torch.stack(torch._foreach_norm(update_pieces))
-        ratios = (weight_norms / update_norms).clamp(group["min_coeff"], group["max_coeff"])
-        ratios = torch.where((weight_norms > 0) & (update_norms > 0), ratios, torch.ones_like(ratios))
-        self._ratios.append(ratios)
-        for param, update, own in zip(params, updates, ratios.split([len(cut) for cut in lengths])):
-            split = self._splits.get(param)
-            scale = own[0] if split is None else own.repeat_interleave(split.repeats, output_size=param.numel())
-            param.addcmul_(update, scale, value=-self._step_size(group, param))
 
     def _step_size(self, group: dict[str, Any], param: Tensor) -> float:
         """Count the step; returns lr c of the module's docstring."""
@@ -165,19 +277,57 @@ class Lamb(Optimizer):
         state["step"] += 1
         if not group["bias_correction"]:
             return float(group["lr"])
-        steps, (beta1, beta2) = state["step"].item(), group["betas"]
+        steps, (beta1, beta2) = state["step"].item(), group["betas"]  # counted on the CPU: nothing to wait for
         return float(group["lr"]) * math.sqrt(1.0 - beta2**steps) / (1.0 - beta1**steps)
 
 
-def _piece_lengths(run_numel: int, ranges: Iterable[tuple[int, int]]) -> list[int]:
-    """Lengths of consecutive pieces that cover [0, run_numel): the ranges and the gaps between them, empty ones out."""
-    cuts = [0]
-    for start, end in ranges:
-        if not cuts[-1] <= start <= end <= run_numel:
+def _norms(pieces: list[_Piece], device: torch.device) -> Tensor:
+    """The 2-norms of weights and updates, shape (2, pieces): fp32, or fp64 where a piece is."""
+    if not pieces:
+        return torch.zeros(2, 0, device=device)
+    tensors = [piece.weights for piece in pieces] + [piece.update for piece in pieces]
+    dtype = torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
+    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).view(2, -1)
+
+
+def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> Tensor:
+    """The ratios r of the module's docstring, shape (n,), for norms of shape (2, n)."""
+    ratios = (norms[0] / norms[1]).clamp(group["min_coeff"], group["max_coeff"])
+    return torch.where((norms[0] > 0) & (norms[1] > 0), ratios, torch.ones_like(ratios))
+
+
+def _apply(work: _Work) -> Tensor:
+    """Phase two: subtract each piece's update, scaled; returns the ratios, shape (pieces,)."""
+    ratios = _trust_ratios(work.norms, work.group)
+    pieces = work.pieces + work.gaps
+    if pieces:
+        weights, updates, rates = zip(*pieces)
+        scales = [*ratios.unbind(), *[ratios.new_ones(())] * len(work.gaps)]
+        torch._foreach_addcmul_(weights, updates, scales, scalars=[-rate for rate in rates])
+    return ratios
+
+
+def _cut(run: Tensor, segments: Sequence[tuple[int, int, int]], parameter_count: int) -> _Cut:
+    """The segments and the gaps between them, empty ones out."""
+    lengths: list[int] = []
+    owners: list[int | None] = []
+    covered_numel = 0
+    for start, stop, index in segments:
+        if not covered_numel <= start <= stop <= run.numel():
             raise OptimizerError(
-                f"set_segments: [{start}, {end}) overlaps what precedes it (up to {cuts[-1]}), is out of order, or "
-                f"lies outside the run's {run_numel} elements"
+                f"set_segments: [{start}, {stop}) overlaps what precedes it (up to {covered_numel}), is out of order, "
+                f"or lies outside the run's {run.numel()} elements"
             )
-        cuts += [start, end]
-    cuts.append(run_numel)
-    return [end - start for start, end in itertools.pairwise(cuts) if end > start] or [0]
+        if not 0 <= index < parameter_count:
+            raise OptimizerError(
+                f"set_segments: [{start}, {stop}) belongs to parameter {index}, but parameters are numbered from 0 to "
+                f"{parameter_count - 1}"
+            )
+        lengths += [start - covered_numel, stop - start]
+        owners += [None, index]
+        covered_numel = stop
+    lengths.append(run.numel() - covered_numel)
+    owners.append(None)
+    kept = [(length, owner) for length, owner in zip(lengths, owners) if length]
+    indices = torch.tensor([owner for _, owner in kept if owner is not None], dtype=torch.int64, device=run.device)
+    return _Cut([length for length, _ in kept], [owner is not None for _, owner in kept], indices)

@@ -13,7 +13,7 @@ on another tier, parameters on other ranks) has its place in that loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -77,17 +77,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._norm: float | None = None
         self._norm_is_current = False
-        self._runs = list(self._make_runs())
+        self._runs_of_units = self._make_runs()
+        self._runs = [run for runs in self._runs_of_units for run in runs]
         self._drop_states_of_parameters()
         self._sub_groups = self._cut_sub_groups()
 
     # --- construction ---------------------------------------------------------------------------------------------
 
-    def _make_runs(self) -> Iterator[SteppedRun]:
+    def _make_runs(self) -> list[list[SteppedRun]]:
+        made: list[list[SteppedRun]] = []
         per_group: list[list[torch.Tensor]] = [[] for _ in self.optimizer.param_groups]
-        segments: dict[torch.Tensor, list[tuple[int, int]]] = {}
+        segments: dict[torch.Tensor, list[tuple[int, int, int]]] = {}
+        numbers = {slot.name: i for i, slot in enumerate(s for u in self._schedule.units for s in u.layout.slots)}
         for unit in self._schedule.units:
             arena = self._master_arena(unit)
+            made.append([])
             cursor = 0
             for run, values, grads in unit.runs():
                 if arena is None:
@@ -96,13 +100,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     master = arena[cursor : cursor + run.numel]
                     cursor += run.numel
                 per_group[run.group].append(master)
-                segments[master] = [(s.start, s.stop) for s in unit.layout.segments(run)]
+                segments[master] = [(s.start, s.stop, numbers[s.slot.name]) for s in unit.layout.segments(run)]
                 self._adopt_state(unit, run, master)
-                yield SteppedRun(master, values, grads)
+                made[-1].append(SteppedRun(master, values, grads))
         for group, runs in zip(self.optimizer.param_groups, per_group):
             group["params"] = runs
         if isinstance(self.optimizer, Lamb):
-            self.optimizer.set_segments(segments)
+            reduce = self._sum_over_ranks if self._schedule.plan.shard_optimizer else None
+            self.optimizer.set_segments(segments, len(numbers), reduce)
+        return made
+
+    def _sum_over_ranks(self, squares: torch.Tensor) -> None:
+        device = self._schedule.units[0].device  # a rank without runs has no tensor to tell it
+        there = squares.to(device)
+        self._schedule.group.all_reduce(there)
+        if there is not squares:
+            squares.copy_(there)
 
     @torch.no_grad()
     def _adopt_state(self, unit: ShardUnit, run: Run, master: torch.Tensor) -> None:
@@ -143,17 +156,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """fp32 copies of the unit's shard; None where the values themselves are precise enough."""
         if unit.dtype in (torch.float32, torch.float64):
             return None
-        return torch.cat([values.float() for _, values, _ in unit.runs()])
+        shards = [values.float() for _, values, _ in unit.runs()]
+        return torch.cat(shards) if shards else torch.empty(0)
 
     def _cut_sub_groups(self) -> list[list[SteppedRun]]:
+        """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
         sub_groups: list[list[SteppedRun]] = []
         room = 0
-        for run in self._runs:
-            if not sub_groups or run.master.numel() > room:
+        for unit, runs in zip(self._schedule.units, self._runs_of_units):
+            numel = unit.layout.shard_numel
+            if not sub_groups or numel > room:
                 sub_groups.append([])
                 room = self._settings.sub_group_numel
-            sub_groups[-1].append(run)
-            room -= run.master.numel()
+            sub_groups[-1] += runs
+            room -= numel
         return sub_groups
 
     # --- the step -------------------------------------------------------------------------------------------------
@@ -183,6 +199,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._load_grads(sub_group, factor)
             self.optimizer.step()
             self._store_values(sub_group)
+        self._schedule.share_values()
         self.loss_scaler.update(overflow=False)
         self._schedule.clear()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepspeedlite.errors import UnsupportedError
+from deepspeedlite.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -21,16 +21,10 @@ class ShardingPlan:
 
     @classmethod
     def from_stage(cls, stage: int) -> ShardingPlan:
-        """The plan of a ZeRO stage.
-
-        Raises:
-            UnsupportedError: a stage that this release does not run.
-        """
-        if stage != 0:
-            raise UnsupportedError(
-                f"zero_optimization.stage={stage}: this release runs stage 0 (plain data parallelism); set stage to 0"
-            )
-        return cls()
+        """The plan of a ZeRO stage, 0 to 3."""
+        if not 0 <= stage <= 3:
+            raise ConfigError(f"zero_optimization.stage={stage}: the stages are 0, 1, 2 and 3")
+        return cls(stage >= 1, stage >= 2, stage >= 3)
 
     @property
     def stage(self) -> int:

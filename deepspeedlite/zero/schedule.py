@@ -1,10 +1,13 @@
 """When gradients are reduced: during the backward pass where that is possible, at its end for the rest.
 
-Buckets are always launched in the same order, on every rank, whatever the order in which gradients arrive: collectives
+Units are always launched in the same order, on every rank, whatever the order in which gradients arrive: collectives
 are matched by order, so a rank whose parameters were used differently would otherwise average the wrong buffers. A
-bucket therefore waits for those before it; what is left when the pass ends is launched then, and what no pass
-launched (a rank that had nothing to compute) is launched by the step. Every rank reduces every bucket exactly once
+unit therefore waits for those before it; what is left when the pass ends is launched then, and what no pass
+launched (a rank that had nothing to compute) is launched by the step. Every rank reduces every unit exactly once
 per reducing pass.
+
+Where gradients are sharded, every pass reduces, and at most `MAX_IN_FLIGHT` reductions are under way, because each of
+them keeps a whole gradient buffer alive.
 """
 
 from __future__ import annotations
@@ -13,47 +16,59 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
+from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.unit import GradState, ReducePolicy, ShardUnit
-from deepspeedlite.zero.wrap import TrainedParameter
+from deepspeedlite.zero.wrap import NamedParameter
+
+MAX_IN_FLIGHT = 2
 
 
 class GradientSchedule:
     """The units of one engine and the progress of their reduction.
 
     Args:
-        buckets: the parameters of each unit, in launch order.
+        buckets: the parameters of each unit, in launch order, and whether the unit's values are sharded.
         policy: how gradients are averaged.
+        plan: what is sharded.
         grad_dtype: dtype in which gradients accumulate; each parameter's own if None.
-        overlap: launch a bucket as soon as it is complete rather than at the end of the pass.
-        shard_count: into how many shards the optimizer's view of each unit is cut.
+        overlap: launch a unit as soon as it is complete rather than at the end of the pass.
     """
 
     def __init__(
         self,
-        buckets: Sequence[Sequence[TrainedParameter]],
+        buckets: Sequence[tuple[Sequence[NamedParameter], bool]],
         policy: ReducePolicy,
         *,
+        plan: ShardingPlan | None = None,
         grad_dtype: torch.dtype | None = None,
         overlap: bool = True,
-        shard_count: int = 1,
     ) -> None:
+        self.plan = plan or ShardingPlan()
+        self.group: Group = policy.group
         self._overlap = overlap
         self._launched_units = 0
+        self._awaited_units = 0
         self._reducing = False
+        self._outer_pass = -1
         self.in_backward = False
         # Called when gradients arrive in a pass that nobody began; must call `begin_backward`. The engine sets it.
         self.on_unannounced: Callable[[], None] = lambda: self.begin_backward(1.0, reduce=False)
+        # Called when a pass is over, before what is left is reduced: parameters are released first.
+        self.on_pass_end: Callable[[], None] = lambda: None
         self.units = [
             ShardUnit(
                 bucket,
                 policy=policy,
+                plan=self.plan,
+                sharded=sharded,
                 grad_dtype=grad_dtype,
-                shard_count=shard_count,
                 on_complete=self._launch_complete,
                 on_unannounced=lambda: self.on_unannounced(),
+                is_nested=self._is_nested,
             )
-            for bucket in buckets
+            for bucket, sharded in buckets
         ]
 
     def begin_backward(self, scale: float, reduce: bool) -> None:
@@ -62,25 +77,46 @@ class GradientSchedule:
             raise EngineStateError("a backward pass began before the previous one had ended")
         self.in_backward = True
         self._reducing = reduce
-        self._launched_units = 0
+        self._launched_units = self._awaited_units = 0
+        self._outer_pass = torch._C._current_graph_task_id()
         for unit in self.units:
             unit.begin_backward(scale, reduce)
 
+    def note_pass(self) -> None:
+        """Called from the outermost backward pass, by a hook on the model's output: the pass is known from now on."""
+        self._outer_pass = torch._C._current_graph_task_id()
+
+    def _is_nested(self) -> bool:
+        """Whether the gradient that arrives now comes from a pass inside the pass (reentrant checkpointing)."""
+        current = torch._C._current_graph_task_id()
+        if self._outer_pass == -1:
+            self._outer_pass = current
+        return current != self._outer_pass
+
     def _launch_complete(self) -> None:
-        if not (self._reducing and self._overlap and self.in_backward):
+        if not (self._reducing and self.in_backward and (self._overlap or self.plan.shard_grads)):
             return
         while self._launched_units < len(self.units) and self.units[self._launched_units].complete:
-            self.units[self._launched_units].reduce()
-            self._launched_units += 1
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        self.units[self._launched_units].reduce()
+        self._launched_units += 1
+        if self.plan.shard_grads:
+            in_flight = MAX_IN_FLIGHT if self._overlap else 0
+            while self._awaited_units < self._launched_units - in_flight:
+                self.units[self._awaited_units].wait_for_reduce()
+                self._awaited_units += 1
 
     def end_backward(self) -> None:
         """The backward pass is over: reduce what is left, wait for all of it and show the gradients."""
         if not self.in_backward:
             return
         self.in_backward = False
-        if self._reducing and any(unit.state is not GradState.EMPTY for unit in self.units):
-            for unit in self.units[self._launched_units :]:
-                unit.reduce()
+        self.on_pass_end()
+        if self._reducing and self.has_grads:
+            while self._launched_units < len(self.units):
+                self._launch_next()
             self._wait()
         for unit in self.units:
             unit.end_backward()
@@ -89,8 +125,10 @@ class GradientSchedule:
         """Before a step: make every unit hold the average, also on a rank that ran no backward pass."""
         self.end_backward()
         for unit in self.units:
-            if unit.state is not GradState.AVERAGED:
+            if unit.grad_state is not GradState.AVERAGED:
                 unit.reduce()
+                if self.plan.shard_grads:
+                    unit.wait_for_reduce()
         self._wait()
 
     def _wait(self) -> None:
@@ -100,7 +138,7 @@ class GradientSchedule:
     @property
     def has_grads(self) -> bool:
         """Whether any gradient has arrived since the last `clear`."""
-        return any(unit.state is not GradState.EMPTY for unit in self.units)
+        return any(unit.grad_state is not GradState.EMPTY for unit in self.units)
 
     def clear(self) -> None:
         """Forget all gradients and any pass in progress."""
@@ -108,21 +146,48 @@ class GradientSchedule:
         for unit in self.units:
             unit.clear()
 
+    @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """The 2-norm of all gradients as the buffers hold them: a 0-dim tensor, fp32 (fp64 for fp64 gradients)."""
-        if not self.units:
-            return torch.zeros(())
-        norms = []
-        for unit in self.units:
-            dtype = torch.float64 if unit.grad_dtype is torch.float64 else torch.float32
-            norms.append(torch.linalg.vector_norm(unit.grads, dtype=dtype))
-        return torch.linalg.vector_norm(torch.stack([norm.to(norms[0].dtype) for norm in norms]))
+        """The 2-norm of all gradients as the buffers hold them: a 0-dim tensor, fp32 (fp64 for fp64 gradients).
+
+        Collective where gradients are sharded.
+        """
+        norms = [
+            torch.linalg.vector_norm(unit.grad_shard, dtype=_norm_dtype(unit)) for unit in self.units if unit.numel
+        ]
+        dtype = norms[0].dtype if norms else torch.float32
+        device = self.units[0].device if self.units else None
+        total = torch.zeros((), dtype=dtype, device=device)
+        if norms:
+            total = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))
+        if self.plan.shard_optimizer:
+            total = total.square()
+            self.group.all_reduce(total)
+            total = total.sqrt()
+        return total
 
     def overflowed(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite."""
-        return [name for unit in self.units for name in unit.overflowed()]
+        """Names of the parameters whose gradients are not finite. Collective where gradients are sharded."""
+        mine = [name for unit in self.units for name in unit.overflowed()]
+        if not self.plan.shard_optimizer:
+            return mine
+        everyone = {name for names in self.group.all_gather_objects(mine) for name in names}
+        return [slot.name for unit in self.units for slot in unit.layout.slots if slot.name in everyone]
+
+    def share_values(self) -> None:
+        """After a step wrote this rank's shards: make values that stay whole equal on all ranks again."""
+        if not self.plan.shard_optimizer:
+            return
+        for unit in self.units:
+            unit.start_sharing()
+        for unit in self.units:
+            unit.wait_for_sharing()
 
     def close(self) -> None:
         """Remove all hooks from the parameters."""
         for unit in self.units:
             unit.close()
+
+
+def _norm_dtype(unit: ShardUnit) -> torch.dtype:
+    return torch.float64 if unit.grad_dtype is torch.float64 else torch.float32

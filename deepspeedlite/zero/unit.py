@@ -1,9 +1,15 @@
-"""A ShardUnit: the flat buffers behind a group of parameters, and the life of their gradients.
+"""A ShardUnit: flat values, flat gradients of the same layout, and the life of the gradients.
 
-The module's parameters are made views of one flat buffer, their gradients live in another with the same layout, and
-collectives run on the buffers themselves. One accumulation window of the gradients goes
+Collectives run on the buffers themselves. One accumulation window of the gradients goes
 
     EMPTY --contributions--> LOCAL --reduce()--> REDUCING --wait_for_reduce()--> AVERAGED --clear()--> EMPTY
+
+and from AVERAGED back to LOCAL when a further pass of the window brings more.
+
+[Note: what a reduction leaves behind]
+Without sharding the whole buffer holds the average. With a sharded optimizer only this rank's shard of it does, and the
+rest is scratch. With sharded gradients the shard is copied into `grad_shard` (added, in later passes of a window) and
+the whole buffer gives its memory back until the next pass.
 
 [Note: autograd hands over, the unit accumulates]
 While a backward pass runs, `param.grad` is None, so autograd gives each parameter a fresh tensor without touching
@@ -29,8 +35,10 @@ import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
-from deepspeedlite.zero.layout import FlatLayout, Run, Slot
-from deepspeedlite.zero.wrap import TrainedParameter
+from deepspeedlite.zero.layout import Run, Slot
+from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.values import FlatValues
+from deepspeedlite.zero.wrap import NamedParameter
 
 
 class GradState(Enum):
@@ -72,49 +80,53 @@ class ReducePolicy:
         return 1.0, 1.0 / self.group.size
 
 
-class ShardUnit:
+class ShardUnit(FlatValues):
     """Flat values and flat gradients of some parameters of one dtype.
 
     Args:
         members: the parameters with their names and optimizer groups; their memory is replaced by views.
-        grad_dtype: dtype in which gradients are accumulated; the parameters' own if None.
         policy: how gradients are averaged.
-        shard_count: into how many shards the optimizer's view is cut.
+        plan: what is sharded.
+        sharded: whether the values are (a persistent unit of stage 3 keeps them whole).
+        grad_dtype: dtype in which gradients are accumulated; the parameters' own if None.
         on_complete: called when every gradient that this backward pass is known to bring has arrived.
         on_unannounced: called when a gradient arrives in a pass that nobody announced by `begin_backward`; must do so.
+        is_nested: whether a gradient that arrives now comes from a backward pass inside the backward pass.
     """
 
     def __init__(
         self,
-        members: Sequence[TrainedParameter],
+        members: Sequence[NamedParameter],
         *,
         policy: ReducePolicy,
+        plan: ShardingPlan | None = None,
+        sharded: bool = False,
         grad_dtype: torch.dtype | None = None,
-        shard_count: int = 1,
         on_complete: Callable[[], None] = lambda: None,
         on_unannounced: Callable[[], None] | None = None,
+        is_nested: Callable[[], bool] = lambda: False,
     ) -> None:
-        ordered = sorted(members, key=lambda member: member.group)
-        self.layout = FlatLayout([(m.name, m.param.shape, m.group) for m in ordered], shard_count)
-        self.params = [member.param for member in ordered]
-        first = self.params[0]
-        self.dtype, self.device = first.dtype, first.device
+        plan = plan or ShardingPlan()
+        super().__init__(members, policy.group, sharded=sharded, shard_count=plan.shard_count(policy.group.size))
         self.grad_dtype = grad_dtype or self.dtype
-        self.values = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
-        self.grads = torch.zeros(self.layout.numel, dtype=self.grad_dtype, device=self.device)
-        self.state = GradState.EMPTY
+        self.grad_state = GradState.EMPTY
+        self._scatters, self._frees = plan.shard_optimizer, plan.shard_grads
         self._policy = policy
         self._pre, self._post = policy.factors(self.grad_dtype)
         self._on_complete = on_complete
         self._on_unannounced = on_unannounced or partial(self.begin_backward, 1.0, False)
-        self._work: Any = None
+        self._is_nested = is_nested
+        # Called when every trained parameter has its gradient: nothing in this pass needs the values any more.
+        self.on_all_arrived: Callable[[], None] = lambda: None
+        self._reduction: Any = None
         self._wire: torch.Tensor | None = None
-        self._attach()
+        self._make_grads()
         self._filled = [False] * len(self.params)
         self._arrivals = [0] * len(self.params)
-        # How often each gradient arrives in one pass is learnt from the passes before (0: never seen): a parameter used
-        # in several reentrant checkpoints comes several times. One never seen keeps its unit open until the pass ends.
-        self._expected = [0] * len(self.params)
+        # How often each gradient arrives in one pass: once, until a pass has shown otherwise. A parameter used in
+        # several reentrant checkpoints comes several times; one that does not come keeps its unit open to the end.
+        self._expected = [1] * len(self.params)
+        self._learnt = False
         self._missing = 0
         self._scale = 1.0
         self._prescaled = False
@@ -123,44 +135,45 @@ class ShardUnit:
         self._hooks = [
             param.register_post_accumulate_grad_hook(partial(self._arrived, index))
             for index, param in enumerate(self.params)
+            if param.requires_grad
         ]
 
-    # --- parameters -----------------------------------------------------------------------------------------------
+    # --- gradients' memory ----------------------------------------------------------------------------------------
 
-    @torch.no_grad()
-    def _attach(self) -> None:
-        self._grad_views = []
-        for slot, param in zip(self.layout.slots, self.params):
-            view = self.values[slot.start : slot.stop].view(slot.shape)
-            view.copy_(param)
-            param.data = view
-            self._grad_views.append(self.grads[slot.start : slot.stop].view(slot.shape))
-        self._addresses = [param.data_ptr() for param in self.params]
+    def _make_grads(self) -> None:
+        start, stop = self.layout.shard(self.index)
+        self.grads = torch.empty(self.layout.numel, dtype=self.grad_dtype, device=self.device)
+        self._grad_nbytes = self.grads.untyped_storage().nbytes()
+        self._grad_views = [self.grads[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
+        self._own_grads = self.grads[start:stop]
+        edges = [0, *(edge for slot in self.layout.slots for edge in (slot.start, slot.stop)), self.layout.numel]
+        self._gaps = [self.grads[a:b] for a, b in zip(edges[::2], edges[1::2]) if a < b]
+        self.grad_shard = torch.zeros_like(self._own_grads) if self._frees else self._own_grads
+        self._carried: torch.Tensor | None = None
+        if self._frees:
+            self.grads.untyped_storage().resize_(0)
+        else:
+            self._zero_gaps()
 
-    def verify_attached(self) -> None:
-        """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
+    def _zero_gaps(self) -> None:
+        """Gaps between parameters must hold zeros: norms and optimizers pass over them."""
+        for gap in self._gaps:
+            gap.zero_()
 
-        Raises:
-            EngineStateError: naming the parameter.
-        """
-        for slot, param, address in zip(self.layout.slots, self.params, self._addresses):
-            if param.data_ptr() != address:
-                raise EngineStateError(
-                    f"parameter {slot.name} was given new memory after deepspeedlite.initialize (by .to(), .data = , "
-                    "load_state_dict(assign=True) or flatten_parameters()); its optimizer no longer sees it. Move or "
-                    "convert the model before initialize, and copy values in place afterwards"
-                )
-
-    def broadcast_values(self) -> None:
-        """Give every rank the values of rank 0."""
-        self._policy.group.broadcast(self.values, src=0)
+    @property
+    def _grads_have_memory(self) -> bool:
+        return self.grads.untyped_storage().nbytes() > 0
 
     def runs(self) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
-        """This rank's runs: index range, values and gradients as 1-D views of the buffers."""
-        shard = self._policy.group.rank if self.layout.shard_count > 1 else 0
+        """This rank's runs: index range, values and averaged gradients as 1-D views of its shard."""
+        start, _ = self.layout.shard(self.index)
         return [
-            (run, self.values[run.start : run.stop], self.grads[run.start : run.stop])
-            for run in self.layout.runs(shard)
+            (
+                run,
+                self.shard[run.start - start : run.stop - start],
+                self.grad_shard[run.start - start : run.stop - start],
+            )
+            for run in self.layout.runs(self.index)
         ]
 
     # --- gradients ------------------------------------------------------------------------------------------------
@@ -169,26 +182,29 @@ class ShardUnit:
         """Hide the gradients shown so far and take what this backward pass brings, each multiplied by `scale`."""
         for param in self.params:
             param.grad = None
+        if self.grad_state is GradState.AVERAGED and self._scatters:
+            self._carried = self.grad_shard if self._frees else self.grad_shard.clone()
+            self._filled = [False] * len(self.params)
         # The average's 1/world may ride on the first copy only if that is all the buffer will hold when it is reduced.
-        self._prescaled = reduce and self.state is GradState.EMPTY and self._pre != 1.0
+        self._prescaled = reduce and self._pre != 1.0 and not any(self._filled)
         self._scale = scale * self._pre if self._prescaled else scale
         self._arrivals = [0] * len(self.params)
-        self._missing = len(self.params)
-        self._in_pass, self._launched = True, False
+        self._missing = len(self._hooks)
+        self._in_pass, self._launched, self._uncertain = True, False, False
 
     @property
     def complete(self) -> bool:
         """Whether every gradient known to come in this pass has come."""
-        return self._missing <= 0
+        return self._missing <= 0 and not self._uncertain
 
     @torch.no_grad()
     def _arrived(self, index: int, param: torch.Tensor) -> None:
         grad = param.grad
         if grad is None:
             return
-        slot, view = self.layout.slots[index], self._grad_views[index]
         if not self._in_pass:
             self._on_unannounced()
+        slot = self.layout.slots[index]
         if self._launched:
             raise EngineStateError(
                 f"parameter {slot.name} received a gradient after its bucket had been reduced in this backward pass: "
@@ -196,17 +212,24 @@ class ShardUnit:
                 "checkpoints. Use non-reentrant checkpointing (use_reentrant=False), or set "
                 "zero_optimization.overlap_comm to false"
             )
+        if not self._grads_have_memory:
+            self.grads.untyped_storage().resize_(self._grad_nbytes)
+            self._zero_gaps()
+        view = self._grad_views[index]
         if not grad.is_sparse and grad.data_ptr() == view.data_ptr() and view.numel() > 0:
             self._check_added_in_place(slot)
         else:
             param.grad = None
             self._accumulate(grad, view, self._filled[index])
         self._filled[index] = True
-        self.state = GradState.LOCAL
+        self.grad_state = GradState.LOCAL
         self._arrivals[index] += 1
+        if not self._learnt and self._is_nested():
+            self._uncertain = True  # how many nested passes will bring this gradient is known when the pass ends
         if self._arrivals[index] == self._expected[index]:
             self._missing -= 1
             if self._missing == 0:
+                self.on_all_arrived()
                 self._on_complete()
 
     def _accumulate(self, grad: torch.Tensor, view: torch.Tensor, add: bool) -> None:
@@ -233,11 +256,11 @@ class ShardUnit:
         """Close the pass: learn how often each gradient arrived, and show the gradients where they can be shown."""
         if not self._in_pass:
             return
-        self._in_pass = False
+        self._in_pass, self._learnt = False, True
         self._expected = [max(known, seen) for known, seen in zip(self._expected, self._arrivals)]
-        if self.grad_dtype != self.dtype:
+        if self.grad_dtype != self.dtype or self._scatters:
             return
-        everything = self.state is GradState.AVERAGED
+        everything = self.grad_state is GradState.AVERAGED
         for param, view, filled in zip(self.params, self._grad_views, self._filled):
             if everything or filled:
                 param.grad = view
@@ -246,11 +269,15 @@ class ShardUnit:
     def reduce(self) -> None:
         """Start averaging over the ranks. Slots that no gradient reached count as zero."""
         self._launched = self._in_pass
-        if self.state is GradState.REDUCING:
+        if self.grad_state is GradState.REDUCING:
             return
-        for view, filled in zip(self._grad_views, self._filled):
-            if not filled:
-                view.zero_()
+        if not self._grads_have_memory:
+            self.grads.untyped_storage().resize_(self._grad_nbytes)
+            self.grads.zero_()
+        else:
+            for view, filled in zip(self._grad_views, self._filled):
+                if not filled:
+                    view.zero_()
         self._filled = [True] * len(self.params)
         wire_dtype = self._policy.wire_dtype or self.grad_dtype
         self._wire = self.grads if wire_dtype == self.grad_dtype else self.grads.to(wire_dtype)
@@ -258,27 +285,49 @@ class ShardUnit:
             self._wire.mul_(self._pre)
         self._prescaled = False
         op = "avg" if self._averages_on_wire else "sum"
-        self._work = self._policy.group.all_reduce(self._wire, op, async_op=True)
-        self.state = GradState.REDUCING
+        if self._scatters:
+            own = self._wire[slice(*self.layout.shard(self.index))]
+            self._reduction = self.group.reduce_scatter_into(own, self._wire, op, async_op=True)
+        else:
+            self._reduction = self.group.all_reduce(self._wire, op, async_op=True)
+        self.grad_state = GradState.REDUCING
 
     @property
     def _averages_on_wire(self) -> bool:
-        return self._pre == 1.0 and self._post != 1.0 and self._policy.group.averages
+        return self._pre == 1.0 and self._post != 1.0 and self.group.averages
 
     @torch.no_grad()
     def wait_for_reduce(self) -> None:
         """Wait until the average is in the gradient buffer (on GPUs: until the current stream will see it)."""
-        if self.state is not GradState.REDUCING:
+        if self.grad_state is not GradState.REDUCING:
             return
-        if self._work is not None:
-            self._work.wait()
-        wire, self._work, self._wire = self._wire, None, None
+        work, wire = self._reduction, self._wire
+        self._reduction = self._wire = None
+        if work is not None:
+            work.wait()
         if wire is not None:
+            averaged = wire[slice(*self.layout.shard(self.index))] if self._scatters else wire
             if self._post != 1.0 and not self._averages_on_wire:
-                wire.mul_(self._post)
-            if wire is not self.grads:
-                self.grads.copy_(wire)
-        self.state = GradState.AVERAGED
+                averaged.mul_(self._post)
+            self._store_average(averaged)
+        self.grad_state = GradState.AVERAGED
+
+    def _store_average(self, averaged: torch.Tensor) -> None:
+        if not self._scatters:
+            if averaged.data_ptr() != self.grads.data_ptr():
+                self.grads.copy_(averaged)
+            return
+        if self._carried is None:
+            if averaged.data_ptr() != self.grad_shard.data_ptr():
+                self.grad_shard.copy_(averaged)
+        elif self._frees:
+            self.grad_shard.add_(averaged)
+        else:
+            torch.add(self._carried, averaged, out=self.grad_shard)
+        self._carried = None
+        if self._frees:
+            self.grads.untyped_storage().resize_(0)
+            self._filled = [False] * len(self.params)
 
     def clear(self) -> None:
         """Forget the gradients. Nothing is written: the next window's first copy overwrites them."""
@@ -286,15 +335,24 @@ class ShardUnit:
         for param in self.params:
             param.grad = None
         self._filled = [False] * len(self.params)
-        self.state = GradState.EMPTY
+        self._carried = None
+        self.grad_state = GradState.EMPTY
         self._in_pass = False
+        if self._frees and self._grads_have_memory:
+            self.grads.untyped_storage().resize_(0)
 
     def overflowed(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite."""
-        return [s.name for s in self.layout.slots if not bool(torch.isfinite(self.grads[s.start : s.stop]).all())]
+        """Names of the parameters of which this rank's part of the averaged gradient is not finite."""
+        return [
+            segment.slot.name
+            for run, _, grads in self.runs()
+            for segment in self.layout.segments(run)
+            if not bool(torch.isfinite(grads[segment.start : segment.stop]).all())
+        ]
 
     def close(self) -> None:
         """Remove the hooks. The parameters stay views of the flat buffer and keep their values."""
         self.clear()
         for hook in self._hooks:
             hook.remove()
+        super().close()

@@ -1,12 +1,17 @@
 """The policy that groups parameters into units.
 
 Without parameter sharding a unit is a bucket: parameters in reverse order of registration, because the gradients of
-the last layers are ready first, cut whenever a bucket has reached its size. Buckets never mix dtypes.
+the last layers are ready first, cut whenever a bucket has reached its size.
+
+With parameter sharding a unit is what is gathered together: a block, which is an element of a ModuleList or Sequential
+(the outermost one whose parameters are not too many at once), and outside blocks the parameters of one module. Small
+parameters stay whole on every rank, since gathering them would cost more than they weigh, and so do those that no
+module holds; they are bucketed as above. Units mix neither dtypes nor frozen with trained parameters.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,9 +22,14 @@ from deepspeedlite.errors import UnsupportedError
 # is short. Used where the configuration leaves `reduce_bucket_size` out.
 DEFAULT_BUCKET_NUMEL = 8 * 1024 * 1024
 
+# A block with more elements than this is split where it has blocks of its own.
+LARGE_BLOCK_NUMEL = 64 * 1024 * 1024
 
-class TrainedParameter(NamedTuple):
-    """A parameter that an optimizer group updates."""
+FROZEN = -1
+
+
+class NamedParameter(NamedTuple):
+    """A parameter, its full name, and the optimizer group that updates it (-1: none, it is frozen)."""
 
     name: str
     param: torch.nn.Parameter
@@ -28,7 +38,7 @@ class TrainedParameter(NamedTuple):
 
 def name_parameters(
     module: torch.nn.Module, param_groups: Sequence[Sequence[torch.nn.Parameter]]
-) -> list[TrainedParameter]:
+) -> list[NamedParameter]:
     """Join the optimizer's groups with the module's names, in the module's order.
 
     A parameter that the module does not hold (a learnt temperature beside the model, say) comes last and is named by
@@ -42,14 +52,14 @@ def name_parameters(
     trained = []
     for name, param in module.named_parameters():
         if id(param) in place:
-            trained.append(TrainedParameter(name, param, place.pop(id(param))[0]))
+            trained.append(NamedParameter(name, param, place.pop(id(param))[0]))
     for key, (group, index) in place.items():
-        trained.append(TrainedParameter(f"optimizer.param_groups[{group}].params[{index}]", everyone[key], group))
+        trained.append(NamedParameter(f"optimizer.param_groups[{group}].params[{index}]", everyone[key], group))
     _refuse_unusable(trained)
     return [entry for entry in trained if entry.param.requires_grad]
 
 
-def _refuse_unusable(trained: Sequence[TrainedParameter]) -> None:
+def _refuse_unusable(trained: Sequence[NamedParameter]) -> None:
     owner: dict[int, str] = {}
     for name, param, _ in trained:
         if param.is_complex():
@@ -69,17 +79,98 @@ def _refuse_unusable(trained: Sequence[TrainedParameter]) -> None:
         owner[address] = name
 
 
-def reverse_buckets(trained: Iterable[TrainedParameter], bucket_numel: int | None) -> list[list[TrainedParameter]]:
+def reverse_buckets(trained: Iterable[NamedParameter], bucket_numel: int | None) -> list[list[NamedParameter]]:
     """Cut parameters into buckets of one dtype and about `bucket_numel` elements, last parameters first."""
     limit = bucket_numel or DEFAULT_BUCKET_NUMEL
-    buckets: list[list[TrainedParameter]] = []
-    open_buckets: dict[torch.dtype, tuple[list[TrainedParameter], int]] = {}
+    buckets: list[list[NamedParameter]] = []
+    open_buckets: dict[torch.dtype, tuple[list[NamedParameter], int]] = {}
     for entry in reversed(list(trained)):
         bucket, numel = open_buckets.pop(entry.param.dtype, ([], 0))
-        if bucket and numel + entry.param.numel() > limit:
+        if bucket and numel + _numel(entry.param) > limit:
             bucket, numel = [], 0
         if not bucket:
             buckets.append(bucket)
         bucket.append(entry)
-        open_buckets[entry.param.dtype] = (bucket, numel + entry.param.numel())
+        open_buckets[entry.param.dtype] = (bucket, numel + _numel(entry.param))
     return buckets
+
+
+def frozen_parameters(module: torch.nn.Module, trained: Iterable[NamedParameter]) -> list[NamedParameter]:
+    """The module's floating-point parameters that are not trained."""
+    known = {id(entry.param) for entry in trained}
+    return [
+        NamedParameter(name, param, FROZEN)
+        for name, param in module.named_parameters()
+        if id(param) not in known and param.is_floating_point()
+    ]
+
+
+def split_persistent(
+    entries: Sequence[NamedParameter], held: Collection[int], threshold_numel: int, total_numel: int
+) -> tuple[list[NamedParameter], list[NamedParameter]]:
+    """`(persistent, sharded)`: parameters that stay whole, and the others.
+
+    Args:
+        entries: parameters in the module's order.
+        held: ids of the parameters that modules hold; any other is persistent.
+        threshold_numel: parameters with fewer elements are persistent,
+        total_numel: until they have this many elements together.
+    """
+    persistent, sharded = [], []
+    room = total_numel
+    for entry in entries:
+        numel = _numel(entry.param)
+        if id(entry.param) not in held or (numel < threshold_numel and numel <= room):
+            persistent.append(entry)
+            room -= numel
+        else:
+            sharded.append(entry)
+    return persistent, sharded
+
+
+def module_buckets(
+    root: torch.nn.Module, entries: Sequence[NamedParameter], leaves: Collection[torch.nn.Module] = ()
+) -> list[list[NamedParameter]]:
+    """Group parameters by the module they are gathered with, in reverse order of registration.
+
+    Args:
+        root: the model.
+        entries: the parameters to group, frozen ones with group `FROZEN`.
+        leaves: modules that are gathered as one.
+    """
+    home: dict[int, int] = {}
+    for number, (module, deep) in enumerate(_homes(root, set(leaves))):
+        for param in module.parameters(recurse=deep):
+            home.setdefault(id(param), number)
+    buckets: dict[tuple[int, torch.dtype, bool], list[NamedParameter]] = {}
+    for entry in reversed(entries):
+        key = (home[id(entry.param)], entry.param.dtype, entry.group == FROZEN)
+        buckets.setdefault(key, []).append(entry)
+    return list(buckets.values())
+
+
+def _homes(module: torch.nn.Module, leaves: set[torch.nn.Module]) -> Iterator[tuple[torch.nn.Module, bool]]:
+    """Modules whose parameters belong together, outermost first; whether those of their descendants do too."""
+    if module in leaves:
+        yield module, True
+        return
+    yield module, False
+    children = [child for child in module.children() if any(True for _ in child.parameters())]
+    in_blocks = isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(children) > 1
+    for child in children:
+        if in_blocks and child not in leaves and not _is_to_be_split(child):
+            yield child, True
+        else:
+            yield from _homes(child, leaves)
+
+
+def _is_to_be_split(block: torch.nn.Module) -> bool:
+    numel = sum(_numel(param) for param in block.parameters())
+    return numel > LARGE_BLOCK_NUMEL and any(
+        isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(module) > 1 for module in block.modules()
+    )
+
+
+def _numel(param: torch.Tensor) -> int:
+    """Elements of a parameter, one that `zero.Init` has sharded included."""
+    return int(getattr(param, "ds_numel", param.numel()))

@@ -1,0 +1,380 @@
+"""When sharded parameters are whole: module hooks that gather them before use and release them after it.
+
+A module *uses* the flat values of its own parameters; a block also holds those of everything in it, so that they are
+gathered once for the whole block. In a forward pass values are held from a user's pre-hook to its post-hook. For the
+backward pass every output of a user carries a hook that opens the values again; they are closed when nothing in the
+pass can need them any more:
+
+- trained values, when all their gradients have arrived: each use of a parameter comes before its gradient;
+- frozen values, and those of leaf modules, when the gradients of all inputs of all opened calls have been computed;
+- the rest, such as values of which one parameter was not used, when the pass ends.
+
+The order of uses is recorded. From the second pass on, the values used next are gathered ahead of time, and values
+that are used again soon are not released in between.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass
+from functools import partial
+from itertools import takewhile
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from deepspeedlite.zero.unit import ShardUnit
+from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
+
+
+def tensors_in(value: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a model's output: tensors, and lists, tuples, mappings and dataclasses of them at any depth."""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_in(getattr(value, entry.name))
+
+
+@dataclass(frozen=True)
+class GatherLimits:
+    """How far gathering may run ahead, in elements of whole buffers."""
+
+    prefetch_numel: int = 50_000_000
+    max_live_numel: int = 1_000_000_000
+    max_reuse_numel: int = 1_000_000_000
+
+
+class UseTrace:
+    """The order in which values were used in the last pass, and where the present one stands in it."""
+
+    def __init__(self) -> None:
+        self._known: list[FlatValues] = []
+        self._recorded: list[FlatValues] = []
+        self._position = 0  # of the next use expected
+
+    def begin(self) -> None:
+        """A forward pass of the whole model starts."""
+        self._recorded = []
+        self._position = 0
+
+    def end(self) -> None:
+        """A backward pass is over: what was recorded is what the next one will look like."""
+        if self._recorded:
+            self._known = self._recorded
+        self.begin()
+
+    def use(self, values: FlatValues) -> None:
+        """`values` are used now."""
+        self._recorded.append(values)
+        if self._position < len(self._known) and self._known[self._position] is values:
+            self._position += 1
+        else:  # another order than last time: go on from where it was used then
+            later = [i for i, known in enumerate(self._known) if known is values]
+            self._position = 1 + next((i for i in later if i >= self._position), later[0] if later else -1)
+
+    def ahead(self) -> Iterator[FlatValues]:
+        """What will be used next, soonest first."""
+        for index in range(self._position, len(self._known)):
+            yield self._known[index]
+
+    def distance(self, values: FlatValues) -> int | None:
+        """Elements used between now and the next use of `values` in this pass; None if there is none."""
+        total = 0
+        for coming in self.ahead():
+            if coming is values:
+                return total
+            total += coming.numel
+        return None
+
+
+class _Call:
+    """One forward call of a module: what it holds, and the backward pass that has opened it."""
+
+    __slots__ = ("held", "module", "opened_in", "watches_inputs")
+
+    def __init__(self, module: torch.nn.Module, held: list[FlatValues]) -> None:
+        self.module, self.held = module, held
+        self.opened_in = -1
+        self.watches_inputs = False
+
+
+class _AfterBackward(torch.autograd.Function):
+    """The identity; calls back when the gradients of all its outputs are known."""
+
+    @staticmethod
+    def forward(ctx: Any, done: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.done = done
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+        ctx.done()
+        return (None, *grads)
+
+
+class _WatchedParameters(dict[str, Any]):
+    """A module's parameters, which tells when one that has no values at the moment is read by name."""
+
+    def __init__(self, parameters: Mapping[str, Any], on_empty: Callable[[torch.Tensor], None]) -> None:
+        super().__init__(parameters)
+        self._on_empty = on_empty
+
+    def __getitem__(self, name: str) -> Any:
+        param = super().__getitem__(name)
+        if param is not None and param.numel() == 0:
+            self._on_empty(param)
+        return param
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return dict, (dict(self),)  # copies of a module are plain modules
+
+
+class ParameterSchedule:
+    """Gathers and releases the sharded values of one model.
+
+    Args:
+        root: the model.
+        owners: its sharded flat values, trained (`ShardUnit`) and frozen.
+        leaves: modules whose parameters are gathered as one, whatever happens inside.
+        limits: prefetching and reuse.
+    """
+
+    def __init__(
+        self,
+        root: torch.nn.Module,
+        owners: Sequence[FlatValues],
+        leaves: Collection[torch.nn.Module] = (),
+        limits: GatherLimits | None = None,
+    ) -> None:
+        self.owners = list(owners)
+        self.limits = limits or GatherLimits()
+        self.trace = UseTrace()
+        self._pass = 0
+        self._in_backward = False
+        self._open: dict[FlatValues, int] = {}  # held for backward, and how many opened calls count on it
+        self._users: dict[torch.nn.Module, list[FlatValues]] = {}
+        self._closers: dict[torch.nn.Module, set[FlatValues]] = {}
+        self._running: list[_Call] = []
+        self._handles: list[Any] = []
+        self._find_users(root, set(leaves))
+        for module in list(self._users):
+            self._attach(module)
+        for owner in self.owners:
+            if isinstance(owner, ShardUnit):
+                owner.on_all_arrived = partial(self._close, owner)
+        self._modules = [module for module in root.modules() if module._parameters]
+        for module in self._modules:
+            module.__dict__["_parameters"] = _WatchedParameters(module._parameters, self._read_outside)
+
+    # --- who uses what --------------------------------------------------------------------------------------------
+
+    def _find_users(self, root: torch.nn.Module, leaves: set[torch.nn.Module]) -> None:
+        mine = set(self.owners)
+        leaf_of = {module: leaf for leaf in leaves for module in leaf.modules()}
+        for module in root.modules():
+            if leaf_of.get(module, module) is not module:
+                continue
+            if any(True for _ in module.children()):
+                self._users.setdefault(module, [])  # may read the parameters of others in its forward
+            for param in module.parameters(recurse=module in leaves):
+                owner = owner_of(param)
+                if owner is not None and owner in mine:
+                    self._add_user(module, owner)
+        for owner in self.owners:
+            holders = [module for module, owned in self._users.items() if owner in owned]
+            home = _common_home(root, owner)
+            home = leaf_of.get(home, home)
+            self._add_user(home, owner)
+            if not isinstance(owner, ShardUnit) or any(holder in leaves for holder in holders):
+                inside = set(home.modules())
+                for module in (home, *(holder for holder in holders if holder not in inside)):
+                    self._closers.setdefault(module, set()).add(owner)
+
+    def _add_user(self, module: torch.nn.Module, owner: FlatValues) -> None:
+        owners = self._users.setdefault(module, [])
+        if owner not in owners:
+            owners.append(owner)
+
+    def _attach(self, module: torch.nn.Module) -> None:
+        self._handles += [
+            module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._post_forward, always_call=True),
+        ]
+
+    def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:
+        """From now on, calls of `module` make `param` whole."""
+        owner = owner_of(param)
+        if owner not in self.owners:
+            return
+        known = module in self._users
+        self._add_user(module, owner)
+        if not known:
+            self._attach(module)
+
+    # --- forward --------------------------------------------------------------------------------------------------
+
+    def begin_forward(self) -> None:
+        """A forward pass of the whole model starts."""
+        self._running.clear()
+        if not self._in_backward:
+            self.trace.begin()
+
+    @torch.no_grad()
+    def _need(self, owner: FlatValues) -> None:
+        """Hold values for a use that starts now, and send for those that come after it."""
+        if owner.holds == 0:
+            self.trace.use(owner)
+            owner.gather()
+            self._prefetch()
+        owner.hold()
+
+    def _prefetch(self) -> None:
+        room = self.limits.prefetch_numel
+        live = self.live_numel()
+        for coming in self.trace.ahead():
+            room -= coming.numel
+            if room < 0:
+                break
+            if coming.state is ValueState.SHARDED:
+                live += coming.numel
+                if live > self.limits.max_live_numel:
+                    break
+                coming.gather()
+
+    def live_numel(self) -> int:
+        """Elements of sharded values that are whole now, or on the way."""
+        return sum(owner.numel for owner in self.owners if owner.state is not ValueState.SHARDED)
+
+    def _pre_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+        call = _Call(module, list(self._users[module]))
+        self._running.append(call)
+        for owner in call.held:
+            self._need(owner)
+        if module in self._closers and torch.is_grad_enabled():
+            return self._watch_inputs(call, args, kwargs)
+        return None
+
+    def _post_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        call = next((running for running in reversed(self._running) if running.module is module), None)
+        if call is None:
+            return
+        del self._running[self._running.index(call) :]
+        recording = torch.is_grad_enabled()
+        if recording and call.held:
+            for tensor in tensors_in(output):
+                if tensor.requires_grad:
+                    tensor.register_hook(partial(self._open_for_backward, call))
+        for owner in call.held:
+            owner.let_go(release=not self._is_kept(owner, recording))
+
+    def _is_kept(self, owner: FlatValues, recording: bool) -> bool:
+        """Whether values stay whole after a forward use because the next use is near."""
+        if self._in_backward:
+            return True  # a recomputation: the backward pass of what was recomputed follows
+        if not recording or self.live_numel() > self.limits.max_live_numel:
+            return False
+        distance = self.trace.distance(owner)
+        return distance is not None and distance <= self.limits.max_reuse_numel
+
+    # --- backward -------------------------------------------------------------------------------------------------
+
+    def begin_backward(self) -> None:
+        """A backward pass starts."""
+        self._in_backward = True
+        self._pass += 1
+
+    def _open_for_backward(self, call: _Call, grad: torch.Tensor) -> None:
+        counted = call.watches_inputs and call.opened_in != self._pass
+        call.opened_in = self._pass
+        for owner in call.held:
+            if owner not in self._open:
+                self._need(owner)
+                self._open[owner] = 0
+            if counted and owner in self._closers[call.module]:
+                self._open[owner] += 1
+
+    def _close(self, owner: FlatValues) -> None:
+        if self._open.pop(owner, None) is not None:
+            owner.let_go(release=True)
+
+    def _inputs_done(self, call: _Call) -> None:
+        if call.opened_in != self._pass:
+            return
+        call.opened_in = -1
+        for owner in self._closers[call.module]:
+            if owner in self._open:
+                self._open[owner] -= 1
+                if self._open[owner] <= 0:
+                    self._close(owner)
+
+    def end_backward(self) -> None:
+        """The pass is over: release everything that is still whole."""
+        for owner in list(self._open):
+            self._close(owner)
+        self._in_backward = False
+        self.trace.end()
+        self.release()
+
+    def release(self) -> None:
+        """Release what nobody holds."""
+        for owner in self.owners:
+            owner.release()
+
+    def abandon(self) -> None:
+        """A pass was left by an exception: forget who held what in it."""
+        self._running.clear()
+        for owner in self.owners:
+            owner.holds = 0
+        self._open.clear()
+        self._in_backward = False
+        self.trace.end()
+        self.release()
+
+    # [Note: when a call's backward is over]
+    # The node put on the inputs was made before every node inside the module, so autograd, which runs the youngest of
+    # the nodes that are ready, runs it after all of those that are. Nodes that become ready later do so through another
+    # output of the module, whose hook opens the values again.
+    def _watch_inputs(self, call: _Call, args: Any, kwargs: Any) -> Any:
+        flat, spec = tree_flatten((args, kwargs))
+        places = [i for i, item in enumerate(flat) if isinstance(item, torch.Tensor) and item.requires_grad]
+        if not places:
+            return None
+        call.watches_inputs = True
+        watched = _AfterBackward.apply(partial(self._inputs_done, call), *(flat[i] for i in places))
+        for place, tensor in zip(places, watched):
+            flat[place] = tensor
+        return tree_unflatten(flat, spec)
+
+    # --- parameters read outside the module that has them ---------------------------------------------------------------
+
+    def _read_outside(self, param: torch.Tensor) -> None:
+        """A parameter was read while its values are sharded: gather it for the module that is running."""
+        owner = owner_of(param)
+        if owner not in self.owners or not self._running or owner.state is ValueState.WHOLE:
+            return
+        reader = self._running[-1]
+        self.add_user(reader.module, param)
+        self._need(owner)
+        reader.held.append(owner)
+
+    def close(self) -> None:
+        """Remove all hooks."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            module.__dict__["_parameters"] = dict(module._parameters)
+
+
+def _common_home(root: torch.nn.Module, owner: FlatValues) -> torch.nn.Module:
+    """The smallest module that all parameters of some flat values lie in."""
+    paths = [slot.name.split(".")[:-1] for slot, _ in owner.slots]
+    shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))]
+    return root.get_submodule(".".join(shared))

@@ -1,0 +1,106 @@
+"""Leaf modules: gathered as one by stage 3, whatever runs inside them.
+
+In a mixture of experts each rank runs the experts that its tokens are routed to. Gathering is collective, so the ranks
+must not depend on the route: the whole block is gathered on every rank. `torch.nn.MultiheadAttention` is a leaf always,
+because it reads the weights of its output projection without calling it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch.utils.weak import WeakIdKeyDictionary
+
+from deepspeedlite.errors import ConfigError
+
+ALWAYS = (torch.nn.MultiheadAttention,)
+# Blocks of transformers that route tokens to experts; the default of zero_optimization.leaf_module.classes.
+KNOWN_CLASSES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
+
+_MARKED = WeakIdKeyDictionary()
+
+
+def z3_leaf_module(module: torch.nn.Module) -> bool:
+    """Whether a module is a leaf."""
+    return bool(_MARKED.get(module, isinstance(module, ALWAYS)))
+
+
+def set_z3_leaf_module(module: torch.nn.Module, flag: bool) -> None:
+    """Make one module a leaf, or no longer one. Has its effect on engines made afterwards."""
+    _MARKED[module] = flag
+
+
+def get_z3_leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The outermost leaf modules of a model."""
+    found: list[torch.nn.Module] = []
+    inside: set[torch.nn.Module] = set()
+    for module in model.modules():
+        if module not in inside and z3_leaf_module(module):
+            found.append(module)
+            inside.update(module.modules())
+    return found
+
+
+def set_z3_leaf_modules(
+    model: torch.nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """Make every module of the given classes, or class names, a leaf; returns those modules.
+
+    Raises:
+        ConfigError: no module of the model is of these classes.
+    """
+    return _flag(model, leaf_module_classes, True, raise_if_not_found)
+
+
+def unset_z3_leaf_modules(
+    model: torch.nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """The opposite of `set_z3_leaf_modules`."""
+    return _flag(model, leaf_module_classes, False, raise_if_not_found)
+
+
+def mark_leaves(
+    model: torch.nn.Module,
+    classes: Sequence[str] | str | None,
+    names: Sequence[str] | str = (),
+    suffixes: Sequence[str] | str = (),
+) -> None:
+    """Make leaves of what the configuration's `leaf_module` section lists; None: the classes known to need it."""
+    if classes is None:
+        _flag(model, KNOWN_CLASSES, True, raise_if_not_found=False)
+    elif classes:
+        _flag(model, _listed(classes), True, raise_if_not_found=True)
+    wanted, endings = set(_listed(names)), tuple(_listed(suffixes))
+    for name, module in model.named_modules():
+        if name in wanted or (endings and name.endswith(endings)):
+            set_z3_leaf_module(module, True)
+            wanted.discard(name)
+    if wanted:
+        raise ConfigError(
+            f"zero_optimization.leaf_module.names: the model has no module called {', '.join(sorted(wanted))}"
+        )
+
+
+def _flag(
+    model: torch.nn.Module, classes: Iterable[type | str], flag: bool, raise_if_not_found: bool
+) -> list[torch.nn.Module]:
+    wanted = list(classes)
+    found = [module for module in model.modules() if any(_is_of(module, one) for one in wanted)]
+    if raise_if_not_found and not found:
+        shown = ", ".join(one if isinstance(one, str) else one.__name__ for one in wanted)
+        raise ConfigError(f"leaf modules: no module of {type(model).__name__} is of class {shown}")
+    for module in found:
+        set_z3_leaf_module(module, flag)
+    return found
+
+
+def _is_of(module: torch.nn.Module, wanted: type | str) -> bool:
+    if isinstance(wanted, str):
+        kind = type(module)
+        return wanted in (kind.__name__, f"{kind.__module__}.{kind.__qualname__}")
+    return isinstance(module, wanted)
+
+
+def _listed(value: Sequence[str] | str) -> list[str]:
+    return [value] if isinstance(value, str) else list(value)

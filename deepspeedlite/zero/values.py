@@ -1,0 +1,291 @@
+"""Flat values: the one buffer behind the values of some parameters, whole on every rank or sharded over them.
+
+    WHOLE     every rank holds all values; the parameters are views of the buffer
+    SHARDED   each rank holds its shard; the buffer has no memory, and the parameters are empty placeholders
+    GATHERING the shards are on their way into the buffer
+
+Values that are not to be sharded stay WHOLE; their shard is a view of the buffer, and `gather` sends what a step wrote
+into it. `holds` counts who needs the values: they are released when nobody does.
+
+[Note: memory that comes and goes]
+Autograd's graph keeps views of the buffer (a transposed weight, say) from the forward pass to the backward pass. So the
+buffer is one storage for its whole life, and is resized to nothing and back: those views find the values again as soon
+as they are gathered. The placeholders make reading a released parameter an error of shapes instead of a read of memory
+that is gone.
+
+[Note: no stream of our own]
+On a GPU, NCCL runs a collective on its own stream, which first waits for what the current stream had been given when
+the collective was started; waiting for the collective makes the current stream wait. All memory here is allocated, used
+and freed in the order of the current stream, so the caching allocator may reuse it at once, and no event or
+`record_stream` is needed. The price: a gather starts when the work queued before it is done, which is when the module
+before the current one ends, and overlaps the current one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from enum import Enum
+from typing import Any
+
+import torch
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from deepspeedlite.comm import Group
+from deepspeedlite.errors import EngineStateError
+from deepspeedlite.zero.layout import FlatLayout, Slot
+from deepspeedlite.zero.wrap import NamedParameter
+
+
+class ValueState(Enum):
+    """Where the values are. See the file's first lines."""
+
+    SHARDED = "sharded"
+    GATHERING = "gathering"
+    WHOLE = "whole"
+
+
+class ZeroParamStatus(Enum):
+    """What clients of DeepSpeed read as `param.ds_status`."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+_STATUS = {
+    ValueState.WHOLE: ZeroParamStatus.AVAILABLE,
+    ValueState.SHARDED: ZeroParamStatus.NOT_AVAILABLE,
+    ValueState.GATHERING: ZeroParamStatus.INFLIGHT,
+}
+
+_OWNERS = WeakTensorKeyDictionary()
+
+
+def owner_of(param: torch.Tensor) -> FlatValues | None:
+    """The flat values that a parameter is part of, if an engine or `zero.Init` has taken it over."""
+    return _OWNERS.get(param)
+
+
+def full_shape(param: torch.Tensor) -> torch.Size:
+    """A parameter's shape, whether it is sharded now or not."""
+    owner = owner_of(param)
+    return param.shape if owner is None else torch.Size(owner.slot_of(param).shape)
+
+
+class FlatValues:
+    """The values of parameters of one dtype and device.
+
+    Args:
+        members: the parameters; their memory becomes views of the buffer.
+        group: the ranks that the values are sharded over.
+        sharded: let each rank keep only its shard while nobody holds the values.
+        shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
+    """
+
+    def __init__(
+        self, members: Sequence[NamedParameter], group: Group, *, sharded: bool, shard_count: int | None = None
+    ) -> None:
+        ordered = sorted(members, key=lambda member: member.group)
+        self.params = [member.param for member in ordered]
+        self.group = group
+        self.sharded = sharded
+        count = group.size if shard_count is None else shard_count
+        self.layout = FlatLayout([(m.name, full_shape(m.param), m.group) for m in ordered], count)
+        self.index = group.rank if count > 1 else 0
+        first = self.params[0]
+        self.dtype, self.device = first.dtype, first.device
+        self.holds = 0
+        self.state = ValueState.WHOLE
+        self._work: Any = None
+        self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
+        self._take(sharded)
+
+    # --- taking parameters over -----------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _take(self, sharded: bool) -> None:
+        former = owners_of(self.params)
+        for owner in former:
+            owner.hold()
+        start, stop = self.layout.shard(self.index)
+        self.values = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
+        self._nbytes = self.values.untyped_storage().nbytes()
+        self._views = [self.values[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
+        if sharded:
+            self.values.untyped_storage().resize_(0)
+            self.shard = torch.zeros(stop - start, dtype=self.dtype, device=self.device)
+            for slot, param in self.slots:
+                _write_range(self.shard, start, slot.start, param.data)
+        else:
+            self.values.zero_()
+            self.shard = self.values[start:stop]
+            for slot, param in self.slots:
+                self.values[slot.start : slot.stop].copy_(param.data.flatten())
+        self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
+        for owner in former:
+            owner.forget(self.params)
+        for slot, param in self.slots:
+            _OWNERS[param] = self
+            if sharded:
+                _describe(param, slot, self.shard)
+        if sharded:
+            self._drop()
+        else:
+            self._show()
+
+    def forget(self, params: Iterable[torch.Tensor]) -> None:
+        """Another owner has taken these parameters over."""
+        taken = {id(param) for param in params}
+        kept = [index for index, param in enumerate(self.params) if id(param) not in taken]
+        self.params = [self.params[index] for index in kept]
+        self.slots = [self.slots[index] for index in kept]
+        self._views = [self._views[index] for index in kept]
+        self.let_go()
+
+    def slot_of(self, param: torch.Tensor) -> Slot:
+        """The parameter's place in the layout."""
+        return next(slot for slot, own in self.slots if own is param)
+
+    def _show(self) -> None:
+        for param, view in zip(self.params, self._views):
+            param.data = view
+        self._enter(ValueState.WHOLE)
+
+    def _drop(self) -> None:
+        for param in self.params:
+            param.data = self._placeholder
+        self.values.untyped_storage().resize_(0)
+        self._enter(ValueState.SHARDED)
+
+    def _enter(self, state: ValueState) -> None:
+        self.state = state
+        if self.sharded:
+            status = _STATUS[state]
+            for param in self.params:
+                param.ds_status = status  # type: ignore[attr-defined]
+
+    # --- whole and sharded ----------------------------------------------------------------------------------------
+
+    @property
+    def numel(self) -> int:
+        """Elements of the whole buffer, gaps included."""
+        return self.layout.numel
+
+    @torch.no_grad()
+    def gather(self) -> None:
+        """Start making the values whole; nothing happens where they are, or are on the way."""
+        if self.state is not ValueState.SHARDED:
+            return
+        self.values.untyped_storage().resize_(self._nbytes)
+        self._work = self.group.all_gather_into(self.values, self.shard, async_op=True)
+        self._enter(ValueState.GATHERING)
+
+    def wait_for_gather(self) -> None:
+        """Wait until the parameters hold their values (on GPUs: until the current stream will see them)."""
+        if self.state is not ValueState.GATHERING:
+            return
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+        self._show()
+
+    def hold(self) -> None:
+        """Make the values whole and keep them so until the matching `let_go`."""
+        self.holds += 1
+        self.gather()
+        self.wait_for_gather()
+
+    def let_go(self, release: bool = True) -> None:
+        """End a `hold`; the last one releases the values, unless they are to stay for a while."""
+        self.holds -= 1
+        if release:
+            self.release()
+
+    def release(self) -> None:
+        """Free the whole values, where they are sharded and nobody holds them."""
+        if not self.sharded or self.holds > 0 or self.state is ValueState.SHARDED:
+            return
+        self.wait_for_gather()
+        self._drop()
+
+    @torch.no_grad()
+    def start_sharing(self) -> None:
+        """After a step wrote this rank's shard of values that stay whole: start sending it to all ranks."""
+        if not self.sharded and self.layout.shard_count > 1:
+            self._work = self.group.all_gather_into(self.values, self.shard, async_op=True)
+
+    def wait_for_sharing(self) -> None:
+        """Wait until every rank's shard has come."""
+        work, self._work = self._work, None
+        if work is not None:
+            work.wait()
+
+    @torch.no_grad()
+    def keep_changes(self) -> None:
+        """The whole values were written, alike on every rank: take this rank's shard from them."""
+        if self.sharded and self.state is ValueState.WHOLE:
+            start, stop = self.layout.shard(self.index)
+            self.shard.copy_(self.values[start:stop])
+
+    @torch.no_grad()
+    def broadcast_values(self, src: int = 0) -> None:
+        """Give every rank the values of one rank of the group."""
+        self.hold()
+        self.group.broadcast(self.values, src=src)
+        self.keep_changes()
+        self.let_go()
+
+    def verify_attached(self) -> None:
+        """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
+
+        Raises:
+            EngineStateError: naming the parameter.
+        """
+        for (slot, param), view in zip(self.slots, self._views):
+            expected = self._placeholder if self.state is not ValueState.WHOLE else view
+            if param.data_ptr() != expected.data_ptr() or param.shape != expected.shape:
+                raise EngineStateError(
+                    f"parameter {slot.name} was given new memory after deepspeedlite.initialize (by .to(), .data = , "
+                    "load_state_dict(assign=True) or flatten_parameters()); its optimizer no longer sees it. Move or "
+                    "convert the model before initialize, and copy values in place afterwards"
+                )
+
+    def close(self) -> None:
+        """Give the parameters back, whole. Collective where they are sharded."""
+        self.gather()
+        self.wait_for_gather()
+        for param in self.params:
+            if _OWNERS.get(param) is self:
+                del _OWNERS[param]
+        self.sharded = False
+
+
+def _write_range(shard: torch.Tensor, shard_start: int, start: int, whole: torch.Tensor) -> None:
+    """Copy the part of a parameter's values that lies in the shard; `start` is the parameter's place in the buffer."""
+    first, last = max(start, shard_start), min(start + whole.numel(), shard_start + shard.numel())
+    if first < last:
+        shard[first - shard_start : last - shard_start].copy_(whole.flatten()[first - start : last - start])
+
+
+def _describe(param: torch.Tensor, slot: Slot, shard: torch.Tensor) -> None:
+    """What clients of DeepSpeed read on a sharded parameter."""
+    param.ds_shape = torch.Size(slot.shape)  # type: ignore[attr-defined]
+    param.ds_numel = slot.numel  # type: ignore[attr-defined]
+    param.ds_tensor = shard  # type: ignore[attr-defined]
+    if not hasattr(param, "ds_id"):
+        param.ds_id = _next_id()  # type: ignore[attr-defined]
+        param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
+        param.partition_numel = lambda: shard.numel()  # type: ignore[attr-defined]
+
+
+_IDS = iter(range(1 << 62))
+
+
+def _next_id() -> int:
+    return next(_IDS)
+
+
+def owners_of(params: Iterable[torch.Tensor]) -> list[FlatValues]:
+    """The distinct owners of parameters, in order."""
+    found = dict.fromkeys(owner_of(param) for param in params)
+    return [owner for owner in found if owner is not None]
