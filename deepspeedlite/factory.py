@@ -192,7 +192,7 @@ def _build_parts(
     )
     frozen_values = [FlatValues(bucket, group, sharded=True) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
-    _broadcast_state(model, [*schedule.units, *frozen_values], group)
+    _broadcast_rest(model, group)
     parameters = (
         ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
     )
@@ -355,10 +355,8 @@ def _all_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 @torch.no_grad()
-def _broadcast_state(model: torch.nn.Module, owners: Sequence[FlatValues], group: Group) -> None:
-    """Give every rank what rank 0 has: flat values, and the parameters and buffers outside them."""
-    for owner in owners:
-        owner.broadcast_values()
+def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
+    """Give every rank rank 0's buffers, and those parameters that lie in no flat values, which have seen to theirs."""
     for _, tensor in _all_state(model):
         if owner_of(tensor) is None and tensor.numel() > 0:
             whole = tensor.data.contiguous()

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.errors import LossScaleError
+from deepspeedlite.errors import LossScaleError, UnsupportedError
+from deepspeedlite.zero.values import owner_of
 
 DTYPES: dict[str, torch.dtype] = {
     "fp32": torch.float32,
@@ -110,8 +111,19 @@ class Precision:
         return torch.float16 in (self.model_dtype, self.autocast_dtype)
 
     def convert(self, module: torch.nn.Module) -> None:
-        """Cast the module's floating-point parameters and buffers in place to the model's dtype."""
+        """Cast the module's floating-point parameters and buffers in place to the model's dtype.
+
+        Raises:
+            UnsupportedError: `zero.Init` has sharded a parameter in another dtype.
+        """
         if self.model_dtype is not None:
+            for name, param in module.named_parameters():
+                owner = owner_of(param)
+                if owner is not None and owner.sharded and owner.dtype != self.model_dtype:
+                    raise UnsupportedError(
+                        f"parameter {name} was sharded as {owner.dtype} by zero.Init, and the configuration trains in "
+                        f"{self.model_dtype}; pass the same configuration (or dtype) to zero.Init"
+                    )
             module.to(dtype=self.model_dtype)
 
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:

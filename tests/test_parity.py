@@ -44,7 +44,7 @@ def engine_config(dtype: str, accumulation: int, clip: bool, **more) -> dict:
     return config
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def reference(
     dtype: str, accumulation: int, clip: bool, world_size: int
 ) -> tuple[list[float], dict[str, torch.Tensor]]:

@@ -31,7 +31,7 @@ _SUMS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceO
 
 
 # gloo's finished collectives that Python holds on to: see the note on the interpreter's end in `comm.init`.
-_KEPT: deque[Any] = deque(maxlen=4)
+_KEPT: deque[Any] = deque(maxlen=2)
 
 
 class Work(Protocol):

@@ -13,8 +13,9 @@ on another tier, parameters on other ranks) has its place in that loop.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -79,6 +80,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._norm_is_current = False
         self._runs_of_units = self._make_runs()
         self._runs = [run for runs in self._runs_of_units for run in runs]
+        for unit, runs in zip(schedule.units, self._runs_of_units):
+            unit.on_new_values = partial(self._refresh, runs)
+            unit.stepper, unit.masters = self, [run.master for run in runs]
         self._drop_states_of_parameters()
         self._sub_groups = self._cut_sub_groups()
 
@@ -239,10 +243,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def refresh_masters(self) -> None:
         """Take the model's present values as the masters', after they were loaded from outside."""
-        with torch.no_grad():
-            for master, values, _ in self._runs:
-                if master is not values:
-                    master.copy_(values)
+        self._refresh(self._runs)
+
+    @staticmethod
+    @torch.no_grad()
+    def _refresh(runs: Sequence[SteppedRun]) -> None:
+        for master, values, _ in runs:
+            if master is not values:
+                master.copy_(values)
 
     # --- norms ----------------------------------------------------------------------------------------------------
 

@@ -1,1 +1,30 @@
-"""The one ZeRO: a plan, a layout, units that own flat buffers, and the policy that groups parameters into units."""
+"""The one ZeRO: what is sharded, how it lies in flat buffers, when it is moved, and what users call.
+
+Read `plan`, `layout`, `values`, `unit`, `schedule`, `hooks`, in this order. `wrap` is policy; `init` and
+`inspect` are what users touch. Names are imported on first use.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+_LAZY = {
+    "Init": "init",
+    "GatheredParameters": "init",
+    "register_external_parameter": "hooks",
+    "unwrap_model_for_generation": "init",
+    "ZeroParamStatus": "values",
+    "estimate_zero2_model_states_mem_needs_all_live": "estimate",
+    "estimate_zero2_model_states_mem_needs_all_cold": "estimate",
+    "estimate_zero3_model_states_mem_needs_all_live": "estimate",
+    "estimate_zero3_model_states_mem_needs_all_cold": "estimate",
+}
+
+__all__ = list(_LAZY)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'deepspeedlite.zero' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"deepspeedlite.zero.{_LAZY[name]}"), name)

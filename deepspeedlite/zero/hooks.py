@@ -20,10 +20,12 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from deepspeedlite.errors import EngineStateError
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
 
@@ -137,6 +139,30 @@ class _WatchedParameters(dict[str, Any]):
         return dict, (dict(self),)  # copies of a module are plain modules
 
 
+_SCHEDULES: WeakKeyDictionary[FlatValues, ParameterSchedule] = WeakKeyDictionary()
+# Parameters that a module was said to read before there was an engine.
+_EXTERNAL: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
+
+
+def register_external_parameter(module: torch.nn.Module, parameter: torch.Tensor) -> None:
+    """Say that `module`'s forward reads a parameter of another module, so that it is whole then.
+
+    Reading `other.weight` in a forward is noticed without this; it is needed where the parameter was put aside first.
+
+    Raises:
+        EngineStateError: `parameter` is not a Parameter.
+    """
+    if not isinstance(parameter, torch.nn.Parameter):
+        kind = type(parameter).__name__
+        raise EngineStateError(f"register_external_parameter needs a torch.nn.Parameter, got {kind}")
+    owner = owner_of(parameter)
+    schedule = None if owner is None else _SCHEDULES.get(owner)
+    if schedule is not None:
+        schedule.add_user(module, parameter)
+    else:
+        _EXTERNAL.setdefault(module, []).append(parameter)
+
+
 class ParameterSchedule:
     """Gathers and releases the sharded values of one model.
 
@@ -170,6 +196,11 @@ class ParameterSchedule:
         for owner in self.owners:
             if isinstance(owner, ShardUnit):
                 owner.on_all_arrived = partial(self._close, owner)
+        for owner in self.owners:
+            _SCHEDULES[owner] = self
+        for module in root.modules():
+            for param in _EXTERNAL.get(module, ()):
+                self.add_user(module, param)
         self._modules = [module for module in root.modules() if module._parameters]
         for module in self._modules:
             module.__dict__["_parameters"] = _WatchedParameters(module._parameters, self._read_outside)
@@ -207,6 +238,10 @@ class ParameterSchedule:
         self._handles += [
             module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True),
             module.register_forward_hook(self._post_forward, always_call=True),
+            module.register_load_state_dict_pre_hook(self._pre_load),
+            module.register_load_state_dict_post_hook(self._post_load),
+            module.register_state_dict_pre_hook(self._pre_state_dict),
+            module.register_state_dict_post_hook(partial(self._post_state_dict)),
         ]
 
     def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:
@@ -284,6 +319,28 @@ class ParameterSchedule:
         distance = self.trace.distance(owner)
         return distance is not None and distance <= self.limits.max_reuse_numel
 
+    # --- state dicts: collective, and whole -------------------------------------------------------------------------
+
+    def _pre_load(self, module: torch.nn.Module, *args: Any) -> None:
+        for owner in self._users[module]:
+            owner.hold()
+
+    def _post_load(self, module: torch.nn.Module, incompatible: Any) -> None:
+        for owner in self._users[module]:
+            owner.keep_changes()
+            owner.let_go()
+
+    def _pre_state_dict(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+        for owner in self._users[module]:
+            owner.hold()
+
+    def _post_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        for name, param in module._parameters.items():
+            if param is not None and prefix + name in state and owner_of(param) in self.owners:
+                state[prefix + name] = param.detach().clone()
+        for owner in self._users[module]:
+            owner.let_go()
+
     # --- backward -------------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> None:
@@ -353,7 +410,7 @@ class ParameterSchedule:
             flat[place] = tensor
         return tree_unflatten(flat, spec)
 
-    # --- parameters read outside the module that has them ---------------------------------------------------------------
+    # --- parameters read outside the module that has them ------------------------------------------------------------
 
     def _read_outside(self, param: torch.Tensor) -> None:
         """A parameter was read while its values are sharded: gather it for the module that is running."""

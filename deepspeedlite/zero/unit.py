@@ -26,10 +26,10 @@ slots that are still shown. That is right only while the scale is 1; otherwise i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -48,6 +48,18 @@ class GradState(Enum):
     LOCAL = "local"
     REDUCING = "reducing"
     AVERAGED = "averaged"
+
+
+class Stepper(Protocol):
+    """What a unit knows of the optimizer that steps its runs."""
+
+    @property
+    def state(self) -> Mapping[torch.Tensor, dict[str, Any]]:
+        """The optimizer's state, per master."""
+
+    @property
+    def loss_scale(self) -> float:
+        """The factor that the gradients carry."""
 
 
 class ReducePolicy:
@@ -118,6 +130,9 @@ class ShardUnit(FlatValues):
         self._is_nested = is_nested
         # Called when every trained parameter has its gradient: nothing in this pass needs the values any more.
         self.on_all_arrived: Callable[[], None] = lambda: None
+        # The optimizer, where there is one, and what it updates: a 1-D tensor per run. See `zero.inspect`.
+        self.stepper: Stepper | None = None
+        self.masters: Sequence[torch.Tensor] = ()
         self._reduction: Any = None
         self._wire: torch.Tensor | None = None
         self._make_grads()
@@ -175,6 +190,24 @@ class ShardUnit(FlatValues):
             )
             for run in self.layout.runs(self.index)
         ]
+
+    def own_grad(self, slot: Slot) -> torch.Tensor | None:
+        """What this rank alone has accumulated of a parameter's gradient: a 1-D view; None where it is not LOCAL.
+
+        Raises:
+            EngineStateError: during a backward pass, and where another part of the gradient is averaged already.
+        """
+        if self._in_pass:
+            raise EngineStateError(f"the gradient of {slot.name} was asked for while a backward pass is under way")
+        if self.grad_state is not GradState.LOCAL:
+            return None
+        if self._carried is not None:
+            raise EngineStateError(
+                f"the gradient of {slot.name} is averaged over the ranks but for what the last pass, without "
+                "averaging, has added; read it after the pass that ends the accumulation"
+            )
+        filled = self._filled[self.layout.slots.index(slot)]
+        return self.grads[slot.start : slot.stop] if filled else None
 
     # --- gradients ------------------------------------------------------------------------------------------------
 

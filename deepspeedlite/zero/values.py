@@ -23,7 +23,7 @@ before the current one ends, and overlaps the current one.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from typing import Any
 
@@ -80,10 +80,17 @@ class FlatValues:
         group: the ranks that the values are sharded over.
         sharded: let each rank keep only its shard while nobody holds the values.
         shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
+        source: the rank of the group whose values count on all ranks; None: they agree already.
     """
 
     def __init__(
-        self, members: Sequence[NamedParameter], group: Group, *, sharded: bool, shard_count: int | None = None
+        self,
+        members: Sequence[NamedParameter],
+        group: Group,
+        *,
+        sharded: bool,
+        shard_count: int | None = None,
+        source: int | None = 0,
     ) -> None:
         ordered = sorted(members, key=lambda member: member.group)
         self.params = [member.param for member in ordered]
@@ -95,32 +102,30 @@ class FlatValues:
         first = self.params[0]
         self.dtype, self.device = first.dtype, first.device
         self.holds = 0
+        # Called when values were written from outside the optimizer, which may keep copies of them.
+        self.on_new_values: Callable[[], None] = lambda: None
         self.state = ValueState.WHOLE
         self._work: Any = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
-        self._take(sharded)
+        self._take(sharded, source)
 
     # --- taking parameters over -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, sharded: bool) -> None:
+    def _take(self, sharded: bool, source: int | None) -> None:
         former = owners_of(self.params)
+        agreed = len(former) > 0 and all(owner.sharded for owner in former)
         for owner in former:
             owner.hold()
-        start, stop = self.layout.shard(self.index)
-        self.values = torch.empty(self.layout.numel, dtype=self.dtype, device=self.device)
+        self.values = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
         self._nbytes = self.values.untyped_storage().nbytes()
         self._views = [self.values[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
-        if sharded:
-            self.values.untyped_storage().resize_(0)
-            self.shard = torch.zeros(stop - start, dtype=self.dtype, device=self.device)
-            for slot, param in self.slots:
-                _write_range(self.shard, start, slot.start, param.data)
-        else:
-            self.values.zero_()
-            self.shard = self.values[start:stop]
-            for slot, param in self.slots:
-                self.values[slot.start : slot.stop].copy_(param.data.flatten())
+        for view, param in zip(self._views, self.params):
+            view.copy_(param.data)
+        if source is not None and not agreed:
+            self.group.broadcast(self.values, src=source)
+        own = self.values[slice(*self.layout.shard(self.index))]
+        self.shard = own.clone() if sharded else own
         self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
         for owner in former:
             owner.forget(self.params)
@@ -226,14 +231,7 @@ class FlatValues:
         if self.sharded and self.state is ValueState.WHOLE:
             start, stop = self.layout.shard(self.index)
             self.shard.copy_(self.values[start:stop])
-
-    @torch.no_grad()
-    def broadcast_values(self, src: int = 0) -> None:
-        """Give every rank the values of one rank of the group."""
-        self.hold()
-        self.group.broadcast(self.values, src=src)
-        self.keep_changes()
-        self.let_go()
+        self.on_new_values()
 
     def verify_attached(self) -> None:
         """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
@@ -258,13 +256,6 @@ class FlatValues:
             if _OWNERS.get(param) is self:
                 del _OWNERS[param]
         self.sharded = False
-
-
-def _write_range(shard: torch.Tensor, shard_start: int, start: int, whole: torch.Tensor) -> None:
-    """Copy the part of a parameter's values that lies in the shard; `start` is the parameter's place in the buffer."""
-    first, last = max(start, shard_start), min(start + whole.numel(), shard_start + shard.numel())
-    if first < last:
-        shard[first - shard_start : last - shard_start].copy_(whole.flatten()[first - start : last - start])
 
 
 def _describe(param: torch.Tensor, slot: Slot, shard: torch.Tensor) -> None:
