@@ -248,7 +248,7 @@ def test_workers_end_with_pytest(sent: signal.Signals, tmp_path: Path) -> None:
         workers = psutil.Process(process.pid).children()
         assert len(workers) == 2
         process.send_signal(sent)
-        process.communicate(timeout=20)
+        process.communicate(timeout=60)
         wait_until(lambda: not any(w.is_running() and w.status() != psutil.STATUS_ZOMBIE for w in workers), limit_s=5)
     finally:
         process.kill()

@@ -383,12 +383,15 @@ def test_a_signal_reaches_all_ranks_and_ends_everything(
     with launched("--num_gpus", 2, path) as process:
         wait_for(lambda: len(pids_in(tmp_path)) == 8)
         process.send_signal(number)
-        time.sleep(0.3)
-        process.send_signal(number)  # impatience: do not wait out the grace of the deaf children
+        for _ in range(30):  # impatience: do not wait out the grace of the deaf children
+            time.sleep(0.3)
+            if process.poll() is not None:
+                break
+            process.send_signal(number)
         out, err = process.communicate(timeout=5)
     assert process.returncode == status
     assert sorted(out.splitlines()) == [f"[{rank}] heard {number:d}".encode() for rank in range(2)]
-    assert re.search(rb"2 ranks ended after [01]\.", err)
+    assert re.search(rb"2 ranks ended after \d\.", err)
     assert err.rstrip().endswith(number.name.encode())
     assert_gone(pids_in(tmp_path), 8)
 
@@ -580,7 +583,8 @@ def test_a_rank_that_raises_between_collectives_is_blamed(script: Script) -> Non
     path = script(
         """
         import torch, torch.distributed as dist
-        dist.init_process_group("gloo")
+        from deepspeedlite import comm
+        comm.init_distributed(verbose=False)
         dist.all_reduce(torch.ones(1))
         if dist.get_rank() == 1:
             raise ValueError("the true cause")
