@@ -102,6 +102,7 @@ class DeepSpeedEngine(torch.nn.Module):
         self._passes_since_step = 0
         self._step_applied = False
         self._destroyed = False
+        self._trained = [(name, param, param.requires_grad) for name, param in module.named_parameters()]
         self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -213,7 +214,17 @@ class DeepSpeedEngine(torch.nn.Module):
         if boundary:
             self._watch.after_step(self._report())
 
+    def _check_trained(self) -> None:
+        """The flat buffers hold what was trained at first; a change would go unnoticed, or decay what is frozen."""
+        for name, param, trained in self._trained:
+            if param.requires_grad is not trained:
+                raise EngineStateError(
+                    f"requires_grad of parameter {name} was {trained} in initialize and is {not trained} in step(); set "
+                    "it before initialize, or call engine.destroy() and initialize again with a fresh optimizer"
+                )
+
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
+        self._check_trained()
         optimizer.step()
         self.global_steps += 1
         self.global_samples += self._batch.train
@@ -471,7 +482,7 @@ class DeepSpeedEngine(torch.nn.Module):
         """
         if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
             logger.warning(
-                "save_16bit_model wrote nothing: set zero_optimization.stage3_gather_16bit_weights_on_model_save to true"
+                "save_16bit_model wrote nothing: zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
             )
             return False
         state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)

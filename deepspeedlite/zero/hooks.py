@@ -303,10 +303,11 @@ class ParameterSchedule:
             return
         del self._running[self._running.index(call) :]
         recording = torch.is_grad_enabled()
-        if recording and call.held:
-            for tensor in tensors_in(output):
-                if tensor.requires_grad:
-                    tensor.register_hook(partial(self._open_for_backward, call))
+        for tensor in tensors_in(output) if call.held else ():
+            if isinstance(tensor, torch.nn.Parameter):
+                self._hand_up(tensor)
+            elif recording and tensor.requires_grad:
+                tensor.register_hook(partial(self._open_for_backward, call))
         for owner in call.held:
             owner.let_go(release=not self._is_kept(owner, recording))
 
@@ -413,14 +414,29 @@ class ParameterSchedule:
     # --- parameters read outside the module that has them ------------------------------------------------------------
 
     def _read_outside(self, param: torch.Tensor) -> None:
-        """A parameter was read while its values are sharded: gather it for the module that is running."""
+        """A parameter was read while its values are sharded: gather it for the module that is running.
+
+        In a backward pass no module need be running: a checkpointed function is computed again.
+        """
         owner = owner_of(param)
-        if owner not in self.owners or not self._running or owner.state is ValueState.WHOLE:
+        if owner not in self.owners or owner.state is ValueState.WHOLE:
+            return
+        if self._running:
+            self._hand_up(param)
+        elif self._in_backward and owner not in self._open:
+            self._need(owner)
+            self._open[owner] = 0
+
+    def _hand_up(self, param: torch.Tensor) -> None:
+        """The running module has got a parameter of another one: hold it until that module ends, now and in future."""
+        owner = owner_of(param)
+        if owner is None or owner not in self.owners or not self._running:
             return
         reader = self._running[-1]
         self.add_user(reader.module, param)
-        self._need(owner)
-        reader.held.append(owner)
+        if owner not in reader.held:
+            self._need(owner)
+            reader.held.append(owner)
 
     def close(self) -> None:
         """Remove all hooks."""

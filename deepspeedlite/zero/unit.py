@@ -261,7 +261,7 @@ class ShardUnit(FlatValues):
             self._uncertain = True  # how many nested passes will bring this gradient is known when the pass ends
         if self._arrivals[index] == self._expected[index]:
             self._missing -= 1
-            if self._missing == 0:
+            if self.complete:
                 self.on_all_arrived()
                 self._on_complete()
 

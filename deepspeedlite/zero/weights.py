@@ -60,7 +60,7 @@ def consolidated_state_dict(
 
 
 def write_weights(state: dict[str, Any], path: Path) -> None:
-    """Write with `torch.save` so that a file of this name is always complete: under another name first, then renamed."""
+    """Write with `torch.save`, under another name first and then renamed: a file of this name is always complete."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
