@@ -26,7 +26,7 @@ _LAZY = {
     "init_distributed": "deepspeedlite.comm",
     "add_tuning_arguments": "deepspeedlite.optim.lr_schedules",
 }
-_SUBPACKAGES = ("comm", "config", "errors", "monitor", "profiling", "zero")
+_SUBPACKAGES = ("comm", "config", "errors", "monitor", "profiling", "utils", "zero")
 
 __all__ = [
     "DeepSpeedEngine",

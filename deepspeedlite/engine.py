@@ -28,7 +28,7 @@ from deepspeedlite.comm import Group
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
 from deepspeedlite.data import build_dataloader
 from deepspeedlite.device import Device
-from deepspeedlite.errors import ConfigError, EngineStateError
+from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
 from deepspeedlite.log import log_once, logger
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.precision import LossScaler, Precision, cast_floating
@@ -36,7 +36,8 @@ from deepspeedlite.watch import StepReport, StepWatch
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.schedule import GradientSchedule
-from deepspeedlite.zero.values import FlatValues
+from deepspeedlite.zero.unit import ShardUnit
+from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.weights import consolidated_state_dict, write_weights
 
 ROUTE_TRAIN = "train"
@@ -102,7 +103,7 @@ class DeepSpeedEngine(torch.nn.Module):
         self._passes_since_step = 0
         self._step_applied = False
         self._destroyed = False
-        self._trained = [(name, param, param.requires_grad) for name, param in module.named_parameters()]
+        self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
         self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -215,12 +216,17 @@ class DeepSpeedEngine(torch.nn.Module):
             self._watch.after_step(self._report())
 
     def _check_trained(self) -> None:
-        """The flat buffers hold what was trained at first; a change would go unnoticed, or decay what is frozen."""
-        for name, param, trained in self._trained:
-            if param.requires_grad is not trained:
+        """The flat buffers hold what is trained; a change that they do not know would go unnoticed or decay values."""
+        thawed = [name for name, p in self._frozen if p.requires_grad and not isinstance(owner_of(p), ShardUnit)]
+        frozen = [s.name for unit in self._schedule.units for s, param in unit.slots if not param.requires_grad]
+        for names, now, remedy in (
+            (thawed, True, "train it from now on with optimizer.add_param_group"),
+            (frozen, False, "freeze it before initialize"),
+        ):
+            if names:
                 raise EngineStateError(
-                    f"requires_grad of parameter {name} was {trained} in initialize and is {not trained} in step(); set "
-                    "it before initialize, or call engine.destroy() and initialize again with a fresh optimizer"
+                    f"requires_grad of parameter {names[0]} was {not now} in initialize and is {now} in step(): "
+                    f"{remedy}, or call engine.destroy() and initialize again"
                 )
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
@@ -309,6 +315,16 @@ class DeepSpeedEngine(torch.nn.Module):
             yield
         finally:
             self._in_no_sync = False
+
+    def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
+        """Compile the module with `torch.compile`.
+
+        Raises:
+            UnsupportedError: at stage 3, where parameters come and go in hooks that a compiled graph does not keep.
+        """
+        if self._parts.plan.shard_params:
+            raise UnsupportedError("engine.compile at stage 3 is not in this release; use stage 0, 1 or 2")
+        self.module.compile(**({"backend": backend} if backend else {}), **(compile_kwargs or {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step. `step` does this by itself."""

@@ -170,6 +170,8 @@ def _build_parts(
     device = pick_device(comm.get_local_rank())
     device.make_current()
     _check_same_model(model, group)
+    if plan.shard_params:
+        _refuse_compiled(model)
     model.to(device.torch_device)
     precision.convert(model)
     base = _make_base_optimizer(settings, model, optimizer, model_parameters)
@@ -178,27 +180,11 @@ def _build_parts(
     param_groups = [g["params"] for g in base.param_groups] if base is not None else [list(model.parameters())]
     trained = name_parameters(model, param_groups)
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
-    zero = settings.zero_optimization
-    mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
-    buckets, frozen = _make_buckets(zero, plan, model, trained)
-    policy = ReducePolicy(
-        group,
-        prescale_gradients=settings.prescale_gradients,
-        predivide_factor=settings.gradient_predivide_factor,
-        wire_dtype=_dtype(settings.communication_data_type),
-    )
-    schedule = GradientSchedule(
-        buckets, policy, plan=plan, grad_dtype=precision.grad_dtype, overlap=zero.overlap_comm is not False
-    )
-    frozen_values = [FlatValues(bucket, group, sharded=True) for bucket in frozen]
-    sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
-    _broadcast_rest(model, group)
-    parameters = (
-        ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
-    )
+    schedule, frozen, parameters = _make_schedule(settings, plan, group, model, trained, precision)
     scaler = make_loss_scaler(settings, precision)
-    step_settings = StepSettings(settings.gradient_clipping, precision.check_overflow, zero.sub_group_size)
-    wrapped = ShardedOptimizer(base, schedule, scaler, step_settings) if base is not None else None
+    wrapped = (
+        ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision)) if base is not None else None
+    )
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
     return EngineParts(
@@ -214,8 +200,60 @@ def _build_parts(
         scheduler,
         watch,
         parameters=parameters,
-        frozen=frozen_values,
+        frozen=frozen,
     )
+
+
+def _make_schedule(
+    settings: DeepSpeedConfig,
+    plan: ShardingPlan,
+    group: Group,
+    model: torch.nn.Module,
+    trained: Sequence[NamedParameter],
+    precision: Precision,
+) -> tuple[GradientSchedule, list[FlatValues], ParameterSchedule | None]:
+    """The units, the sharded values that are not trained, and what gathers both."""
+    zero = settings.zero_optimization
+    mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
+    buckets, frozen = _make_buckets(zero, plan, model, trained)
+    policy = ReducePolicy(
+        group,
+        prescale_gradients=settings.prescale_gradients,
+        predivide_factor=settings.gradient_predivide_factor,
+        wire_dtype=_dtype(settings.communication_data_type),
+        scatter=zero.reduce_scatter,
+    )
+    schedule = GradientSchedule(
+        buckets, policy, plan=plan, grad_dtype=precision.grad_dtype, overlap=zero.overlap_comm is not False
+    )
+    frozen_values = [FlatValues(bucket, group, sharded=True) for bucket in frozen]
+    sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
+    _broadcast_rest(model, group)
+    parameters = (
+        ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
+    )
+    return schedule, frozen_values, parameters
+
+
+def _step_settings(settings: DeepSpeedConfig, precision: Precision) -> StepSettings:
+    zero = settings.zero_optimization
+    return StepSettings(
+        settings.gradient_clipping,
+        precision.check_overflow,
+        zero.sub_group_size,
+        share_numel=zero.allgather_bucket_size,
+        every_gradient_must_come=not zero.ignore_unused_parameters,
+        low_precision_masters=settings.bf16.enabled and settings.bf16.bf16_master_weights_and_grads,
+    )
+
+
+def _refuse_compiled(model: torch.nn.Module) -> None:
+    for name, module in model.named_modules():
+        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
+            raise UnsupportedError(
+                f"{name or 'the model'} is compiled by torch.compile, and at stage 3 its parameters come and go in "
+                "hooks that a compiled graph does not keep; pass the module that was compiled, or use stage 0, 1 or 2"
+            )
 
 
 def _make_buckets(

@@ -599,8 +599,8 @@ def test_misuse_is_named():
         engine.backward(torch.tensor(1.0))
     with pytest.raises(UnsupportedError, match="closure"):
         engine.optimizer.step(lambda: 0.0)
-    with pytest.raises(UnsupportedError, match="add_param_group"):
-        engine.optimizer.add_param_group({"params": []})
+    with pytest.raises(OptimizerError, match="weight is trained already"):
+        engine.optimizer.add_param_group({"params": [engine.module.weight]})
     engine.module.weight.data = engine.module.weight.data.clone()
     engine.backward(engine(torch.ones(1, 3)).sum())
     with pytest.raises(EngineStateError, match="weight was given new memory"):

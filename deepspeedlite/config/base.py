@@ -93,7 +93,7 @@ def key(
     """Declare one key.
 
     `feature` names a line of `features.FEATURES` (the section's own FEATURE if left out); `status` and `note` say it
-    on the spot for a key that stands alone. `by_value` gives single values their own feature: {2: "zero_stage_2"}.
+    on the spot for a key that stands alone. `by_value` gives single values their own feature: {"sum": "gradient_sum"}.
     `limits` are pydantic's: ge, gt, le, lt, min_length.
     """
     extra: dict[str, Any] = {}

@@ -1,6 +1,6 @@
 """The one table of what this release does: each feature's status and, unless it is supported, what to do instead.
 
-A key of the configuration names its feature (`key(..., feature="zero_stage_2")`), so a release that gains a feature
+A key of the configuration names its feature (`key(..., feature="zero_offload")`), so a release that gains a feature
 changes one line here and the checks, the messages and docs/config.md follow. Statuses:
 `supported`: the engine acts on the key. `hint`: taken, and nothing changes; said once when the key is given.
 `refused`: asking for it (a value other than the default) is an error that carries the note.
@@ -33,10 +33,7 @@ SUPPORTED = Feature("supported")
 FEATURES: dict[str, Feature] = {
     "core": SUPPORTED,
     # ZeRO and where tensors live
-    "zero_stage_1": SUPPORTED,
-    "zero_stage_2": SUPPORTED,
-    "zero_stage_3": SUPPORTED,
-    "zero_tuning": Feature("hint", "has no effect while nothing is sharded (stage 0)"),
+    "zero_tuning": Feature("hint", "changes nothing"),
     "zero_offload": _later("offloading is", 'set device to "none"'),
     "zero_plus_plus": _later("ZeRO++ is", "leave the key out"),
     "zenflow": _later("ZenFlow is", "remove the section"),

@@ -69,6 +69,18 @@ RULES: tuple[Rule, ...] = (
         "lower it or raise initial_scale_power",
     ),
     Rule(
+        ("bf16.bf16_optimizer_states", "bf16.bf16_master_weights_and_grads", "bf16.enabled"),
+        lambda c: c.bf16.enabled and c.bf16.bf16_optimizer_states != c.bf16.bf16_master_weights_and_grads,
+        "torch's optimizers keep their moments in the masters' type, so the two keys go together",
+        "set both bf16_master_weights_and_grads and bf16_optimizer_states to true, or neither",
+    ),
+    Rule(
+        ("bf16.bf16_master_weights_and_grads", "data_types.grad_accum_dtype"),
+        lambda c: c.bf16.enabled and c.bf16.bf16_master_weights_and_grads and c.data_types.grad_accum_dtype == "fp32",
+        "gradients are kept in bf16, and data_types.grad_accum_dtype asks for fp32",
+        "drop one of the two",
+    ),
+    Rule(
         ("optimizer.params.max_grad_norm", "optimizer"),
         lambda c: c.optimizer is not None and "max_grad_norm" in c.optimizer.params,
         "no optimizer clips gradients",

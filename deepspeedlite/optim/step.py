@@ -20,13 +20,15 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepspeedlite.errors import LossScaleError, OptimizerError, UnsupportedError
+from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
 from deepspeedlite.optim.lamb import Lamb
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import ShardUnit
+from deepspeedlite.zero.values import owner_of
+from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 
@@ -46,6 +48,9 @@ class StepSettings:
     gradient_clipping: float = 0.0
     check_overflow: bool = False
     sub_group_numel: int = 1_000_000_000
+    share_numel: int = 500_000_000  # updated values under way to the other ranks at a time
+    every_gradient_must_come: bool = False
+    low_precision_masters: bool = False  # update 16-bit values in place
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -78,41 +83,52 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._norm: float | None = None
         self._norm_is_current = False
-        self._runs_of_units = self._make_runs()
-        self._runs = [run for runs in self._runs_of_units for run in runs]
-        for unit, runs in zip(schedule.units, self._runs_of_units):
-            unit.on_new_values = partial(self._refresh, runs)
-            unit.stepper, unit.masters = self, [run.master for run in runs]
-        self._drop_states_of_parameters()
-        self._sub_groups = self._cut_sub_groups()
+        self._runs: list[SteppedRun] = []
+        self._runs_of_units: list[list[SteppedRun]] = []
+        for group in optimizer.param_groups:
+            group["params"] = []
+        self._step_also(schedule.units)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
-    def _make_runs(self) -> list[list[SteppedRun]]:
-        made: list[list[SteppedRun]] = []
-        per_group: list[list[torch.Tensor]] = [[] for _ in self.optimizer.param_groups]
-        segments: dict[torch.Tensor, list[tuple[int, int, int]]] = {}
-        numbers = {slot.name: i for i, slot in enumerate(s for u in self._schedule.units for s in u.layout.slots)}
-        for unit in self._schedule.units:
-            arena = self._master_arena(unit)
-            made.append([])
-            cursor = 0
-            for run, values, grads in unit.runs():
-                if arena is None:
-                    master = values
-                else:
-                    master = arena[cursor : cursor + run.numel]
-                    cursor += run.numel
-                per_group[run.group].append(master)
-                segments[master] = [(s.start, s.stop, numbers[s.slot.name]) for s in unit.layout.segments(run)]
-                self._adopt_state(unit, run, master)
-                made[-1].append(SteppedRun(master, values, grads))
-        for group, runs in zip(self.optimizer.param_groups, per_group):
-            group["params"] = runs
+    def _step_also(self, units: Sequence[ShardUnit]) -> None:
+        """Give the wrapped optimizer the units' runs, in their groups."""
+        for unit in units:
+            runs = self._runs_of(unit)
+            for (cut, _, _), run in zip(unit.runs(), runs):
+                self.optimizer.param_groups[cut.group]["params"].append(run.master)
+                self._adopt_state(unit, cut, run.master)
+            unit.on_new_values = partial(self._refresh, runs)
+            unit.stepper, unit.masters = self, [run.master for run in runs]
+            for param in unit.params:
+                self.optimizer.state.pop(param, None)
+            self._runs_of_units.append(runs)
+            self._runs += runs
+        self._sub_groups = self._cut_sub_groups()
         if isinstance(self.optimizer, Lamb):
-            reduce = self._sum_over_ranks if self._schedule.plan.shard_optimizer else None
-            self.optimizer.set_segments(segments, len(numbers), reduce)
-        return made
+            self._tell_segments(self.optimizer)
+
+    def _runs_of(self, unit: ShardUnit) -> list[SteppedRun]:
+        """The unit's runs with their masters: the values themselves, or slices of one fp32 arena."""
+        arena = self._master_arena(unit)
+        runs, cursor = [], 0
+        for run, values, grads in unit.runs():
+            master = values if arena is None else arena[cursor : cursor + run.numel]
+            cursor += run.numel
+            runs.append(SteppedRun(master, values, grads))
+        return runs
+
+    def _tell_segments(self, lamb: Lamb) -> None:
+        """LAMB's norms are those of whole parameters, wherever their pieces are."""
+        units = self._schedule.units
+        numbers = {slot.name: i for i, slot in enumerate(slot for unit in units for slot in unit.layout.slots)}
+        segments = {
+            run.master: [(s.start, s.stop, numbers[s.slot.name]) for s in unit.layout.segments(cut)]
+            for unit, runs in zip(units, self._runs_of_units)
+            for (cut, _, _), run in zip(unit.runs(), runs)
+        }
+        reduce = self._sum_over_ranks if self._schedule.plan.shard_optimizer else None
+        lamb.set_segments(segments, len(numbers), reduce)
 
     def _sum_over_ranks(self, squares: torch.Tensor) -> None:
         device = self._schedule.units[0].device  # a rank without runs has no tensor to tell it
@@ -130,6 +146,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         joined: dict[str, Any] = {}
         for key in states[0] if states else ():
             parts = [state.get(key) for state in states]
+            if any(
+                isinstance(part, torch.Tensor) and part.shape == (0,) != s.slot.shape
+                for part, s in zip(parts, segments)
+            ):
+                raise OptimizerError(
+                    f"{type(self.optimizer).__name__} makes its state {key!r} for the parameters it is given, and "
+                    f"{segments[0].slot.name} was sharded by zero.Init before; build the model without zero.Init"
+                )
             per_element = all(
                 key != "step" and isinstance(part, torch.Tensor) and part.shape == segment.slot.shape
                 for part, segment in zip(parts, segments)
@@ -149,16 +173,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if joined:
             self.optimizer.state[master] = joined
 
-    def _drop_states_of_parameters(self) -> None:
-        for unit in self._schedule.units:
-            for param in unit.params:
-                self.optimizer.state.pop(param, None)
-
-    @staticmethod
     @torch.no_grad()
-    def _master_arena(unit: ShardUnit) -> torch.Tensor | None:
+    def _master_arena(self, unit: ShardUnit) -> torch.Tensor | None:
         """fp32 copies of the unit's shard; None where the values themselves are precise enough."""
-        if unit.dtype in (torch.float32, torch.float64):
+        if self._settings.low_precision_masters or unit.dtype in (torch.float32, torch.float64):
             return None
         shards = [values.float() for _, values, _ in unit.runs()]
         return torch.cat(shards) if shards else torch.empty(0)
@@ -190,6 +208,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._schedule.finish()
         for unit in self._schedule.units:
             unit.verify_attached()
+        if self._settings.every_gradient_must_come:
+            self._check_all_came()
         self._norm, self._norm_is_current = None, True
         factor = 1.0 / self.loss_scaler.scale
         if self._settings.gradient_clipping > 0 or self._settings.check_overflow:
@@ -203,9 +223,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._load_grads(sub_group, factor)
             self.optimizer.step()
             self._store_values(sub_group)
-        self._schedule.share_values()
+        self._schedule.share_values(self._settings.share_numel)
         self.loss_scaler.update(overflow=False)
         self._schedule.clear()
+
+    def _check_all_came(self) -> None:
+        missing = [name for unit in self._schedule.units for name in unit.unreached()]
+        if missing:
+            raise EngineStateError(
+                f"zero_optimization.ignore_unused_parameters is false, and no gradient reached {', '.join(missing[:8])}"
+                f"{' ...' if len(missing) > 8 else ''}; use them in the loss, freeze them before initialize, or set "
+                "the key to true"
+            )
 
     def _skip(self) -> None:
         guilty = self._schedule.overflowed() if self.loss_scaler.at_minimum else []
@@ -296,15 +325,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Forget the gradients accumulated so far."""
         self._schedule.clear()
 
+    @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused: groups are laid out in flat buffers when the engine is made.
+        """Train more parameters from now on: new ones, or ones that were frozen until now.
+
+        They get flat buffers of their own. At stage 3 their values stay whole on every rank; masters, gradients and
+        optimizer states are sharded as the stage says. Collective.
 
         Raises:
-            UnsupportedError: always.
+            EngineStateError: gradients have been accumulated and not stepped yet.
+            OptimizerError: a parameter is trained already, or does not require grad.
         """
-        raise UnsupportedError(
-            "add_param_group after initialize: pass every group in the optimizer or model_parameters"
-        )
+        if self._schedule.has_grads:
+            raise EngineStateError("add_param_group in the middle of a batch; call it after a step")
+        params = param_group["params"]
+        params = [params] if isinstance(params, torch.Tensor) else list(params)
+        index = len(self.optimizer.param_groups)
+        entries = []
+        for number, param in enumerate(params):
+            owner = owner_of(param)
+            name = f"optimizer.param_groups[{index}].params[{number}]" if owner is None else owner.slot_of(param).name
+            if isinstance(owner, ShardUnit) or not param.requires_grad:
+                why = "is trained already" if isinstance(owner, ShardUnit) else "does not require grad"
+                raise OptimizerError(f"add_param_group: parameter {name} {why}")
+            entries.append(NamedParameter(name, param, index))
+        self.optimizer.add_param_group({**param_group, "params": params})
+        units = self._schedule.add_units(reverse_buckets(entries, None))
+        self.optimizer.param_groups[-1]["params"] = []
+        self._step_also(units)
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state (per run) and the loss scale's."""

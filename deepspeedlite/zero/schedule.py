@@ -57,19 +57,31 @@ class GradientSchedule:
         self.on_unannounced: Callable[[], None] = lambda: self.begin_backward(1.0, reduce=False)
         # Called when a pass is over, before what is left is reduced: parameters are released first.
         self.on_pass_end: Callable[[], None] = lambda: None
-        self.units = [
+        self._policy, self._grad_dtype = policy, grad_dtype
+        self.units: list[ShardUnit] = []
+        for bucket, sharded in buckets:
+            self._add_unit(bucket, sharded)
+
+    def _add_unit(self, bucket: Sequence[NamedParameter], sharded: bool) -> None:
+        self.units.append(
             ShardUnit(
                 bucket,
-                policy=policy,
+                policy=self._policy,
                 plan=self.plan,
                 sharded=sharded,
-                grad_dtype=grad_dtype,
+                grad_dtype=self._grad_dtype,
                 on_complete=self._launch_complete,
                 on_unannounced=lambda: self.on_unannounced(),
                 is_nested=self._is_nested,
             )
-            for bucket, sharded in buckets
-        ]
+        )
+
+    def add_units(self, buckets: Sequence[Sequence[NamedParameter]]) -> list[ShardUnit]:
+        """Units for parameters that are trained from now on; their values stay whole on every rank."""
+        known = len(self.units)
+        for bucket in buckets:
+            self._add_unit(bucket, sharded=False)
+        return self.units[known:]
 
     def begin_backward(self, scale: float, reduce: bool) -> None:
         """A backward pass starts, whose gradients count `scale` times; `reduce` if it ends an accumulation window."""
@@ -174,13 +186,22 @@ class GradientSchedule:
         everyone = {name for names in self.group.all_gather_objects(mine) for name in names}
         return [slot.name for unit in self.units for slot in unit.layout.slots if slot.name in everyone]
 
-    def share_values(self) -> None:
-        """After a step wrote this rank's shards: make values that stay whole equal on all ranks again."""
+    def share_values(self, in_flight_numel: int) -> None:
+        """After a step wrote this rank's shards: make values that stay whole equal on all ranks again.
+
+        Values of at most `in_flight_numel` elements, or of one unit, are under way at a time.
+        """
         if not self.plan.shard_optimizer:
             return
-        for unit in self.units:
+        awaited, room = 0, in_flight_numel
+        for index, unit in enumerate(self.units):
+            while awaited < index and room < unit.numel:
+                self.units[awaited].wait_for_sharing()
+                room += self.units[awaited].numel
+                awaited += 1
             unit.start_sharing()
-        for unit in self.units:
+            room -= unit.numel
+        for unit in self.units[awaited:]:
             unit.wait_for_sharing()
 
     def close(self) -> None:

@@ -77,8 +77,10 @@ class ReducePolicy:
         prescale_gradients: bool = False,
         predivide_factor: float = 1.0,
         wire_dtype: torch.dtype | None = None,
+        scatter: bool = True,
     ) -> None:
         self.group = group
+        self.scatter = scatter  # False: all-reduce also where a rank needs only its shard of the average
         self.wire_dtype = wire_dtype
         self._prescale = prescale_gradients
         self._predivide = predivide_factor
@@ -137,6 +139,7 @@ class ShardUnit(FlatValues):
         self._wire: torch.Tensor | None = None
         self._make_grads()
         self._filled = [False] * len(self.params)
+        self._reached = [False] * len(self.params)
         self._arrivals = [0] * len(self.params)
         # How often each gradient arrives in one pass: once, until a pass has shown otherwise. A parameter used in
         # several reentrant checkpoints comes several times; one that does not come keeps its unit open to the end.
@@ -254,7 +257,7 @@ class ShardUnit(FlatValues):
         else:
             param.grad = None
             self._accumulate(grad, view, self._filled[index])
-        self._filled[index] = True
+        self._filled[index] = self._reached[index] = True
         self.grad_state = GradState.LOCAL
         self._arrivals[index] += 1
         if not self._learnt and self._is_nested():
@@ -318,7 +321,7 @@ class ShardUnit(FlatValues):
             self._wire.mul_(self._pre)
         self._prescaled = False
         op = "avg" if self._averages_on_wire else "sum"
-        if self._scatters:
+        if self._scatters and self._policy.scatter:
             own = self._wire[slice(*self.layout.shard(self.index))]
             self._reduction = self.group.reduce_scatter_into(own, self._wire, op, async_op=True)
         else:
@@ -368,11 +371,16 @@ class ShardUnit(FlatValues):
         for param in self.params:
             param.grad = None
         self._filled = [False] * len(self.params)
+        self._reached = [False] * len(self.params)
         self._carried = None
         self.grad_state = GradState.EMPTY
         self._in_pass = False
         if self._frees and self._grads_have_memory:
             self.grads.untyped_storage().resize_(0)
+
+    def unreached(self) -> list[str]:
+        """Names of the parameters that no gradient of this rank has reached since the last `clear`."""
+        return [slot.name for slot, reached in zip(self.layout.slots, self._reached) if not reached and slot.numel]
 
     def overflowed(self) -> list[str]:
         """Names of the parameters of which this rank's part of the averaged gradient is not finite."""

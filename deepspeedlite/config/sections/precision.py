@@ -41,9 +41,11 @@ class Bf16(Section):
         note="is what always happens: gradients accumulate in place",
     )
     bf16_master_weights_and_grads: Flag = key(
-        False, "Keep master weights and gradients in bf16.", feature="low_precision_masters"
+        False, "No fp32 masters: the optimizer updates the bf16 weights; needs bf16_optimizer_states."
     )
-    bf16_optimizer_states: Flag = key(False, "Keep the optimizer's moments in bf16.", feature="low_precision_masters")
+    bf16_optimizer_states: Flag = key(
+        False, "Keep the optimizer's moments in bf16; needs bf16_master_weights_and_grads."
+    )
 
 
 class TorchAutocast(Section):

@@ -62,7 +62,7 @@ class ZenFlow(Section):
 class LeafModule(Section):
     """Modules that stage 3 gathers as one, such as mixture-of-experts blocks."""
 
-    FEATURE = "zero_tuning"
+    FEATURE = "core"
 
     classes: list[Text] | Text | None = key(None, "Class names; null: the blocks known to need it.")
     names: list[Text] | Text = key(list, "Full module names.")
@@ -78,7 +78,6 @@ class ZeroOptimization(Section):
         0,
         "0: replicate everything. 1: shard the optimizer's state. 2: and gradients. 3: and parameters.",
         feature="core",
-        by_value={1: "zero_stage_1", 2: "zero_stage_2", 3: "zero_stage_3"},
     )
     reduce_bucket_size: Int | None = key(
         None, "Elements per gradient reduction; null: the engine chooses.", feature="core", ge=1
@@ -89,10 +88,17 @@ class ZeroOptimization(Section):
     contiguous_gradients: Flag = key(
         True, "Keep gradients in one buffer.", status="hint", note="changes nothing: gradients are always contiguous"
     )
-    reduce_scatter: Flag = key(True, "Reduce-scatter gradients instead of all-reducing them.")
+    reduce_scatter: Flag = key(
+        True, "Reduce-scatter gradients (stages 1 to 3); false: all-reduce them and keep the shard.", feature="core"
+    )
     use_multi_rank_bucket_allreduce: Flag = key(True, "Reduce the buckets of several owners in one collective.")
     allgather_partitions: Flag = key(True, "All-gather updated parameters instead of broadcasting them.")
-    allgather_bucket_size: Int = key(500_000_000, "Elements per all-gather of parameters.", ge=0)
+    allgather_bucket_size: Int = key(
+        500_000_000,
+        "Elements of updated parameters that are on their way to the other ranks at a time (stages 1 to 3).",
+        ge=0,
+        feature="core",
+    )
     compute_grad_norm: Flag = key(True, "Compute the global gradient norm at every step (stages 1 and 2).")
     load_from_fp32_weights: Flag = key(True, "Start masters from a checkpoint's fp32 copies.")
     elastic_checkpoint: Flag = key(
@@ -101,27 +107,39 @@ class ZeroOptimization(Section):
     offload_param: OffloadParam = part(OffloadParam, "Parameter offloading.")
     offload_optimizer: OffloadOptimizer = part(OffloadOptimizer, "Optimizer offloading.")
     zenflow: ZenFlow | None = key(None, "ZenFlow; null: off.", feature="zenflow")
-    sub_group_size: Int = key(1_000_000_000, "Elements that the optimizer steps at a time.", ge=0)
+    sub_group_size: Int = key(
+        1_000_000_000, "Elements of a rank's shards that the optimizer steps at a time.", ge=0, feature="core"
+    )
     cpu_offload_use_pin_memory: Flag | None = key(
         None,
         "Older spelling that DeepSpeed reads and ignores.",
         status="hint",
         note="changes nothing: set pin_memory in offload_param or offload_optimizer",
     )
-    stage3_prefetch_bucket_size: Int = key(50_000_000, "Elements fetched ahead of their use.", ge=0)
-    stage3_param_persistence_threshold: Int = key(100_000, "Parameters with fewer elements are not sharded.", ge=0)
-    stage3_model_persistence_threshold: Int = key(LARGEST, "Upper bound on all unsharded elements.", ge=0)
-    stage3_max_live_parameters: Int = key(1_000_000_000, "Most elements gathered on a device at once.", ge=0)
-    stage3_max_reuse_distance: Int = key(
-        1_000_000_000, "Keep a parameter that is used again within this many elements.", ge=0
+    stage3_prefetch_bucket_size: Int = key(50_000_000, "Elements fetched ahead of their use.", ge=0, feature="core")
+    stage3_param_persistence_threshold: Int = key(
+        100_000, "Parameters with fewer elements are not sharded.", ge=0, feature="core"
     )
-    stage3_gather_16bit_weights_on_model_save: Flag = key(False, "Gather the weights in save_16bit_model.")
+    stage3_model_persistence_threshold: Int = key(
+        LARGEST, "Upper bound on all unsharded elements.", ge=0, feature="core"
+    )
+    stage3_max_live_parameters: Int = key(
+        1_000_000_000, "Most elements gathered on a device at once.", ge=0, feature="core"
+    )
+    stage3_max_reuse_distance: Int = key(
+        1_000_000_000, "Keep a parameter that is used again within this many elements.", ge=0, feature="core"
+    )
+    stage3_gather_16bit_weights_on_model_save: Flag = key(
+        False, "Gather the weights in save_16bit_model.", feature="core"
+    )
     stage3_module_granularity_threshold: Int = key(
         0, "Modules with fewer parameters per descendant are gathered as one.", ge=0
     )
     stage3_use_all_reduce_for_fetch_params: Flag = key(False, "Gather parameters with an all-reduce.")
     stage3_allgather_sequential: Flag = key(False, "Gather parameters one by one, without a bucket.")
-    ignore_unused_parameters: Flag = key(True, "A parameter without gradient is no error (stage 2).")
+    ignore_unused_parameters: Flag = key(
+        True, "False: a trained parameter that no gradient reached before a step is an error.", feature="core"
+    )
     legacy_stage1: Flag = key(
         False, "DeepSpeed's older stage 1.", status="refused", note="there is one stage 1; leave the key out"
     )
