@@ -33,12 +33,12 @@ from deepspeedlite.log import log_once, logger
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.precision import LossScaler, Precision, cast_floating
 from deepspeedlite.watch import StepReport, StepWatch
+from deepspeedlite.weights import consolidated_state_dict, write_weights
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, owner_of
-from deepspeedlite.zero.weights import consolidated_state_dict, write_weights
 
 ROUTE_TRAIN = "train"
 

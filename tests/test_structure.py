@@ -18,7 +18,7 @@ LAYERS = {
     1: ["device", "comm"],
     2: ["zero"],
     3: ["optim", "precision"],
-    4: ["data", "monitor", "profiling"],
+    4: ["data", "monitor", "profiling", "weights", "utils"],
     5: ["engine", "factory", "watch", "__init__"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
@@ -28,6 +28,7 @@ WIDE_SIGNATURES = {
     "init.py:init_distributed",
     "data.py:build_dataloader",
     "lamb.py:__init__",
+    "init.py:__init__",
     "lr_schedules.py:__init__",
     "flops.py:get_model_profile",
 }

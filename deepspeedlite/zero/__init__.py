@@ -1,7 +1,7 @@
 """The one ZeRO: what is sharded, how it lies in flat buffers, when it is moved, and what users call.
 
-Read `plan`, `layout`, `values`, `unit`, `schedule`, `hooks`, in this order. `wrap` is policy; `init` and
-`inspect` are what users touch. Names are imported on first use.
+Read `plan`, `layout`, `values`, `unit`, `schedule`, `hooks`, in this order. `wrap` is policy, and `init` is
+what users call. Names are imported on first use.
 """
 
 from __future__ import annotations
