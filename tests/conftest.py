@@ -5,8 +5,11 @@ Ranks are started by `harness.distributed`; see its docstring. `from harness imp
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
+
+import pytest
 
 _TESTS = Path(__file__).resolve().parent
 for _folder in (str(_TESTS.parent), str(_TESTS)):
@@ -19,3 +22,11 @@ def pytest_sessionfinish() -> None:
     harness = sys.modules.get("harness")
     if harness is not None:
         harness.close_pool()
+
+
+@pytest.fixture
+def free_port() -> int:
+    """A TCP port that was free a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

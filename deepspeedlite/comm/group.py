@@ -18,12 +18,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
+from deepspeedlite.comm.stall import LabelledWork
 from deepspeedlite.errors import DistributedError
 
 _T = TypeVar("_T")
@@ -95,19 +97,25 @@ class Group:
         """Whether the backend itself can average (`ReduceOp.AVG`)."""
         return "nccl" in self.backend
 
-    def all_reduce(self, tensor: torch.Tensor, op: str = "sum", async_op: bool = False) -> Work | None:
+    # `label` says in an error what was to be moved. `tag` tells apart, on gloo, collectives that must not be mixed up
+    # when ranks are out of step: messages of different tags never meet.
+
+    def all_reduce(self, tensor: torch.Tensor, op: str = "sum", async_op: bool = False, label: str = "") -> Work | None:
         """Reduce `tensor` over the ranks in place. `op` is sum, avg, max or min; None is returned unless async."""
         reduce_op = self._reduce_op(op, tensor)
         if self.size == 1:
             return None
-        return self._run("all_reduce", tensor, async_op, lambda: self._kept(dist.all_reduce, tensor, reduce_op))
+        start = partial(self._kept, dist.all_reduce, tensor, reduce_op)
+        return self._run("all_reduce", tensor, async_op, start, label)
 
     def broadcast(self, tensor: torch.Tensor, src: int = 0) -> None:
         """Give every rank the values that `tensor` has on rank `src` of this group."""
         if self.size > 1:
             self._run("broadcast", tensor, False, lambda: self._kept(dist.broadcast, tensor, group_src=src))
 
-    def all_gather_into(self, out: torch.Tensor, shard: torch.Tensor, async_op: bool = False) -> Work | None:
+    def all_gather_into(
+        self, out: torch.Tensor, shard: torch.Tensor, async_op: bool = False, label: str = "", tag: int = 0
+    ) -> Work | None:
         """Concatenate every rank's `shard` (S elements) in rank order into `out` (size * S elements).
 
         `shard` may be this rank's range of `out` itself.
@@ -121,12 +129,18 @@ class Group:
                 return self._kept(dist.all_gather_into_tensor, out, shard)
             pieces = out.view(self.size, shard.numel())
             _copy_unless_same(pieces[self.rank], shard)
-            return _Pieces(self._exchange([shard] * self.size, list(pieces)))
+            return _Pieces(self._exchange([shard] * self.size, list(pieces), tag))
 
-        return self._run("all_gather_into_tensor", out, async_op, start)
+        return self._run("all_gather_into_tensor", out, async_op, start, label)
 
     def reduce_scatter_into(
-        self, out_shard: torch.Tensor, full: torch.Tensor, op: str = "sum", async_op: bool = False
+        self,
+        out_shard: torch.Tensor,
+        full: torch.Tensor,
+        op: str = "sum",
+        async_op: bool = False,
+        label: str = "",
+        tag: int = 0,
     ) -> Work | None:
         """Reduce `full` (size * S elements) over the ranks; rank r gets the r-th S elements in `out_shard`.
 
@@ -145,9 +159,9 @@ class Group:
             arriving = torch.empty(self.size - 1, pieces[0].numel(), dtype=full.dtype, device=full.device)
             inbox = list(arriving)
             inbox.insert(self.rank, pieces[self.rank])
-            return _Pieces(self._exchange(pieces, inbox), lambda: _sum_into(out_shard, inbox))
+            return _Pieces(self._exchange(pieces, inbox, tag), lambda: _sum_into(out_shard, inbox))
 
-        return self._run("reduce_scatter_tensor", full, async_op, start)
+        return self._run("reduce_scatter_tensor", full, async_op, start, label)
 
     def all_gather_objects(self, obj: _T) -> list[_T]:
         """Every rank's object, in rank order. Objects are pickled: trusted ranks and small objects only."""
@@ -172,19 +186,27 @@ class Group:
         devices = [torch.cuda.current_device()] if "nccl" in self.backend else None
         self._run("barrier", None, False, lambda: self._kept(dist.barrier, device_ids=devices))
 
-    def _run(self, name: str, tensor: torch.Tensor | None, async_op: bool, start: Callable[[], Work]) -> Work | None:
+    def _run(
+        self,
+        name: str,
+        tensor: torch.Tensor | None,
+        async_op: bool,
+        start: Callable[[], Work],
+        label: str = "",
+    ) -> Work | None:
         if not self.logger.enabled:
-            work = start()
-            if async_op:
-                return work
-            work.wait()
-            return None
+            return self._finish(name, tensor, async_op, start(), label)
         with self.logger.measure(name, tensor, self.size) as measured:
-            work = start()
-            if async_op:
-                return measured.finish(work)
-            work.wait()
-            return None
+            work = self._finish(name, tensor, async_op, start(), label)
+            return None if work is None else measured.finish(work)
+
+    def _finish(self, name: str, tensor: torch.Tensor | None, async_op: bool, work: Work, label: str) -> Work | None:
+        what = label or (f"{tensor.numel()} elements" if tensor is not None else "all ranks")
+        labelled = LabelledWork(work, f"{name} of {what}", self.ranks)
+        if async_op:
+            return labelled
+        labelled.wait()
+        return None
 
     def _kept(self, collective: Callable[..., Any], *tensors: Any, **options: Any) -> Work:
         work = collective(*tensors, group=self.process_group, async_op=True, **options)
@@ -192,13 +214,13 @@ class Group:
             _KEPT.append(work)
         return work
 
-    def _exchange(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor]) -> list[Any]:
+    def _exchange(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor], tag: int) -> list[Any]:
         """Send `outbox[r]` to every other rank r and receive `inbox[r]` from it."""
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
         if not outbox[0].numel():
             return []
-        receives = [dist.irecv(inbox[rank], group=self.process_group, group_src=rank) for rank in others]
-        sends = [dist.isend(outbox[rank], group=self.process_group, group_dst=rank) for rank in others]
+        receives = [dist.irecv(inbox[rank], group=self.process_group, group_src=rank, tag=tag) for rank in others]
+        sends = [dist.isend(outbox[rank], group=self.process_group, group_dst=rank, tag=tag) for rank in others]
         return receives + sends
 
     def _reduce_op(self, op: str, tensor: torch.Tensor) -> dist.ReduceOp.RedOpType:

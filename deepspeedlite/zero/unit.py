@@ -135,6 +135,8 @@ class ShardUnit(FlatValues):
         # The optimizer, where there is one, and what it updates: a 1-D tensor per run. See `zero.inspect`.
         self.stepper: Stepper | None = None
         self.masters: Sequence[torch.Tensor] = ()
+        label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
+        self._reduce_call: dict[str, Any] = {"label": label, "tag": tag}
         self._reduction: Any = None
         self._wire: torch.Tensor | None = None
         self._make_grads()
@@ -323,9 +325,9 @@ class ShardUnit(FlatValues):
         op = "avg" if self._averages_on_wire else "sum"
         if self._scatters and self._policy.scatter:
             own = self._wire[slice(*self.layout.shard(self.index))]
-            self._reduction = self.group.reduce_scatter_into(own, self._wire, op, async_op=True)
+            self._reduction = self.group.reduce_scatter_into(own, self._wire, op, async_op=True, **self._reduce_call)
         else:
-            self._reduction = self.group.all_reduce(self._wire, op, async_op=True)
+            self._reduction = self.group.all_reduce(self._wire, op, async_op=True, label=self._reduce_call["label"])
         self.grad_state = GradState.REDUCING
 
     @property

@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
+from itertools import count
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ _STATUS = {
 }
 
 _OWNERS = WeakTensorKeyDictionary()
+_IDS, _TAGS = count(), count()  # equal on all ranks, which make their flat values in the same order
 
 
 def owner_of(param: torch.Tensor) -> FlatValues | None:
@@ -105,6 +107,8 @@ class FlatValues:
         # Called when values were written from outside the optimizer, which may keep copies of them.
         self.on_new_values: Callable[[], None] = lambda: None
         self.state = ValueState.WHOLE
+        more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
+        self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * next(_TAGS)}
         self._work: Any = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
         self._take(sharded, source)
@@ -182,7 +186,7 @@ class FlatValues:
         if self.state is not ValueState.SHARDED:
             return
         self.values.untyped_storage().resize_(self._nbytes)
-        self._work = self.group.all_gather_into(self.values, self.shard, async_op=True)
+        self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, **self._call)
         self._enter(ValueState.GATHERING)
 
     def wait_for_gather(self) -> None:
@@ -217,7 +221,7 @@ class FlatValues:
     def start_sharing(self) -> None:
         """After a step wrote this rank's shard of values that stay whole: start sending it to all ranks."""
         if not self.sharded and self.layout.shard_count > 1:
-            self._work = self.group.all_gather_into(self.values, self.shard, async_op=True)
+            self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, **self._call)
 
     def wait_for_sharing(self) -> None:
         """Wait until every rank's shard has come."""
@@ -264,16 +268,9 @@ def _describe(param: torch.Tensor, slot: Slot, shard: torch.Tensor) -> None:
     param.ds_numel = slot.numel  # type: ignore[attr-defined]
     param.ds_tensor = shard  # type: ignore[attr-defined]
     if not hasattr(param, "ds_id"):
-        param.ds_id = _next_id()  # type: ignore[attr-defined]
+        param.ds_id = next(_IDS)  # type: ignore[attr-defined]
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
         param.partition_numel = lambda: shard.numel()  # type: ignore[attr-defined]
-
-
-_IDS = iter(range(1 << 62))
-
-
-def _next_id() -> int:
-    return next(_IDS)
 
 
 def owners_of(params: Iterable[torch.Tensor]) -> list[FlatValues]:
