@@ -15,10 +15,8 @@ from __future__ import annotations
 import argparse
 import os
 import statistics
-import sys
 import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,16 +25,9 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from machine import machine, print_json, print_table
 from torch.nn.parallel import DistributedDataParallel
+from training import GPT, Batch, GPTConfig, Step, batch, ddp_step, engine_config, engine_step, fresh_model, our_engine
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "gpt")]
-from model import GPT, GPTConfig  # noqa: E402  (found through the line above)
-
-LEARNING_RATE, BETAS, EPS, WEIGHT_DECAY = 1e-4, (0.9, 0.95), 1e-8, 0.1
-MICRO_BATCH = 2
 OURS, DDP, DDP_VIEWS = "deepspeedlite stage 0", "DDP + fused AdamW", "DDP (gradient_as_bucket_view) + fused AdamW"
-
-Step = Callable[[torch.Tensor, torch.Tensor], float]  # (tokens, targets) -> this rank's loss
 
 
 def main() -> None:
@@ -61,9 +52,9 @@ def worker(rank: int, args: argparse.Namespace, store_path: str) -> None:
     dist.init_process_group("gloo", store=store, rank=rank, world_size=args.ranks)
     sizes = replace(GPTConfig.benchmark(), layers=args.layers)
     makers = {
-        DDP: lambda: ddp_step(sizes, False),
-        DDP_VIEWS: lambda: ddp_step(sizes, True),
-        OURS: lambda: our_step(sizes),
+        DDP: lambda: ddp_step(DistributedDataParallel(fresh_model(sizes))),
+        DDP_VIEWS: lambda: ddp_step(DistributedDataParallel(fresh_model(sizes), gradient_as_bucket_view=True)),
+        OURS: lambda: engine_step(our_engine(fresh_model(sizes), engine_config())),
     }
     contenders = {name: make() for name, make in makers.items()}
 
@@ -87,62 +78,11 @@ def worker(rank: int, args: argparse.Namespace, store_path: str) -> None:
     dist.destroy_process_group()
 
 
-def fresh_model(sizes: GPTConfig) -> GPT:
-    """The same weights for every contender."""
-    torch.manual_seed(0)
-    return GPT(sizes)
-
-
-def ddp_step(sizes: GPTConfig, bucket_view: bool) -> Step:
-    """The loop that a careful person writes by hand."""
-    model = DistributedDataParallel(fresh_model(sizes), gradient_as_bucket_view=bucket_view)
-    options = {"lr": LEARNING_RATE, "betas": BETAS, "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True, **options)
-
-    def step(tokens: torch.Tensor, targets: torch.Tensor) -> float:
-        loss = model(tokens, targets)
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.item()
-
-    return step
-
-
-def our_step(sizes: GPTConfig) -> Step:
-    """The same training through deepspeedlite."""
-    import deepspeedlite
-
-    params = {"lr": LEARNING_RATE, "betas": list(BETAS), "eps": EPS, "weight_decay": WEIGHT_DECAY}
-    config = {
-        "train_micro_batch_size_per_gpu": MICRO_BATCH,
-        "gradient_clipping": 0,
-        "optimizer": {"type": "AdamW", "params": params},
-    }
-    model = fresh_model(sizes)
-    engine, *_ = deepspeedlite.initialize(model=model, model_parameters=model.parameters(), config=config)
-
-    def step(tokens: torch.Tensor, targets: torch.Tensor) -> float:
-        loss = engine(tokens, targets)
-        engine.backward(loss)
-        engine.step()
-        return loss.item()
-
-    return step
-
-
-def batch(sizes: GPTConfig, rank: int, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """This rank's batch of that number: random tokens in a pattern that can be learned, so the loss moves."""
-    generator = torch.Generator().manual_seed(1000 * number + rank)
-    tokens = torch.randint(0, sizes.vocabulary // 16, (MICRO_BATCH, sizes.context + 1), generator=generator)
-    return tokens[:, :-1], tokens[:, 1:]
-
-
-def timed_step(step: Step, data: tuple[torch.Tensor, torch.Tensor], losses: list[float]) -> float:
+def timed_step(step: Step, data: Batch, losses: list[float]) -> float:
     """Milliseconds of one step, from where all ranks are ready; the loss is put on the list."""
     dist.barrier()
     start_s = time.perf_counter()
-    losses.append(step(*data))
+    losses += step([data])
     return (time.perf_counter() - start_s) * 1e3
 
 

@@ -16,6 +16,7 @@ of 291, beside 160 ms for an all-reduce.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -91,6 +92,8 @@ class Group:
                 "deepspeedlite.init_distributed() first"
             )
         self.size = len(self.ranks)
+        self.tags = itertools.count(1)
+        """Numbers for collectives that must not be mixed up; ranks that take them in the same order get the same."""
 
     @property
     def averages(self) -> bool:

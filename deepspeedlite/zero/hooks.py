@@ -23,26 +23,31 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
-from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from deepspeedlite.errors import EngineStateError
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
 
 
-def tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a model's output: tensors, and lists, tuples, mappings and dataclasses of them at any depth."""
+def tensors_in(value: Any, inside_objects: int = 2) -> Iterator[torch.Tensor]:
+    """Every tensor in a model's output: tensors, lists, tuples, mappings and dataclasses of them at any depth.
+
+    Attributes of other objects (a cache, say) are followed too, but only `inside_objects` objects deep.
+    """
     if isinstance(value, torch.Tensor):
         yield value
     elif isinstance(value, Mapping):
         for item in value.values():
-            yield from tensors_in(item)
+            yield from tensors_in(item, inside_objects)
     elif isinstance(value, (list, tuple)):
         for item in value:
-            yield from tensors_in(item)
+            yield from tensors_in(item, inside_objects)
     elif is_dataclass(value) and not isinstance(value, type):
         for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name))
+            yield from tensors_in(getattr(value, entry.name), inside_objects)
+    elif inside_objects and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        for item in list(vars(value).values()):
+            yield from tensors_in(item, inside_objects - 1)
 
 
 @dataclass(frozen=True)
@@ -100,30 +105,16 @@ class UseTrace:
 class _Call:
     """One forward call of a module: what it holds, and the backward pass that has opened it."""
 
-    __slots__ = ("held", "module", "opened_in", "watches_inputs")
+    __slots__ = ("held", "inputs", "module", "opened_in", "undone")
 
     def __init__(self, module: torch.nn.Module, held: list[FlatValues]) -> None:
         self.module, self.held = module, held
         self.opened_in = -1
-        self.watches_inputs = False
-
-
-class _AfterBackward(torch.autograd.Function):
-    """The identity; calls back when the gradients of all its outputs are known."""
-
-    @staticmethod
-    def forward(ctx: Any, done: Callable[[], None], *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        ctx.done = done
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
-        ctx.done()
-        return (None, *grads)
+        self.inputs = self.undone = 0  # inputs that get a gradient, and those of them whose gradient is still to come
 
 
 class _WatchedParameters(dict[str, Any]):
-    """A module's parameters, which tells when one that has no values at the moment is read by name."""
+    """A module's parameters, which tells when one that has no values at the moment is read."""
 
     def __init__(self, parameters: Mapping[str, Any], on_empty: Callable[[torch.Tensor], None]) -> None:
         super().__init__(parameters)
@@ -134,6 +125,9 @@ class _WatchedParameters(dict[str, Any]):
         if param is not None and param.numel() == 0:
             self._on_empty(param)
         return param
+
+    def items(self) -> Any:  # what Module.parameters() goes through
+        return ((name, self[name]) for name in self)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return dict, (dict(self),)  # copies of a module are plain modules
@@ -188,6 +182,8 @@ class ParameterSchedule:
         self._open: dict[FlatValues, int] = {}  # held for backward, and how many opened calls count on it
         self._users: dict[torch.nn.Module, list[FlatValues]] = {}
         self._closers: dict[torch.nn.Module, set[FlatValues]] = {}
+        # Read by modules that do not have them, perhaps detached: their gradients do not tell when they are done with.
+        self._read_elsewhere: set[FlatValues] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
         self._find_users(root, set(leaves))
@@ -195,7 +191,7 @@ class ParameterSchedule:
             self._attach(module)
         for owner in self.owners:
             if isinstance(owner, ShardUnit):
-                owner.on_all_arrived = partial(self._close, owner)
+                owner.on_all_arrived = partial(self._all_arrived, owner)
         for owner in self.owners:
             _SCHEDULES[owner] = self
         for module in root.modules():
@@ -247,8 +243,9 @@ class ParameterSchedule:
     def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:
         """From now on, calls of `module` make `param` whole."""
         owner = owner_of(param)
-        if owner not in self.owners:
+        if owner is None or owner not in self.owners:
             return
+        self._read_elsewhere.add(owner)
         known = module in self._users
         self._add_user(module, owner)
         if not known:
@@ -288,14 +285,13 @@ class ParameterSchedule:
         """Elements of sharded values that are whole now, or on the way."""
         return sum(owner.numel for owner in self.owners if owner.state is not ValueState.SHARDED)
 
-    def _pre_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> Any:
+    def _pre_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         call = _Call(module, list(self._users[module]))
         self._running.append(call)
         for owner in call.held:
             self._need(owner)
         if module in self._closers and torch.is_grad_enabled():
-            return self._watch_inputs(call, args, kwargs)
-        return None
+            self._watch_inputs(call, (args, kwargs))
 
     def _post_forward(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         call = next((running for running in reversed(self._running) if running.module is module), None)
@@ -350,7 +346,9 @@ class ParameterSchedule:
         self._pass += 1
 
     def _open_for_backward(self, call: _Call, grad: torch.Tensor) -> None:
-        counted = call.watches_inputs and call.opened_in != self._pass
+        counted = call.inputs > 0 and call.opened_in != self._pass
+        if counted:
+            call.undone = call.inputs
         call.opened_in = self._pass
         for owner in call.held:
             if owner not in self._open:
@@ -363,11 +361,15 @@ class ParameterSchedule:
         if self._open.pop(owner, None) is not None:
             owner.let_go(release=True)
 
-    def _inputs_done(self, call: _Call) -> None:
+    def _all_arrived(self, owner: FlatValues) -> None:
+        if owner not in self._read_elsewhere:
+            self._close(owner)
+
+    def _input_done(self, call: _Call, grad: torch.Tensor) -> None:
         if call.opened_in != self._pass:
             return
-        call.opened_in = -1
-        for owner in self._closers[call.module]:
+        call.undone -= 1
+        for owner in self._closers[call.module] if call.undone == 0 else ():
             if owner in self._open:
                 self._open[owner] -= 1
                 if self._open[owner] <= 0:
@@ -397,19 +399,14 @@ class ParameterSchedule:
         self.release()
 
     # [Note: when a call's backward is over]
-    # The node put on the inputs was made before every node inside the module, so autograd, which runs the youngest of
-    # the nodes that are ready, runs it after all of those that are. Nodes that become ready later do so through another
-    # output of the module, whose hook opens the values again.
-    def _watch_inputs(self, call: _Call, args: Any, kwargs: Any) -> Any:
-        flat, spec = tree_flatten((args, kwargs))
-        places = [i for i, item in enumerate(flat) if isinstance(item, torch.Tensor) and item.requires_grad]
-        if not places:
-            return None
-        call.watches_inputs = True
-        watched = _AfterBackward.apply(partial(self._inputs_done, call), *(flat[i] for i in places))
-        for place, tensor in zip(places, watched):
-            flat[place] = tensor
-        return tree_unflatten(flat, spec)
+    # An input's gradient is complete when all its consumers have run. What made the input is older than every node
+    # inside the module, and autograd runs the youngest of the nodes that are ready: the hook on the input runs after
+    # all of those. Nodes that become ready later do so through another output, whose hook opens the values again.
+    def _watch_inputs(self, call: _Call, inputs: Any) -> None:
+        for tensor in tensors_in(inputs):
+            if tensor.requires_grad:
+                tensor.register_hook(partial(self._input_done, call))
+                call.inputs += 1
 
     # --- parameters read outside the module that has them ------------------------------------------------------------
 

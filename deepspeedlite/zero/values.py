@@ -60,7 +60,7 @@ _STATUS = {
 }
 
 _OWNERS = WeakTensorKeyDictionary()
-_IDS, _TAGS = count(), count()  # equal on all ranks, which make their flat values in the same order
+_IDS = count()
 
 
 def owner_of(param: torch.Tensor) -> FlatValues | None:
@@ -108,7 +108,7 @@ class FlatValues:
         self.on_new_values: Callable[[], None] = lambda: None
         self.state = ValueState.WHOLE
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
-        self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * next(_TAGS)}
+        self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * next(group.tags)}
         self._work: Any = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
         self._take(sharded, source)
