@@ -103,6 +103,9 @@ class DeepSpeedEngine(torch.nn.Module):
         self._passes_since_step = 0
         self._step_applied = False
         self._destroyed = False
+        if self.optimizer is not None:
+            names = {id(param): name for name, param in module.named_parameters()}
+            self.optimizer.name_of = lambda param: names.get(id(param))
         self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
         self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
 

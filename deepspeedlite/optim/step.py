@@ -83,6 +83,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._norm: float | None = None
         self._norm_is_current = False
+        self.name_of: Callable[[torch.Tensor], str | None] = lambda param: (
+            None
+        )  # the module's names; the engine sets it
         self._runs: list[SteppedRun] = []
         self._runs_of_units: list[list[SteppedRun]] = []
         for group in optimizer.param_groups:
@@ -344,7 +347,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         entries = []
         for number, param in enumerate(params):
             owner = owner_of(param)
-            name = f"optimizer.param_groups[{index}].params[{number}]" if owner is None else owner.slot_of(param).name
+            name = self.name_of(param) or f"optimizer.param_groups[{index}].params[{number}]"
             if isinstance(owner, ShardUnit) or not param.requires_grad:
                 why = "is trained already" if isinstance(owner, ShardUnit) else "does not require grad"
                 raise OptimizerError(f"add_param_group: parameter {name} {why}")
