@@ -267,10 +267,11 @@ def _describe(param: torch.Tensor, slot: Slot, shard: torch.Tensor) -> None:
     param.ds_shape = torch.Size(slot.shape)  # type: ignore[attr-defined]
     param.ds_numel = slot.numel  # type: ignore[attr-defined]
     param.ds_tensor = shard  # type: ignore[attr-defined]
+    shard_numel = shard.numel()
+    param.partition_numel = lambda: shard_numel  # type: ignore[attr-defined]
     if not hasattr(param, "ds_id"):
         param.ds_id = next(_IDS)  # type: ignore[attr-defined]
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
-        param.partition_numel = lambda: shard.numel()  # type: ignore[attr-defined]
 
 
 def owners_of(params: Iterable[torch.Tensor]) -> list[FlatValues]:

@@ -1,0 +1,317 @@
+"""What each rank's tensors take, at every ZeRO stage, against ZeRO's formulas (arXiv:1910.02054, section 3).
+
+bf16 with Adam needs 16 bytes per parameter: 2 the value, 2 the gradient, 12 the fp32 master and the two moments. On N
+ranks stage 1 divides the 12, stage 2 also the gradient's 2, stage 3 all 16. What else is live must be one of the
+buffers that `in_flight` names, which are a few *units* (here: a block each), however many units the model has.
+
+Bytes are counted where they are allocated: torch's profiler reports every allocation and release of the CPU allocator,
+storages that are resized to nothing and back included. Their running sum is what is live, its maximum the peak.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from harness import distributed
+from torch import Tensor, nn
+from torch.autograd.profiler import profile
+
+import deepspeedlite
+from deepspeedlite.zero.estimate import model_states_bytes
+from deepspeedlite.zero.layout import FlatLayout
+
+WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 96, 4, 24, 64, 2  # 2.7 M parameters, of which each block has 4 %
+TOLERANCE = 0.02
+FP32_BYTES = 4
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(WIDTH)
+        self.qkv = nn.Linear(WIDTH, 3 * WIDTH)
+        self.out = nn.Linear(WIDTH, WIDTH)
+        self.norm2 = nn.LayerNorm(WIDTH)
+        self.up = nn.Linear(WIDTH, 4 * WIDTH)
+        self.down = nn.Linear(4 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = (part.unflatten(-1, (HEADS, -1)).transpose(1, 2) for part in self.qkv(self.norm1(x)).chunk(3, -1))
+        x = x + self.out(F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(-2))
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class SmallGPT(nn.Module):
+    """Equal blocks between an embedding and a head that weigh little. Tokens to the loss."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(VOCABULARY, WIDTH)
+        self.blocks = nn.ModuleList(Block() for _ in range(LAYERS))
+        self.norm = nn.LayerNorm(WIDTH)
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x)
+        return F.cross_entropy(self.head(self.norm(x)).float().flatten(0, 1), tokens.flatten())
+
+
+PARAMS = sum(param.numel() for param in SmallGPT().parameters())
+BLOCK = sum(param.numel() for param in Block().parameters())
+
+
+# --- counting -------------------------------------------------------------------------------------------------------
+
+
+class Live:
+    """Bytes that are live now, and the most that were during the last call of `during`."""
+
+    def __init__(self) -> None:
+        self.now_bytes = self.peak_bytes = 0
+
+    def during(self, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call, and count every allocation and release of the meantime."""
+        with profile(profile_memory=True) as profiled:
+            result = call(*arguments)
+        events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
+        self.peak_bytes = self.now_bytes
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            self.now_bytes += event.nbytes()
+            self.peak_bytes = max(self.peak_bytes, self.now_bytes)
+        return result
+
+
+def reachable_bytes() -> int:
+    """Bytes of the distinct storages behind all tensors that Python can reach: another way to count."""
+    gc.collect()
+    storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+class Sizes(NamedTuple):
+    """Bytes of one training in a configuration; the peaks are those of its last step."""
+
+    begin: int
+    ready: int
+    building_peak: int
+    forward_peak: int
+    backward_peak: int
+    step_peak: int
+    after_steps: list[int]
+
+
+def tokens(step: int) -> Tensor:
+    return torch.randint(0, VOCABULARY, (1, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+def config(stage: int, dtype: str = "bf16", **more: Any) -> dict[str, Any]:
+    """Units are blocks at every stage; stage 3 gathers one block ahead and keeps none that was used."""
+    zero = {"stage": stage, "reduce_bucket_size": BLOCK, "sub_group_size": BLOCK, **more}
+    if stage == 3:
+        shapes = [(name, param.shape, 0) for name, param in Block().named_parameters()]
+        one_block = FlatLayout(shapes, dist.get_world_size()).numel
+        zero |= {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+        zero |= {"stage3_prefetch_bucket_size": one_block}
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0,
+        "bf16": {"enabled": dtype == "bf16"},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "zero_optimization": zero,
+    }
+
+
+def train(settings: dict[str, Any], steps: int = 3) -> tuple[Any, Sizes]:
+    """Some steps (from the second on the order of use is known); the engine, and what was live when."""
+    live = Live()
+    model = live.during(SmallGPT)
+    begin = live.now_bytes
+    engine, *_ = live.during(lambda: deepspeedlite.initialize(model=model, config=settings))
+    ready, building_peak = live.now_bytes, live.peak_bytes
+    forward_peak = backward_peak = step_peak = 0
+    after_steps = []
+    for step in range(steps):
+        batch = tokens(step)
+        loss = live.during(engine, batch)
+        forward_peak = live.peak_bytes
+        live.during(engine.backward, loss)
+        backward_peak = live.peak_bytes
+        live.during(engine.step)
+        step_peak = live.peak_bytes
+        live.now_bytes -= loss.untyped_storage().nbytes()  # released here, where nobody counts
+        del loss
+        after_steps.append(live.now_bytes)
+    return engine, Sizes(begin, ready, building_peak, forward_peak, backward_peak, step_peak, after_steps)
+
+
+def activation_bytes(dtype: torch.dtype) -> int:
+    """What the same passes need beside parameters and gradients in plain torch: activations and one fresh gradient."""
+    model, live = SmallGPT().to(dtype), Live()
+    for param in model.parameters():
+        param.grad = torch.zeros_like(param)
+    loss = live.during(model, tokens(0))
+    forward_peak = live.peak_bytes
+    live.during(loss.backward)
+    return max(forward_peak, live.peak_bytes)
+
+
+# --- what it should be ----------------------------------------------------------------------------------------------
+
+
+def states_bytes(stage: int, ranks: int) -> float:
+    """ZeRO's formula for bf16 and Adam."""
+    return {1: 4 * PARAMS + 12 * PARAMS / ranks, 2: 2 * PARAMS + 14 * PARAMS / ranks, 3: 16 * PARAMS / ranks}[stage]
+
+
+class InFlight(NamedTuple):
+    """Whole units in bytes beside the states."""
+
+    forward: float
+    backward: float
+    step: float
+
+
+def in_flight(engine: Any, stage: int, ranks: int) -> InFlight:
+    """The stated buffers, from the units themselves.
+
+    A unit's whole *values* (stage 3): the block that computes and the one gathered ahead. A unit's whole *gradient*
+    (stages 2 and 3): the one being filled, and three whose reduction was started, of which the first is then waited
+    for. gloo has no reduce-scatter in place: while one is under way the other ranks' pieces, (N - 1)/N of a unit, have
+    an *inbox*. Stage 1 keeps all gradients anyway and so lets all units' reductions run on to the end of the pass. The
+    step takes gradients to fp32 for one sub-group at a time: `sub_group_size` elements, one block's.
+    """
+    units = engine._schedule.units
+    unit = max(unit.numel * unit.dtype.itemsize for unit in units)
+    every = sum(unit.numel * unit.dtype.itemsize for unit in units)
+    inbox = (ranks - 1) / ranks
+    values = 2 * unit if stage == 3 else 0
+    backward = values + {1: inbox * every, 2: (4 + 3 * inbox) * unit, 3: (4 + 3 * inbox) * unit}[stage]
+    return InFlight(values, backward, FP32_BYTES * BLOCK)
+
+
+def assert_within(found: float, expected: float, what: str) -> None:
+    off = found / expected - 1
+    assert abs(off) <= TOLERANCE, f"{what}: {found:,.0f} bytes, {off:+.1%} from {expected:,.0f}"
+
+
+# --- the tests ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@distributed(world_size=[2, 4])
+def test_states_are_what_the_formulas_say(stage, world_size):
+    before = reachable_bytes()
+    activations = activation_bytes(torch.bfloat16)
+    engine, sizes = train(config(stage))
+    states = states_bytes(stage, world_size)
+    assert len(engine._schedule.units) >= LAYERS, "units must be small beside the model, or the buffers hide the states"
+
+    moments = 8 * PARAMS / world_size  # the optimizer makes them in its first step
+    assert_within(sizes.ready, states - moments, "after initialize")
+    for step, found in enumerate(sizes.after_steps):
+        assert_within(found, states, f"after step {step}")
+    assert sizes.after_steps[1] == sizes.after_steps[2], "something piles up from step to step"
+    assert_within(reachable_bytes() - before, sizes.after_steps[-1], "counted from Python")
+
+    extra = in_flight(engine, stage, world_size)
+    for what, found, allowed in (
+        ("forward", sizes.forward_peak, extra.forward + activations),
+        ("backward", sizes.backward_peak, extra.backward + activations),
+        ("the step", sizes.step_peak, extra.step),
+    ):
+        assert found >= (1 - TOLERANCE) * states, f"{what} cannot do with less than the states"
+        assert found <= (1 + TOLERANCE) * states + allowed, (
+            f"peak of {what}: {found - states:,.0f} bytes above the states, of which {allowed:,.0f} were stated"
+        )
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+@distributed(world_size=2)
+def test_initialize_peaks_at_the_model_as_it_was_given(stage):
+    """The fp32 model is 4 bytes per parameter. What is built takes its place piece by piece, not beside it."""
+    engine, sizes = train(config(stage), steps=0)
+    unit = max(unit.numel for unit in engine._schedule.units)
+    most = max(sizes.begin, sizes.ready)
+    assert sizes.begin == FP32_BYTES * PARAMS
+    assert sizes.building_peak <= (1 + TOLERANCE) * most + 3 * FP32_BYTES * unit, sizes
+
+
+@distributed(world_size=[2, 4])
+def test_zero_init_never_holds_the_whole_model(world_size):
+    """Each layer is cut as soon as it is built, and `initialize` moves shards, unit by unit."""
+    live = Live()
+    unit_bytes = 2 * BLOCK
+
+    def build() -> nn.Module:
+        with deepspeedlite.zero.Init(config_dict_or_path=config(3)):
+            return SmallGPT()
+
+    model = live.during(build)
+    assert_within(live.now_bytes, 2 * PARAMS / world_size, "the shards of a model that was built in zero.Init")
+    assert live.peak_bytes <= live.now_bytes + 4 * unit_bytes
+    engine, *_ = live.during(lambda: deepspeedlite.initialize(model=model, config=config(3)))
+    assert_within(live.now_bytes, states_bytes(3, world_size) - 8 * PARAMS / world_size, "after initialize")
+    assert live.peak_bytes <= live.now_bytes + 4 * unit_bytes
+    assert engine.zero_optimization_stage() == 3
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@distributed(world_size=2)
+def test_the_estimate_is_right(stage, dtype, world_size):
+    """`model_states_bytes` is what is live after a step; fp32 trains its parameters in place, with no second copy."""
+    _, sizes = train(config(stage, dtype), steps=1)
+    estimate = model_states_bytes(PARAMS, BLOCK, gpus=world_size, dtype=dtype, stage=stage)
+    assert_within(sizes.after_steps[-1], estimate.gpu_bytes, f"stage {stage}, {dtype}")
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@distributed(world_size=2)
+def test_accumulation_keeps_only_shards(stage):
+    """Between the micro-batches of a window each rank holds its shard of the gradients, and no whole unit."""
+    live, settings = Live(), {**config(stage), "gradient_accumulation_steps": 3}
+    model = SmallGPT()
+    engine, *_ = live.during(lambda: deepspeedlite.initialize(model=model, config=settings))
+
+    def micro_batch(number: int) -> None:
+        engine.backward(engine(tokens(number)))
+        engine.step()
+
+    for number in range(9):
+        before = live.now_bytes
+        live.during(micro_batch, number)
+        more_bytes = live.now_bytes - before
+        makes_moments = number == 2
+        assert makes_moments or more_bytes < 64, f"micro-batch {number} left {more_bytes:,} bytes behind"
+
+
+@distributed(world_size=2)
+def test_evaluation_leaves_nothing_whole():
+    """A forward pass without gradients gathers block by block and holds nothing afterwards."""
+    engine, *_ = deepspeedlite.initialize(model=SmallGPT(), config=config(3))
+    live = Live()
+    with torch.no_grad():
+        loss = live.during(engine, tokens(0))
+    assert live.now_bytes == loss.untyped_storage().nbytes()
+    unit = max(unit.numel * unit.dtype.itemsize for unit in engine._schedule.units)
+    assert unit < live.peak_bytes < 3 * unit
+
+
+@pytest.mark.parametrize("blocks", [4, 1000])
+@distributed(world_size=2)
+def test_sub_group_size_bounds_the_fp32_gradients_of_a_step(blocks, world_size):
+    """It counts elements of this rank, and a sub-group is made of whole units' shards."""
+    engine, sizes = train(config(2, sub_group_size=blocks * BLOCK), steps=2)
+    most = FP32_BYTES * min(blocks * BLOCK, PARAMS / world_size)
+    last_unit = FP32_BYTES * max(unit.layout.shard_numel for unit in engine._schedule.units)
+    found = sizes.step_peak - sizes.after_steps[-1]
+    assert most - last_unit <= found <= (1 + TOLERANCE) * most
