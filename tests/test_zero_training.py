@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -163,3 +166,20 @@ def test_an_all_reduce_in_place_of_the_reduce_scatter(stage):
     for step in range(3):
         train_beside(engine, plain, optimizer, step)
     assert_same(model, plain)
+
+
+@pytest.mark.parametrize("how", ["dropped", "destroyed"])
+@pytest.mark.parametrize("stage", [0, 1, 3])
+@distributed(world_size=2)
+def test_an_engine_that_is_over_frees_its_memory(stage, how):
+    model = tied_model()
+    engine, *_ = deepspeedlite.initialize(model=model, config=config(stage))
+    for step in range(2):
+        engine.backward(engine(*tokens(step, 0, dist.get_rank())))
+        engine.step()
+    kept = [weakref.ref(model), *(weakref.ref(unit) for unit in engine._schedule.units)]
+    if how == "destroyed":
+        engine.destroy()
+    del engine, model
+    gc.collect()
+    assert [reference() for reference in kept] == [None] * len(kept)

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import ReferenceType, WeakKeyDictionary, ref
 
 import torch
 
@@ -133,7 +133,7 @@ class _WatchedParameters(dict[str, Any]):
         return dict, (dict(self),)  # copies of a module are plain modules
 
 
-_SCHEDULES: WeakKeyDictionary[FlatValues, ParameterSchedule] = WeakKeyDictionary()
+_SCHEDULES: WeakKeyDictionary[FlatValues, ReferenceType[ParameterSchedule]] = WeakKeyDictionary()
 # Parameters that a module was said to read before there was an engine.
 _EXTERNAL: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
 
@@ -150,7 +150,8 @@ def register_external_parameter(module: torch.nn.Module, parameter: torch.Tensor
         kind = type(parameter).__name__
         raise EngineStateError(f"register_external_parameter needs a torch.nn.Parameter, got {kind}")
     owner = owner_of(parameter)
-    schedule = None if owner is None else _SCHEDULES.get(owner)
+    reference = None if owner is None else _SCHEDULES.get(owner)
+    schedule = None if reference is None else reference()
     if schedule is not None:
         schedule.add_user(module, parameter)
     else:
@@ -193,7 +194,7 @@ class ParameterSchedule:
             if isinstance(owner, ShardUnit):
                 owner.on_all_arrived = partial(self._all_arrived, owner)
         for owner in self.owners:
-            _SCHEDULES[owner] = self
+            _SCHEDULES[owner] = ref(self)
         for module in root.modules():
             for param in _EXTERNAL.get(module, ()):
                 self.add_user(module, param)

@@ -26,6 +26,7 @@ slots that are still shown. That is right only while the scale is 1; otherwise i
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
@@ -153,7 +154,7 @@ class ShardUnit(FlatValues):
         self._in_pass = False
         self._launched = False
         self._hooks = [
-            param.register_post_accumulate_grad_hook(partial(self._arrived, index))
+            param.register_post_accumulate_grad_hook(_weak_hook(self._arrived, index))
             for index, param in enumerate(self.params)
             if param.requires_grad
         ]
@@ -399,3 +400,15 @@ class ShardUnit(FlatValues):
         for hook in self._hooks:
             hook.remove()
         super().close()
+
+
+def _weak_hook(arrived: Callable[[int, torch.Tensor], None], index: int) -> Callable[[torch.Tensor], None]:
+    """A hook that does not keep the unit alive: Python cannot see, and so not collect, what a tensor's hooks hold."""
+    method = weakref.WeakMethod(arrived)
+
+    def hook(param: torch.Tensor) -> None:
+        call = method()
+        if call is not None:
+            call(index, param)
+
+    return hook

@@ -23,6 +23,7 @@ before the current one ends, and overlaps the current one.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterable, Sequence
 from enum import Enum
 from itertools import count
@@ -59,13 +60,15 @@ _STATUS = {
     ValueState.GATHERING: ZeroParamStatus.INFLIGHT,
 }
 
+# Parameter -> weak reference to its owner, which refers to the parameter: a strong one would keep both for ever.
 _OWNERS = WeakTensorKeyDictionary()
 _IDS = count()
 
 
 def owner_of(param: torch.Tensor) -> FlatValues | None:
     """The flat values that a parameter is part of, if an engine or `zero.Init` has taken it over."""
-    return _OWNERS.get(param)
+    reference = _OWNERS.get(param)
+    return None if reference is None else reference()
 
 
 def full_shape(param: torch.Tensor) -> torch.Size:
@@ -134,9 +137,9 @@ class FlatValues:
         for owner in former:
             owner.forget(self.params)
         for slot, param in self.slots:
-            _OWNERS[param] = self
+            _OWNERS[param] = weakref.ref(self)
             if sharded:
-                _describe(param, slot, self.shard)
+                _describe(param, slot, self)
         if sharded:
             self._drop()
         else:
@@ -179,6 +182,10 @@ class FlatValues:
     def numel(self) -> int:
         """Elements of the whole buffer, gaps included."""
         return self.layout.numel
+
+    def shard_numel(self) -> int:
+        """Elements of this rank's shard, gaps included."""
+        return self.layout.shard_numel
 
     @torch.no_grad()
     def gather(self) -> None:
@@ -257,18 +264,17 @@ class FlatValues:
         self.gather()
         self.wait_for_gather()
         for param in self.params:
-            if _OWNERS.get(param) is self:
+            if owner_of(param) is self:
                 del _OWNERS[param]
         self.sharded = False
 
 
-def _describe(param: torch.Tensor, slot: Slot, shard: torch.Tensor) -> None:
-    """What clients of DeepSpeed read on a sharded parameter."""
+def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
+    """What clients of DeepSpeed read on a sharded parameter. `partition_numel` keeps the owner alive with it."""
     param.ds_shape = torch.Size(slot.shape)  # type: ignore[attr-defined]
     param.ds_numel = slot.numel  # type: ignore[attr-defined]
-    param.ds_tensor = shard  # type: ignore[attr-defined]
-    shard_numel = shard.numel()
-    param.partition_numel = lambda: shard_numel  # type: ignore[attr-defined]
+    param.ds_tensor = owner.shard  # type: ignore[attr-defined]
+    param.partition_numel = owner.shard_numel  # type: ignore[attr-defined]
     if not hasattr(param, "ds_id"):
         param.ds_id = next(_IDS)  # type: ignore[attr-defined]
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
