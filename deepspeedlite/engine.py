@@ -132,7 +132,7 @@ class DeepSpeedEngine(torch.nn.Module):
             inputs = cast_floating(inputs, precision.model_dtype)
             kwargs = cast_floating(kwargs, precision.model_dtype)
         if self._gathering is not None:
-            self._gathering.begin_forward()
+            self._gathering.begin_forward(recording)
         with watched, precision.autocast(self.device.type):
             outputs = self.module(*inputs, **kwargs)
         if self._gathering is not None and not recording:

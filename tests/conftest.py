@@ -5,6 +5,7 @@ Ranks are started by `harness.distributed`; see its docstring. `from harness imp
 
 from __future__ import annotations
 
+import signal
 import socket
 import sys
 from pathlib import Path
@@ -15,6 +16,12 @@ _TESTS = Path(__file__).resolve().parent
 for _folder in (str(_TESTS.parent), str(_TESTS)):
     if _folder not in sys.path:
         sys.path.insert(0, _folder)
+
+
+def hear_signals() -> None:
+    """In a child before it starts: what nohup, or a background job of CI, made this process ignore is heard again."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def pytest_sessionfinish() -> None:

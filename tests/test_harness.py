@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from conftest import hear_signals
 
 pytestmark = pytest.mark.slow  # failures cost new workers, which import torch
 
@@ -118,9 +119,8 @@ def start_pytest(folder: Path, source: str, *options: str) -> subprocess.Popen[s
     (folder / "tmp").mkdir()
     environ = {**os.environ, "TMPDIR": str(folder / "tmp"), "GRANDCHILD_MARK": f"mark-{folder}", "COLUMNS": "200"}
     environ.pop("PYTEST_ADDOPTS", None)
-    return subprocess.Popen(
-        command, cwd=folder, env=environ, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environ, preexec_fn=hear_signals, **pipes)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import hear_signals
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 LAUNCHER = [sys.executable, "-m", "deepspeedlite.launcher"]
@@ -67,6 +68,7 @@ def launched(*arguments: object, **settings: object) -> Iterator[subprocess.Pope
     """A launcher that runs on; ended with all it started when the test leaves."""
     process = subprocess.Popen(
         [*LAUNCHER, *map(str, arguments)],
+        preexec_fn=hear_signals,
         **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **settings},  # type: ignore
     )
     try:

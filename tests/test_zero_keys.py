@@ -187,9 +187,10 @@ def test_stage_3_gathers_and_reduces_in_every_micro_batch():
         assert counts(events, "reduce") == dict.fromkeys(UNITS, 1)
 
 
+@pytest.mark.parametrize("prefetch", [0, 64, 1_000_000_000])
 @distributed(world_size=2)
-def test_evaluation_gathers_each_unit_once_and_reduces_nothing():
-    engine, tape = make(3, stage3_prefetch_bucket_size=0)
+def test_evaluation_gathers_each_unit_once_and_reduces_nothing(prefetch):
+    engine, tape = make(3, stage3_prefetch_bucket_size=prefetch)
     third_step(engine, tape)
     with torch.no_grad():
         engine(torch.randn(4, zoo.WIDTH))
@@ -356,6 +357,15 @@ def test_prefetch_bucket_size_is_how_far_gathering_runs_ahead():
         runs = events.index(("forward", "blocks.0"))
         ahead[units] = sum(i < runs for i in started) - 2  # but for `first` and the block itself
     assert ahead == {0: 0, 1: 1, 3: 3}
+
+
+@distributed(world_size=2)
+def test_a_unit_larger_than_the_prefetch_bucket_is_gathered_ahead_all_the_same():
+    """One unit ahead at the least: blocks of models over a billion parameters are larger than the default."""
+    engine, tape = make(3, stage3_prefetch_bucket_size=1)
+    events = third_step(engine, tape)
+    for this, following in pairwise(UNITS):
+        assert events.index(("gather", following)) < events.index(("forward", this))
 
 
 @distributed(world_size=2)

@@ -75,6 +75,7 @@ class Live:
     """Bytes that are live now, and the most that were during the last call of `during`."""
 
     def __init__(self) -> None:
+        gc.collect()  # what an earlier training left must not be freed in the middle of this one
         self.now_bytes = self.peak_bytes = 0
 
     def during(self, call: Callable[..., Any], *arguments: Any) -> Any:
@@ -185,15 +186,13 @@ def in_flight(engine: Any, stage: int, ranks: int) -> InFlight:
     A unit's whole *values* (stage 3): the block that computes and the one gathered ahead. A unit's whole *gradient*
     (stages 2 and 3): the one being filled, and three whose reduction was started, of which the first is then waited
     for. gloo has no reduce-scatter in place: while one is under way the other ranks' pieces, (N - 1)/N of a unit, have
-    an *inbox*. Stage 1 keeps all gradients anyway and so lets all units' reductions run on to the end of the pass. The
-    step takes gradients to fp32 for one sub-group at a time: `sub_group_size` elements, one block's.
+    an *inbox*. The step takes gradients to fp32 for one sub-group at a time: `sub_group_size` elements, one block's.
     """
     units = engine._schedule.units
     unit = max(unit.numel * unit.dtype.itemsize for unit in units)
-    every = sum(unit.numel * unit.dtype.itemsize for unit in units)
     inbox = (ranks - 1) / ranks
     values = 2 * unit if stage == 3 else 0
-    backward = values + {1: inbox * every, 2: (4 + 3 * inbox) * unit, 3: (4 + 3 * inbox) * unit}[stage]
+    backward = values + {1: 3 * inbox * unit, 2: (4 + 3 * inbox) * unit, 3: (4 + 3 * inbox) * unit}[stage]
     return InFlight(values, backward, FP32_BYTES * BLOCK)
 
 

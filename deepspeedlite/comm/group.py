@@ -29,6 +29,10 @@ from deepspeedlite.comm.logger import CommsLogger, comms_logger
 from deepspeedlite.comm.stall import LabelledWork
 from deepspeedlite.errors import DistributedError
 
+# torch 2.13 renamed both, and warns where the older names are used.
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 _T = TypeVar("_T")
 _SUMS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
 
@@ -129,7 +133,7 @@ class Group:
 
         def start() -> Work:
             if self.backend != "gloo":
-                return self._kept(dist.all_gather_into_tensor, out, shard)
+                return self._kept(_ALL_GATHER, out, shard)
             pieces = out.view(self.size, shard.numel())
             _copy_unless_same(pieces[self.rank], shard)
             return _Pieces(self._exchange([shard] * self.size, list(pieces), tag))
@@ -157,7 +161,7 @@ class Group:
 
         def start() -> Work:
             if self.backend != "gloo" or reduce_op != dist.ReduceOp.SUM:
-                return self._kept(dist.reduce_scatter_tensor, out_shard, full, reduce_op)
+                return self._kept(_REDUCE_SCATTER, out_shard, full, reduce_op)
             pieces = list(full.view(self.size, out_shard.numel()))
             arriving = torch.empty(self.size - 1, pieces[0].numel(), dtype=full.dtype, device=full.device)
             inbox = list(arriving)

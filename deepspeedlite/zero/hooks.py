@@ -65,17 +65,22 @@ class UseTrace:
     def __init__(self) -> None:
         self._known: list[FlatValues] = []
         self._recorded: list[FlatValues] = []
+        self._known_forward = self._recorded_forward = 0  # how many of the uses were forward's
         self._position = 0  # of the next use expected
 
     def begin(self) -> None:
         """A forward pass of the whole model starts."""
         self._recorded = []
-        self._position = 0
+        self._position = self._recorded_forward = 0
+
+    def turn(self) -> None:
+        """What is used from now on is used by a backward pass."""
+        self._recorded_forward = self._recorded_forward or len(self._recorded)
 
     def end(self) -> None:
         """A backward pass is over: what was recorded is what the next one will look like."""
         if self._recorded:
-            self._known = self._recorded
+            self._known, self._known_forward = self._recorded, self._recorded_forward
         self.begin()
 
     def use(self, values: FlatValues) -> None:
@@ -87,9 +92,9 @@ class UseTrace:
             later = [i for i, known in enumerate(self._known) if known is values]
             self._position = 1 + next((i for i in later if i >= self._position), later[0] if later else -1)
 
-    def ahead(self) -> Iterator[FlatValues]:
+    def ahead(self, forward_only: bool = False) -> Iterator[FlatValues]:
         """What will be used next, soonest first."""
-        for index in range(self._position, len(self._known)):
+        for index in range(self._position, self._known_forward if forward_only else len(self._known)):
             yield self._known[index]
 
     def distance(self, values: FlatValues) -> int | None:
@@ -180,6 +185,7 @@ class ParameterSchedule:
         self.trace = UseTrace()
         self._pass = 0
         self._in_backward = False
+        self._recording = True
         self._open: dict[FlatValues, int] = {}  # held for backward, and how many opened calls count on it
         self._users: dict[torch.nn.Module, list[FlatValues]] = {}
         self._closers: dict[torch.nn.Module, set[FlatValues]] = {}
@@ -254,9 +260,10 @@ class ParameterSchedule:
 
     # --- forward --------------------------------------------------------------------------------------------------
 
-    def begin_forward(self) -> None:
-        """A forward pass of the whole model starts."""
+    def begin_forward(self, recording: bool = True) -> None:
+        """A forward pass of the whole model starts; `recording` if a backward pass may follow."""
         self._running.clear()
+        self._recording = recording
         if not self._in_backward:
             self.trace.begin()
 
@@ -272,10 +279,10 @@ class ParameterSchedule:
     def _prefetch(self) -> None:
         room = self.limits.prefetch_numel
         live = self.live_numel()
-        for coming in self.trace.ahead():
-            room -= coming.numel
-            if room < 0:
+        for coming in self.trace.ahead(forward_only=not self._recording):
+            if room <= 0:
                 break
+            room -= coming.numel  # a unit larger than the room is gathered too: else large blocks never were
             if coming.state is ValueState.SHARDED:
                 live += coming.numel
                 if live > self.limits.max_live_numel:
@@ -345,6 +352,7 @@ class ParameterSchedule:
         """A backward pass starts."""
         self._in_backward = True
         self._pass += 1
+        self.trace.turn()
 
     def _open_for_backward(self, call: _Call, grad: torch.Tensor) -> None:
         counted = call.inputs > 0 and call.opened_in != self._pass

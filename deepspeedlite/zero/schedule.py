@@ -48,6 +48,8 @@ class GradientSchedule:
         self.plan = plan or ShardingPlan()
         self.group: Group = policy.group
         self._overlap = overlap
+        # A reduction under way keeps a whole gradient alive where they are sharded; on gloo, the other ranks' pieces.
+        self._bounded = self.plan.shard_grads or (self.plan.shard_optimizer and self.group.backend == "gloo")
         self._launched_units = 0
         self._awaited_units = 0
         self._reducing = False
@@ -114,8 +116,8 @@ class GradientSchedule:
     def _launch_next(self) -> None:
         self.units[self._launched_units].reduce()
         self._launched_units += 1
-        if self.plan.shard_grads:
-            in_flight = MAX_IN_FLIGHT if self._overlap else 0
+        if self._bounded:
+            in_flight = MAX_IN_FLIGHT if self._overlap or not self.plan.shard_grads else 0
             while self._awaited_units < self._launched_units - in_flight:
                 self.units[self._awaited_units].wait_for_reduce()
                 self._awaited_units += 1

@@ -22,8 +22,10 @@ from deepspeedlite.errors import UnsupportedError
 # is short. Used where the configuration leaves `reduce_bucket_size` out.
 DEFAULT_BUCKET_NUMEL = 8 * 1024 * 1024
 
-# A block with more elements than this is split where it has blocks of its own.
+# A block with more elements than this is split where it has blocks of its own, and a huge one into its modules: several
+# blocks are whole at once, and one must fit twice under the default of stage3_max_live_parameters to be prefetched.
 LARGE_BLOCK_NUMEL = 64 * 1024 * 1024
+HUGE_BLOCK_NUMEL = 256 * 1024 * 1024
 
 FROZEN = -1
 
@@ -80,19 +82,25 @@ def _refuse_unusable(trained: Sequence[NamedParameter]) -> None:
 
 
 def reverse_buckets(trained: Iterable[NamedParameter], bucket_numel: int | None) -> list[list[NamedParameter]]:
-    """Cut parameters into buckets of one dtype and about `bucket_numel` elements, last parameters first."""
+    """Cut parameters into buckets of one dtype and at most `bucket_numel` elements, last parameters first.
+
+    A parameter that fills a bucket has one to itself, and small ones go on collecting behind it.
+    """
     limit = bucket_numel or DEFAULT_BUCKET_NUMEL
     buckets: list[list[NamedParameter]] = []
-    open_buckets: dict[torch.dtype, tuple[list[NamedParameter], int]] = {}
+    filling: dict[torch.dtype, tuple[list[NamedParameter], int]] = {}
     for entry in reversed(list(trained)):
-        bucket, numel = open_buckets.pop(entry.param.dtype, ([], 0))
-        if bucket and numel + _numel(entry.param) > limit:
-            bucket, numel = [], 0
-        if not bucket:
+        more = _numel(entry.param)
+        if more >= limit:
+            buckets.append([entry])
+            continue
+        bucket, numel = filling.pop(entry.param.dtype, ([], 0))
+        if numel + more > limit:
             buckets.append(bucket)
+            bucket, numel = [], 0
         bucket.append(entry)
-        open_buckets[entry.param.dtype] = (bucket, numel + _numel(entry.param))
-    return buckets
+        filling[entry.param.dtype] = (bucket, numel + more)
+    return buckets + [bucket for bucket, _ in filling.values()]
 
 
 def frozen_parameters(module: torch.nn.Module, trained: Iterable[NamedParameter]) -> list[NamedParameter]:
@@ -166,9 +174,11 @@ def _homes(module: torch.nn.Module, leaves: set[torch.nn.Module]) -> Iterator[tu
 
 def _is_to_be_split(block: torch.nn.Module) -> bool:
     numel = sum(_numel(param) for param in block.parameters())
-    return numel > LARGE_BLOCK_NUMEL and any(
-        isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(module) > 1 for module in block.modules()
-    )
+    return numel > HUGE_BLOCK_NUMEL or (numel > LARGE_BLOCK_NUMEL and any(map(_holds_blocks, block.modules())))
+
+
+def _holds_blocks(module: torch.nn.Module) -> bool:
+    return isinstance(module, (torch.nn.ModuleList, torch.nn.Sequential)) and len(module) > 1
 
 
 def _numel(param: torch.Tensor) -> int:
