@@ -68,8 +68,13 @@ def launched(*arguments: object, **settings: object) -> Iterator[subprocess.Pope
     """A launcher that runs on; ended with all it started when the test leaves."""
     process = subprocess.Popen(
         [*LAUNCHER, *map(str, arguments)],
-        preexec_fn=hear_signals,
-        **{"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "env": environment(), **settings},  # type: ignore
+        **{  # type: ignore[arg-type]
+            "stdout": subprocess.PIPE,
+            "stderr": subprocess.PIPE,
+            "env": environment(),
+            "preexec_fn": hear_signals,
+            **settings,
+        },
     )
     try:
         yield process

@@ -11,7 +11,9 @@ storages that are resized to nothing and back included. Their running sum is wha
 from __future__ import annotations
 
 import gc
+from bisect import bisect_left
 from collections.abc import Callable
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import pytest
@@ -20,9 +22,10 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from harness import distributed
 from torch import Tensor, nn
-from torch.autograd.profiler import profile
+from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
+from deepspeedlite.comm import Group
 from deepspeedlite.zero.estimate import model_states_bytes
 from deepspeedlite.zero.layout import FlatLayout
 
@@ -71,23 +74,51 @@ BLOCK = sum(param.numel() for param in Block().parameters())
 # --- counting -------------------------------------------------------------------------------------------------------
 
 
+class Phase(NamedTuple):
+    """Bytes live before and after something ran, and the most in between."""
+
+    before: int
+    peak: int
+    after: int
+
+
 class Live:
-    """Bytes that are live now, and the most that were during the last call of `during`."""
+    """Counts the bytes that are allocated and released in a `with` block; `phases` is filled when it ends.
+
+    It is one profile from end to end: torch's profiler writes to freed memory when a collective that was started under
+    one profile is waited for under the next, as a gather ahead of the backward pass would be.
+    """
 
     def __init__(self) -> None:
-        gc.collect()  # what an earlier training left must not be freed in the middle of this one
-        self.now_bytes = self.peak_bytes = 0
+        self.phases: dict[str, Phase] = {}
+        self._profile = profile(profile_memory=True)
 
-    def during(self, call: Callable[..., Any], *arguments: Any) -> Any:
-        """Call, and count every allocation and release of the meantime."""
-        with profile(profile_memory=True) as profiled:
-            result = call(*arguments)
-        events = [event for event in profiled.kineto_results.events() if event.name() == "[memory]"]
-        self.peak_bytes = self.now_bytes
-        for event in sorted(events, key=lambda event: event.start_ns()):
-            self.now_bytes += event.nbytes()
-            self.peak_bytes = max(self.peak_bytes, self.now_bytes)
-        return result
+    def __enter__(self) -> Live:
+        # What an earlier training left must not be freed in the middle of this one: its cycles, and the buffers of the
+        # last collectives, which `Group` keeps on gloo.
+        gc.collect()
+        for _ in range(8):
+            Group().all_reduce(torch.zeros(1))
+        self._profile.__enter__()
+        return self
+
+    def during(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
+        """Call, as the phase of that name."""
+        with record_function(f"phase {name}"):
+            return call(*arguments)
+
+    def __exit__(self, *error: Any) -> None:
+        self._profile.__exit__(*error)
+        events = self._profile.kineto_results.events()
+        changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
+        times = [when for when, _ in changes]
+        live = list(accumulate((size for _, size in changes), initial=0))  # live[i]: before change i
+        for event in events:
+            if event.name().startswith("phase "):
+                first = bisect_left(times, event.start_ns())
+                last = bisect_left(times, event.start_ns() + event.duration_ns())
+                phase = Phase(live[first], max(live[first : last + 1]), live[last])
+                self.phases[event.name().removeprefix("phase ")] = phase
 
 
 def reachable_bytes() -> int:
@@ -95,18 +126,6 @@ def reachable_bytes() -> int:
     gc.collect()
     storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
-
-
-class Sizes(NamedTuple):
-    """Bytes of one training in a configuration; the peaks are those of its last step."""
-
-    begin: int
-    ready: int
-    building_peak: int
-    forward_peak: int
-    backward_peak: int
-    step_peak: int
-    after_steps: list[int]
 
 
 def tokens(step: int) -> Tensor:
@@ -130,38 +149,31 @@ def config(stage: int, dtype: str = "bf16", **more: Any) -> dict[str, Any]:
     }
 
 
-def train(settings: dict[str, Any], steps: int = 3) -> tuple[Any, Sizes]:
-    """Some steps (from the second on the order of use is known); the engine, and what was live when."""
-    live = Live()
-    model = live.during(SmallGPT)
-    begin = live.now_bytes
-    engine, *_ = live.during(lambda: deepspeedlite.initialize(model=model, config=settings))
-    ready, building_peak = live.now_bytes, live.peak_bytes
-    forward_peak = backward_peak = step_peak = 0
-    after_steps = []
-    for step in range(steps):
-        batch = tokens(step)
-        loss = live.during(engine, batch)
-        forward_peak = live.peak_bytes
-        live.during(engine.backward, loss)
-        backward_peak = live.peak_bytes
-        live.during(engine.step)
-        step_peak = live.peak_bytes
-        live.now_bytes -= loss.untyped_storage().nbytes()  # released here, where nobody counts
-        del loss
-        after_steps.append(live.now_bytes)
-    return engine, Sizes(begin, ready, building_peak, forward_peak, backward_peak, step_peak, after_steps)
+def train(settings: dict[str, Any], steps: int = 3) -> tuple[Any, dict[str, Phase]]:
+    """Some steps (from the second on the order of use is known): the engine and what was live when.
+
+    The phases are build, initialize, and of each step N: "forward N", "backward N", "step N" and "idle N" after it.
+    """
+    with Live() as live:
+        model = live.during("build", SmallGPT)
+        engine, *_ = live.during("initialize", lambda: deepspeedlite.initialize(model=model, config=settings))
+        for step in range(steps):
+            loss = live.during(f"forward {step}", engine, tokens(step))
+            live.during(f"backward {step}", engine.backward, loss)
+            live.during(f"step {step}", engine.step)
+            del loss
+            live.during(f"idle {step}", lambda: None)
+    return engine, live.phases
 
 
 def activation_bytes(dtype: torch.dtype) -> int:
     """What the same passes need beside parameters and gradients in plain torch: activations and one fresh gradient."""
-    model, live = SmallGPT().to(dtype), Live()
+    model = SmallGPT().to(dtype)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
-    loss = live.during(model, tokens(0))
-    forward_peak = live.peak_bytes
-    live.during(loss.backward)
-    return max(forward_peak, live.peak_bytes)
+    with Live() as live:
+        live.during("passes", lambda: model(tokens(0)).backward())
+    return live.phases["passes"].peak
 
 
 # --- what it should be ----------------------------------------------------------------------------------------------
@@ -210,23 +222,24 @@ def assert_within(found: float, expected: float, what: str) -> None:
 def test_states_are_what_the_formulas_say(stage, world_size):
     before = reachable_bytes()
     activations = activation_bytes(torch.bfloat16)
-    engine, sizes = train(config(stage))
+    engine, phases = train(config(stage))
     states = states_bytes(stage, world_size)
     assert len(engine._schedule.units) >= LAYERS, "units must be small beside the model, or the buffers hide the states"
 
     moments = 8 * PARAMS / world_size  # the optimizer makes them in its first step
-    assert_within(sizes.ready, states - moments, "after initialize")
-    for step, found in enumerate(sizes.after_steps):
-        assert_within(found, states, f"after step {step}")
-    assert sizes.after_steps[1] == sizes.after_steps[2], "something piles up from step to step"
-    assert_within(reachable_bytes() - before, sizes.after_steps[-1], "counted from Python")
+    assert_within(phases["initialize"].after, states - moments, "after initialize")
+    for step in range(3):
+        assert_within(phases[f"idle {step}"].after, states, f"after step {step}")
+    assert phases["idle 1"] == phases["idle 2"], "something piles up from step to step"
+    assert_within(reachable_bytes() - before, phases["idle 2"].after, "counted from Python")
 
     extra = in_flight(engine, stage, world_size)
-    for what, found, allowed in (
-        ("forward", sizes.forward_peak, extra.forward + activations),
-        ("backward", sizes.backward_peak, extra.backward + activations),
-        ("the step", sizes.step_peak, extra.step),
+    for what, allowed in (
+        ("forward 2", extra.forward + activations),
+        ("backward 2", extra.backward + activations),
+        ("step 2", extra.step),
     ):
+        found = phases[what].peak
         assert found >= (1 - TOLERANCE) * states, f"{what} cannot do with less than the states"
         assert found <= (1 + TOLERANCE) * states + allowed, (
             f"peak of {what}: {found - states:,.0f} bytes above the states, of which {allowed:,.0f} were stated"
@@ -237,29 +250,30 @@ def test_states_are_what_the_formulas_say(stage, world_size):
 @distributed(world_size=2)
 def test_initialize_peaks_at_the_model_as_it_was_given(stage):
     """The fp32 model is 4 bytes per parameter. What is built takes its place piece by piece, not beside it."""
-    engine, sizes = train(config(stage), steps=0)
+    engine, phases = train(config(stage), steps=0)
     unit = max(unit.numel for unit in engine._schedule.units)
-    most = max(sizes.begin, sizes.ready)
-    assert sizes.begin == FP32_BYTES * PARAMS
-    assert sizes.building_peak <= (1 + TOLERANCE) * most + 3 * FP32_BYTES * unit, sizes
+    begin, peak, ready = phases["initialize"]
+    assert begin == FP32_BYTES * PARAMS
+    assert peak <= (1 + TOLERANCE) * max(begin, ready) + 3 * FP32_BYTES * unit
 
 
 @distributed(world_size=[2, 4])
 def test_zero_init_never_holds_the_whole_model(world_size):
     """Each layer is cut as soon as it is built, and `initialize` moves shards, unit by unit."""
-    live = Live()
-    unit_bytes = 2 * BLOCK
 
     def build() -> nn.Module:
         with deepspeedlite.zero.Init(config_dict_or_path=config(3)):
             return SmallGPT()
 
-    model = live.during(build)
-    assert_within(live.now_bytes, 2 * PARAMS / world_size, "the shards of a model that was built in zero.Init")
-    assert live.peak_bytes <= live.now_bytes + 4 * unit_bytes
-    engine, *_ = live.during(lambda: deepspeedlite.initialize(model=model, config=config(3)))
-    assert_within(live.now_bytes, states_bytes(3, world_size) - 8 * PARAMS / world_size, "after initialize")
-    assert live.peak_bytes <= live.now_bytes + 4 * unit_bytes
+    with Live() as live:
+        model = live.during("build", build)
+        engine, *_ = live.during("initialize", lambda: deepspeedlite.initialize(model=model, config=config(3)))
+    four_blocks = 4 * 2 * BLOCK
+    built, ready = live.phases["build"], live.phases["initialize"]
+    assert_within(built.after, 2 * PARAMS / world_size, "the shards of a model that was built in zero.Init")
+    assert built.peak <= built.after + four_blocks
+    assert_within(ready.after, states_bytes(3, world_size) - 8 * PARAMS / world_size, "after initialize")
+    assert ready.peak <= ready.after + four_blocks
     assert engine.zero_optimization_stage() == 3
 
 
@@ -268,49 +282,51 @@ def test_zero_init_never_holds_the_whole_model(world_size):
 @distributed(world_size=2)
 def test_the_estimate_is_right(stage, dtype, world_size):
     """`model_states_bytes` is what is live after a step; fp32 trains its parameters in place, with no second copy."""
-    _, sizes = train(config(stage, dtype), steps=1)
+    _, phases = train(config(stage, dtype), steps=1)
     estimate = model_states_bytes(PARAMS, BLOCK, gpus=world_size, dtype=dtype, stage=stage)
-    assert_within(sizes.after_steps[-1], estimate.gpu_bytes, f"stage {stage}, {dtype}")
+    assert_within(phases["idle 0"].after, estimate.gpu_bytes, f"stage {stage}, {dtype}")
 
 
 @pytest.mark.parametrize("stage", [2, 3])
 @distributed(world_size=2)
 def test_accumulation_keeps_only_shards(stage):
     """Between the micro-batches of a window each rank holds its shard of the gradients, and no whole unit."""
-    live, settings = Live(), {**config(stage), "gradient_accumulation_steps": 3}
     model = SmallGPT()
-    engine, *_ = live.during(lambda: deepspeedlite.initialize(model=model, config=settings))
+    settings = {**config(stage), "gradient_accumulation_steps": 3}
 
-    def micro_batch(number: int) -> None:
-        engine.backward(engine(tokens(number)))
-        engine.step()
+    with Live() as live:
+        engine, *_ = live.during("initialize", lambda: deepspeedlite.initialize(model=model, config=settings))
 
+        def micro_batch(number: int) -> None:
+            engine.backward(engine(tokens(number)))
+            engine.step()
+
+        for number in range(9):
+            live.during(f"micro-batch {number}", micro_batch, number)
     for number in range(9):
-        before = live.now_bytes
-        live.during(micro_batch, number)
-        more_bytes = live.now_bytes - before
+        before, _, after = live.phases[f"micro-batch {number}"]
         makes_moments = number == 2
-        assert makes_moments or more_bytes < 64, f"micro-batch {number} left {more_bytes:,} bytes behind"
+        assert makes_moments or after - before < 64, f"micro-batch {number} left {after - before:,} bytes behind"
 
 
 @distributed(world_size=2)
 def test_evaluation_leaves_nothing_whole():
     """A forward pass without gradients gathers block by block and holds nothing afterwards."""
     engine, *_ = deepspeedlite.initialize(model=SmallGPT(), config=config(3))
-    live = Live()
-    with torch.no_grad():
-        loss = live.during(engine, tokens(0))
-    assert live.now_bytes == loss.untyped_storage().nbytes()
+    with Live() as live, torch.no_grad():
+        loss = live.during("evaluation", engine, tokens(0))
+    evaluation = live.phases["evaluation"]
+    assert evaluation.after - evaluation.before == loss.untyped_storage().nbytes()
     unit = max(unit.numel * unit.dtype.itemsize for unit in engine._schedule.units)
-    assert unit < live.peak_bytes < 3 * unit
+    assert unit < evaluation.peak < 3 * unit
 
 
 @pytest.mark.parametrize("blocks", [4, 1000])
 @distributed(world_size=2)
 def test_sub_group_size_bounds_the_fp32_gradients_of_a_step(blocks, world_size):
     """It counts elements of this rank, and a sub-group is made of whole units' shards."""
-    engine, sizes = train(config(2, sub_group_size=blocks * BLOCK), steps=2)
+    engine, phases = train(config(2, sub_group_size=blocks * BLOCK), steps=2)
     most = FP32_BYTES * min(blocks * BLOCK, PARAMS / world_size)
     last_unit = FP32_BYTES * max(unit.layout.shard_numel for unit in engine._schedule.units)
-    found = sizes.step_peak - sizes.after_steps[-1]
+    found = phases["step 1"].peak - phases["idle 1"].after
     assert most - last_unit <= found <= (1 + TOLERANCE) * most
