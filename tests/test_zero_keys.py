@@ -66,7 +66,7 @@ class Tape:
     def _note(self, what: str, whose: str) -> None:
         self.events.append((what, whose))
         if self._engine._gathering is not None:
-            self.most_live_numel = max(self.most_live_numel, self._engine._gathering.live_numel())
+            self.most_live_numel = max(self.most_live_numel, self._engine._gathering.live_numel)
 
     def _noted(self, what: str, whose: str, work: Any) -> Any:
         self._note(what, whose)

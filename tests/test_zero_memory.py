@@ -26,6 +26,7 @@ from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
 from deepspeedlite.comm import Group
+from deepspeedlite.comm.hostlink import link_of
 from deepspeedlite.zero.estimate import model_states_bytes
 from deepspeedlite.zero.layout import FlatLayout
 
@@ -122,10 +123,26 @@ class Live:
 
 
 def reachable_bytes() -> int:
-    """Bytes of the distinct storages behind all tensors that Python can reach: another way to count."""
+    """Bytes of the distinct storages behind all tensors that Python can reach: another way to count.
+
+    Not those of the blocks through which ranks of one host exchange shards: the allocator does not know them either.
+    """
     gc.collect()
     storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) - link().held - link().mapped
+
+
+class LinkBytes(NamedTuple):
+    """A rank's own blocks, and those of others that it sees."""
+
+    held: int
+    mapped: int
+
+
+def link() -> LinkBytes:
+    """What the link between the ranks of this host takes."""
+    found = link_of(None, dist.get_rank(), dist.get_world_size())
+    return LinkBytes(found.held_nbytes, found.mapped_nbytes) if found else LinkBytes(0, 0)
 
 
 def tokens(step: int) -> Tensor:
@@ -197,8 +214,9 @@ def in_flight(engine: Any, stage: int, ranks: int) -> InFlight:
 
     A unit's whole *values* (stage 3): the block that computes and the one gathered ahead. A unit's whole *gradient*
     (stages 2 and 3): the one being filled, and three whose reduction was started, of which the first is then waited
-    for. gloo has no reduce-scatter in place: while one is under way the other ranks' pieces, (N - 1)/N of a unit, have
-    an *inbox*. The step takes gradients to fp32 for one sub-group at a time: `sub_group_size` elements, one block's.
+    for. Over TCP gloo has no reduce-scatter in place: while one is under way the other ranks' pieces, (N - 1)/N of a
+    unit, have an *inbox*. The step takes gradients to fp32 for one sub-group at a time: `sub_group_size` elements, one
+    block's.
     """
     units = engine._schedule.units
     unit = max(unit.numel * unit.dtype.itemsize for unit in units)
@@ -232,6 +250,8 @@ def test_states_are_what_the_formulas_say(stage, world_size):
         assert_within(phases[f"idle {step}"].after, states, f"after step {step}")
     assert phases["idle 1"] == phases["idle 2"], "something piles up from step to step"
     assert_within(reachable_bytes() - before, phases["idle 2"].after, "counted from Python")
+    largest = max(unit.numel for unit in engine._schedule.units) * 2 * (world_size - 1) // world_size
+    assert link().held <= 8 * (1 << (largest - 1).bit_length()), "four blocks of at most two sizes"
 
     extra = in_flight(engine, stage, world_size)
     for what, allowed in (

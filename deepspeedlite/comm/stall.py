@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -34,13 +34,20 @@ class LabelledWork:
         Raises:
             DistributedError: it failed or timed out; the message says where every rank was.
         """
-        try:
+        with explained(self._what, self._ranks):
             return self._work.wait()
-        except RuntimeError as error:
-            raise DistributedError(_explain(self._what, self._ranks, str(error))) from error
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
+
+
+@contextlib.contextmanager
+def explained(what: str, ranks: Sequence[int]) -> Iterator[None]:
+    """Turn a failure inside into a DistributedError that says where every rank was; this one waits in `what`."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise DistributedError(_explain(what, ranks, str(error))) from error
 
 
 def _explain(what: str, ranks: Sequence[int], reason: str) -> str:

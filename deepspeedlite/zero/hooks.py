@@ -97,14 +97,16 @@ class UseTrace:
         for index in range(self._position, self._known_forward if forward_only else len(self._known)):
             yield self._known[index]
 
-    def distance(self, values: FlatValues) -> int | None:
-        """Elements used between now and the next use of `values` in this pass; None if there is none."""
+    def used_within(self, values: FlatValues, numel: int) -> bool:
+        """Whether `values` are used again in this pass after at most `numel` elements of others."""
         total = 0
         for coming in self.ahead():
             if coming is values:
-                return total
+                return True
             total += coming.numel
-        return None
+            if total > numel:
+                break
+        return False
 
 
 class _Call:
@@ -183,6 +185,8 @@ class ParameterSchedule:
         self.owners = list(owners)
         self.limits = limits or GatherLimits()
         self.trace = UseTrace()
+        self.live_numel = 0
+        """Elements of sharded values that are whole now, or on the way."""
         self._pass = 0
         self._in_backward = False
         self._recording = True
@@ -201,6 +205,9 @@ class ParameterSchedule:
                 owner.on_all_arrived = partial(self._all_arrived, owner)
         for owner in self.owners:
             _SCHEDULES[owner] = ref(self)
+            owner.on_live = self._count_live
+            if owner.state is not ValueState.SHARDED:
+                self._count_live(owner.numel)
         for module in root.modules():
             for param in _EXTERNAL.get(module, ()):
                 self.add_user(module, param)
@@ -278,7 +285,7 @@ class ParameterSchedule:
 
     def _prefetch(self) -> None:
         room = self.limits.prefetch_numel
-        live = self.live_numel()
+        live = self.live_numel
         for coming in self.trace.ahead(forward_only=not self._recording):
             if room <= 0:
                 break
@@ -288,10 +295,6 @@ class ParameterSchedule:
                 if live > self.limits.max_live_numel:
                     break
                 coming.gather()
-
-    def live_numel(self) -> int:
-        """Elements of sharded values that are whole now, or on the way."""
-        return sum(owner.numel for owner in self.owners if owner.state is not ValueState.SHARDED)
 
     def _pre_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         call = _Call(module, list(self._users[module]))
@@ -319,10 +322,12 @@ class ParameterSchedule:
         """Whether values stay whole after a forward use because the next use is near."""
         if self._in_backward:
             return True  # a recomputation: the backward pass of what was recomputed follows
-        if not recording or self.live_numel() > self.limits.max_live_numel:
+        if not recording or self.live_numel > self.limits.max_live_numel:
             return False
-        distance = self.trace.distance(owner)
-        return distance is not None and distance <= self.limits.max_reuse_numel
+        return self.trace.used_within(owner, self.limits.max_reuse_numel)
+
+    def _count_live(self, numel: int) -> None:
+        self.live_numel += numel
 
     # --- state dicts: collective, and whole -------------------------------------------------------------------------
 

@@ -109,6 +109,8 @@ class FlatValues:
         self.holds = 0
         # Called when values were written from outside the optimizer, which may keep copies of them.
         self.on_new_values: Callable[[], None] = lambda: None
+        # Called with the elements that come to life (less than zero: are released) where values are sharded.
+        self.on_live: Callable[[int], None] = lambda numel: None
         self.state = ValueState.WHOLE
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
         self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * next(group.tags)}
@@ -170,8 +172,11 @@ class FlatValues:
         self._enter(ValueState.SHARDED)
 
     def _enter(self, state: ValueState) -> None:
-        self.state = state
+        was_live, self.state = self.state is not ValueState.SHARDED, state
         if self.sharded:
+            is_live = state is not ValueState.SHARDED
+            if is_live != was_live:
+                self.on_live(self.numel if is_live else -self.numel)
             status = _STATUS[state]
             for param in self.params:
                 param.ds_status = status  # type: ignore[attr-defined]

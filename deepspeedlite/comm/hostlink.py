@@ -1,0 +1,368 @@
+"""A link between the CPU ranks of one host: tensors go through memory that they share, not through gloo's TCP.
+
+A rank copies what others are to have into a block of its own memory and tells each of them where it lies, in a message
+over a Unix socket; they read it there when they wait for it. So a message never waits for its receiver, whatever the
+order in which the ranks wait for theirs, and two passes over memory replace the four and the threads of a TCP socket.
+
+A block is a memfd: it has no name that could be left behind or taken, no limit but memory (Docker gives /dev/shm
+64 MiB), and goes with the last process that maps it. Its descriptor travels in the first message about it, so what a
+rank sent stays readable after that rank has ended.
+
+[Note: when a block is used again]
+When all others have said that they have read it. So that few blocks are needed, whatever has come is read whenever
+something is started or waited for, also for exchanges that nobody waits for yet, and a rank with `_MOST_IN_USE` blocks
+unread lets the others catch up before it starts more. It waits for them only so long: ranks that start exchanges in
+different orders might wait for each other there. `held_nbytes` says how much memory there is.
+
+[Note: the order of memory]
+A write to a block comes before the message about it, and the kernel's locks around a socket's queue order the two for
+the reader. No flag in shared memory is polled, so none of this depends on how a processor orders its stores.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+import os
+import secrets
+import select
+import socket
+import struct
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeedlite.errors import DistributedError
+
+SWITCH = "DEEPSPEEDLITE_SHARED_MEMORY"
+"""Environment variable; 0 on any rank keeps all ranks on gloo's TCP."""
+
+_ALIGNMENT = 64
+_SMALLEST_BLOCK = 1 << 16
+# Ticket (tag, occurrence), the sender's sequence number, block, offset, bytes. "Read" names only the first three.
+_MESSAGE = struct.Struct("<6q")
+_READ = -1  # as the block of a message: what the receiver of this message sent was read
+_MOST_IN_USE = 4
+_PATIENCE_S = 1.0
+_CONNECT_TIMEOUT_S = 30.0
+
+Ticket = tuple[int, int]
+"""A tag and how often it has been used before: what ranks must agree on for their pieces to meet."""
+
+_LINKS: weakref.WeakKeyDictionary[Any, HostLink | None] = weakref.WeakKeyDictionary()
+
+
+def link_of(process_group: dist.ProcessGroup | None, rank: int, size: int) -> HostLink | None:
+    """The link of a gloo process group; None where its ranks cannot share memory. Collective the first time."""
+    process_group = process_group or dist.distributed_c10d._get_default_group()
+    if process_group not in _LINKS:
+        _LINKS[process_group] = _connect(process_group, rank, size)
+    return _LINKS[process_group]
+
+
+class _Block:
+    """Memory of this rank that others read."""
+
+    def __init__(self, number: int, nbytes: int) -> None:
+        self.number = number
+        self.fd = os.memfd_create("deepspeedlite")
+        os.ftruncate(self.fd, nbytes)
+        self.memory = _map(self.fd, nbytes)
+        self.known_to: set[int] = set()
+        self.unread: set[int] = set()  # ranks that have not said that they have read what is in it
+
+
+class HostLink:
+    """Sends pieces to and reads pieces from every other rank of a group.
+
+    Args:
+        rank: this rank in the group.
+        peers: a connected SOCK_SEQPACKET socket to every other rank.
+        timeout_s: how long to wait for a message.
+    """
+
+    def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float) -> None:
+        self.rank, self._peers, self._timeout_s = rank, peers, timeout_s
+        self._blocks: list[_Block] = []
+        self._in_use: dict[int, _Block] = {}
+        self._sequence = 0
+        self._ended: set[int] = set()
+        self._incoming = select.poll()
+        self._arrived: dict[tuple[int, Ticket], tuple[int, torch.Tensor]] = {}
+        self._pending: list[_Exchange] = []
+        self._tickets: Counter[int] = Counter()
+        self._maps: dict[tuple[int, int], torch.Tensor] = {}
+        for peer in peers.values():
+            peer.setblocking(False)
+            self._incoming.register(peer, select.POLLIN)
+        self._end = weakref.finalize(self, _close, list(peers.values()), self._blocks, self._maps)
+
+    @property
+    def held_nbytes(self) -> int:
+        """Bytes of this rank's blocks, of which only what was ever written takes memory."""
+        return sum(block.memory.numel() for block in self._blocks)
+
+    @property
+    def mapped_nbytes(self) -> int:
+        """Bytes of the other ranks' blocks that are mapped here: their memory, not this rank's."""
+        return sum(memory.numel() for memory in self._maps.values())
+
+    def ticket(self, tag: int) -> Ticket:
+        """A ticket for one exchange; ranks that take them in the same order per tag get the same."""
+        self._tickets[tag] += 1
+        return tag, self._tickets[tag]
+
+    def exchange(
+        self,
+        outbox: Sequence[torch.Tensor],
+        expect: Sequence[torch.Tensor],
+        ticket: Ticket,
+        then: Callable[[list[torch.Tensor]], None],
+    ) -> _Exchange:
+        """Start sending `outbox[r]` (contiguous; all of them empty, or none) to every other rank r.
+
+        When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
+        its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
+        `outbox` may be overwritten as soon as this returns.
+        """
+        self._catch_up()
+        exchange = _Exchange(self, outbox[self.rank], expect, ticket, then)
+        if outbox[self.rank].numel():
+            self._send({rank: outbox[rank] for rank in self._peers}, ticket)
+            self._pending.append(exchange)
+        return exchange
+
+    def _send(self, pieces: dict[int, torch.Tensor], ticket: Ticket) -> None:
+        distinct = {piece.data_ptr(): piece for piece in pieces.values()}
+        offsets, end = {}, 0
+        for address, piece in distinct.items():
+            offsets[address] = end
+            end += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
+        block = self._free_block(end)
+        for address, piece in distinct.items():
+            memory = block.memory[offsets[address] : offsets[address] + piece.nbytes]
+            memory.view(piece.dtype).copy_(piece.reshape(-1))
+        self._sequence += 1
+        block.unread = set(pieces)
+        self._in_use[self._sequence] = block
+        for rank, piece in pieces.items():
+            descriptors = [] if rank in block.known_to else [block.fd]
+            block.known_to.add(rank)
+            where = (block.number, offsets[piece.data_ptr()], piece.nbytes)
+            self._post(rank, _MESSAGE.pack(*ticket, self._sequence, *where), descriptors)
+
+    def _free_block(self, nbytes: int) -> _Block:
+        capacity = max(_SMALLEST_BLOCK, 1 << (nbytes - 1).bit_length())
+        patient_until = time.monotonic() + _PATIENCE_S
+        while len(self._in_use) >= _MOST_IN_USE and not self._ended:
+            if not self._incoming.poll(max(0.0, patient_until - time.monotonic()) * 1e3):
+                break
+            self._catch_up()
+        fitting = [block for block in self._blocks if not block.unread and block.memory.numel() >= capacity]
+        if not fitting:
+            fitting = [_Block(len(self._blocks), capacity)]
+            self._blocks += fitting
+        return min(fitting, key=lambda block: block.memory.numel())
+
+    def _post(self, rank: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
+        while rank not in self._ended:
+            try:
+                socket.send_fds(self._peers[rank], [message], list(descriptors))
+                return
+            except BlockingIOError:  # its queue is full: read on, since it may be waiting in the same place
+                either = select.poll()
+                either.register(self._peers[rank], select.POLLIN | select.POLLOUT)
+                if not either.poll(self._timeout_s * 1e3):
+                    raise TimeoutError(f"rank {rank} has read nothing for {self._timeout_s:.0f} s") from None
+                self._read_messages(rank)
+            except ConnectionError:
+                return  # it has ended, which is no fault here: whoever needs something of it finds out when waiting
+
+    def _catch_up(self) -> None:
+        """Read what has come, and end the exchanges that are complete."""
+        for rank in self._peers:
+            self._read_messages(rank)
+        for exchange in self._pending[:]:
+            if all(self._sent_nbytes(rank, exchange) == exchange.expect[rank].nbytes for rank in self._peers):
+                self._end_exchange(exchange)
+
+    def wait_for(self, exchange: _Exchange) -> None:
+        """Read until an exchange has ended."""
+        late_at = time.monotonic() + self._timeout_s
+        while exchange in self._pending:
+            self._catch_up()
+            if exchange not in self._pending:
+                return
+            sent = {rank: self._sent_nbytes(rank, exchange) for rank in self._peers}
+            missing = [rank for rank, nbytes in sent.items() if nbytes is None]
+            for rank, nbytes in sent.items():
+                if nbytes is not None and nbytes != exchange.expect[rank].nbytes:
+                    raise DistributedError(f"rank {rank} sent {nbytes} bytes, not {exchange.expect[rank].nbytes}")
+                if nbytes is None and rank in self._ended:
+                    raise ConnectionError(f"rank {rank} has ended")
+            if not self._incoming.poll(max(0.0, late_at - time.monotonic()) * 1e3):
+                raise TimeoutError(
+                    f"waited {self._timeout_s:.0f} s for {', '.join(f'rank {rank}' for rank in missing)}"
+                )
+
+    def _sent_nbytes(self, rank: int, exchange: _Exchange) -> int | None:
+        """Bytes that a rank has sent for an exchange; None if it has not yet."""
+        arrived = self._arrived.get((rank, exchange.ticket))
+        return None if arrived is None else arrived[1].numel()
+
+    def _end_exchange(self, exchange: _Exchange) -> None:
+        self._pending.remove(exchange)
+        pieces, numbers = [], {}
+        for rank, like in enumerate(exchange.expect):
+            if rank == self.rank:
+                pieces.append(exchange.own)
+                continue
+            numbers[rank], memory = self._arrived.pop((rank, exchange.ticket))
+            pieces.append(memory.view(like.dtype).view(like.shape))
+        exchange.then(pieces)
+        for rank, number in numbers.items():
+            self._post(rank, _MESSAGE.pack(*exchange.ticket, number, _READ, 0, 0))
+
+    def _read_messages(self, rank: int) -> None:
+        """Take in all messages of a rank that are there."""
+        while rank not in self._ended:
+            try:
+                data, descriptors, *_ = socket.recv_fds(self._peers[rank], _MESSAGE.size, 1)
+            except BlockingIOError:
+                return
+            except ConnectionError:
+                data, descriptors = b"", []
+            if not data:
+                self._ended.add(rank)
+                self._incoming.unregister(self._peers[rank])
+                return
+            tag, occurrence, number, block, offset, nbytes = _MESSAGE.unpack(data)
+            for descriptor in descriptors:
+                self._maps[rank, block] = _map(descriptor, os.fstat(descriptor).st_size)
+                os.close(descriptor)
+            if block == _READ:
+                self._in_use[number].unread.discard(rank)
+                if not self._in_use[number].unread:
+                    del self._in_use[number]
+            else:
+                self._arrived[rank, (tag, occurrence)] = (number, self._maps[rank, block][offset : offset + nbytes])
+
+    def close(self) -> None:
+        """End the link; what was sent can still be read by the others."""
+        self._end()
+
+
+@dataclass(eq=False)
+class _Exchange:
+    """Pieces on their way; the arguments of `HostLink.exchange`."""
+
+    link: HostLink
+    own: torch.Tensor
+    expect: Sequence[torch.Tensor]
+    ticket: Ticket
+    then: Callable[[list[torch.Tensor]], None]
+
+    def wait(self) -> None:
+        """Return when it is complete; the second time there is nothing to do.
+
+        Raises:
+            OSError: a rank has ended, or did not send in time.
+            DistributedError: a rank sent another number of bytes.
+        """
+        self.link.wait_for(self)
+
+
+def _connect(process_group: Any, rank: int, size: int) -> HostLink | None:
+    """A link, if every rank can have one; alike on all ranks."""
+    listener, card = _listen(size)
+    cards: list[Any] = [None] * size
+    dist.all_gather_object(cards, card, process_group)
+    peers: dict[int, socket.socket] = {}
+    reached = listener is not None and all(other is not None and other[0] == cards[0][0] for other in cards)
+    if reached:
+        try:
+            for other in range(rank):
+                _, address, password = cards[other]
+                peers[other] = _call(address, password, rank)
+        except OSError:  # the same kernel, but not the same network namespace
+            reached = False
+    everyone: list[Any] = [None] * size
+    dist.all_gather_object(everyone, reached, process_group)
+    if not all(everyone):
+        for peer in (*peers.values(), *([listener] if listener else [])):
+            peer.close()
+        return None
+    assert listener is not None and card is not None, "reached says so"
+    with listener:
+        _answer(listener, card[2], peers, size)
+    timeout = process_group._get_backend(torch.device("cpu")).options._timeout
+    return HostLink(rank, peers, timeout.total_seconds() if isinstance(timeout, timedelta) else 1800.0)
+
+
+def _listen(size: int) -> tuple[socket.socket | None, tuple[str, bytes, bytes] | None]:
+    """A socket that the others can call, and what they must know: the kernel, its address and a password."""
+    if os.environ.get(SWITCH, "").strip() == "0" or not hasattr(os, "memfd_create"):
+        return None, None
+    try:
+        kernel = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind("")  # the kernel chooses an abstract name
+        listener.listen(size)
+        listener.settimeout(_CONNECT_TIMEOUT_S)
+    except OSError:
+        return None, None
+    return listener, (kernel, listener.getsockname(), secrets.token_bytes(16))
+
+
+def _call(address: bytes, password: bytes, rank: int) -> socket.socket:
+    peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    try:
+        peer.connect(address)
+        peer.send(password + rank.to_bytes(4, "little"))
+    except OSError:
+        peer.close()
+        raise
+    return peer
+
+
+def _answer(listener: socket.socket, password: bytes, peers: dict[int, socket.socket], size: int) -> None:
+    """Accept the ranks above this one, which have called by now, and nobody else."""
+    while len(peers) < size - 1:
+        peer, _ = listener.accept()
+        peer.settimeout(_CONNECT_TIMEOUT_S)
+        said = peer.recv(64)
+        if secrets.compare_digest(said[:16], password):
+            peers[int.from_bytes(said[16:20], "little")] = peer
+        else:
+            peer.close()
+
+
+def _map(fd: int, nbytes: int) -> torch.Tensor:
+    """A file's memory as a uint8 tensor, which keeps it mapped. Python's own mmap would keep a descriptor too."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype = ctypes.c_void_p
+    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
+    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
+    if address == ctypes.c_void_p(-1).value:
+        raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes that ranks of this host share")
+    buffer = (ctypes.c_char * nbytes).from_address(address)
+    weakref.finalize(buffer, libc.munmap, address, nbytes)
+    return torch.frombuffer(buffer, dtype=torch.uint8)
+
+
+def _close(sockets: list[socket.socket], blocks: list[_Block], maps: dict[tuple[int, int], torch.Tensor]) -> None:
+    for each in sockets:
+        each.close()
+    for block in blocks:
+        os.close(block.fd)
+    blocks.clear()
+    maps.clear()
