@@ -127,6 +127,8 @@ class DeepSpeedEngine(torch.nn.Module):
             log_once("a backward pass was left by an exception; its gradients are dropped")
             self._abandon_backward()
         precision, recording = self._parts.precision, torch.is_grad_enabled()
+        if recording and self.optimizer is not None:
+            self.optimizer.train_thawed()
         watched = self._watch.forward_pass(self.global_steps, self.training and recording)
         if precision.cast_inputs and precision.model_dtype is not None:
             inputs = cast_floating(inputs, precision.model_dtype)
@@ -218,22 +220,18 @@ class DeepSpeedEngine(torch.nn.Module):
         if boundary:
             self._watch.after_step(self._report())
 
-    def _check_trained(self) -> None:
-        """The flat buffers hold what is trained; a change that they do not know would go unnoticed or decay values."""
-        thawed = [name for name, p in self._frozen if p.requires_grad and not isinstance(owner_of(p), ShardUnit)]
-        frozen = [s.name for unit in self._schedule.units for s, param in unit.slots if not param.requires_grad]
-        for names, now, remedy in (
-            (thawed, True, "train it from now on with optimizer.add_param_group"),
-            (frozen, False, "freeze it before initialize"),
-        ):
-            if names:
+    def _check_trained(self, optimizer: ShardedOptimizer) -> None:
+        """A parameter that no optimizer group knows would be left as it is, unnoticed."""
+        waiting = {id(entry.param) for entry in optimizer.dormant}
+        for name, param in self._frozen:
+            if param.requires_grad and id(param) not in waiting and not isinstance(owner_of(param), ShardUnit):
                 raise EngineStateError(
-                    f"requires_grad of parameter {names[0]} was {not now} in initialize and is {now} in step(): "
-                    f"{remedy}, or call engine.destroy() and initialize again"
+                    f"parameter {name} did not require grad in initialize, does so in step(), and belongs to no group "
+                    "of the optimizer: train it from now on with optimizer.add_param_group, or freeze it again"
                 )
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
-        self._check_trained()
+        self._check_trained(optimizer)
         optimizer.step()
         self.global_steps += 1
         self.global_samples += self._batch.train

@@ -178,13 +178,15 @@ def _build_parts(
     if base is not None:
         check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
     param_groups = [g["params"] for g in base.param_groups] if base is not None else [list(model.parameters())]
-    trained = name_parameters(model, param_groups)
+    named = name_parameters(model, param_groups)
+    trained = [entry for entry in named if entry.param.requires_grad]
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
     schedule, frozen, parameters = _make_schedule(settings, plan, group, model, trained, precision)
     scaler = make_loss_scaler(settings, precision)
-    wrapped = (
-        ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision)) if base is not None else None
-    )
+    wrapped = None
+    if base is not None:
+        wrapped = ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision))
+        wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
     return EngineParts(

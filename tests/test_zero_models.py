@@ -575,7 +575,7 @@ def test_an_exception_leaves_a_working_engine(stage, where):
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
 def test_requires_grad_changed_between_steps(stage, change):
-    """Either what torch does (a frozen parameter stays as it is, a thawed one is trained) or a typed error."""
+    """What torch does: a frozen parameter stays as it is, a thawed one is trained."""
     case = Case(
         partial(zoo.Chain, 2, ["first"] if change == "thaw" else []), groups=lambda m: [{"params": m.parameters()}]
     )
@@ -585,16 +585,17 @@ def test_requires_grad_changed_between_steps(stage, change):
         for model in (follower.engine.module, *follower.replicas):
             model.first.requires_grad_(on)
 
-    try:
-        follower.step(0)
-        follower.step(1)
-        switch(change == "thaw")
-        follower.step(2)
-        follower.step(3)
-        if change == "freeze and thaw":
-            switch(True)
-            follower.step(4)
-    except DeepSpeedLiteError as error:
-        assert "first." in str(error), "the message must name a parameter"
-        return
+    follower.step(0)
+    follower.step(1)
+    switch(change == "thaw")
+    before = [p.detach().clone() for p in follower.replicas[0].first.parameters()]
+    follower.step(2)
+    follower.step(3)
+    changed = [not torch.equal(a, b) for a, b in zip(before, follower.replicas[0].first.parameters())]
+    assert all(changed) if change == "thaw" else not any(changed)
+    if change == "freeze and thaw":
+        switch(True)
+        for param in follower.replicas[0].first.parameters():  # ours has one step count for a whole run
+            follower.optimizer.state[follower.masters[param]]["step"] += 2
+        follower.step(4)
     follower.check()

@@ -12,6 +12,7 @@ gloo's own reduce-scatter and all-gather move the whole buffer several times thr
 each other rank its piece directly, which is the least that can be sent, and a reduce-scatter adds up the pieces it was
 sent in rank order, in fp32 for 16-bit gradients. Where all ranks are on one host the pieces go through memory that they
 share (`comm.hostlink`), and so does an all-reduce of more than a few kilobytes: its shards are reduced, then gathered.
+One of 16-bit numbers always goes this way, because gloo's own rounds to 16 bits at every hop.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ _SUMS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceO
 
 # Smaller all-reduces are one message of gloo's rather than two of a link's.
 _SPLIT_FROM_NBYTES = 1 << 16
-# The tags of an all-reduce's two halves; those that callers give are not negative.
-_SUMMED, _GATHERED = -1, -2
+# The tags of an all-reduce's two halves, which no caller counts up to.
+_SUMMED, _GATHERED = 1 << 29, (1 << 29) + 1
 
 # gloo's finished collectives that Python holds on to: see the note on the interpreter's end in `comm.init`.
 _KEPT: deque[Any] = deque(maxlen=2)
@@ -70,23 +71,19 @@ class _Pieces:
             then()
 
 
-class _SplitAllReduce:
-    """Over a host link: a reduce-scatter of the pieces in place, then an all-gather."""
+class _Both:
+    """A collective that starts when another one is over."""
 
-    def __init__(self, link: HostLink, pieces: Sequence[torch.Tensor], rank: int) -> None:
-        self._link, self._pieces, self._own = link, pieces, pieces[rank]
-        self._second = link.ticket(_GATHERED)
-        self._scatter: Any = link.exchange(
-            pieces, [self._own] * len(pieces), link.ticket(_SUMMED), partial(_sum_into, self._own)
-        )
+    def __init__(self, first: Work, second: Callable[[], Work]) -> None:
+        self._first: Work | None = first
+        self._second = second
 
     def wait(self) -> None:
         """Wait for both; the second time there is nothing to wait for."""
-        scatter, self._scatter = self._scatter, None
-        if scatter is not None:
-            scatter.wait()
-            all_alike = [self._own] * len(self._pieces)
-            self._link.exchange(all_alike, self._pieces, self._second, partial(_copy_all, self._pieces)).wait()
+        first, self._first = self._first, None
+        if first is not None:
+            first.wait()
+            self._second().wait()
 
 
 class Group:
@@ -139,10 +136,8 @@ class Group:
             return None
 
         def start() -> Work:
-            sums = reduce_op == dist.ReduceOp.SUM and tensor.is_contiguous()
-            link = self._link(tensor) if sums and tensor.nbytes >= _SPLIT_FROM_NBYTES else None
-            if link is not None:
-                return _SplitAllReduce(link, list(tensor.view(-1).tensor_split(self.size)), self.rank)
+            if reduce_op == dist.ReduceOp.SUM and self._is_better_split(tensor):
+                return self._split_all_reduce(list(tensor.view(-1).tensor_split(self.size)))
             return self._kept(dist.all_reduce, tensor, reduce_op)
 
         return self._run("all_reduce", tensor, async_op, start, label)
@@ -168,12 +163,7 @@ class Group:
                 return self._kept(_ALL_GATHER, out, shard)
             pieces = list(out.view(self.size, shard.numel()))
             _copy_unless_same(pieces[self.rank], shard)
-            link = self._link(out)
-            if link is not None:
-                return link.exchange(
-                    [pieces[self.rank]] * self.size, pieces, link.ticket(tag), partial(_copy_all, pieces)
-                )
-            return _Pieces(self._exchange([shard] * self.size, pieces, tag))
+            return self._swap([pieces[self.rank]] * self.size, pieces, tag, partial(_copy_all, pieces))
 
         return self._run("all_gather_into_tensor", out, async_op, start, label)
 
@@ -200,14 +190,7 @@ class Group:
             if self.backend != "gloo" or reduce_op != dist.ReduceOp.SUM:
                 return self._kept(_REDUCE_SCATTER, out_shard, full, reduce_op)
             pieces = list(full.view(self.size, out_shard.numel()))
-            link = self._link(full)
-            if link is not None:
-                own = pieces[self.rank]
-                return link.exchange(pieces, [own] * self.size, link.ticket(tag), partial(_sum_into, out_shard))
-            arriving = torch.empty(self.size - 1, pieces[0].numel(), dtype=full.dtype, device=full.device)
-            inbox = list(arriving)
-            inbox.insert(self.rank, pieces[self.rank])
-            return _Pieces(self._exchange(pieces, inbox, tag), lambda: _sum_into(out_shard, inbox))
+            return self._sum_pieces(pieces, out_shard, tag)
 
         return self._run("reduce_scatter_tensor", full, async_op, start, label)
 
@@ -269,8 +252,43 @@ class Group:
         with explained("the first shards of this group, to share memory", self.ranks):
             return link_of(self.process_group, self.rank, self.size)
 
-    def _exchange(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor], tag: int) -> list[Any]:
-        """Send `outbox[r]` to every other rank r and receive `inbox[r]` from it."""
+    def _is_better_split(self, tensor: torch.Tensor) -> bool:
+        """Whether an all-reduce is to be made of its two halves; alike on all ranks."""
+        if self.backend != "gloo" or not tensor.is_contiguous() or tensor.numel() < self.size:
+            return False
+        is_16_bit = tensor.is_floating_point() and tensor.dtype.itemsize == 2
+        return is_16_bit or (tensor.nbytes >= _SPLIT_FROM_NBYTES and self._link(tensor) is not None)
+
+    def _split_all_reduce(self, pieces: list[torch.Tensor]) -> Work:
+        own = pieces[self.rank]
+        return _Both(
+            self._sum_pieces(pieces, own, _SUMMED),
+            lambda: self._swap([own] * self.size, pieces, _GATHERED, partial(_copy_all, pieces)),
+        )
+
+    def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int) -> Work:
+        """Send every rank its piece; `out` becomes the sum of what all have sent here."""
+        return self._swap(pieces, [pieces[self.rank]] * self.size, tag, partial(_sum_into, out))
+
+    def _swap(
+        self,
+        outbox: Sequence[torch.Tensor],
+        expect: Sequence[torch.Tensor],
+        tag: int,
+        then: Callable[[list[torch.Tensor]], None],
+    ) -> Work:
+        """Send `outbox[r]` to every other rank r; what comes from it, shaped as `expect[r]`, is given to `then`.
+
+        All pieces are empty, or none is.
+        """
+        link = self._link(outbox[0])
+        if link is not None:
+            return link.exchange(outbox, expect, tag, then)
+        inbox = [torch.empty_like(piece) for piece in expect]
+        inbox[self.rank] = outbox[self.rank]
+        return _Pieces(self._send_and_receive(outbox, inbox, tag), partial(then, inbox))
+
+    def _send_and_receive(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor], tag: int) -> list[Any]:
         others = [(self.rank + step) % self.size for step in range(1, self.size)]
         if not outbox[0].numel():
             return []

@@ -115,25 +115,22 @@ class HostLink:
         """Bytes of the other ranks' blocks that are mapped here: their memory, not this rank's."""
         return sum(memory.numel() for memory in self._maps.values())
 
-    def ticket(self, tag: int) -> Ticket:
-        """A ticket for one exchange; ranks that take them in the same order per tag get the same."""
-        self._tickets[tag] += 1
-        return tag, self._tickets[tag]
-
     def exchange(
         self,
         outbox: Sequence[torch.Tensor],
         expect: Sequence[torch.Tensor],
-        ticket: Ticket,
+        tag: int,
         then: Callable[[list[torch.Tensor]], None],
     ) -> _Exchange:
         """Start sending `outbox[r]` (contiguous; all of them empty, or none) to every other rank r.
 
         When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
         its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
-        `outbox` may be overwritten as soon as this returns.
+        `outbox` may be overwritten as soon as this returns. Exchanges of one tag meet in the order of their starts.
         """
         self._catch_up()
+        self._tickets[tag] += 1
+        ticket = (tag, self._tickets[tag])
         exchange = _Exchange(self, outbox[self.rank], expect, ticket, then)
         if outbox[self.rank].numel():
             self._send({rank: outbox[rank] for rank in self._peers}, ticket)

@@ -86,6 +86,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.name_of: Callable[[torch.Tensor], str | None] = lambda param: (
             None
         )  # the module's names; the engine sets it
+        # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
+        self.dormant: list[NamedParameter] = []
         self._runs: list[SteppedRun] = []
         self._runs_of_units: list[list[SteppedRun]] = []
         for group in optimizer.param_groups:
@@ -222,9 +224,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 self._skip()
                 return
             factor *= self._clip_factor(norm)
+        frozen = self._frozen_parts()
         for sub_group in self._sub_groups:
             self._load_grads(sub_group, factor)
+            kept = self._copy_parts(frozen, sub_group) if frozen else []
             self.optimizer.step()
+            for part, copy in kept:
+                part.copy_(copy)
             self._store_values(sub_group)
         self._schedule.share_values(self._settings.share_numel)
         self.loss_scaler.update(overflow=False)
@@ -238,6 +244,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 f"{' ...' if len(missing) > 8 else ''}; use them in the loss, freeze them before initialize, or set "
                 "the key to true"
             )
+
+    # [Note: parameters frozen for a while]
+    # An optimizer updates a run as one tensor. The parts of it whose parameter does not require grad at the moment are
+    # put back afterwards, with their elements of the state: what torch gets by passing them over. Only the step count,
+    # which a run has once, goes on.
+    def _frozen_parts(self) -> dict[torch.Tensor, list[slice]]:
+        """Per master, where the parameters lie that were trained and are frozen now."""
+        found: dict[torch.Tensor, list[slice]] = {}
+        for unit, runs in zip(self._schedule.units, self._runs_of_units):
+            frozen = {slot.name for slot, param in unit.slots if not param.requires_grad}
+            if frozen:
+                for cut, run in zip(unit.layout.runs(unit.index), runs):
+                    segments = [s for s in unit.layout.segments(cut) if s.slot.name in frozen]
+                    found[run.master] = [slice(segment.start, segment.stop) for segment in segments]
+        return found
+
+    def _copy_parts(
+        self, parts: dict[torch.Tensor, list[slice]], sub_group: list[SteppedRun]
+    ) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        """Views of masters and their state at `parts`, each with a copy of what it holds."""
+        views = [
+            whole[part]
+            for master, _, _ in sub_group
+            for whole in (master, *self.optimizer.state.get(master, {}).values())
+            if isinstance(whole, torch.Tensor) and whole.shape == master.shape
+            for part in parts.get(master, ())
+        ]
+        return [(view, view.clone()) for view in views]
 
     def _skip(self) -> None:
         guilty = self._schedule.overflowed() if self.loss_scaler.at_minimum else []
@@ -356,6 +390,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         units = self._schedule.add_units(reverse_buckets(entries, None))
         self.optimizer.param_groups[-1]["params"] = []
         self._step_also(units)
+
+    @torch.no_grad()
+    def train_thawed(self) -> None:
+        """Train parameters of the groups that were frozen in `initialize` and require grad now.
+
+        As after `add_param_group`, but in their own groups. In the middle of a batch they wait for the next one.
+        Collective where there are any.
+        """
+        thawed = [entry for entry in self.dormant if entry.param.requires_grad]
+        if thawed and not self._schedule.has_grads:
+            self.dormant = [entry for entry in self.dormant if not entry.param.requires_grad]
+            self._step_also(self._schedule.add_units(reverse_buckets(thawed, None)))
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state (per run) and the loss scale's."""

@@ -139,7 +139,8 @@ class ShardUnit(FlatValues):
         label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
         self._reduce_call: dict[str, Any] = {"label": label, "tag": tag}
         self._reduction: Any = None
-        self._wire: torch.Tensor | None = None
+        self._wire: torch.Tensor | None = None  # what is sent
+        self._averaged: torch.Tensor | None = None  # where the sum will be
         self._make_grads()
         self._filled = [False] * len(self.params)
         self._reached = [False] * len(self.params)
@@ -228,7 +229,7 @@ class ShardUnit(FlatValues):
         self._prescaled = reduce and self._pre != 1.0 and not any(self._filled)
         self._scale = scale * self._pre if self._prescaled else scale
         self._arrivals = [0] * len(self.params)
-        self._missing = len(self._hooks)
+        self._missing = sum(param.requires_grad for param in self.params)
         self._in_pass, self._launched, self._uncertain = True, False, False
 
     @property
@@ -325,9 +326,13 @@ class ShardUnit(FlatValues):
         self._prescaled = False
         op = "avg" if self._averages_on_wire else "sum"
         if self._scatters and self._policy.scatter:
-            own = self._wire[slice(*self.layout.shard(self.index))]
-            self._reduction = self.group.reduce_scatter_into(own, self._wire, op, async_op=True, **self._reduce_call)
+            straight = self._frees and self._carried is None and wire_dtype == self.grad_dtype
+            self._averaged = self.grad_shard if straight else self._wire[slice(*self.layout.shard(self.index))]
+            self._reduction = self.group.reduce_scatter_into(
+                self._averaged, self._wire, op, async_op=True, **self._reduce_call
+            )
         else:
+            self._averaged = self._wire[slice(*self.layout.shard(self.index))] if self._scatters else self._wire
             self._reduction = self.group.all_reduce(self._wire, op, async_op=True, label=self._reduce_call["label"])
         self.grad_state = GradState.REDUCING
 
@@ -340,12 +345,11 @@ class ShardUnit(FlatValues):
         """Wait until the average is in the gradient buffer (on GPUs: until the current stream will see it)."""
         if self.grad_state is not GradState.REDUCING:
             return
-        work, wire = self._reduction, self._wire
-        self._reduction = self._wire = None
+        work, averaged = self._reduction, self._averaged
+        self._reduction = self._wire = self._averaged = None
         if work is not None:
             work.wait()
-        if wire is not None:
-            averaged = wire[slice(*self.layout.shard(self.index))] if self._scatters else wire
+        if averaged is not None:
             if self._post != 1.0 and not self._averages_on_wire:
                 averaged.mul_(self._post)
             self._store_average(averaged)

@@ -41,7 +41,7 @@ class NamedParameter(NamedTuple):
 def name_parameters(
     module: torch.nn.Module, param_groups: Sequence[Sequence[torch.nn.Parameter]]
 ) -> list[NamedParameter]:
-    """Join the optimizer's groups with the module's names, in the module's order.
+    """Join the optimizer's groups with the module's names, in the module's order: also what is frozen at the moment.
 
     A parameter that the module does not hold (a learnt temperature beside the model, say) comes last and is named by
     its place in the optimizer.
@@ -51,14 +51,14 @@ def name_parameters(
     """
     place = {id(p): (g, i) for g, group in enumerate(param_groups) for i, p in enumerate(group)}
     everyone = {id(p): p for group in param_groups for p in group}
-    trained = []
+    named = []
     for name, param in module.named_parameters():
         if id(param) in place:
-            trained.append(NamedParameter(name, param, place.pop(id(param))[0]))
+            named.append(NamedParameter(name, param, place.pop(id(param))[0]))
     for key, (group, index) in place.items():
-        trained.append(NamedParameter(f"optimizer.param_groups[{group}].params[{index}]", everyone[key], group))
-    _refuse_unusable(trained)
-    return [entry for entry in trained if entry.param.requires_grad]
+        named.append(NamedParameter(f"optimizer.param_groups[{group}].params[{index}]", everyone[key], group))
+    _refuse_unusable([entry for entry in named if entry.param.requires_grad])
+    return named
 
 
 def _refuse_unusable(trained: Sequence[NamedParameter]) -> None:

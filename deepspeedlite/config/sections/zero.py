@@ -92,14 +92,24 @@ class ZeroOptimization(Section):
         True, "Reduce-scatter gradients (stages 1 to 3); false: all-reduce them and keep the shard.", feature="core"
     )
     use_multi_rank_bucket_allreduce: Flag = key(True, "Reduce the buckets of several owners in one collective.")
-    allgather_partitions: Flag = key(True, "All-gather updated parameters instead of broadcasting them.")
+    allgather_partitions: Flag = key(
+        True,
+        "All-gather updated parameters instead of broadcasting them.",
+        status="hint",
+        note="changes nothing: updated parameters are always all-gathered",
+    )
     allgather_bucket_size: Int = key(
         500_000_000,
         "Elements of updated parameters that are on their way to the other ranks at a time (stages 1 to 3).",
         ge=0,
         feature="core",
     )
-    compute_grad_norm: Flag = key(True, "Compute the global gradient norm at every step (stages 1 and 2).")
+    compute_grad_norm: Flag = key(
+        True,
+        "Compute the global gradient norm at every step (stages 1 and 2).",
+        status="hint",
+        note="changes nothing: the norm is taken when clipping, an overflow check or get_global_grad_norm needs it",
+    )
     load_from_fp32_weights: Flag = key(True, "Start masters from a checkpoint's fp32 copies.")
     elastic_checkpoint: Flag = key(
         False, "DeepSpeed's older checkpoints for other world sizes.", status="hint", note="changes nothing"
@@ -143,8 +153,18 @@ class ZeroOptimization(Section):
     legacy_stage1: Flag = key(
         False, "DeepSpeed's older stage 1.", status="refused", note="there is one stage 1; leave the key out"
     )
-    round_robin_gradients: Flag = key(False, "Spread gradient copies to the CPU over the ranks.")
-    parameter_alignment: Flag = key(False, "Start every parameter at a 16-byte boundary of the flat buffer.")
+    round_robin_gradients: Flag = key(
+        False,
+        "Spread gradient copies to the CPU over the ranks.",
+        status="hint",
+        note="changes nothing: it is about gradients offloaded to the CPU",
+    )
+    parameter_alignment: Flag = key(
+        False,
+        "Start every parameter at a 16-byte boundary of the flat buffer.",
+        status="hint",
+        note="changes nothing: parameters always start at multiples of 64 elements",
+    )
     zero_hpz_partition_size: Int = key(1, "Ranks of ZeRO++'s second shard.", feature="zero_plus_plus", ge=0)
     zero_quantized_weights: Flag = key(False, "All-gather int8 weights.", feature="zero_plus_plus")
     zero_quantized_nontrainable_weights: Flag = key(False, "Store frozen weights as int8.", feature="zero_plus_plus")
