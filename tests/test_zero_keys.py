@@ -20,7 +20,7 @@ from harness import distributed
 from torch import Tensor, nn
 
 import deepspeedlite
-from deepspeedlite.errors import EngineStateError, UnsupportedError
+from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
 
 BLOCKS = 6
 UNITS = ["first", *(f"blocks.{i}" for i in range(BLOCKS)), "head"]  # of stage 3, in the order of use
@@ -484,3 +484,18 @@ def test_zero_allow_untested_optimizer_takes_what_was_refused():
     before = [param.detach().clone() for param in engine.parameters()]
     micro_step(engine)
     assert any(not torch.equal(old, new) for old, new in zip(before, engine.parameters()))
+
+
+def test_leaf_modules_by_name_and_by_the_end_of_it():
+    model = zoo.Chain(2)
+    named = dict(model.named_modules())
+    utils = deepspeedlite.utils
+    assert utils.set_z3_leaf_modules_by_name(model, ["blocks.1"]) == [named["blocks.1"]]
+    assert utils.get_z3_leaf_modules(model) == [named["blocks.1"]]
+    assert utils.set_z3_leaf_modules_by_suffix(model, ["s.0"]) == [named["blocks.0"]]
+    assert utils.get_z3_leaf_modules(model) == [named["blocks.0"], named["blocks.1"]]
+    with pytest.raises(ConfigError, match=r"no module called blocks\.7"):
+        utils.set_z3_leaf_modules_by_name(model, ["blocks.0", "blocks.7"])
+    with pytest.raises(ConfigError, match="ends in attention"):
+        utils.set_z3_leaf_modules_by_suffix(model, ["attention"])
+    assert utils.set_z3_leaf_modules_by_suffix(model, ["attention"], raise_if_not_found=False) == []

@@ -251,7 +251,7 @@ def test_states_are_what_the_formulas_say(stage, world_size):
     assert phases["idle 1"] == phases["idle 2"], "something piles up from step to step"
     assert_within(reachable_bytes() - before, phases["idle 2"].after, "counted from Python")
     largest = max(unit.numel for unit in engine._schedule.units) * 2 * (world_size - 1) // world_size
-    assert link().held <= 8 * (1 << (largest - 1).bit_length()), "four blocks of at most two sizes"
+    assert link().held <= 6 * (1 << (largest - 1).bit_length()), "three blocks of at most two sizes"
 
     extra = in_flight(engine, stage, world_size)
     for what, allowed in (

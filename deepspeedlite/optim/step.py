@@ -31,6 +31,8 @@ from deepspeedlite.zero.values import owner_of
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
+# Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
+CONVERTED_NUMEL = 1 << 22
 
 
 class SteppedRun(NamedTuple):
@@ -190,11 +192,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
         sub_groups: list[list[SteppedRun]] = []
         room = 0
+        most = self._settings.sub_group_numel
+        if not self._settings.low_precision_masters and any(u.grad_dtype.itemsize < 4 for u in self._schedule.units):
+            most = min(most, CONVERTED_NUMEL)
         for unit, runs in zip(self._schedule.units, self._runs_of_units):
             numel = unit.layout.shard_numel
             if not sub_groups or numel > room:
                 sub_groups.append([])
-                room = self._settings.sub_group_numel
+                room = most
             sub_groups[-1] += runs
             room -= numel
         return sub_groups
@@ -295,10 +300,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _load_grads(sub_group: list[SteppedRun], factor: float) -> None:
         for master, _, grads in sub_group:
-            if grads.dtype == master.dtype:
-                master.grad = grads if factor == 1.0 else grads.mul_(factor)
-            else:
-                master.grad = grads.to(master.dtype).mul_(factor)
+            master.grad = grads.to(master.dtype)  # the gradients themselves where the dtypes agree
+            if factor != 1.0:
+                master.grad.mul_(factor)
 
     @staticmethod
     def _store_values(sub_group: list[SteppedRun]) -> None:

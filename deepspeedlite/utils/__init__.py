@@ -30,6 +30,8 @@ if TYPE_CHECKING:
         get_z3_leaf_modules,
         set_z3_leaf_module,
         set_z3_leaf_modules,
+        set_z3_leaf_modules_by_name,
+        set_z3_leaf_modules_by_suffix,
         unset_z3_leaf_modules,
         z3_leaf_module,
     )
@@ -54,6 +56,8 @@ __all__ = [
     "safe_update_full_grad_vectorized",
     "set_z3_leaf_module",
     "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
     "unset_z3_leaf_modules",
     "z3_leaf_module",
 ]

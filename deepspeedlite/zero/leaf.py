@@ -60,6 +60,41 @@ def unset_z3_leaf_modules(
     return _flag(model, leaf_module_classes, False, raise_if_not_found)
 
 
+def set_z3_leaf_modules_by_name(
+    model: torch.nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """Make the modules of these full names leaves; returns them.
+
+    Raises:
+        ConfigError: the model lacks one of them.
+    """
+    named = dict(model.named_modules())
+    missing = sorted(set(module_names) - named.keys())
+    if missing and raise_if_not_found:
+        raise ConfigError(f"leaf modules: the model has no module called {', '.join(missing)}")
+    found = [named[name] for name in module_names if name in named]
+    for module in found:
+        set_z3_leaf_module(module, True)
+    return found
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: torch.nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """Make the modules whose full names end in one of these leaves; returns them.
+
+    Raises:
+        ConfigError: no name of a module ends so.
+    """
+    endings = tuple(module_name_suffixes)
+    found = [module for name, module in model.named_modules() if name.endswith(endings)]
+    if not found and raise_if_not_found:
+        raise ConfigError(f"leaf modules: no module's name ends in {', '.join(endings)}")
+    for module in found:
+        set_z3_leaf_module(module, True)
+    return found
+
+
 def mark_leaves(
     model: torch.nn.Module,
     classes: Sequence[str] | str | None,
@@ -71,15 +106,9 @@ def mark_leaves(
         _flag(model, KNOWN_CLASSES, True, raise_if_not_found=False)
     elif classes:
         _flag(model, _listed(classes), True, raise_if_not_found=True)
-    wanted, endings = set(_listed(names)), tuple(_listed(suffixes))
-    for name, module in model.named_modules():
-        if name in wanted or (endings and name.endswith(endings)):
-            set_z3_leaf_module(module, True)
-            wanted.discard(name)
-    if wanted:
-        raise ConfigError(
-            f"zero_optimization.leaf_module.names: the model has no module called {', '.join(sorted(wanted))}"
-        )
+    set_z3_leaf_modules_by_name(model, _listed(names))
+    if suffixes:
+        set_z3_leaf_modules_by_suffix(model, _listed(suffixes))
 
 
 def _flag(
