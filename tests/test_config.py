@@ -449,9 +449,9 @@ def test_a_section_that_is_switched_off_is_fine(source):
 def test_hints_are_said_once_and_only_for_given_keys(monkeypatch):
     said = []
     monkeypatch.setattr("deepspeedlite.config.load.log_once", said.append)
-    config = load_config({"zero_optimization": {"round_robin_gradients": True, "allgather_partitions": False}})
+    config = load_config({"zero_optimization": {"load_from_fp32_weights": True, "enable_sanity_checks": True}})
     assert len(said) == len(config.hints) == 1
-    assert "zero_optimization.allgather_partitions, zero_optimization.round_robin_gradients" in said[0]
+    assert "zero_optimization.load_from_fp32_weights, zero_optimization.enable_sanity_checks" in said[0]
     said.clear()
     load_config({"train_batch_size": 8})
     assert said == []
@@ -462,7 +462,7 @@ def test_a_feature_becomes_supported_by_one_line(monkeypatch):
     monkeypatch.setattr("deepspeedlite.config.load.log_once", lambda line: None)
     for name in ("zero_offload", "zero_tuning", "aio"):
         monkeypatch.setitem(FEATURES, name, Feature("supported"))
-    zero = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": False}, "allgather_partitions": False}
+    zero = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": False}, "enable_sanity_checks": True}
     config = load_config({"zero_optimization": zero, "aio": {"queue_depth": 2}})
     assert config.zero_optimization.offload_optimizer.device == "cpu" and config.hints == ()
     fault = only_fault({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}})

@@ -98,6 +98,7 @@ class Live:
         # What an earlier training left must not be freed in the middle of this one: its cycles, and the buffers of the
         # last collectives, which `Group` keeps on gloo.
         gc.collect()
+        link()  # made now rather than by the first shards
         for _ in range(8):
             Group().all_reduce(torch.zeros(1))
         self._profile.__enter__()
@@ -141,7 +142,8 @@ class LinkBytes(NamedTuple):
 
 def link() -> LinkBytes:
     """What the link between the ranks of this host takes."""
-    found = link_of(None, dist.get_rank(), dist.get_world_size())
+    many = dist.is_initialized() and dist.get_world_size() > 1
+    found = link_of(None, dist.get_rank(), dist.get_world_size()) if many else None
     return LinkBytes(found.held_nbytes, found.mapped_nbytes) if found else LinkBytes(0, 0)
 
 

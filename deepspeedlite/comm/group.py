@@ -163,7 +163,7 @@ class Group:
                 return self._kept(_ALL_GATHER, out, shard)
             pieces = list(out.view(self.size, shard.numel()))
             _copy_unless_same(pieces[self.rank], shard)
-            return self._swap([pieces[self.rank]] * self.size, pieces, tag, partial(_copy_all, pieces))
+            return self._swap([pieces[self.rank]] * self.size, pieces, tag, partial(_copy_all, pieces), in_place=True)
 
         return self._run("all_gather_into_tensor", out, async_op, start, label)
 
@@ -263,7 +263,7 @@ class Group:
         own = pieces[self.rank]
         return _Both(
             self._sum_pieces(pieces, own, _SUMMED),
-            lambda: self._swap([own] * self.size, pieces, _GATHERED, partial(_copy_all, pieces)),
+            lambda: self._swap([own] * self.size, pieces, _GATHERED, partial(_copy_all, pieces), in_place=True),
         )
 
     def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int) -> Work:
@@ -276,16 +276,19 @@ class Group:
         expect: Sequence[torch.Tensor],
         tag: int,
         then: Callable[[list[torch.Tensor]], None],
+        in_place: bool = False,
     ) -> Work:
         """Send `outbox[r]` to every other rank r; what comes from it, shaped as `expect[r]`, is given to `then`.
 
-        All pieces are empty, or none is.
+        All pieces are empty, or none is. `in_place`: what comes from r may be received in `expect[r]` itself.
         """
         link = self._link(outbox[0])
         if link is not None:
             return link.exchange(outbox, expect, tag, then)
-        inbox = [torch.empty_like(piece) for piece in expect]
-        inbox[self.rank] = outbox[self.rank]
+        inbox = [
+            outbox[rank] if rank == self.rank else piece if in_place else torch.empty_like(piece)
+            for rank, piece in enumerate(expect)
+        ]
         return _Pieces(self._send_and_receive(outbox, inbox, tag), partial(then, inbox))
 
     def _send_and_receive(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor], tag: int) -> list[Any]:
