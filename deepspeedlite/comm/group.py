@@ -254,7 +254,10 @@ class Group:
 
     def _is_better_split(self, tensor: torch.Tensor) -> bool:
         """Whether an all-reduce is to be made of its two halves; alike on all ranks."""
-        if self.backend != "gloo" or not tensor.is_contiguous() or tensor.numel() < self.size:
+        on_cpu = (
+            self.backend == "gloo" and tensor.device.type == "cpu"
+        )  # gloo's messages, unlike its all-reduce, need it
+        if not on_cpu or not tensor.is_contiguous() or tensor.numel() < self.size:
             return False
         is_16_bit = tensor.is_floating_point() and tensor.dtype.itemsize == 2
         return is_16_bit or (tensor.nbytes >= _SPLIT_FROM_NBYTES and self._link(tensor) is not None)

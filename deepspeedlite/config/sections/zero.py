@@ -118,7 +118,10 @@ class ZeroOptimization(Section):
     offload_optimizer: OffloadOptimizer = part(OffloadOptimizer, "Optimizer offloading.")
     zenflow: ZenFlow | None = key(None, "ZenFlow; null: off.", feature="zenflow")
     sub_group_size: Int = key(
-        1_000_000_000, "Elements of a rank's shards that the optimizer steps at a time.", ge=0, feature="core"
+        1_000_000_000,
+        "Most elements of a rank's shards that the optimizer steps at a time; of 16-bit gradients 4 Mi at most.",
+        ge=0,
+        feature="core",
     )
     cpu_offload_use_pin_memory: Flag | None = key(
         None,
