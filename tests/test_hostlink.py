@@ -123,6 +123,64 @@ def test_memory_is_used_again() -> None:
     assert held[-1] <= 8 * block, f"three are under way at a time, and a few more are not known to be read: {held}"
 
 
+@distributed(world_size=[2, 3])
+def test_what_is_made_in_lent_memory_is_sent_from_there() -> None:
+    group = Group()
+    full = group.lend(group.size * 100_000, torch.float32, torch.device("cpu"))
+    full.fill_(group.rank + 1)
+    held = link(group).held_nbytes
+    shard = torch.empty(100_000)
+    group.reduce_scatter_into(shard, full)
+    assert link(group).held_nbytes == held >= full.nbytes, "nothing was copied"
+    assert set(shard.tolist()) == {sum(range(1, group.size + 1))}
+
+
+@distributed(world_size=2)
+def test_lent_memory_is_lent_again_when_it_was_read_and_dropped() -> None:
+    group, cpu = Group(), torch.device("cpu")
+    full = group.lend(2 * 100_000, torch.float32, cpu)
+    address, view = full.data_ptr(), full[5:7]
+    del full
+    assert group.lend(2 * 100_000, torch.float32, cpu).data_ptr() != address, "a view of it is left"
+    full = view.as_strided((2 * 100_000,), (1,), 0).fill_(group.rank + 1)
+    if group.rank == 1:
+        time.sleep(0.5)
+    shard = torch.empty(100_000)
+    work = group.reduce_scatter_into(shard, full, async_op=True)
+    del full, view
+    if group.rank == 0:
+        assert group.lend(2 * 100_000, torch.float32, cpu).fill_(9).data_ptr() != address, "rank 1 has not read it"
+    assert work is not None
+    work.wait()
+    assert set(shard.tolist()) == {3}
+    del work
+    group.barrier()
+    assert group.lend(2 * 100_000, torch.float32, cpu).data_ptr() == address
+
+
+@distributed(world_size=2)
+def test_idle_memory_above_a_limit_is_given_back() -> None:
+    group, numel = Group(), 1_000_000
+    hostlink.KEPT_NBYTES = 3 * numel
+    before = resident_shared_nbytes()
+    for _ in range(3):
+        full = group.lend(2 * numel, torch.float32, torch.device("cpu")).fill_(group.rank + 1)
+        shard = torch.empty(numel)
+        group.reduce_scatter_into(shard, full)
+        assert set(shard.tolist()) == {3}
+        del full
+        group.barrier()
+        group.all_gather_into(torch.empty(2 * 64), torch.ones(64))  # anything: blocks are looked after by the way
+        assert link(group).held_nbytes <= hostlink.KEPT_NBYTES
+        assert resident_shared_nbytes() - before <= hostlink.KEPT_NBYTES
+
+
+def resident_shared_nbytes() -> int:
+    """Bytes of shared memory that this process has touched and that still are there."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssShmem"))
+
+
 @distributed(world_size=3)
 def test_a_subgroup_has_a_link_of_its_own() -> None:
     subgroup = dist.new_group([0, 2])

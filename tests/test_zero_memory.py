@@ -26,7 +26,7 @@ from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
 from deepspeedlite.comm import Group
-from deepspeedlite.comm.hostlink import link_of
+from deepspeedlite.comm.hostlink import HostLink, link_of
 from deepspeedlite.zero.estimate import model_states_bytes
 from deepspeedlite.zero.layout import FlatLayout
 
@@ -130,21 +130,15 @@ def reachable_bytes() -> int:
     """
     gc.collect()
     storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) - link().held - link().mapped
+    found = link()
+    blocks = [*found._maps.values(), *(block.memory for block in found._blocks)] if found else []
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) - sum(map(torch.numel, blocks))
 
 
-class LinkBytes(NamedTuple):
-    """A rank's own blocks, and those of others that it sees."""
-
-    held: int
-    mapped: int
-
-
-def link() -> LinkBytes:
-    """What the link between the ranks of this host takes."""
+def link() -> HostLink | None:
+    """The link between the ranks of this host."""
     many = dist.is_initialized() and dist.get_world_size() > 1
-    found = link_of(None, dist.get_rank(), dist.get_world_size()) if many else None
-    return LinkBytes(found.held_nbytes, found.mapped_nbytes) if found else LinkBytes(0, 0)
+    return link_of(None, dist.get_rank(), dist.get_world_size()) if many else None
 
 
 def tokens(step: int) -> Tensor:
@@ -209,23 +203,23 @@ class InFlight(NamedTuple):
     forward: float
     backward: float
     step: float
+    shared: float
 
 
 def in_flight(engine: Any, stage: int, ranks: int) -> InFlight:
     """The stated buffers, from the units themselves.
 
-    A unit's whole *values* (stage 3): the block that computes and the one gathered ahead. A unit's whole *gradient*
-    (stages 2 and 3): the one being filled, and three whose reduction was started, of which the first is then waited
-    for. Over TCP gloo has no reduce-scatter in place: while one is under way the other ranks' pieces, (N - 1)/N of a
-    unit, have an *inbox*. The step takes gradients to fp32 for one sub-group at a time: `sub_group_size` elements, one
-    block's.
+    A unit's whole *values* (stage 3): the block that computes and the one gathered ahead. The step takes gradients to
+    fp32 for one sub-group at a time: `sub_group_size` elements, one block's. In memory that the ranks share, which the
+    allocator does not know: a unit's whole *gradient* (stages 2 and 3), the one being filled and three whose reduction
+    was started, of which the first is then waited for; and messages of a shard to each other rank, three at a time,
+    in blocks of two sizes.
     """
     units = engine._schedule.units
     unit = max(unit.numel * unit.dtype.itemsize for unit in units)
-    inbox = (ranks - 1) / ranks
     values = 2 * unit if stage == 3 else 0
-    backward = values + {1: 3 * inbox * unit, 2: (4 + 3 * inbox) * unit, 3: (4 + 3 * inbox) * unit}[stage]
-    return InFlight(values, backward, FP32_BYTES * BLOCK)
+    gradients = 4 * unit if stage >= 2 else 0
+    return InFlight(values, values, FP32_BYTES * BLOCK, gradients + 6 * unit * (ranks - 1) / ranks)
 
 
 def assert_within(found: float, expected: float, what: str) -> None:
@@ -252,10 +246,8 @@ def test_states_are_what_the_formulas_say(stage, world_size):
         assert_within(phases[f"idle {step}"].after, states, f"after step {step}")
     assert phases["idle 1"] == phases["idle 2"], "something piles up from step to step"
     assert_within(reachable_bytes() - before, phases["idle 2"].after, "counted from Python")
-    largest = max(unit.numel for unit in engine._schedule.units) * 2 * (world_size - 1) // world_size
-    assert link().held <= 6 * (1 << (largest - 1).bit_length()), "three blocks of at most two sizes"
-
     extra = in_flight(engine, stage, world_size)
+    assert 0 < link().held_nbytes <= extra.shared
     for what, allowed in (
         ("forward 2", extra.forward + activations),
         ("backward 2", extra.backward + activations),

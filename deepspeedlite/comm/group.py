@@ -194,6 +194,17 @@ class Group:
 
         return self._run("reduce_scatter_tensor", full, async_op, start, label)
 
+    def lend(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """A 1-D tensor, of arbitrary content, to make what `reduce_scatter_into` sends, once, and then to drop.
+
+        Where ranks share memory it lies there and is sent without a copy: what was sent is not to be written again. Its
+        memory is used for others when no view of it is left. Elsewhere it is a new tensor. Collective the first time.
+        """
+        link = self._connected() if self._may_share(device) and numel else None
+        if link is None:
+            return torch.empty(numel, dtype=dtype, device=device)
+        return link.lend(numel * dtype.itemsize).view(dtype)
+
     def all_gather_objects(self, obj: _T) -> list[_T]:
         """Every rank's object, in rank order. Objects are pickled: trusted ranks and small objects only."""
         if self.size == 1:
@@ -246,18 +257,19 @@ class Group:
         return work
 
     def _link(self, tensor: torch.Tensor) -> HostLink | None:
-        on_cpu = self.backend == "gloo" and tensor.device.type == "cpu"
-        if not on_cpu:
-            return None
+        return self._connected() if self._may_share(tensor.device) else None
+
+    def _may_share(self, device: torch.device) -> bool:
+        return self.size > 1 and self.backend == "gloo" and device.type == "cpu"
+
+    def _connected(self) -> HostLink | None:
         with explained("the first shards of this group, to share memory", self.ranks):
             return link_of(self.process_group, self.rank, self.size)
 
     def _is_better_split(self, tensor: torch.Tensor) -> bool:
         """Whether an all-reduce is to be made of its two halves; alike on all ranks."""
-        on_cpu = (
-            self.backend == "gloo" and tensor.device.type == "cpu"
-        )  # gloo's messages, unlike its all-reduce, need it
-        if not on_cpu or not tensor.is_contiguous() or tensor.numel() < self.size:
+        # gloo's own all-reduce takes tensors of a GPU; its messages do not.
+        if not self._may_share(tensor.device) or not tensor.is_contiguous() or tensor.numel() < self.size:
             return False
         is_16_bit = tensor.is_floating_point() and tensor.dtype.itemsize == 2
         return is_16_bit or (tensor.nbytes >= _SPLIT_FROM_NBYTES and self._link(tensor) is not None)
@@ -270,8 +282,8 @@ class Group:
         )
 
     def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int) -> Work:
-        """Send every rank its piece; `out` becomes the sum of what all have sent here."""
-        return self._swap(pieces, [pieces[self.rank]] * self.size, tag, partial(_sum_into, out))
+        """Send every rank its piece, for good; `out` becomes the sum of what all have sent here."""
+        return self._swap(pieces, [pieces[self.rank]] * self.size, tag, partial(_sum_into, out), final=True)
 
     def _swap(
         self,
@@ -280,14 +292,16 @@ class Group:
         tag: int,
         then: Callable[[list[torch.Tensor]], None],
         in_place: bool = False,
+        final: bool = False,
     ) -> Work:
         """Send `outbox[r]` to every other rank r; what comes from it, shaped as `expect[r]`, is given to `then`.
 
-        All pieces are empty, or none is. `in_place`: what comes from r may be received in `expect[r]` itself.
+        All pieces are empty, or none is. `in_place`: what comes from r may be received in `expect[r]` itself. `final`:
+        what is sent is not written again before every rank has read it, so need not be copied.
         """
         link = self._link(outbox[0])
         if link is not None:
-            return link.exchange(outbox, expect, tag, then)
+            return link.exchange(outbox, expect, tag, then, final)
         inbox = [
             outbox[rank] if rank == self.rank else piece if in_place else torch.empty_like(piece)
             for rank, piece in enumerate(expect)

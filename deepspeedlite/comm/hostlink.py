@@ -4,15 +4,18 @@ A rank copies what others are to have into a block of its own memory and tells e
 over a Unix socket; they read it there when they wait for it. So a message never waits for its receiver, whatever the
 order in which the ranks wait for theirs, and two passes over memory replace the four and the threads of a TCP socket.
 
+What is to be sent once and not kept, such as gradients to be summed, can be made in a block from the start: `lend`.
+
 A block is a memfd: it has no name that could be left behind or taken, no limit but memory (Docker gives /dev/shm
 64 MiB), and goes with the last process that maps it. Its descriptor travels in the first message about it, so what a
 rank sent stays readable after that rank has ended.
 
 [Note: when a block is used again]
-When all others have said that they have read it. So that few blocks are needed, whatever has come is read whenever
-something is started or waited for, also for exchanges that nobody waits for yet, and a rank with `_MOST_IN_USE` blocks
-unread lets the others catch up before it starts more. It waits for them only so long: ranks that start exchanges in
-different orders might wait for each other there. `held_nbytes` says how much memory there is.
+When all others have said that they have read it, and no tensor that was lent is left of it. So that few blocks are
+needed, whatever has come is read whenever something is started or waited for, also for exchanges that nobody waits for
+yet, and a rank with `_MOST_IN_USE` blocks unread lets the others catch up before it starts more. It waits for them only
+so long: ranks that start exchanges in different orders might wait for each other there. Idle blocks keep their memory
+up to `KEPT_NBYTES`, because the kernel takes longer to hand out a page than a copy takes to fill it.
 
 [Note: the order of memory]
 A write to a block comes before the message about it, and the kernel's locks around a socket's queue order the two for
@@ -31,7 +34,7 @@ import struct
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -51,6 +54,10 @@ _SMALLEST_BLOCK = 1 << 16
 _MESSAGE = struct.Struct("<6q")
 _READ = -1  # as the block of a message: what the receiver of this message sent was read
 _MOST_IN_USE = 3
+KEPT_NBYTES = 1 << 28
+"""Memory that a rank's idle blocks may keep."""
+
+_MADV_REMOVE = 9  # from Linux's mman-common.h: free the pages of a shared mapping, which then reads as zeros
 _PATIENCE_S = 1.0
 _CONNECT_TIMEOUT_S = 30.0
 
@@ -75,9 +82,39 @@ class _Block:
         self.number = number
         self.fd = os.memfd_create("deepspeedlite")
         os.ftruncate(self.fd, nbytes)
-        self.memory = _map(self.fd, nbytes)
+        self._mapping = _map(self.fd, nbytes)
+        self.memory = torch.frombuffer(self._mapping, dtype=torch.uint8)
         self.known_to: set[int] = set()
-        self.unread: set[int] = set()  # ranks that have not said that they have read what is in it
+        self.unread: set[tuple[int, int]] = set()  # message and rank that has not said that it has read it
+        self.touched_nbytes = 0  # how far it was written, which is what has memory
+        self._lent: weakref.ref[memoryview] | None = None
+
+    def lend(self, nbytes: int) -> torch.Tensor:
+        """Its first bytes, as a tensor; the block is not idle while any tensor of that memory is left."""
+        # torch holds on to the view, and the view to the mapping, so the view lives as long as the memory is used.
+        view = memoryview(self._mapping)[:nbytes]
+        self._lent = weakref.ref(view)
+        self.touched_nbytes = max(self.touched_nbytes, nbytes)
+        return torch.frombuffer(view, dtype=torch.uint8)
+
+    @property
+    def is_lent(self) -> bool:
+        return self._lent is not None and self._lent() is not None
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.unread and not self.is_lent
+
+    def offset_of(self, piece: torch.Tensor) -> int | None:
+        """Where a tensor lies in it, if it does."""
+        offset = piece.data_ptr() - self.memory.data_ptr()
+        return offset if 0 <= offset < self.memory.numel() else None
+
+    def give_back(self) -> None:
+        """Let the kernel have the memory until the block is written again."""
+        address, nbytes = ctypes.c_void_p(self.memory.data_ptr()), ctypes.c_size_t(self.memory.numel())
+        if ctypes.CDLL(None).madvise(address, nbytes, _MADV_REMOVE) == 0:
+            self.touched_nbytes = 0
 
 
 class HostLink:
@@ -107,13 +144,13 @@ class HostLink:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of this rank's blocks, of which only what was ever written takes memory."""
-        return sum(block.memory.numel() for block in self._blocks)
+        """Bytes of memory that this rank's blocks take, lent ones included."""
+        return sum(block.touched_nbytes for block in self._blocks)
 
-    @property
-    def mapped_nbytes(self) -> int:
-        """Bytes of the other ranks' blocks that are mapped here: their memory, not this rank's."""
-        return sum(memory.numel() for memory in self._maps.values())
+    def lend(self, nbytes: int) -> torch.Tensor:
+        """uint8 memory that others can read, of arbitrary content. It is used again when no tensor of it is left."""
+        self._catch_up()
+        return self._idle_block(nbytes).lend(nbytes)
 
     def exchange(
         self,
@@ -121,53 +158,75 @@ class HostLink:
         expect: Sequence[torch.Tensor],
         tag: int,
         then: Callable[[list[torch.Tensor]], None],
+        final: bool = False,
     ) -> _Exchange:
         """Start sending `outbox[r]` (contiguous; all of them empty, or none) to every other rank r.
 
         When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
         its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
-        `outbox` may be overwritten as soon as this returns. Exchanges of one tag meet in the order of their starts.
+        `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in lent memory is
+        not copied, so must not change until all have read it. Exchanges of one tag meet in the order of their starts.
         """
         self._catch_up()
         self._tickets[tag] += 1
         ticket = (tag, self._tickets[tag])
         exchange = _Exchange(self, outbox[self.rank], expect, ticket, then)
         if outbox[self.rank].numel():
-            self._send({rank: outbox[rank] for rank in self._peers}, ticket)
+            self._send({rank: outbox[rank] for rank in self._peers}, ticket, final)
             self._pending.append(exchange)
         return exchange
 
-    def _send(self, pieces: dict[int, torch.Tensor], ticket: Ticket) -> None:
-        distinct = {piece.data_ptr(): piece for piece in pieces.values()}
+    def _send(self, pieces: dict[int, torch.Tensor], ticket: Ticket, final: bool) -> None:
+        lender = self._lender(pieces.values()) if final else None
+        block, offsets = lender or self._copied(pieces.values())
+        self._sequence += 1
+        self._in_use[self._sequence] = block
+        block.unread.update((self._sequence, rank) for rank in pieces)
+        for (rank, piece), offset in zip(pieces.items(), offsets):
+            descriptors = [] if rank in block.known_to else [block.fd]
+            block.known_to.add(rank)
+            self._post(rank, _MESSAGE.pack(*ticket, self._sequence, block.number, offset, piece.nbytes), descriptors)
+
+    def _lender(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]] | None:
+        """The block in whose lent memory all the pieces lie, and where."""
+        for block in self._blocks:
+            offsets = [offset for piece in pieces if (offset := block.offset_of(piece)) is not None]
+            if len(offsets) == len(pieces) and block.is_lent:
+                return block, offsets
+        return None
+
+    def _copied(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]]:
+        """A block that the pieces have been copied into, equal ones once, and where they are."""
+        distinct = {piece.data_ptr(): piece for piece in pieces}
         offsets, end = {}, 0
         for address, piece in distinct.items():
             offsets[address] = end
             end += -(-piece.nbytes // _ALIGNMENT) * _ALIGNMENT
-        block = self._free_block(end)
+        block = self._idle_block(end)
         for address, piece in distinct.items():
             memory = block.memory[offsets[address] : offsets[address] + piece.nbytes]
             memory.view(piece.dtype).copy_(piece.reshape(-1))
-        self._sequence += 1
-        block.unread = set(pieces)
-        self._in_use[self._sequence] = block
-        for rank, piece in pieces.items():
-            descriptors = [] if rank in block.known_to else [block.fd]
-            block.known_to.add(rank)
-            where = (block.number, offsets[piece.data_ptr()], piece.nbytes)
-            self._post(rank, _MESSAGE.pack(*ticket, self._sequence, *where), descriptors)
+        block.touched_nbytes = max(block.touched_nbytes, end)
+        return block, [offsets[piece.data_ptr()] for piece in pieces]
 
-    def _free_block(self, nbytes: int) -> _Block:
+    def _idle_block(self, nbytes: int) -> _Block:
         capacity = max(_SMALLEST_BLOCK, 1 << (nbytes - 1).bit_length())
         patient_until = time.monotonic() + _PATIENCE_S
         while len(self._in_use) >= _MOST_IN_USE and not self._ended:
             if not self._incoming.poll(max(0.0, patient_until - time.monotonic()) * 1e3):
                 break
             self._catch_up()
-        fitting = [block for block in self._blocks if not block.unread and block.memory.numel() >= capacity]
+        fitting = [block for block in self._blocks if block.is_idle and block.memory.numel() >= capacity]
         if not fitting:
             fitting = [_Block(len(self._blocks), capacity)]
             self._blocks += fitting
         return min(fitting, key=lambda block: block.memory.numel())
+
+    def _trim(self) -> None:
+        """Give memory of idle blocks back, the largest first, until they keep `KEPT_NBYTES` at most."""
+        idle = sorted((block for block in self._blocks if block.is_idle), key=lambda block: block.touched_nbytes)
+        while sum(block.touched_nbytes for block in idle) > KEPT_NBYTES:
+            idle.pop().give_back()
 
     def _post(self, rank: int, message: bytes, descriptors: Sequence[int] = ()) -> None:
         while rank not in self._ended:
@@ -190,6 +249,7 @@ class HostLink:
         for exchange in self._pending[:]:
             if all(self._sent_nbytes(rank, exchange) == exchange.expect[rank].nbytes for rank in self._peers):
                 self._end_exchange(exchange)
+        self._trim()
 
     def wait_for(self, exchange: _Exchange) -> None:
         """Read until an exchange has ended."""
@@ -243,11 +303,13 @@ class HostLink:
                 return
             tag, occurrence, number, block, offset, nbytes = _MESSAGE.unpack(data)
             for descriptor in descriptors:
-                self._maps[rank, block] = _map(descriptor, os.fstat(descriptor).st_size)
+                mapping = _map(descriptor, os.fstat(descriptor).st_size)
+                self._maps[rank, block] = torch.frombuffer(mapping, dtype=torch.uint8)
                 os.close(descriptor)
             if block == _READ:
-                self._in_use[number].unread.discard(rank)
-                if not self._in_use[number].unread:
+                sent = self._in_use[number]
+                sent.unread.discard((number, rank))
+                if not any(message == number for message, _ in sent.unread):
                     del self._in_use[number]
             else:
                 self._arrived[rank, (tag, occurrence)] = (number, self._maps[rank, block][offset : offset + nbytes])
@@ -343,8 +405,8 @@ def _answer(listener: socket.socket, password: bytes, peers: dict[int, socket.so
             peer.close()
 
 
-def _map(fd: int, nbytes: int) -> torch.Tensor:
-    """A file's memory as a uint8 tensor, which keeps it mapped. Python's own mmap would keep a descriptor too."""
+def _map(fd: int, nbytes: int) -> Any:
+    """A file's memory, which the object returned keeps mapped. Python's own mmap would keep a descriptor too."""
     libc = ctypes.CDLL(None, use_errno=True)
     libc.mmap.restype = ctypes.c_void_p
     libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -354,7 +416,7 @@ def _map(fd: int, nbytes: int) -> torch.Tensor:
         raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes that ranks of this host share")
     buffer = (ctypes.c_char * nbytes).from_address(address)
     weakref.finalize(buffer, libc.munmap, address, nbytes)
-    return torch.frombuffer(buffer, dtype=torch.uint8)
+    return buffer
 
 
 def _close(sockets: list[socket.socket], blocks: list[_Block], maps: dict[tuple[int, int], torch.Tensor]) -> None:

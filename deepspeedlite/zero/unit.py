@@ -8,8 +8,8 @@ and from AVERAGED back to LOCAL when a further pass of the window brings more.
 
 [Note: what a reduction leaves behind]
 Without sharding the whole buffer holds the average. With a sharded optimizer only this rank's shard of it does, and the
-rest is scratch. With sharded gradients the shard is copied into `grad_shard` (added, in later passes of a window) and
-the whole buffer gives its memory back until the next pass.
+rest is scratch. With sharded gradients the shard is summed into `grad_shard` (added, in later passes of a window) and
+the whole buffer, which the group lends, is dropped: there is one only while a pass fills it and while it is reduced.
 
 [Note: autograd hands over, the unit accumulates]
 While a backward pass runs, `param.grad` is None, so autograd gives each parameter a fresh tensor without touching
@@ -163,28 +163,31 @@ class ShardUnit(FlatValues):
     # --- gradients' memory ----------------------------------------------------------------------------------------
 
     def _make_grads(self) -> None:
-        start, stop = self.layout.shard(self.index)
-        self.grads = torch.empty(self.layout.numel, dtype=self.grad_dtype, device=self.device)
-        self._grad_nbytes = self.grads.untyped_storage().nbytes()
-        self._grad_views = [self.grads[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
-        self._own_grads = self.grads[start:stop]
         edges = [0, *(edge for slot in self.layout.slots for edge in (slot.start, slot.stop)), self.layout.numel]
-        self._gaps = [self.grads[a:b] for a, b in zip(edges[::2], edges[1::2]) if a < b]
-        self.grad_shard = torch.zeros_like(self._own_grads) if self._frees else self._own_grads
+        self._gaps = [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
         self._carried: torch.Tensor | None = None
+        self._grad_views: list[torch.Tensor] = []
+        self._drop_grads()
         if self._frees:
-            self.grads.untyped_storage().resize_(0)
+            self.grad_shard = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=self.device)
         else:
-            self._zero_gaps()
+            self._use_grads(torch.empty(self.layout.numel, dtype=self.grad_dtype, device=self.device))
+            self.grad_shard = self.grads[slice(*self.layout.shard(self.index))]
 
-    def _zero_gaps(self) -> None:
-        """Gaps between parameters must hold zeros: norms and optimizers pass over them."""
+    def _use_grads(self, grads: torch.Tensor) -> None:
+        """Make this the whole gradient buffer. Its gaps must hold zeros: norms and optimizers pass over them."""
+        self.grads = grads
+        self._grad_views = [grads[slot.start : slot.stop].view(slot.shape) for slot in self.layout.slots]
         for gap in self._gaps:
-            gap.zero_()
+            grads[gap].zero_()
 
-    @property
-    def _grads_have_memory(self) -> bool:
-        return self.grads.untyped_storage().nbytes() > 0
+    def _drop_grads(self) -> None:
+        self.grads = torch.empty(0, dtype=self.grad_dtype, device=self.device)
+        self._grad_views = []
+
+    def _need_grads(self) -> None:
+        if not self._grad_views:
+            self._use_grads(self.group.lend(self.layout.numel, self.grad_dtype, self.device))
 
     def runs(self) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
         """This rank's runs: index range, values and averaged gradients as 1-D views of its shard."""
@@ -252,9 +255,7 @@ class ShardUnit(FlatValues):
                 "checkpoints. Use non-reentrant checkpointing (use_reentrant=False), or set "
                 "zero_optimization.overlap_comm to false"
             )
-        if not self._grads_have_memory:
-            self.grads.untyped_storage().resize_(self._grad_nbytes)
-            self._zero_gaps()
+        self._need_grads()
         view = self._grad_views[index]
         if not grad.is_sparse and grad.data_ptr() == view.data_ptr() and view.numel() > 0:
             self._check_added_in_place(slot)
@@ -311,13 +312,10 @@ class ShardUnit(FlatValues):
         self._launched = self._in_pass
         if self.grad_state is GradState.REDUCING:
             return
-        if not self._grads_have_memory:
-            self.grads.untyped_storage().resize_(self._grad_nbytes)
-            self.grads.zero_()
-        else:
-            for view, filled in zip(self._grad_views, self._filled):
-                if not filled:
-                    view.zero_()
+        self._need_grads()
+        for view, filled in zip(self._grad_views, self._filled):
+            if not filled:
+                view.zero_()
         self._filled = [True] * len(self.params)
         wire_dtype = self._policy.wire_dtype or self.grad_dtype
         self._wire = self.grads if wire_dtype == self.grad_dtype else self.grads.to(wire_dtype)
@@ -369,7 +367,7 @@ class ShardUnit(FlatValues):
             torch.add(self._carried, averaged, out=self.grad_shard)
         self._carried = None
         if self._frees:
-            self.grads.untyped_storage().resize_(0)
+            self._drop_grads()
             self._filled = [False] * len(self.params)
 
     def clear(self) -> None:
@@ -382,8 +380,8 @@ class ShardUnit(FlatValues):
         self._carried = None
         self.grad_state = GradState.EMPTY
         self._in_pass = False
-        if self._frees and self._grads_have_memory:
-            self.grads.untyped_storage().resize_(0)
+        if self._frees:
+            self._drop_grads()
 
     def unreached(self) -> list[str]:
         """Names of the parameters that no gradient of this rank has reached since the last `clear`."""
