@@ -36,6 +36,10 @@ class LossScaleError(DeepSpeedLiteError, RuntimeError):
     """fp16 training overflowed at the smallest allowed loss scale: the run has diverged."""
 
 
+class OpError(DeepSpeedLiteError, RuntimeError):
+    """A compiled op cannot be had here: no compiler, a source that does not compile, a library that does not load."""
+
+
 class DataError(DeepSpeedLiteError, ValueError):
     """Training data that cannot be used as asked."""
 

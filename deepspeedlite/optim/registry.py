@@ -21,6 +21,8 @@ from torch.optim import Optimizer
 
 from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.log import log_once
+from deepspeedlite.ops import is_available
+from deepspeedlite.ops.adam import DeepSpeedCPUAdam
 from deepspeedlite.optim.lamb import Lamb
 from deepspeedlite.optim.lion import Lion, check_hyperparameters, dense_gradients, moment
 
@@ -178,7 +180,8 @@ _FUSED_ON: dict[type[Optimizer], frozenset[str]] = {
 _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
-    {cls for name, cls in _TORCH_CLASSES.items() if name not in _WHOLE_TENSOR} | {Lion, Lamb, UncorrectedAdam}
+    {cls for name, cls in _TORCH_CLASSES.items() if name not in _WHOLE_TENSOR}
+    | {Lion, Lamb, UncorrectedAdam, DeepSpeedCPUAdam}
 )
 
 
@@ -209,6 +212,8 @@ def build_optimizer(type: str, params: Mapping[str, Any] | None, parameters: Ite
         options = {**recipe.defaults, **{key: v for key, v in options.items() if key not in recipe.switches}}
     if not _RULES_OUT_FUSED & options.keys() and _can_fuse(cls, groups):
         options["fused"] = True
+        if "torch_adam" in recipe.switches and not (params or {}).get("torch_adam"):
+            cls, options = _compiled_adam(cls, options, groups)
     try:
         return cls(groups, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -322,6 +327,17 @@ def _adam(name: str, recipe: _Recipe, given: dict[str, Any]) -> tuple[type[Optim
         )
     kept = {key: value for key, value in options.items() if key in accepted_parameters(UncorrectedAdam, 1)}
     return UncorrectedAdam, {**kept, "adam_w_mode": decoupled}
+
+
+def _compiled_adam(
+    cls: type[Optimizer], options: dict[str, Any], groups: list[Any]
+) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The op in place of torch's fused Adam or AdamW, where it takes the parameters and all that was asked for."""
+    accepted = {key: value for key, value in options.items() if key != "fused"}
+    on_cpu = all(tensor.device.type == "cpu" and tensor.itemsize <= 4 for tensor in _tensors(groups))
+    if not on_cpu or accepted.keys() - accepted_parameters(DeepSpeedCPUAdam, 1).keys() or not is_available("cpu_adam"):
+        return cls, options
+    return DeepSpeedCPUAdam, {**accepted, "adamw_mode": cls is torch.optim.AdamW}
 
 
 def _is_number(value: Any) -> bool:

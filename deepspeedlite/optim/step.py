@@ -22,6 +22,7 @@ import torch
 
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
+from deepspeedlite.ops.adam import DeepSpeedCPUAdam, OnePassUpdate
 from deepspeedlite.optim.lamb import Lamb
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
@@ -33,6 +34,10 @@ from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 # Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
 CONVERTED_NUMEL = 1 << 22
+
+
+def _in_one_pass(run: SteppedRun) -> OnePassUpdate:
+    return OnePassUpdate(run.master, run.grads, None if run.master is run.values else run.values)
 
 
 class SteppedRun(NamedTuple):
@@ -231,6 +236,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
         for sub_group in self._sub_groups:
+            if isinstance(self.optimizer, DeepSpeedCPUAdam) and not frozen:
+                self.optimizer.step_with(map(_in_one_pass, sub_group), factor)
+                continue
             self._load_grads(sub_group, factor)
             kept = self._copy_parts(frozen, sub_group) if frozen else []
             self.optimizer.step()
