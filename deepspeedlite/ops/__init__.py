@@ -26,6 +26,8 @@ def load(name: str) -> Any:
         torch.ops.load_library(str(built(OPS[name])))
     except (OpBuildError, OSError) as error:
         raise OpError(f"op {name} is not available: {error}") from error
+    # All ops write into their arguments and return nothing, so a fake one has nothing to do.
+    torch.library.register_fake(f"deepspeedlite::{name}", lambda *args: None)
     return getattr(torch.ops.deepspeedlite, name)
 
 

@@ -337,7 +337,8 @@ def _compiled_adam(
     on_cpu = all(tensor.device.type == "cpu" and tensor.itemsize <= 4 for tensor in _tensors(groups))
     if not on_cpu or accepted.keys() - accepted_parameters(DeepSpeedCPUAdam, 1).keys() or not is_available("cpu_adam"):
         return cls, options
-    return DeepSpeedCPUAdam, {**accepted, "adamw_mode": cls is torch.optim.AdamW}
+    # Moments of the masters' dtype, which is fp32 unless the configuration wants otherwise.
+    return DeepSpeedCPUAdam, {**accepted, "adamw_mode": cls is torch.optim.AdamW, "fp32_optimizer_states": False}
 
 
 def _is_number(value: Any) -> bool:
