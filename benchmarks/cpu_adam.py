@@ -46,7 +46,12 @@ def make(name: str, numel: int) -> Callable[[], object]:
     grad, copy = torch.randn(numel).bfloat16(), torch.empty(numel, dtype=torch.bfloat16)
     if name == "ours bf16":
         optimizer = DeepSpeedCPUAdam([master], **OPTIONS)
-        return lambda: optimizer.step_with([OnePassUpdate(master, grad, copy)], 0.5)
+
+        def in_one_pass() -> None:
+            optimizer.hand_over([OnePassUpdate(master, grad, copy)], 0.5)
+            optimizer.step()
+
+        return in_one_pass
     reference = torch.optim.AdamW([master], **OPTIONS, fused=True)
 
     def separately() -> None:

@@ -183,12 +183,47 @@ def test_one_pass_scales_the_gradient_and_writes_the_copy():
     master, grad = torch.nn.Parameter(torch.randn(1000)), torch.randn(1000).bfloat16()
     copy = torch.empty(1000, dtype=torch.bfloat16)
     other = torch.nn.Parameter(master.detach().clone())
-    DeepSpeedCPUAdam([master]).step_with([OnePassUpdate(master, grad, copy)], grad_scale=0.25)
+    optimizer = DeepSpeedCPUAdam([master])
+    optimizer.hand_over([OnePassUpdate(master, grad, copy)], grad_scale=0.25)
+    optimizer.step()
     reference = torch.optim.AdamW([other], weight_decay=0.0)
     other.grad = grad.float() * 0.25
     reference.step()
     torch.testing.assert_close(master, other, rtol=1e-6, atol=1e-6)
     assert torch.equal(copy, master.detach().bfloat16())
+
+
+def train_engine(prepare=lambda optimizer: None) -> list[Tensor]:
+    """A few bf16 steps through an engine, after which the weights; `prepare` gets the inner optimizer first."""
+    torch.manual_seed(0)
+    config = {"train_batch_size": 1, "bf16": {"enabled": True}, "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}}}
+    engine, *_ = deepspeedlite.initialize(model=torch.nn.Linear(30, 20), config=config)
+    prepare(engine.optimizer.optimizer)
+    for _ in range(3):
+        engine.backward(engine(torch.ones(1, 30, dtype=torch.bfloat16)).float().square().sum())
+        engine.step()
+    return [param.detach().clone() for param in engine.module.parameters()]
+
+
+def test_hooks_on_the_optimizer_and_a_scheduler_around_it_see_every_step(recwarn):
+    """Hooks find the gradients on the parameters; torch's schedulers count calls of `step`."""
+    seen: list[bool] = []
+    schedulers: list[torch.optim.lr_scheduler.LambdaLR] = []
+
+    def watch(optimizer):
+        optimizer.register_step_pre_hook(
+            lambda *_: seen.append(optimizer.param_groups[0]["params"][0].grad is not None)
+        )
+
+    def schedule(optimizer):
+        schedulers.append(torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1.0))
+
+    plain, watched, scheduled = train_engine(), train_engine(watch), train_engine(schedule)
+    schedulers[0].step()
+    assert seen == [True] * 3
+    for one, *others in zip(plain, watched, scheduled):
+        assert all(torch.equal(one, other) for other in others)
+    assert not [str(w.message) for w in recwarn if "lr_scheduler.step()" in str(w.message)]
 
 
 def test_a_sparse_gradient_is_refused():

@@ -338,8 +338,10 @@ def test_evaluation_leaves_nothing_whole():
 @pytest.mark.parametrize("blocks", [4, 1000])
 @distributed(world_size=2)
 def test_sub_group_size_bounds_the_fp32_gradients_of_a_step(blocks, world_size):
-    """It counts elements of this rank, and a sub-group is made of whole units' shards."""
-    engine, phases = train(config(2, sub_group_size=blocks * BLOCK), steps=2)
+    """It counts elements of this rank, and a sub-group is made of whole units' shards. torch's Adam needs them."""
+    settings = config(2, sub_group_size=blocks * BLOCK)
+    settings["optimizer"]["params"]["torch_adam"] = True
+    engine, phases = train(settings, steps=2)
     most = FP32_BYTES * min(blocks * BLOCK, PARAMS / world_size)
     last_unit = FP32_BYTES * max(unit.layout.shard_numel for unit in engine._schedule.units)
     found = phases["step 1"].peak - phases["idle 1"].after

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -104,29 +104,38 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         defaults |= {"bias_correction": bias_correction, "amsgrad": amsgrad, "adamw_mode": adamw_mode}
         super().__init__(model_params, {**defaults, "fp32_optimizer_states": fp32_optimizer_states})
+        self._handed_over: tuple[Sequence[OnePassUpdate], float] | None = None
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the closure's loss where one is given."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self.step_with(
-            OnePassUpdate(param, param.grad, None)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None
-        )
-        return loss
-
-    @torch.no_grad()
-    def step_with(self, updates: Iterable[OnePassUpdate], grad_scale: float = 1.0) -> None:
-        """Update these of the parameters with gradients given here, each times `grad_scale`.
+        """One update of every parameter that has a gradient; returns the closure's loss where one is given.
 
         Raises:
             OptimizerError: a gradient is sparse, or a tensor is not on the CPU or has no dtype of the three.
         """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        handed_over, self._handed_over = self._handed_over, None
+        updates, grad_scale = handed_over or (self._own_updates(), 1.0)
+        self._step(updates, grad_scale)
+        return loss
+
+    def hand_over(self, updates: Sequence[OnePassUpdate], grad_scale: float = 1.0) -> None:
+        """Let the next `step` update these parameters alone, with gradients given here, each times `grad_scale`."""
+        self._handed_over = updates, grad_scale
+
+    @property
+    def has_step_hooks(self) -> bool:
+        """Whether anyone is called around `step`, and may want to see `param.grad` there."""
+        return bool(self._optimizer_step_pre_hooks or self._optimizer_step_post_hooks)
+
+    def _own_updates(self) -> list[OnePassUpdate]:
+        params = [param for group in self.param_groups for param in group["params"]]
+        return [OnePassUpdate(param, param.grad, None) for param in params if param.grad is not None]
+
+    def _step(self, updates: Sequence[OnePassUpdate], grad_scale: float) -> None:
         by_param = {update.param: update for update in updates}
         for group in self.param_groups:
             alike: dict[tuple[float, bool], list[OnePassUpdate]] = defaultdict(list)

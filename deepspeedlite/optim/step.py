@@ -236,8 +236,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
         for sub_group in self._sub_groups:
-            if isinstance(self.optimizer, DeepSpeedCPUAdam) and not frozen:
-                self.optimizer.step_with(map(_in_one_pass, sub_group), factor)
+            if isinstance(self.optimizer, DeepSpeedCPUAdam) and not frozen and not self.optimizer.has_step_hooks:
+                self.optimizer.hand_over(list(map(_in_one_pass, sub_group)), factor)
+                self.optimizer.step()
                 continue
             self._load_grads(sub_group, factor)
             kept = self._copy_parts(frozen, sub_group) if frozen else []
