@@ -56,12 +56,12 @@ class Toolchain:
         torch = importlib.util.find_spec("torch")
         if torch is None or torch.origin is None:
             raise OpBuildError("torch is not installed in this Python")
-        return cls(Path(found).resolve(), Path(torch.origin).parent)
+        return cls(Path(found), Path(torch.origin).parent)  # the name as it is: clang++ and ccache go by it
 
     def identity(self) -> str:
         """What changes when the compiler does, found without running it."""
-        stat = self.compiler.stat()
-        return f"{self.compiler} {stat.st_size} {stat.st_mtime_ns}"
+        stat = self.compiler.stat()  # of the file that links lead to
+        return f"{self.compiler.resolve()} {stat.st_size} {stat.st_mtime_ns}"
 
     def commands(self, spec: OpSpec, csrc: Path, objects: Path) -> list[list[str]]:
         """A command per object file, whose last argument is that file."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import shutil
 import signal
@@ -165,18 +166,16 @@ def test_it_trains_as_torchs_does_and_takes_its_state(adamw, amsgrad):
     reference = (torch.optim.AdamW if adamw else torch.optim.Adam)(theirs, **options)
     for step in range(6):
         if step == 3:  # each goes on from the other's state
-            state, other = reference.state_dict(), mine.state_dict()
-            state["param_groups"] = other["param_groups"]
-            other["param_groups"] = reference.state_dict()["param_groups"]
+            state, other = reference.state_dict(), copy.deepcopy(mine).state_dict()
             mine.load_state_dict(state)
             reference.load_state_dict(other)
-        for param, copy in zip(ours, theirs):
+        for param, other in zip(ours, theirs):
             param.grad = torch.randn_like(param)
-            copy.grad = param.grad.clone()
+            other.grad = param.grad.clone()
         mine.step()
         reference.step()
-    for param, copy in zip(ours, theirs):
-        torch.testing.assert_close(param, copy, rtol=1e-6, atol=1e-6)
+    for param, other in zip(ours, theirs):
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-6)
 
 
 def test_one_pass_scales_the_gradient_and_writes_the_copy():

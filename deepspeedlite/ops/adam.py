@@ -21,6 +21,7 @@ from torch import Tensor
 
 from deepspeedlite.errors import OptimizerError
 from deepspeedlite.ops import is_available, load
+from deepspeedlite.ops.hyperparameters import check_hyperparameters
 
 
 class Adam(NamedTuple):
@@ -84,6 +85,8 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
     the parameters' dtype. `adamw_mode=False` adds the weight decay to the gradient.
     """
 
+    _handed_over: tuple[Sequence[OnePassUpdate], float] | None = None
+
     def __init__(
         self,
         model_params: Any,
@@ -96,15 +99,16 @@ class DeepSpeedCPUAdam(torch.optim.Optimizer):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        if not (lr >= 0 and eps >= 0 and weight_decay >= 0 and all(0 <= beta < 1 for beta in betas)):
-            raise OptimizerError(
-                "Adam needs lr, eps and weight_decay that are not negative and betas in [0, 1), got "
-                f"lr={lr}, eps={eps}, weight_decay={weight_decay}, betas={tuple(betas)}"
-            )
+        check_hyperparameters("Adam", lr, betas, eps=eps, weight_decay=weight_decay)
         defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
         defaults |= {"bias_correction": bias_correction, "amsgrad": amsgrad, "adamw_mode": adamw_mode}
         super().__init__(model_params, {**defaults, "fp32_optimizer_states": fp32_optimizer_states})
-        self._handed_over: tuple[Sequence[OnePassUpdate], float] | None = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # of a copy, or from `load_state_dict`: torch's groups lack some of our keys
+        for group in self.param_groups:
+            for key, value in self.defaults.items():
+                group.setdefault(key, value)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]

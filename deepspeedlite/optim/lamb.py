@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from deepspeedlite.errors import OptimizerError, UnsupportedError
-from deepspeedlite.optim.lion import check_hyperparameters, dense_gradients, moment
+from deepspeedlite.ops.hyperparameters import check_hyperparameters
+from deepspeedlite.optim.lion import dense_gradients, moment
 
 SumOverRanks = Callable[[Tensor], None]
 

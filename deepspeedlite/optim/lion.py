@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deepspeedlite.errors import OptimizerError, UnsupportedError
+from deepspeedlite.errors import UnsupportedError
+from deepspeedlite.ops.hyperparameters import check_hyperparameters
 
 
 def dense_gradients(optimizer: Optimizer, group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
@@ -41,15 +42,6 @@ def moment(optimizer: Optimizer, params: list[Tensor], name: str) -> list[Tensor
         if name not in optimizer.state[param]:
             optimizer.state[param][name] = torch.zeros_like(param, memory_format=torch.preserve_format)
     return [optimizer.state[param][name] for param in params]
-
-
-def check_hyperparameters(name: str, lr: float | Tensor, betas: tuple[float, float], **not_negative: float) -> None:
-    """Raise `OptimizerError` for betas outside [0, 1), or a negative lr or other value."""
-    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
-        raise OptimizerError(f"{name}: betas must be two numbers in [0, 1), got {betas}")
-    for key, value in {"lr": lr, **not_negative}.items():
-        if not value >= 0.0:
-            raise OptimizerError(f"{name}: {key} must not be negative, got {value}")
 
 
 class Lion(Optimizer):

@@ -23,8 +23,9 @@ from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.log import log_once
 from deepspeedlite.ops import is_available
 from deepspeedlite.ops.adam import DeepSpeedCPUAdam
+from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.optim.lamb import Lamb
-from deepspeedlite.optim.lion import Lion, check_hyperparameters, dense_gradients, moment
+from deepspeedlite.optim.lion import Lion, dense_gradients, moment
 
 
 class UncorrectedAdam(Optimizer):

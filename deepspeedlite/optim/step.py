@@ -36,16 +36,16 @@ CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 CONVERTED_NUMEL = 1 << 22
 
 
-def _in_one_pass(run: SteppedRun) -> OnePassUpdate:
-    return OnePassUpdate(run.master, run.grads, None if run.master is run.values else run.values)
-
-
 class SteppedRun(NamedTuple):
     """One run as the step sees it: what the optimizer updates, and the unit's views that it comes from and goes to."""
 
     master: torch.Tensor
     values: torch.Tensor
     grads: torch.Tensor
+
+    def in_one_pass(self) -> OnePassUpdate:
+        """The update that reads and writes all three at once."""
+        return OnePassUpdate(self.master, self.grads, None if self.master is self.values else self.values)
 
 
 @dataclass
@@ -237,7 +237,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         frozen = self._frozen_parts()
         for sub_group in self._sub_groups:
             if isinstance(self.optimizer, DeepSpeedCPUAdam) and not frozen and not self.optimizer.has_step_hooks:
-                self.optimizer.hand_over(list(map(_in_one_pass, sub_group)), factor)
+                self.optimizer.hand_over([run.in_one_pass() for run in sub_group], factor)
                 self.optimizer.step()
                 continue
             self._load_grads(sub_group, factor)
