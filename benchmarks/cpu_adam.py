@@ -39,7 +39,8 @@ def make(name: str, numel: int) -> Callable[[], object]:
         return torch.optim.AdamW([master], **OPTIONS, **{name: True}).step
 
     sys.path.insert(0, str(ROOT))
-    from deepspeedlite.ops.adam import DeepSpeedCPUAdam, OnePassUpdate
+    from deepspeedlite.ops.adam import DeepSpeedCPUAdam
+    from deepspeedlite.ops.one_pass import OnePassUpdate
 
     if name == "ours":
         return DeepSpeedCPUAdam([master], **OPTIONS).step

@@ -18,7 +18,8 @@ from torch import Tensor
 import deepspeedlite
 from deepspeedlite.errors import OptimizerError
 from deepspeedlite.ops import load
-from deepspeedlite.ops.adam import Adam, DeepSpeedCPUAdam, OnePassUpdate, adam_in_torch
+from deepspeedlite.ops.adam import Adam, DeepSpeedCPUAdam, adam_in_torch
+from deepspeedlite.ops.one_pass import OnePassUpdate
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, built, jit
 from deepspeedlite.ops.op_builder.toolchain import Toolchain
 

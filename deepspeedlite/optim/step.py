@@ -22,7 +22,7 @@ import torch
 
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
-from deepspeedlite.ops.adam import DeepSpeedCPUAdam, OnePassUpdate
+from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate
 from deepspeedlite.optim.lamb import Lamb
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
@@ -236,7 +236,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
         for sub_group in self._sub_groups:
-            if isinstance(self.optimizer, DeepSpeedCPUAdam) and not frozen and not self.optimizer.has_step_hooks:
+            if isinstance(self.optimizer, OnePassOptimizer) and not frozen and not self.optimizer.has_step_hooks:
                 self.optimizer.hand_over([run.in_one_pass() for run in sub_group], factor)
                 self.optimizer.step()
                 continue
