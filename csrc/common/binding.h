@@ -7,7 +7,10 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
-#include "common/tile.h"
+#include <algorithm>
+#include <vector>
+
+#include "common/tensor.h"
 
 namespace dsl {
 
@@ -33,5 +36,51 @@ void parallel_for(int64_t end, const Work& work) {
     STABLE_TORCH_ERROR_CODE_CHECK(
         torch_parallel_for(0, end, 1, call, const_cast<void*>(static_cast<const void*>(&work))));
 }
+
+// Elements that one thread takes at a time: whole tiles, so that the number of threads changes no result.
+constexpr int64_t BLOCK = 1 << 15;
+
+// Calls `work(i, begin, end)` on torch's threads, for elements [begin, end) of tensor i: all of each of `numels`.
+template <class Work>
+void parallel_over(const std::vector<int64_t>& numels, const Work& work) {
+    std::vector<int64_t> first_block{0};
+    for (const int64_t numel : numels) first_block.push_back(first_block.back() + (numel + BLOCK - 1) / BLOCK);
+    parallel_for(first_block.back(), [&](int64_t begin, int64_t end) {
+        size_t i = std::upper_bound(first_block.begin(), first_block.end(), begin) - first_block.begin() - 1;
+        for (int64_t block = begin; block < end; ++block) {
+            while (block >= first_block[i + 1]) ++i;
+            const int64_t start = (block - first_block[i]) * BLOCK;
+            work(i, start, std::min(start + BLOCK, numels[i]));
+        }
+    });
+}
+
+// A list argument of an op.
+struct List {
+    const char* name;
+    const std::vector<torch::stable::Tensor>& tensors;
+    bool optional = false;
+};
+
+// The lists as kernels see them: `tensors` is (count, lists), an entry of an empty optional list is absent.
+struct Table {
+    Table(const char* op, std::initializer_list<List> lists) {
+        const List& first = *lists.begin();
+        for (const List& list : lists) {
+            STD_TORCH_CHECK(list.tensors.size() == first.tensors.size() || (list.optional && list.tensors.empty()), op,
+                            ": ", first.tensors.size(), " ", first.name, ", but ", list.tensors.size(), " ", list.name);
+        }
+        for (size_t i = 0; i < first.tensors.size(); ++i) {
+            numels.push_back(first.tensors[i].numel());
+            for (const List& list : lists) {
+                tensors.push_back(list.tensors.empty() ? dsl_tensor{nullptr, DSL_FP32}
+                                                       : checked(list.tensors[i], numels.back(), op, list.name, i));
+            }
+        }
+    }
+
+    std::vector<dsl_tensor> tensors;
+    std::vector<int64_t> numels;
+};
 
 }  // namespace dsl

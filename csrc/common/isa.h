@@ -38,3 +38,13 @@ static inline Isa best_isa() {
 }
 
 }  // namespace dsl
+
+// What DSL_NAMED(name) defined for the best of them.
+#if defined(__x86_64__)
+#define DSL_BEST(name)                                   \
+    (dsl::best_isa() == dsl::Isa::avx512 ? name##_avx512 \
+     : dsl::best_isa() == dsl::Isa::avx2 ? name##_avx2   \
+                                         : name##_baseline)
+#else
+#define DSL_BEST(name) name##_baseline
+#endif

@@ -7,16 +7,11 @@
 #include <cstdint>
 #include <cstring>
 
+#include "common/tensor.h"
+
 #if defined(__F16C__)
 #include <immintrin.h>
 #endif
-
-enum dsl_dtype : int32_t { DSL_FP32, DSL_BF16, DSL_FP16 };
-
-struct dsl_tensor {
-    void* data;  // null: the tensor is not there
-    dsl_dtype dtype;
-};
 
 namespace {
 

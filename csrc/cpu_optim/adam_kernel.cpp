@@ -4,6 +4,7 @@
 #include <cmath>
 
 #include "common/isa.h"
+#include "common/tile.h"
 #include "cpu_optim/adam.h"
 
 namespace {
