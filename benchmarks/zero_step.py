@@ -9,6 +9,7 @@ live in another environment and memory is one contender's alone. All processes l
 turns of `--steps` steps, in an order that moves on by one from round to round, and those whose turn it is not are
 blocked in a read. A contender's figure is the median over the rounds of its median step in a round, a ratio the median
 over the rounds of the ratio in a round. A step lasts from barrier to barrier: what it leaves for later is counted.
+The first row is the model's own passes, which nobody can do without: its ratios are the least that any could have.
 
 Stage 3 runs twice. Once both engines are told to let parameters go after forward as FSDP2 does (a reuse distance of 0,
 a persistence threshold of 0); once, "default", with the defaults of both, beside FSDP2 with its own default, which
@@ -54,6 +55,7 @@ class Contender(NamedTuple):
 
 
 CONTENDERS = {
+    "alone": Contender("forward and backward alone, no step, no exchange", "alone", {}),
     "ddp": Contender("DDP (gradient_as_bucket_view) + fused AdamW", "ddp", {}),
     "fsdp2": Contender("FSDP2 + fused AdamW", "fsdp2", {"reshard_root": True}),
     "fsdp2-default": Contender("FSDP2 + fused AdamW, default (root kept)", "fsdp2", {"reshard_root": None}),
@@ -399,7 +401,7 @@ def ratio(found: dict[str, Found], mine: str, what: str, peer: str) -> float | N
 
 def loss_difference(found: dict[str, Found], name: str) -> float | None:
     """The largest difference of any loss of any rank to DDP's on the same batch."""
-    if "ddp" not in found:
+    if "ddp" not in found or name == "alone":
         return None
     ranks = zip(found[name].losses, found["ddp"].losses)
     return max(abs(mine - theirs) for pair in ranks for mine, theirs in zip(*pair))
@@ -434,7 +436,9 @@ def print_limits(title: str, limits: list[Limit], found: dict[str, Found]) -> No
     print(f"\n{title}" if judged else f"\n{title} none could be judged, its contenders did not run", flush=True)
     for limit, value in judged:
         verdict = "met" if value <= limit.at_most else "MISSED"
-        print_json(benchmark="zero_step", **limit._asdict(), ratio=round(value, 4), verdict=verdict)
+        least = ratio(found, "alone", "time", limit.peer) if limit.what == "time" else None
+        floor = {} if least is None else {"passes_alone": round(least, 4)}
+        print_json(benchmark="zero_step", **limit._asdict(), ratio=round(value, 4), verdict=verdict, **floor)
     for limit in limits:
         if not any(limit is other for other, _ in judged) and limit.mine in found:
             print(f"not judged: {limit.what} of {limit.mine} to {limit.peer}, which did not run")

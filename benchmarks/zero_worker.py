@@ -120,6 +120,23 @@ def make_ddp(model: GPT, job: Job) -> Training:
     return Training(module, ddp_step(module), torch.__version__)
 
 
+def make_alone(model: GPT, job: Job) -> Training:
+    """Forward and backward passes alone, no rank knowing of another, and no step: what everyone has to do."""
+    if job.bf16:
+        model.bfloat16()
+
+    def step(micro_batches: list[Batch]) -> list[float]:
+        losses = []
+        for tokens, targets in micro_batches:
+            loss = model(tokens, targets)
+            loss.backward()
+            losses.append(loss.detach())
+        model.zero_grad(set_to_none=True)
+        return [loss.item() for loss in losses]
+
+    return Training(model, step, torch.__version__)
+
+
 def make_fsdp2(model: GPT, job: Job) -> Training:
     """fully_shard on each block and the root; `reshard_root` False leaves the root's parameters whole after forward.
 
@@ -173,6 +190,7 @@ def make_deepspeed(model: GPT, job: Job) -> Training:
 
 
 MAKERS: dict[str, Callable[[GPT, Job], Training]] = {
+    "alone": make_alone,
     "ddp": make_ddp,
     "fsdp2": make_fsdp2,
     "lite": make_lite,

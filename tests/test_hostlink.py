@@ -299,3 +299,47 @@ def test_a_rank_that_has_ended_is_named_at_once(tmp_path: Path) -> None:
     assert said.startswith("DistributedError True"), said
     assert "rank 0 has ended" in said
     assert "rank 1 waits in all_gather_into_tensor of the values of a layer" in said
+
+
+@distributed(world_size=[2, 3])
+def test_a_lent_shard_is_gathered_without_a_copy_and_settles_before_it_is_written(world_size: int) -> None:
+    group, numel = Group(), 50_000
+    shard = group.lend(numel, torch.float32, torch.device("cpu"))
+    before = link(group).held_nbytes
+    for turn in range(6):
+        group.settle(shard)  # without it the others would find the next turn's numbers
+        shard.fill_(10 * turn + group.rank)
+        out = torch.empty(world_size * numel)
+        work = group.all_gather_into(out, shard, async_op=True, final=True)
+        assert work is not None
+        if group.rank == turn % world_size:
+            time.sleep(0.05)  # this rank reads late
+        work.wait()
+        expected = torch.arange(float(world_size)).repeat_interleave(numel) + 10 * turn
+        assert torch.equal(out, expected), turn
+    assert link(group).held_nbytes == before, "only the lent memory was used"
+
+
+@distributed(world_size=2)
+def test_settling_waits_for_a_rank_that_has_not_read_and_not_for_one_that_has_ended(tmp_path: Path) -> None:
+    group = Group()
+    shard = group.lend(50_000, torch.float32, torch.device("cpu"))
+    shard.fill_(group.rank)
+    group.barrier()
+    out = torch.empty(100_000)
+    if group.rank == 0:
+        work = group.all_gather_into(out, shard, async_op=True, final=True)
+        assert work is not None
+        link(group)._timeout_s, kept = 0.2, link(group)._timeout_s
+        with pytest.raises(DistributedError, match=r"ranks \[1\] to read"):
+            group.settle(shard)
+        link(group)._timeout_s = kept
+        (tmp_path / "seen").touch()
+        work.wait()
+        group.settle(shard)
+        shard.fill_(7)
+    else:
+        while not (tmp_path / "seen").exists():
+            time.sleep(0.01)
+        group.all_gather_into(out, shard, final=True)
+    assert torch.equal(out, torch.tensor([0.0, 1.0]).repeat_interleave(50_000))

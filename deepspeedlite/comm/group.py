@@ -148,11 +148,18 @@ class Group:
             self._run("broadcast", tensor, False, lambda: self._kept(dist.broadcast, tensor, group_src=src))
 
     def all_gather_into(
-        self, out: torch.Tensor, shard: torch.Tensor, async_op: bool = False, label: str = "", tag: int = 0
+        self,
+        out: torch.Tensor,
+        shard: torch.Tensor,
+        async_op: bool = False,
+        label: str = "",
+        tag: int = 0,
+        final: bool = False,
     ) -> Work | None:
         """Concatenate every rank's `shard` (S elements) in rank order into `out` (size * S elements).
 
-        `shard` may be this rank's range of `out` itself.
+        `shard` may be this rank's range of `out` itself. `final`: it will not be written before `settle(shard)`, so
+        that where it is lent memory it is sent without a copy.
         """
         if self.size == 1:
             _copy_unless_same(out, shard)
@@ -162,8 +169,10 @@ class Group:
             if self.backend != "gloo":
                 return self._kept(_ALL_GATHER, out, shard)
             pieces = list(out.view(self.size, shard.numel()))
-            _copy_unless_same(pieces[self.rank], shard)
-            return self._swap([pieces[self.rank]] * self.size, pieces, tag, partial(_copy_all, pieces), in_place=True)
+            own = shard if final else pieces[self.rank]
+            if not final:
+                _copy_unless_same(own, shard)
+            return self._swap([own] * self.size, pieces, tag, partial(_copy_all, pieces), in_place=True, final=final)
 
         return self._run("all_gather_into_tensor", out, async_op, start, label)
 
@@ -195,15 +204,22 @@ class Group:
         return self._run("reduce_scatter_tensor", full, async_op, start, label)
 
     def lend(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """A 1-D tensor, of arbitrary content, to make what `reduce_scatter_into` sends, once, and then to drop.
+        """A 1-D tensor, of arbitrary content, for what is to be sent: by `reduce_scatter_into`, or as a final shard.
 
-        Where ranks share memory it lies there and is sent without a copy: what was sent is not to be written again. Its
-        memory is used for others when no view of it is left. Elsewhere it is a new tensor. Collective the first time.
+        Where ranks share memory it lies there and is sent without a copy: what was sent is not to be written before
+        `settle`. Its memory is used for others when no view of it is left. Elsewhere it is a new tensor. Collective the
+        first time.
         """
         link = self._connected() if self._may_share(device) and numel else None
         if link is None:
             return torch.empty(numel, dtype=dtype, device=device)
         return link.lend(numel * dtype.itemsize).view(dtype)
+
+    def settle(self, tensor: torch.Tensor) -> None:
+        """Return when no rank reads `tensor`, lent memory that was sent as final, any more."""
+        if self._may_share(tensor.device) and (link := self._connected()) is not None:
+            with explained("other ranks to read a shard", self.ranks):
+                link.settle(tensor)
 
     def all_gather_objects(self, obj: _T) -> list[_T]:
         """Every rank's object, in rank order. Objects are pickled: trusted ranks and small objects only."""

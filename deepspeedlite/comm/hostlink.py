@@ -4,7 +4,8 @@ A rank copies what others are to have into a block of its own memory and tells e
 over a Unix socket; they read it there when they wait for it. So a message never waits for its receiver, whatever the
 order in which the ranks wait for theirs, and two passes over memory replace the four and the threads of a TCP socket.
 
-What is to be sent once and not kept, such as gradients to be summed, can be made in a block from the start: `lend`.
+What is sent more often than it changes, such as a shard, or is to be sent and not kept, such as gradients to be summed,
+can lie in a block from the start: `lend`. It goes without that first copy; `settle` says when it may be written again.
 
 A block is a memfd: it has no name that could be left behind or taken, no limit but memory (Docker gives /dev/shm
 64 MiB), and goes with the last process that maps it. Its descriptor travels in the first message about it, so what a
@@ -13,9 +14,10 @@ rank sent stays readable after that rank has ended.
 [Note: when a block is used again]
 When all others have said that they have read it, and no tensor that was lent is left of it. So that few blocks are
 needed, whatever has come is read whenever something is started or waited for, also for exchanges that nobody waits for
-yet, and a rank with `_MOST_IN_USE` blocks unread lets the others catch up before it starts more. It waits for them only
-so long: ranks that start exchanges in different orders might wait for each other there. Idle blocks keep their memory
-up to `KEPT_NBYTES`, because the kernel takes longer to hand out a page than a copy takes to fill it.
+yet, and a rank of whose blocks `_MOST_IN_USE` are filled, not lent and unread lets the others catch up before it takes
+another. It waits for them only so long: ranks that start exchanges in different orders might wait for each other there.
+Idle blocks keep their memory up to `KEPT_NBYTES`, because the kernel takes longer to hand out a page than a copy takes
+to fill it.
 
 [Note: the order of memory]
 A write to a block comes before the message about it, and the kernel's locks around a socket's queue order the two for
@@ -24,6 +26,7 @@ the reader. No flag in shared memory is polled, so none of this depends on how a
 
 from __future__ import annotations
 
+import bisect
 import ctypes
 import mmap
 import os
@@ -84,6 +87,7 @@ class _Block:
         os.ftruncate(self.fd, nbytes)
         self._mapping = _map(self.fd, nbytes)
         self.memory = torch.frombuffer(self._mapping, dtype=torch.uint8)
+        self.address = self.memory.data_ptr()
         self.known_to: set[int] = set()
         self.unread: set[tuple[int, int]] = set()  # message and rank that has not said that it has read it
         self.touched_nbytes = 0  # how far it was written, which is what has memory
@@ -105,14 +109,9 @@ class _Block:
     def is_idle(self) -> bool:
         return not self.unread and not self.is_lent
 
-    def offset_of(self, piece: torch.Tensor) -> int | None:
-        """Where a tensor lies in it, if it does."""
-        offset = piece.data_ptr() - self.memory.data_ptr()
-        return offset if 0 <= offset < self.memory.numel() else None
-
     def give_back(self) -> None:
         """Let the kernel have the memory until the block is written again."""
-        address, nbytes = ctypes.c_void_p(self.memory.data_ptr()), ctypes.c_size_t(self.memory.numel())
+        address, nbytes = ctypes.c_void_p(self.address), ctypes.c_size_t(self.memory.numel())
         if ctypes.CDLL(None).madvise(address, nbytes, _MADV_REMOVE) == 0:
             self.touched_nbytes = 0
 
@@ -128,7 +127,7 @@ class HostLink:
 
     def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float) -> None:
         self.rank, self._peers, self._timeout_s = rank, peers, timeout_s
-        self._blocks: list[_Block] = []
+        self._blocks: list[_Block] = []  # by address
         self._in_use: dict[int, _Block] = {}
         self._sequence = 0
         self._ended: set[int] = set()
@@ -165,7 +164,8 @@ class HostLink:
         When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
         its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
         `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in lent memory is
-        not copied, so must not change until all have read it. Exchanges of one tag meet in the order of their starts.
+        not copied, so must not change until all have read it (see `settle`). Exchanges of one tag meet in the order of
+        their starts.
         """
         self._catch_up()
         self._tickets[tag] += 1
@@ -189,11 +189,31 @@ class HostLink:
 
     def _lender(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]] | None:
         """The block in whose lent memory all the pieces lie, and where."""
-        for block in self._blocks:
-            offsets = [offset for piece in pieces if (offset := block.offset_of(piece)) is not None]
-            if len(offsets) == len(pieces) and block.is_lent:
-                return block, offsets
-        return None
+        addresses = [piece.data_ptr() for piece in pieces]
+        block = self._block_at(addresses[0])
+        if block is None or not block.is_lent or any(self._block_at(address) is not block for address in addresses):
+            return None
+        return block, [address - block.address for address in addresses]
+
+    def _block_at(self, address: int) -> _Block | None:
+        index = bisect.bisect_right(self._blocks, address, key=lambda block: block.address) - 1
+        block = self._blocks[index] if index >= 0 else None
+        return block if block is not None and address < block.address + block.memory.numel() else None
+
+    def settle(self, tensor: torch.Tensor) -> None:
+        """Return when every rank that lives has read what was sent of the lent memory in which `tensor` lies.
+
+        Raises:
+            TimeoutError: a rank has not started to receive it in time.
+        """
+        block = self._block_at(tensor.data_ptr())
+        late_at = time.monotonic() + self._timeout_s
+        while block is not None and (waiting := {rank for _, rank in block.unread} - self._ended):
+            self._catch_up()
+            if {rank for _, rank in block.unread} - self._ended and not self._incoming.poll(
+                max(0.0, late_at - time.monotonic()) * 1e3
+            ):
+                raise TimeoutError(f"waited {self._timeout_s:.0f} s for ranks {sorted(waiting)} to read what they get")
 
     def _copied(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]]:
         """A block that the pieces have been copied into, equal ones once, and where they are."""
@@ -212,15 +232,15 @@ class HostLink:
     def _idle_block(self, nbytes: int) -> _Block:
         capacity = max(_SMALLEST_BLOCK, 1 << (nbytes - 1).bit_length())
         patient_until = time.monotonic() + _PATIENCE_S
-        while len(self._in_use) >= _MOST_IN_USE and not self._ended:
+        while sum(not block.is_lent for block in self._in_use.values()) >= _MOST_IN_USE and not self._ended:
             if not self._incoming.poll(max(0.0, patient_until - time.monotonic()) * 1e3):
                 break
             self._catch_up()
         fitting = [block for block in self._blocks if block.is_idle and block.memory.numel() >= capacity]
         if not fitting:
             fitting = [_Block(len(self._blocks), capacity)]
-            self._blocks += fitting
-        return min(fitting, key=lambda block: block.memory.numel())
+            bisect.insort(self._blocks, fitting[0], key=lambda block: block.address)
+        return min(fitting, key=lambda block: (block.memory.numel(), block.number))  # the oldest, to keep few in use
 
     def _trim(self) -> None:
         """Give memory of idle blocks back, the largest first, until they keep `KEPT_NBYTES` at most."""

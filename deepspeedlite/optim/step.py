@@ -223,6 +223,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._schedule.finish()
         for unit in self._schedule.units:
             unit.verify_attached()
+            unit.settle()
         if self._settings.every_gradient_must_come:
             self._check_all_came()
         self._norm, self._norm_is_current = None, True

@@ -106,6 +106,7 @@ class _Place:
     def store(self, fragment: torch.Tensor, whole: torch.Tensor | None) -> None:
         """Write the master and the model's values; `whole` is joined where it is needed and not given."""
         self.unit.wait_for_gather()
+        self.unit.settle()
         self.master.copy_(fragment)
         self.unit.shard[self.in_shard] = fragment
         if self.unit.state is ValueState.WHOLE:

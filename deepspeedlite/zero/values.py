@@ -13,6 +13,10 @@ buffer is one storage for its whole life, and is resized to nothing and back: th
 as they are gathered. The placeholders make reading a released parameter an error of shapes instead of a read of memory
 that is gone.
 
+[Note: who reads the shard]
+On the CPU ranks of one host the shard lies in memory that the others read when they gather. A rank may be ahead of
+them, so whoever writes a shard, a step or a user, calls `settle` first.
+
 [Note: no stream of our own]
 On a GPU, NCCL runs a collective on its own stream, which first waits for what the current stream had been given when
 the collective was started; waiting for the collective makes the current stream wait. All memory here is allocated, used
@@ -59,6 +63,8 @@ _STATUS = {
     ValueState.SHARDED: ZeroParamStatus.NOT_AVAILABLE,
     ValueState.GATHERING: ZeroParamStatus.INFLIGHT,
 }
+
+_WORTH_LENDING_NBYTES = 1 << 20  # smaller shards are copied when they are sent: a block of their own is not worth it
 
 # Parameter -> weak reference to its owner, which refers to the parameter: a strong one would keep both for ever.
 _OWNERS = WeakTensorKeyDictionary()
@@ -134,7 +140,7 @@ class FlatValues:
         if source is not None and not agreed:
             self.group.broadcast(self.values, src=source)
         own = self.values[slice(*self.layout.shard(self.index))]
-        self.shard = own.clone() if sharded else own
+        self.shard = self._kept_apart(own) if sharded else own
         self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
         for owner in former:
             owner.forget(self.params)
@@ -146,6 +152,11 @@ class FlatValues:
             self._drop()
         else:
             self._show()
+
+    def _kept_apart(self, own: torch.Tensor) -> torch.Tensor:
+        if own.nbytes < _WORTH_LENDING_NBYTES:
+            return own.clone()
+        return self.group.lend(own.numel(), self.dtype, self.device).copy_(own)
 
     def forget(self, params: Iterable[torch.Tensor]) -> None:
         """Another owner has taken these parameters over."""
@@ -198,7 +209,7 @@ class FlatValues:
         if self.state is not ValueState.SHARDED:
             return
         self.values.untyped_storage().resize_(self._nbytes)
-        self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, **self._call)
+        self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, final=True, **self._call)
         self._enter(ValueState.GATHERING)
 
     def wait_for_gather(self) -> None:
@@ -229,6 +240,11 @@ class FlatValues:
         self.wait_for_gather()
         self._drop()
 
+    def settle(self) -> None:
+        """Wait until no other rank reads this rank's shard any more; before anything writes it."""
+        if self.sharded:
+            self.group.settle(self.shard)
+
     @torch.no_grad()
     def start_sharing(self) -> None:
         """After a step wrote this rank's shard of values that stay whole: start sending it to all ranks."""
@@ -246,6 +262,7 @@ class FlatValues:
         """The whole values were written, alike on every rank: take this rank's shard from them."""
         if self.sharded and self.state is ValueState.WHOLE:
             start, stop = self.layout.shard(self.index)
+            self.settle()
             self.shard.copy_(self.values[start:stop])
         self.on_new_values()
 
