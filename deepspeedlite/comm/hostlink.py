@@ -102,8 +102,13 @@ class _Block:
         return torch.frombuffer(view, dtype=torch.uint8)
 
     @property
+    def lent_nbytes(self) -> int:
+        view = None if self._lent is None else self._lent()
+        return 0 if view is None else view.nbytes
+
+    @property
     def is_lent(self) -> bool:
-        return self._lent is not None and self._lent() is not None
+        return self.lent_nbytes > 0
 
     @property
     def is_idle(self) -> bool:

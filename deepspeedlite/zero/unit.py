@@ -7,9 +7,12 @@ Collectives run on the buffers themselves. One accumulation window of the gradie
 and from AVERAGED back to LOCAL when a further pass of the window brings more.
 
 [Note: what a reduction leaves behind]
+The buffer is memory that the group lends: on the CPU ranks of one host the others read their shares of it where it
+lies, so a new pass settles it before it writes.
+
 Without sharding the whole buffer holds the average. With a sharded optimizer only this rank's shard of it does, and the
 rest is scratch. With sharded gradients the shard is summed into `grad_shard` (added, in later passes of a window) and
-the whole buffer, which the group lends, is dropped: there is one only while a pass fills it and while it is reduced.
+the whole buffer is dropped: there is one only while a pass fills it and while it is reduced.
 
 [Note: autograd hands over, the unit accumulates]
 While a backward pass runs, `param.grad` is None, so autograd gives each parameter a fresh tensor without touching
@@ -171,7 +174,7 @@ class ShardUnit(FlatValues):
         if self._frees:
             self.grad_shard = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=self.device)
         else:
-            self._use_grads(torch.empty(self.layout.numel, dtype=self.grad_dtype, device=self.device))
+            self._need_grads()
             self.grad_shard = self.grads[slice(*self.layout.shard(self.index))]
 
     def _use_grads(self, grads: torch.Tensor) -> None:
@@ -225,6 +228,7 @@ class ShardUnit(FlatValues):
         """Hide the gradients shown so far and take what this backward pass brings, each multiplied by `scale`."""
         for param in self.params:
             param.grad = None
+        self.group.settle(self.grads)
         if self.grad_state is GradState.AVERAGED and self._scatters:
             self._carried = self.grad_shard if self._frees else self.grad_shard.clone()
             self._filled = [False] * len(self.params)
