@@ -18,10 +18,12 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import NamedTuple
 
-from .spec import OpSpec
+from .prebuilt import installed_libraries
+from .spec import OPS, OpSpec
 from .toolchain import OpBuildError, Toolchain
 
 _logger = logging.getLogger("deepspeedlite")
@@ -43,6 +45,8 @@ def built(spec: OpSpec) -> Path:
     Raises:
         OpBuildError: there is no compiler, it failed, or the folder cannot be written.
     """
+    if reason := why_not(spec):
+        raise OpBuildError(f"{spec.name}: {reason}")
     toolchain = Toolchain.find()
     folder = cache_folder()
     library = folder / f"{spec.name}-{_key(spec, toolchain)}.so"
@@ -59,6 +63,65 @@ def built(spec: OpSpec) -> Path:
             "written"
         ) from error
     return library
+
+
+def why_not(spec: OpSpec) -> str | None:
+    """Why the op cannot be had here, or None. Quick: nothing is compiled and torch is not imported."""
+    if spec.pending:
+        return spec.pending
+    if spec.name in installed_libraries():
+        return None
+    try:
+        Toolchain.find()
+    except OpBuildError as error:
+        return str(error)
+    return None
+
+
+class CacheEntry(NamedTuple):
+    """A compiled op in the cache, or what a build left there.
+
+    Attributes:
+        library: the file, or a build's folder that ends in `.tmp`.
+        locked: a process is compiling it.
+        stale: nothing here loads it: a killed build's folder, or made of other sources or with another torch, Python
+            or compiler than these. (Another environment may still use it.)
+    """
+
+    library: Path
+    size_bytes: int
+    age_s: float
+    locked: bool
+    stale: bool
+
+
+def cache_entries() -> list[CacheEntry]:
+    """What lies in the cache. Nothing is written."""
+    current = set()
+    for spec in OPS.values():
+        if not spec.pending:
+            with suppress(OpBuildError):
+                current.add(f"{spec.name}-{_key(spec, Toolchain.find())}.so")
+    found = []
+    for path in sorted([*cache_folder().glob("*.so"), *cache_folder().glob("*.tmp")]):
+        with suppress(FileNotFoundError):  # a build that ends now
+            files = [path, *path.rglob("*")]
+            size_bytes = sum(file.stat().st_size for file in files if file.is_file())
+            locked = _is_locked(path.with_suffix(".lock"))
+            stale = path.name not in current and not locked
+            found.append(CacheEntry(path, size_bytes, time.time() - path.stat().st_mtime, locked, stale))
+    return found
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        with path.open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _compile(spec: OpSpec, toolchain: Toolchain, library: Path) -> None:
@@ -88,7 +151,7 @@ def _locked(path: Path, spec: OpSpec) -> Iterator[None]:
 
 def _key(spec: OpSpec, toolchain: Toolchain) -> str:
     """A hash of all that the library depends on."""
-    sources = [csrc() / name for name in (*spec.bindings, *spec.kernels)]
+    sources = [csrc() / name for name in (*spec.bindings, *spec.kernels, *spec.plain, *spec.gpu)]
     headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
     headers += sorted((csrc() / "common").glob("*.h"))
     digest = hashlib.sha256()

@@ -1,4 +1,7 @@
-"""The table of ops. To add one: its sources under csrc/, a line here, its Python side in deepspeedlite/ops/."""
+"""The table of ops. To add one: its sources under csrc/, a row here, its Python side in deepspeedlite/ops/.
+
+Names, builder classes and flags are DeepSpeed's, so that its build commands work here.
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,68 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class Library:
+    """A system library that an op uses where it is there: then `define` is defined and the op links against it."""
+
+    name: str  # as in -lNAME
+    header: str
+    define: str
+    package: str  # Debian's, which has the header
+
+
+@dataclass(frozen=True)
 class OpSpec:
-    """What an op is made of; paths are relative to csrc/.
+    """What a library of ops is made of; paths are relative to csrc/.
 
     Attributes:
-        name: of the library and of the op in `torch.ops.deepspeedlite`.
-        bindings: files that see torch's stable ABI, compiled once.
-        kernels: plain files, compiled once for each instruction set that the processor's family has.
+        name: of the library.
+        builder: the class that builds and loads it, under DeepSpeed's name.
+        flag: the environment variable that has setup.py compile it (1) or leave it out (0).
+        ops: the names that it defines in `torch.ops.deepspeedlite`; its own where none are given.
+        bindings: files that see torch's stable ABI, compiled once. With GPU kernels they get DSL_CUDA or DSL_HIP, and
+            without those they have CPU implementations alone.
+        kernels: plain C++, compiled once for each instruction set that the processor's family has.
+        plain: plain C++ that is compiled once, without torch.
+        gpu: kernels of plain C ABI for nvcc or hipcc, left out where torch has no GPU.
+        libraries: that are used where they are there.
+        pending: why there is nothing to compile yet. Who asks for the op is told so.
     """
 
     name: str
-    bindings: tuple[str, ...]
-    kernels: tuple[str, ...]
+    builder: str
+    flag: str
+    ops: tuple[str, ...] = ()
+    bindings: tuple[str, ...] = ()
+    kernels: tuple[str, ...] = ()
+    plain: tuple[str, ...] = ()
+    gpu: tuple[str, ...] = ()
+    libraries: tuple[Library, ...] = ()
+    pending: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.ops:
+            object.__setattr__(self, "ops", (self.name,))
 
 
-OPS = {
-    spec.name: spec
-    for spec in (OpSpec("cpu_adam", bindings=("cpu_optim/adam.cpp",), kernels=("cpu_optim/adam_kernel.cpp",)),)
-}
+_LATER = "its kernels are not part of this release"
+_ROWS = (
+    OpSpec(
+        "cpu_adam",
+        "CPUAdamBuilder",
+        "DS_BUILD_CPU_ADAM",
+        bindings=("cpu_optim/adam.cpp",),
+        kernels=("cpu_optim/adam_kernel.cpp",),
+    ),
+    OpSpec("cpu_adagrad", "CPUAdagradBuilder", "DS_BUILD_CPU_ADAGRAD", pending=_LATER),
+    OpSpec("cpu_lion", "CPULionBuilder", "DS_BUILD_CPU_LION", pending=_LATER),
+    OpSpec("fused_adam", "FusedAdamBuilder", "DS_BUILD_FUSED_ADAM", pending=_LATER),
+    OpSpec("fused_lamb", "FusedLambBuilder", "DS_BUILD_FUSED_LAMB", pending=_LATER),
+    OpSpec("fused_lion", "FusedLionBuilder", "DS_BUILD_FUSED_LION", pending=_LATER),
+    OpSpec("utils", "UtilsBuilder", "DS_BUILD_UTILS", pending=_LATER),
+    OpSpec("async_io", "AsyncIOBuilder", "DS_BUILD_AIO", pending=_LATER),
+    OpSpec("transformer", "TransformerBuilder", "DS_BUILD_TRANSFORMER", pending=_LATER),
+    OpSpec("stochastic_transformer", "StochasticTransformerBuilder", "DS_BUILD_STOCHASTIC_TRANSFORMER", pending=_LATER),
+    OpSpec("transformer_inference", "InferenceBuilder", "DS_BUILD_TRANSFORMER_INFERENCE", pending=_LATER),
+    OpSpec("sparse_attn", "SparseAttnBuilder", "DS_BUILD_SPARSE_ATTN", pending=_LATER),
+)
+OPS = {spec.name: spec for spec in _ROWS}

@@ -71,6 +71,10 @@ class Toolchain:
             [*first, *_BINDING, *torch, "-c", str(csrc / source), "-o", str(objects / f"{Path(source).stem}.o")]
             for source in spec.bindings
         ]
+        found += [
+            [*first, "-O2", "-c", str(csrc / source), "-o", str(objects / f"{Path(source).stem}.plain.o")]
+            for source in spec.plain
+        ]
         for isa, flags in _ISAS.get(platform.machine(), _ONE_ISA).items():
             found += [
                 [

@@ -12,7 +12,7 @@ import torch
 
 from deepspeedlite.errors import OpError
 from deepspeedlite.log import log_once
-from deepspeedlite.ops.op_builder import OPS, OpBuildError, built
+from deepspeedlite.ops.op_builder import OPS, OpBuildError, OpSpec, built
 
 
 @cache
@@ -20,15 +20,25 @@ def load(name: str) -> Any:
     """The op `torch.ops.deepspeedlite.<name>`.
 
     Raises:
-        OpError: it cannot be compiled or loaded here; the message says why.
+        OpError: there is none of that name, or it cannot be compiled or loaded here; the message says why.
     """
-    try:
-        torch.ops.load_library(str(built(OPS[name])))
-    except (OpBuildError, OSError) as error:
-        raise OpError(f"op {name} is not available: {error}") from error
-    # All ops write into their arguments and return nothing, so a fake one has nothing to do.
-    torch.library.register_fake(f"deepspeedlite::{name}", lambda *args: None)
+    spec = next((spec for spec in OPS.values() if name in spec.ops), None)
+    if spec is None:
+        raise OpError(f"there is no op {name}; the ops are {', '.join(op for spec in OPS.values() for op in spec.ops)}")
+    _load_library(spec)
     return getattr(torch.ops.deepspeedlite, name)
+
+
+@cache
+def _load_library(spec: OpSpec) -> None:
+    try:
+        torch.ops.load_library(str(built(spec)))
+    except (OpBuildError, OSError) as error:
+        raise OpError(f"op {spec.name} is not available: {error}") from error
+    for op in spec.ops:
+        # One that writes into its arguments alone has nothing to do with fake ones. Another's module registers its own.
+        if not getattr(torch.ops.deepspeedlite, op).default._schema.returns:
+            torch.library.register_fake(f"deepspeedlite::{op}", lambda *args, **kwargs: None)
 
 
 @cache
