@@ -37,7 +37,7 @@ class LossScaleError(DeepSpeedLiteError, RuntimeError):
 
 
 class OpError(DeepSpeedLiteError, RuntimeError):
-    """A compiled op cannot be had here: no compiler, a source that does not compile, a library that does not load."""
+    """A compiled op cannot be had here (no compiler, a library that does not load), or not for these tensors."""
 
 
 class DataError(DeepSpeedLiteError, ValueError):

@@ -29,6 +29,7 @@ WIDE_SIGNATURES = {
     "data.py:build_dataloader",
     "lamb.py:__init__",
     "adam.py:__init__",
+    "adam.py:fused_adam_in_torch",
     "init.py:__init__",
     "lr_schedules.py:__init__",
     "flops.py:get_model_profile",

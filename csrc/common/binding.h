@@ -8,6 +8,7 @@
 #include <torch/headeronly/core/ScalarType.h>
 
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "common/tensor.h"
@@ -55,11 +56,12 @@ void parallel_over(const std::vector<int64_t>& numels, const Work& work) {
     });
 }
 
-// A list argument of an op.
+// A list argument of an op. An optional one may be empty; a single one has one fp32 number for each tensor.
+enum class Kind { required, optional, single };
 struct List {
     const char* name;
     const std::vector<torch::stable::Tensor>& tensors;
-    bool optional = false;
+    Kind kind = Kind::required;
 };
 
 // The lists as kernels see them: `tensors` is (count, lists), an entry of an empty optional list is absent.
@@ -67,20 +69,41 @@ struct Table {
     Table(const char* op, std::initializer_list<List> lists) {
         const List& first = *lists.begin();
         for (const List& list : lists) {
-            STD_TORCH_CHECK(list.tensors.size() == first.tensors.size() || (list.optional && list.tensors.empty()), op,
-                            ": ", first.tensors.size(), " ", first.name, ", but ", list.tensors.size(), " ", list.name);
+            STD_TORCH_CHECK(
+                list.tensors.size() == first.tensors.size() || (list.kind == Kind::optional && list.tensors.empty()),
+                op, ": ", first.tensors.size(), " ", first.name, ", but ", list.tensors.size(), " ", list.name);
         }
+        if (first.tensors.empty()) return;
+        on_cpu = first.tensors[0].is_cpu();
+        device_index = first.tensors[0].get_device_index();
         for (size_t i = 0; i < first.tensors.size(); ++i) {
             numels.push_back(first.tensors[i].numel());
-            for (const List& list : lists) {
-                tensors.push_back(list.tensors.empty() ? dsl_tensor{nullptr, DSL_FP32}
-                                                       : checked(list.tensors[i], numels.back(), op, list.name, i));
-            }
+            for (const List& list : lists) tensors.push_back(entry(op, list, i));
         }
+    }
+
+    // A number that may be on the tensors' device: where it lies, or null.
+    float* number(const char* op, const char* name, const std::optional<torch::stable::Tensor>& tensor) const {
+        if (!tensor.has_value()) return nullptr;
+        return static_cast<float*>(entry(op, {name, {*tensor}, Kind::single}, 0).data);
     }
 
     std::vector<dsl_tensor> tensors;
     std::vector<int64_t> numels;
+    bool on_cpu = true;
+    int32_t device_index = 0;
+
+ private:
+    dsl_tensor entry(const char* op, const List& list, size_t i) const {
+        if (list.tensors.empty()) return {nullptr, DSL_FP32};
+        const torch::stable::Tensor& tensor = list.tensors[i];
+        STD_TORCH_CHECK(tensor.is_cpu() == on_cpu && tensor.get_device_index() == device_index, op, ": ", list.name,
+                        "[", i, "] is on another device than the first tensor");
+        const dsl_tensor found = checked(tensor, list.kind == Kind::single ? 1 : numels[i], op, list.name, i);
+        STD_TORCH_CHECK(list.kind != Kind::single || found.dtype == DSL_FP32, op, ": ", list.name, "[", i,
+                        "] must be float32");
+        return found;
+    }
 };
 
 }  // namespace dsl

@@ -84,6 +84,14 @@ void narrow(uint16_t* __restrict to, const float* __restrict from, dsl_dtype dty
     for (; i < n; ++i) to[i] = narrow_fp16(from[i]);
 }
 
+inline void write(const float* from, const dsl_tensor& to, int64_t start, int64_t n) {
+    if (to.dtype != DSL_FP32) {
+        narrow(static_cast<uint16_t*>(to.data) + start, from, to.dtype, n);
+    } else if (static_cast<float*>(to.data) + start != from) {
+        std::memcpy(static_cast<float*>(to.data) + start, from, n * sizeof(float));
+    }
+}
+
 // One tile of a tensor. `floats` may be read and written; `put_back` makes the tensor hold what was written.
 class Tile {
  public:
@@ -96,27 +104,33 @@ class Tile {
         }
     }
 
-    void put_back() const { write(floats, tensor_); }
+    void put_back() const { write(floats, tensor_, start_, n_); }
 
     // The same numbers in another tensor, at the same place.
     void copy_to(const dsl_tensor& other) const {
-        if (other.data != nullptr) write(floats, other);
+        if (other.data != nullptr) write(floats, other, start_, n_);
     }
 
     float* floats;
 
  private:
-    void write(const float* from, const dsl_tensor& to) const {
-        if (to.dtype != DSL_FP32) {
-            narrow(static_cast<uint16_t*>(to.data) + start_, from, to.dtype, n_);
-        } else if (static_cast<float*>(to.data) + start_ != from) {
-            std::memcpy(static_cast<float*>(to.data) + start_, from, n_ * sizeof(float));
-        }
-    }
-
     const dsl_tensor tensor_;
     const int64_t start_, n_;
     alignas(64) float buffer_[TILE];
 };
+
+// The sum of the squares of at most a tile's numbers. Sixteen sums side by side are what vectors need, and are the same
+// for every instruction set.
+inline float sum_of_squares(const float* from, int64_t n) {
+    float sums[16] = {};
+    int64_t i = 0;
+    for (; i + 16 <= n; i += 16) {
+        for (int k = 0; k < 16; ++k) sums[k] += from[i + k] * from[i + k];
+    }
+    for (; i < n; ++i) sums[0] += from[i] * from[i];
+    float sum = 0;
+    for (const float one : sums) sum += one;
+    return sum;
+}
 
 }  // namespace

@@ -17,8 +17,8 @@ void cpu_adam(Tensors params, Tensors grads, Tensors exp_avgs, Tensors exp_avg_s
                                         {"grads", grads},
                                         {"exp_avgs", exp_avgs},
                                         {"exp_avg_sqs", exp_avg_sqs},
-                                        {"max_exp_avg_sqs", max_exp_avg_sqs, true},
-                                        {"copies", copies, true}});
+                                        {"max_exp_avg_sqs", max_exp_avg_sqs, dsl::Kind::optional},
+                                        {"copies", copies, dsl::Kind::optional}});
     const auto* const runs = reinterpret_cast<const dsl_adam_run*>(table.tensors.data());
     const dsl::Adam adam{lr, beta1, beta2, eps, weight_decay, grad_scale, decoupled, bias_correction};
     const dsl_adam_step how = adam.at(step);

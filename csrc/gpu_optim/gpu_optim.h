@@ -49,8 +49,8 @@ int dsl_gpu_lion_update(const dsl_tensor* tensors, const int64_t* numel, int64_t
                         void* stream);
 
 // LAMB's phase one: the moments move on, and norms[0][i] = |param i|, norms[1][i] = |update i|, fp32 (2, count).
-// Roles: param, grad, exp_avg, exp_avg_sq. `partials` is scratch of 2 * (sum of ceil(numel / 4096)) floats; both are
-// zeros before, since where a step is skipped, and for empty tensors, they are not written.
+// Roles: param, grad, exp_avg, exp_avg_sq. `partials` is scratch of 2 * (sum of ceil(numel / 4096)) floats. The norms of
+// empty tensors, and of all where the step is skipped, may stay unwritten: fill them with 0.
 int dsl_gpu_lamb_moments(const dsl_tensor* tensors, const int64_t* numel, int64_t count, const dsl_gpu_lamb* how,
                          float* partials, float* norms, void* stream);
 
@@ -64,7 +64,7 @@ int dsl_gpu_lamb_apply(const dsl_tensor* tensors, const int64_t* numel, int64_t 
 int dsl_gpu_scale(const dsl_tensor* tensors, const int64_t* numel, int64_t count, float factor,
                   const float* factor_on_device, float* found_inf, void* stream);
 
-// norms[i] = the 2-norm of tensor i, fp32, zeros before. `partials` is scratch of (sum of ceil(numel / 4096)) floats.
+// norms[i] = the 2-norm of tensor i, fp32, 0 before. `partials` is scratch of (sum of ceil(numel / 4096)) floats.
 int dsl_gpu_l2norm(const dsl_tensor* tensors, const int64_t* numel, int64_t count, float* partials, float* norms,
                    void* stream);
 }

@@ -27,6 +27,7 @@ extern "C" int dsl_gpu_l2norm(const dsl_tensor* tensors, const int64_t* numel, i
     using namespace dsl;
     return for_each_list<1>(tensors, numel, count, 1, [&](auto pack, const auto& list, uint32_t blocks, int64_t first) {
         DSL_LAUNCH(squares_kernel<decltype(pack)::value>, blocks, THREADS, stream, list, partials);
-        DSL_LAUNCH(norm_kernel<1>, list.count, THREADS, stream, list, partials, norms + first);
+        const float* const always = nullptr;
+        DSL_LAUNCH(norm_kernel<1>, list.count, THREADS, stream, list, partials, norms + first, always);
     });
 }

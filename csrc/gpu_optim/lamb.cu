@@ -98,7 +98,7 @@ extern "C" int dsl_gpu_lamb_moments(const dsl_tensor* tensors, const int64_t* nu
             DSL_LAUNCH(lamb_moments_kernel<decltype(pack)::value>, blocks, THREADS, stream, list, *how, partials);
             for (int64_t which = 0; which < 2; ++which) {
                 DSL_LAUNCH(norm_kernel<MOMENTS_ROLES>, list.count, THREADS, stream, list, partials + which * blocks,
-                           norms + which * count + first);
+                           norms + which * count + first, how->on_device.found_inf);
             }
         });
 }

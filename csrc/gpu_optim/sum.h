@@ -7,9 +7,11 @@
 namespace dsl {
 
 // partials: read, the list's blocks; norms: written, one per tensor. blockIdx.x is the tensor's place in the list.
+// Where `found_inf` is not 0 there are no partial sums, and no norms.
 template <int ROLES>
-__global__ void __launch_bounds__(THREADS)
-    norm_kernel(const __grid_constant__ TensorList<ROLES> list, const float* partials, float* norms) {
+__global__ void __launch_bounds__(THREADS) norm_kernel(const __grid_constant__ TensorList<ROLES> list,
+                                                       const float* partials, float* norms, const float* found_inf) {
+    if (either(found_inf, 0) != 0) return;
     double sum = 0;
     const uint32_t end = list.first_block[blockIdx.x + 1];
     for (uint32_t i = list.first_block[blockIdx.x] + threadIdx.x; i < end; i += THREADS) sum += partials[i];

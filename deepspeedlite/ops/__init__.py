@@ -16,16 +16,19 @@ from deepspeedlite.ops.op_builder import OPS, OpBuildError, OpSpec, built
 
 
 @cache
-def load(name: str) -> Any:
-    """The op `torch.ops.deepspeedlite.<name>`.
+def load(name: str, device_type: str = "cpu") -> Any:
+    """The op `torch.ops.deepspeedlite.<name>`, for tensors on a `"cpu"` or `"cuda"` device.
 
     Raises:
-        OpError: there is none of that name, or it cannot be compiled or loaded here; the message says why.
+        OpError: there is none of that name, or it cannot be compiled or loaded here, or not for that device; the
+            message says why.
     """
     spec = next((spec for spec in OPS.values() if name in spec.ops), None)
     if spec is None:
         raise OpError(f"there is no op {name}; the ops are {', '.join(op for spec in OPS.values() for op in spec.ops)}")
     _load_library(spec)
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deepspeedlite::{name}", device_type.upper()):
+        raise OpError(f"op {name} is not available on {device_type}: it was compiled for the CPU alone")
     return getattr(torch.ops.deepspeedlite, name)
 
 
@@ -42,10 +45,10 @@ def _load_library(spec: OpSpec) -> None:
 
 
 @cache
-def is_available(name: str) -> bool:
+def is_available(name: str, device_type: str = "cpu") -> bool:
     """Whether `load` works; says once why not."""
     try:
-        load(name)
+        load(name, device_type)
     except OpError as error:
         log_once(f"{error}\n  torch does its work instead, more slowly")
         return False

@@ -1,6 +1,6 @@
-"""Adam and AdamW on the CPU, in one pass over memory.
+"""Adam and AdamW in one pass over memory: on the CPU and, as `FusedAdam`, on GPUs too.
 
-The op does to every element (Kingma and Ba 2014, arXiv:1412.6980; decoupled weight decay: arXiv:1711.05101)
+The ops do to every element (Kingma and Ba 2014, arXiv:1412.6980; decoupled weight decay: arXiv:1711.05101)
 
     g = grad * grad_scale  (+ weight_decay * p, unless decoupled)
     m = m + (1 - beta1) (g - m)          v = beta2 v + (1 - beta2) g^2
@@ -11,7 +11,6 @@ and writes p into `copy` too, where one is given. Each tensor may be fp32, bf16 
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -21,19 +20,26 @@ from torch import Tensor
 
 from deepspeedlite.ops import is_available, load
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
-from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate, zeros_like
+from deepspeedlite.ops.one_pass import (
+    FusedOptimizer,
+    OnDevice,
+    OnePassOptimizer,
+    OnePassUpdate,
+    put_back,
+    zeros_like,
+)
 
 
 class Adam(NamedTuple):
     """The numbers of a step, as in the formulas above."""
 
-    step: float
-    lr: float
+    step: float | Tensor
+    lr: float | Tensor
     beta1: float
     beta2: float
     eps: float
     weight_decay: float
-    grad_scale: float = 1.0
+    grad_scale: float | Tensor = 1.0
     decoupled: bool = True
     bias_correction: bool = True
 
@@ -51,7 +57,7 @@ def adam_in_torch(
     how = Adam(*numbers)
     wide = torch.float64 if params and params[0].dtype == torch.float64 else torch.float32
     correction1 = 1 - how.beta1**how.step if how.bias_correction else 1.0
-    correction2 = math.sqrt(1 - how.beta2**how.step) if how.bias_correction else 1.0
+    correction2 = (1 - how.beta2**how.step) ** 0.5 if how.bias_correction else 1.0
     for index, param in enumerate(params):
         p, g, m, v = (each[index].to(wide) for each in (params, grads, exp_avgs, exp_avg_sqs))
         g = g * how.grad_scale if how.decoupled else g * how.grad_scale + how.weight_decay * p
@@ -67,6 +73,30 @@ def adam_in_torch(
         param.copy_(p)
         if copies:
             copies[index].copy_(p)
+
+
+def fused_adam_in_torch(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    max_exp_avg_sqs: Sequence[Tensor],
+    copies: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *rest: Any,
+) -> None:
+    """What the op `fused_adam` does, in torch: `rest` are an `OnDevice`'s fields and an `Adam`'s from `lr` on."""
+    on_device = OnDevice(*rest[:3])
+    lr, beta1, beta2, eps, weight_decay, grad_scale, decoupled, bias_correction = rest[3:]
+    written = [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *copies]
+    before = [] if on_device.found_inf is None else [tensor.clone() for tensor in written]
+    factor = 1.0 if on_device.grad_factor is None else on_device.grad_factor
+    how = Adam(0.0, lr if on_device.lr is None else on_device.lr, beta1, beta2, eps, weight_decay)
+    how = how._replace(grad_scale=grad_scale * factor, decoupled=decoupled, bias_correction=bias_correction)
+    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
+    for index, step in enumerate(steps):
+        adam_in_torch(*([of[index]] if of else [] for of in lists), *how._replace(step=step))
+    put_back(on_device.found_inf, written, before)
 
 
 class DeepSpeedCPUAdam(OnePassOptimizer):
@@ -127,3 +157,68 @@ class DeepSpeedCPUAdam(OnePassOptimizer):
             [update.copy for update in updates if update.copy is not None],
             *how,
         )
+
+
+class FusedAdam(FusedOptimizer):
+    """Adam for parameters on GPUs (and the CPU), under DeepSpeed's name and with its arguments, AMSGrad besides.
+
+    The state is torch's, name for name, so state dicts of torch.optim.Adam and AdamW load here and the other way round;
+    the moments have the parameters' dtype. `adam_w_mode=False` adds the weight decay to the gradient.
+    """
+
+    set_grad_none = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        bias_correction: bool = True,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        adam_w_mode: bool = True,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        set_grad_none: bool = True,
+    ) -> None:
+        check_hyperparameters("FusedAdam", lr, betas, eps=eps, weight_decay=weight_decay)
+        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"bias_correction": bias_correction, "amsgrad": amsgrad, "adam_w_mode": adam_w_mode}
+        super().__init__(params, defaults)
+        self.set_grad_none = set_grad_none
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Forget the gradients; what was said when it was made decides whether they are freed."""
+        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
+
+    def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:
+        names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
+        for update in updates:
+            self._check(update, ("cpu", "cuda"))
+            for name in names:
+                if name not in self.state[update.param]:
+                    self.state[update.param][name] = zeros_like(update.param, update.param.dtype)
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        for together in self._alike(updates):
+            device = together[0].param.device
+            on_device = self._on_device(device, lr)
+            steps = self._count(together, on_device.found_inf)
+            known_lr = 0.0 if on_device.lr is not None else float(lr)
+            apply = self._op("fused_adam", together) or fused_adam_in_torch
+            apply(
+                [update.param for update in together],
+                [update.grad for update in together],
+                self._states(together, "exp_avg"),
+                self._states(together, "exp_avg_sq"),
+                self._states(together, "max_exp_avg_sq") if group["amsgrad"] else [],
+                [update.copy for update in together if update.copy is not None],
+                steps,
+                *on_device,
+                known_lr,
+                beta1,
+                beta2,
+                group["eps"],
+                group["weight_decay"],
+                grad_scale,
+                group["adam_w_mode"],
+                group["bias_correction"],
+            )

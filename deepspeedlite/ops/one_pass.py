@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspeedlite.errors import OptimizerError
+from deepspeedlite.ops import is_available, load
 
 
 class OnePassUpdate(NamedTuple):
@@ -27,6 +28,11 @@ class OnePassOptimizer(torch.optim.Optimizer):
     """An optimizer whose `_update` does all that a step does to some parameters of one group."""
 
     _handed_over: tuple[Sequence[OnePassUpdate], float] | None = None
+
+    def _update_all(self, groups: list[tuple[dict[str, Any], list[OnePassUpdate]]], grad_scale: float) -> None:
+        """One step: of each group the parameters that take part in it. Groups without any are left out."""
+        for group, updates in groups:
+            self._update(updates, group, grad_scale)
 
     def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:
         """Step these parameters, all of `group`, with their gradients times `grad_scale`."""
@@ -52,10 +58,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
         handed_over, self._handed_over = self._handed_over, None
         updates, grad_scale = handed_over or (self._own_updates(), 1.0)
         by_param = {update.param: update for update in updates}
-        for group in self.param_groups:
-            of_group = [by_param[param] for param in group["params"] if param in by_param]
-            if of_group:
-                self._update(of_group, group, grad_scale)
+        of_groups = [
+            (group, [by_param[param] for param in group["params"] if param in by_param]) for group in self.param_groups
+        ]
+        self._update_all([(group, updates) for group, updates in of_groups if updates], grad_scale)
         return loss
 
     def hand_over(self, updates: Sequence[OnePassUpdate], grad_scale: float = 1.0) -> None:
@@ -84,6 +90,70 @@ class OnePassOptimizer(torch.optim.Optimizer):
 
     def _states(self, updates: Sequence[OnePassUpdate], name: str) -> list[Tensor]:
         return [self.state[update.param][name] for update in updates]
+
+
+class OnDevice(NamedTuple):
+    """Numbers that only the device may know, as 0-d fp32 tensors there, or None."""
+
+    lr: Tensor | None
+    grad_factor: Tensor | None
+    found_inf: Tensor | None
+
+
+class FusedOptimizer(OnePassOptimizer):
+    """A one-pass optimizer that never waits for the device, so that a CUDA graph can hold its step.
+
+    `step` is counted on the device, `lr` may be a tensor there, and where a `torch.amp.GradScaler` steps it, the scale
+    and the finding of infinities stay there too: the kernels read them.
+    """
+
+    _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to us: see `_on_device`
+
+    def _on_device(self, device: torch.device, lr: float | Tensor) -> OnDevice:
+        def there(number: Tensor | None) -> Tensor | None:
+            return None if number is None else number.to(device, torch.float32, non_blocking=True).reshape(())
+
+        scale, found_inf = (
+            getattr(self, name, None) for name in ("grad_scale", "found_inf")
+        )  # a GradScaler's, in `step`
+        rate = lr if isinstance(lr, Tensor) and lr.device == device else None
+        return OnDevice(there(rate), there(None if scale is None else scale.reciprocal()), there(found_inf))
+
+    def _op(self, name: str, updates: list[OnePassUpdate]) -> Any:
+        """The op, or None where it cannot be had for these, or one of them is not contiguous (channels_last, say)."""
+        contiguous = all(
+            tensor.is_contiguous()
+            for update in updates
+            for tensor in (*update, *self.state[update.param].values())
+            if isinstance(tensor, Tensor)
+        )
+        device_type = updates[0].param.device.type
+        return load(name, device_type) if contiguous and is_available(name, device_type) else None
+
+    def _alike(self, updates: list[OnePassUpdate]) -> list[list[OnePassUpdate]]:
+        """Those that one call of an op can take: on one device, all with a copy or all without."""
+        alike: dict[tuple[torch.device, bool], list[OnePassUpdate]] = {}
+        for update in updates:
+            alike.setdefault((update.param.device, update.copy is None), []).append(update)
+        return list(alike.values())
+
+    def _count(self, updates: list[OnePassUpdate], found_inf: Tensor | None) -> list[Tensor]:
+        """The numbers of the steps that begin, 0-d tensors on the parameters' devices; a skipped one does not count."""
+        for param, _, _ in updates:
+            state, device = self.state[param], param.device
+            count = state.get("step", 0.0)
+            if not isinstance(count, Tensor) or count.device != device or count.dtype != torch.float32:
+                state["step"] = torch.as_tensor(count, dtype=torch.float32).to(device)
+        counts = self._states(updates, "step")
+        torch._foreach_add_(counts, 1.0 if found_inf is None else 1.0 - found_inf)
+        return counts
+
+
+def put_back(found_inf: Tensor | None, tensors: Sequence[Tensor], before: Sequence[Tensor]) -> None:
+    """Undo what was done to `tensors` where infinities were found, without asking the device whether."""
+    if found_inf is not None:
+        for tensor, kept in zip(tensors, before):
+            tensor.copy_(torch.where(found_inf != 0, kept, tensor))
 
 
 def zeros_like(param: Tensor, dtype: torch.dtype) -> Tensor:
