@@ -529,10 +529,10 @@ def test_optimizers_by_name_learn(name):
 
 @distributed(world_size=2)
 def test_lamb_on_flat_runs_equals_lamb_on_single_parameters():
-    from deepspeedlite.optim.lamb import Lamb
+    from deepspeedlite.ops.lamb import FusedLamb
 
     plain = tied_model()
-    optimizer = Lamb(plain.parameters(), lr=0.02, weight_decay=0.01)
+    optimizer = FusedLamb(plain.parameters(), lr=0.02, weight_decay=0.01)
     engine = make(tied_model(), optimizer={"type": "Lamb", "params": {"lr": 0.02, "weight_decay": 0.01}})
     for step in range(4):
         engine.backward(engine(*tokens(step, 0, dist.get_rank())))

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from harness import distributed
 
 from deepspeedlite.errors import OptimizerError
-from deepspeedlite.optim.lamb import Lamb
+from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.zero.layout import FlatLayout, Run
 
 STEPS = 5
@@ -60,7 +60,7 @@ def formula(
 def unsharded(options, steps=STEPS, shapes=SHAPES, groups=GROUPS) -> tuple[list[torch.Tensor], list[float]]:
     """The same by Lamb on whole tensors."""
     params = [torch.nn.Parameter(p) for p in drawn(0, shapes)]
-    whole = Lamb([{"params": [p for p, g in zip(params, groups) if g == k], **o} for k, o in enumerate(options)])
+    whole = FusedLamb([{"params": [p for p, g in zip(params, groups) if g == k], **o} for k, o in enumerate(options)])
     for t in range(1, steps + 1):
         for param, grad in zip(params, drawn(t, shapes)):
             param.grad = grad
@@ -89,7 +89,7 @@ class Shard:
         self.spans = [part for span in spans for part in self._cut(span, pieces_per_run)]
         values = self.flat(drawn(0))
         self.runs = [torch.nn.Parameter(values[s.start : s.stop].clone()) for s in self.spans]
-        self.optimizer = Lamb(
+        self.optimizer = FusedLamb(
             [{"params": [r for r, s in zip(self.runs, self.spans) if s.group == k], **o} for k, o in enumerate(options)]
         )
         segments = {
@@ -257,7 +257,7 @@ def test_bounds_of_each_group_are_its_own():
 def test_zeros_on_every_rank_take_ratio_one_and_zeros_on_one_rank_do_not():
     values = torch.tensor([[0.0, 0.0, 0.0, 0.0], [0.0, 0.0, 3.0, 4.0]])[dist.get_rank()]
     run = torch.nn.Parameter(values.clone())  # two parameters of four elements, half of each on each rank
-    optimizer = Lamb([run], lr=0.1, betas=(0.5, 0.75), bias_correction=False)
+    optimizer = FusedLamb([run], lr=0.1, betas=(0.5, 0.75), bias_correction=False)
     optimizer.set_segments({run: [(0, 2, 0), (2, 4, 1)]}, 2, Sum())
     run.grad = torch.ones(4)
     optimizer.step()  # each element of the update is 0.5 / sqrt(0.25) = 1
@@ -270,7 +270,7 @@ def test_bf16_and_mixed_parameters_without_segments():
     """Norms are taken in fp32, whatever the parameters are."""
     half = torch.nn.Parameter(torch.full((1000,), 0.5, dtype=torch.bfloat16))
     full = torch.nn.Parameter(torch.full((1000,), 0.5))
-    optimizer = Lamb([half, full], lr=0.25, betas=(0.5, 0.5), bias_correction=False)
+    optimizer = FusedLamb([half, full], lr=0.25, betas=(0.5, 0.5), bias_correction=False)
     half.grad, full.grad = torch.ones_like(half), torch.ones_like(full)
     optimizer.step()
     exact = 0.5 / (0.5 / math.sqrt(0.5))
@@ -282,7 +282,7 @@ def test_bf16_and_mixed_parameters_without_segments():
 
 def test_incomplete_segments_are_refused():
     first, second = torch.nn.Parameter(torch.ones(4)), torch.nn.Parameter(torch.ones(4))
-    optimizer = Lamb([first, second])
+    optimizer = FusedLamb([first, second])
     with pytest.raises(OptimizerError, match="1 of this optimizer's 2 runs"):
         optimizer.set_segments({first: [(0, 4, 0)]})
     with pytest.raises(OptimizerError, match="needs a parameter_count"):

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from deepspeedlite.errors import OptimizerError, UnsupportedError
+from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim import registry
-from deepspeedlite.optim.lamb import Lamb
 from deepspeedlite.optim.lion import Lion
 from deepspeedlite.optim.registry import UncorrectedAdam, build_optimizer, check_flat_compatible
 
@@ -132,7 +132,7 @@ def test_lamb_follows_its_formula(corrected, inside, bounds):
 
 def test_lamb_ratio_is_one_where_a_norm_is_zero():
     zero, still = torch.nn.Parameter(torch.zeros(3)), torch.nn.Parameter(torch.ones(3))
-    optimizer = Lamb([zero, still], lr=0.1)
+    optimizer = FusedLamb([zero, still], lr=0.1)
     zero.grad, still.grad = torch.ones(3), torch.zeros(3)
     optimizer.step()
     assert optimizer.get_lamb_coeffs() == [1.0, 1.0]
@@ -165,7 +165,7 @@ def test_lamb_on_runs_with_padding_equals_lamb_on_tensors(lengths, gaps, cut):
             segments[tensor].append((at + gaps[i], at + gaps[i] + lengths[i], i))
             at += gaps[i] + lengths[i]
     options = {"lr": 0.1, "weight_decay": 0.05}
-    plain, flat = Lamb(whole, **options), Lamb(runs, **options)
+    plain, flat = FusedLamb(whole, **options), FusedLamb(runs, **options)
     flat.set_segments(segments)
     for _ in range(3):
         grads = [torch.randn(n, generator=generator, dtype=torch.float64) for n in lengths]
@@ -183,7 +183,7 @@ def test_lamb_on_runs_with_padding_equals_lamb_on_tensors(lengths, gaps, cut):
 
 def test_lamb_steps_what_no_segment_covers_with_ratio_one():
     flat = torch.nn.Parameter(torch.arange(1.0, 7.0))
-    optimizer = Lamb([flat], lr=0.1)
+    optimizer = FusedLamb([flat], lr=0.1)
     optimizer.set_segments({flat: [(2, 3, 1), (3, 4, 0)]})
     flat.grad = torch.ones(6)
     optimizer.step()
@@ -197,8 +197,8 @@ def test_lamb_steps_what_no_segment_covers_with_ratio_one():
 def test_lamb_without_segments_differs_on_a_run():
     """The test above can fail: one norm for the whole run is another optimizer."""
     params, flat = make_parameters(), torch.nn.Parameter(torch.cat([p.detach().flatten() for p in make_parameters()]))
-    run(Lamb(params, lr=0.1), params, range(1))
-    optimizer = Lamb([flat], lr=0.1)
+    run(FusedLamb(params, lr=0.1), params, range(1))
+    optimizer = FusedLamb([flat], lr=0.1)
     flat.grad = torch.cat([g.flatten() for g in gradients(0)])
     optimizer.step()
     assert not torch.allclose(flat, torch.cat([p.detach().flatten() for p in params]), rtol=1e-3)
@@ -219,9 +219,9 @@ def test_lamb_without_segments_differs_on_a_run():
 def test_lamb_refuses_impossible_segments(segments):
     flat = torch.nn.Parameter(torch.ones(10))
     with pytest.raises(OptimizerError, match="set_segments"):
-        Lamb([flat]).set_segments({flat: segments}, parameter_count=2)
+        FusedLamb([flat]).set_segments({flat: segments}, parameter_count=2)
     with pytest.raises(OptimizerError, match="not a 1-D run"):
-        Lamb([flat]).set_segments({torch.ones(10): [(0, 1, 0)]})
+        FusedLamb([flat]).set_segments({torch.ones(10): [(0, 1, 0)]})
 
 
 @pytest.mark.parametrize(
@@ -374,7 +374,13 @@ class Unbuildable(PlainDescent):
 
 def test_flat_check_knows_refuses_and_tries_out():
     params = make_parameters(torch.float32)
-    for made in (Lion(params), Lamb(params), UncorrectedAdam(params), PlainDescent(params), Unbuildable(params, 1)):
+    for made in (
+        Lion(params),
+        FusedLamb(params),
+        UncorrectedAdam(params),
+        PlainDescent(params),
+        Unbuildable(params, 1),
+    ):
         check_flat_compatible(made)
     with pytest.raises(UnsupportedError, match="NormedDescent gives other results"):
         check_flat_compatible(NormedDescent(params))
@@ -386,9 +392,9 @@ def test_flat_check_knows_refuses_and_tries_out():
 
 
 def test_the_trial_finds_every_known_elementwise_class_elementwise():
-    for cls in registry._ELEMENTWISE - {Lamb}:
+    for cls in registry._ELEMENTWISE - {FusedLamb}:
         assert registry._is_elementwise(cls(make_parameters(torch.float32))), cls
-    assert not registry._is_elementwise(Lamb(make_parameters(torch.float32)))
+    assert not registry._is_elementwise(FusedLamb(make_parameters(torch.float32)))
     state = torch.random.get_rng_state()
     check_flat_compatible(PlainDescent(make_parameters()))
     assert torch.equal(state, torch.random.get_rng_state())
@@ -397,6 +403,6 @@ def test_the_trial_finds_every_known_elementwise_class_elementwise():
 def test_sparse_gradients_are_refused_by_name():
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    for optimizer in (Lion(embedding.parameters()), Lamb(embedding.parameters())):
+    for optimizer in (Lion(embedding.parameters()), FusedLamb(embedding.parameters())):
         with pytest.raises(UnsupportedError, match="sparse"):
             optimizer.step()

@@ -21,7 +21,7 @@ import deepspeedlite
 from deepspeedlite import utils
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import DeepSpeedLiteError, EngineStateError, OptimizerError
-from deepspeedlite.optim.lamb import Lamb
+from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -94,7 +94,7 @@ class Reference:
         self.masters = {name: p.detach().float().clone() for name, p in net(seed).named_parameters() if p.requires_grad}
         for name, master in self.masters.items():
             master.copy_(self.params[name].detach())
-        kind, hyper = (Lamb, LAMB) if optimizer == "Lamb" else (torch.optim.AdamW, HYPER)
+        kind, hyper = (FusedLamb, LAMB) if optimizer == "Lamb" else (torch.optim.AdamW, HYPER)
         self.optimizer = kind(list(self.masters.values()), **hyper)
 
     def backward(self, step: int) -> None:

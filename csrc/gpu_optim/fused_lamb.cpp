@@ -63,6 +63,7 @@ void fused_lamb_moments(Tensors params, Tensors grads, Tensors exp_avgs, Tensors
         op, {{"params", params}, {"grads", grads}, {"exp_avgs", exp_avgs}, {"exp_avg_sqs", exp_avg_sqs}});
     const dsl_on_device numbers{nullptr, table.number(op, "grad_factor", grad_factor),
                                 table.number(op, "found_inf", found_inf)};
+    if (table.numels.empty()) return;
     float* const found_norms = norms_of(op, table, norms);
     if (table.on_cpu) {
         if (numbers.found_inf != nullptr && *numbers.found_inf != 0) return;
@@ -99,6 +100,7 @@ void fused_lamb_apply(Tensors params, Tensors exp_avgs, Tensors exp_avg_sqs, Ten
                                 {"steps", steps, dsl::Kind::single}});
     const dsl_on_device numbers{table.number(op, "lr_tensor", lr_tensor), nullptr,
                                 table.number(op, "found_inf", found_inf)};
+    if (table.numels.empty()) return;
     const float* const of_tensors = norms_of(op, table, norms);
     if (table.on_cpu) {
         if (numbers.found_inf != nullptr && *numbers.found_inf != 0) return;

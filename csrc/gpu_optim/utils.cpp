@@ -41,6 +41,7 @@ void multi_tensor_l2norm(Tensors tensors, torch::stable::Tensor norms) {
     const char* const op = "multi_tensor_l2norm";
     const dsl::Table table(op, {{"tensors", tensors}});
     const size_t count = table.numels.size();
+    if (table.numels.empty()) return;
     STD_TORCH_CHECK(norms.is_cpu() == table.on_cpu, op, ": norms is on another device than the first tensor");
     const dsl_tensor found = dsl::checked(norms, count, op, "norms", 0);
     STD_TORCH_CHECK(found.dtype == DSL_FP32, op, ": norms must be float32");

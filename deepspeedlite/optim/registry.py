@@ -23,9 +23,10 @@ from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.log import log_once
 from deepspeedlite.ops import is_available
 from deepspeedlite.ops.adam import DeepSpeedCPUAdam
+from deepspeedlite.ops.foreach import dense_gradients, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
-from deepspeedlite.optim.lamb import Lamb
-from deepspeedlite.optim.lion import Lion, dense_gradients, moment
+from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.optim.lion import Lion
 
 
 class UncorrectedAdam(Optimizer):
@@ -112,8 +113,8 @@ _RECIPES: dict[str, _Recipe] = {
     "fusedlion": _LION,
     "cpulion": _LION,
     "deepspeedcpulion": _LION,
-    "lamb": _Recipe(Lamb),
-    "fusedlamb": _Recipe(Lamb),
+    "lamb": _Recipe(FusedLamb),
+    "fusedlamb": _Recipe(FusedLamb),
 }
 _TORCH_CLASSES: dict[str, type[Optimizer]] = {
     name.lower(): cls
@@ -182,7 +183,7 @@ _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     {cls for name, cls in _TORCH_CLASSES.items() if name not in _WHOLE_TENSOR}
-    | {Lion, Lamb, UncorrectedAdam, DeepSpeedCPUAdam}
+    | {Lion, FusedLamb, UncorrectedAdam, DeepSpeedCPUAdam}
 )
 
 
@@ -232,7 +233,7 @@ def check_flat_compatible(optimizer: Optimizer, allow_untested: bool = False) ->
     differ. `allow_untested` (the key `zero_allow_untested_optimizer`) accepts unknown classes untried.
     """
     cls = type(optimizer)
-    if cls in _ELEMENTWISE or isinstance(optimizer, Lamb):
+    if cls in _ELEMENTWISE or isinstance(optimizer, FusedLamb):
         return
     for base in cls.__mro__:
         reason = _WHOLE_TENSOR.get(base.__name__.lower())

@@ -22,8 +22,8 @@ import torch
 
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
+from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate
-from deepspeedlite.optim.lamb import Lamb
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.schedule import GradientSchedule
@@ -117,7 +117,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._runs_of_units.append(runs)
             self._runs += runs
         self._sub_groups = self._cut_sub_groups()
-        if isinstance(self.optimizer, Lamb):
+        if isinstance(self.optimizer, FusedLamb):
             self._tell_segments(self.optimizer)
 
     def _runs_of(self, unit: ShardUnit) -> list[SteppedRun]:
@@ -130,7 +130,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             runs.append(SteppedRun(master, values, grads))
         return runs
 
-    def _tell_segments(self, lamb: Lamb) -> None:
+    def _tell_segments(self, lamb: FusedLamb) -> None:
         """LAMB's norms are those of whole parameters, wherever their pieces are."""
         units = self._schedule.units
         numbers = {slot.name: i for i, slot in enumerate(slot for unit in units for slot in unit.layout.slots)}

@@ -12,27 +12,29 @@ settings carry over; the paper corrects m and v before the ratio. From some hund
 
 A parameter's elements may be spread over the ranks, and over several runs of one rank (ZeRO). Then |p|^2 and |u|^2 are
 sums over all its pieces, so a step has two phases with one reduction between them: moments and u of every run, the
-squared norms of all parameters summed in one call, and the scaled subtraction. Between the phases one vector u per run
-is held.
+squared norms of all parameters summed in one call, and the scaled subtraction. The ops of `fused_lamb` do each phase in
+one pass over memory. Where they are not, torch does it, and one vector u per run is held between the phases.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from deepspeedlite.errors import OptimizerError, UnsupportedError
+from deepspeedlite.ops import load
+from deepspeedlite.ops.foreach import check_dense, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
-from deepspeedlite.optim.lion import dense_gradients, moment
+from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassUpdate
 
 SumOverRanks = Callable[[Tensor], None]
+_T = TypeVar("_T")
 
 
 class _Cut(NamedTuple):
@@ -43,23 +45,16 @@ class _Cut(NamedTuple):
     indices: Tensor  # int64, on the run's device: the parameter's number, per owned piece
 
 
-class _Piece(NamedTuple):
-    """What takes one trust ratio: weights and update of one shape, and lr c of the module's docstring."""
-
-    weights: Tensor
-    update: Tensor
-    rate: float
-
-
 @dataclass
 class _Work:
-    """What a step does to the parameters of one group on one device."""
+    """What a step does to the parameters of one group on one device: phase one is done, phase two is `finish`."""
 
     group: dict[str, Any]
-    pieces: list[_Piece]  # each with a ratio of its own
-    gaps: list[_Piece]  # with ratio 1
-    norms: Tensor  # (2, pieces): |p| and |u| of each piece; of its whole parameter, once they are summed
+    norms: (
+        Tensor  # (2, pieces): |p| and |u| of each piece that has a ratio; of its whole parameter, once they are summed
+    )
     indices: Tensor  # the parameter's number per piece; empty without `set_segments`
+    finish: Callable[[Tensor], None]  # given the norms that count
 
 
 class _Segments:
@@ -97,12 +92,14 @@ class _Segments:
         return found.tolist()
 
 
-class Lamb(Optimizer):
+class FusedLamb(FusedOptimizer):
     """LAMB over dense parameters, or over flat runs once `set_segments` has said where each parameter lies in them.
 
     The parameters are those of DeepSpeed's FusedLamb. `max_grad_norm` other than 0 and `amsgrad` are refused: clip with
     the configuration's `gradient_clipping`. State per parameter: `step` (0-d fp32), `exp_avg`, `exp_avg_sq`.
     """
+
+    _step_supports_amp_scaling = False
 
     def __init__(
         self,
@@ -204,41 +201,93 @@ class Lamb(Optimizer):
             return self._segments.ratios(self.param_groups)
         return [ratio for ratios in self._ratios for ratio in ratios.tolist()]
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the closure's loss where one is given.
-
-        With `sum_over_ranks` set it is a collective: see `set_segments`.
-        """
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        works = [work for group in self.param_groups for work in self._advance(group)]
+    def _update_all(self, groups: list[tuple[dict[str, Any], list[OnePassUpdate]]], grad_scale: float) -> None:
+        """One step of these parameters. With `sum_over_ranks` set it is a collective: see `set_segments`."""
+        works = []
+        for group, updates in groups:
+            for update in updates:
+                check_dense(self, update.param, update.grad)
+            works += [self._advance(group, together, grad_scale) for together in self._alike(updates)]
         if self._segments is not None:
             self._segments.complete(works)
-        self._ratios = [_apply(work) for work in works]
-        return loss
+        for work in works:
+            work.finish(work.norms)
+        self._ratios = [_trust_ratios(work.norms, work.group) for work in works]
 
-    def _advance(self, group: dict[str, Any]) -> Iterator[_Work]:
-        """Phase one: steps and moments move on; what is to be subtracted comes back with the norms of its pieces."""
-        by_device: dict[torch.device, list[Tensor]] = {}
-        for param in dense_gradients(self, group)[0]:
-            by_device.setdefault(param.device, []).append(param)
-        for params in by_device.values():
-            pieces: list[_Piece] = []
-            gaps: list[_Piece] = []
-            for param, update in zip(params, self._adam_updates(group, params)):
-                rate = self._step_size(group, param)
-                cut = self._cut_of(param)
-                if cut is None:
-                    pieces.append(_Piece(param, update, rate))
-                    continue
-                for weights, part, owned in zip(param.split(cut.lengths), update.split(cut.lengths), cut.owned):
-                    (pieces if owned else gaps).append(_Piece(weights, part, rate))
-            indices = [cut.indices for cut in map(self._cut_of, params) if cut is not None]
-            norms = _norms(pieces, params[0].device)
-            yield _Work(group, pieces, gaps, norms, torch.cat(indices) if indices else torch.empty(0))
+    def _advance(self, group: dict[str, Any], updates: list[OnePassUpdate], grad_scale: float) -> _Work:
+        """Phase one: steps and moments move on, and the norms of the pieces are there."""
+        params = [update.param for update in updates]
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment(self, params, name)
+        cuts = [self._cut_of(param) for param in params]
+        known = [cut.indices for cut in cuts if cut is not None]
+        indices = torch.cat(known) if known else torch.empty(0)
+        op = self._op("fused_lamb_moments", updates) if all(update.param.itemsize <= 4 for update in updates) else None
+        if op is not None:
+            norms, finish = self._advance_by_ops(group, updates, cuts, grad_scale)
+        else:
+            norms, finish = self._advance_in_torch(group, updates, cuts, grad_scale)
+        return _Work(group, norms, indices, finish)
+
+    def _advance_by_ops(
+        self, group: dict[str, Any], updates: list[OnePassUpdate], cuts: list[_Cut | None], grad_scale: float
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        device = updates[0].param.device
+        params, exp_avgs, exp_avg_sqs, grads, copies = (
+            _owned_first(_split(tensors, cuts), cuts)
+            for tensors in (
+                [update.param for update in updates],
+                self._states(updates, "exp_avg"),
+                self._states(updates, "exp_avg_sq"),
+                [update.grad for update in updates],
+                [update.copy for update in updates if update.copy is not None],
+            )
+        )
+        steps = [[step] * (len(cut.lengths) if cut else 1) for step, cut in zip(self._count(updates, None), cuts)]
+        norms = torch.zeros(2, len(params), dtype=torch.float32, device=device)
+        betas, how = group["betas"], (group["eps"], group["weight_decay"])
+        inside, owned = group["eps_inside_sqrt"], sum(sum(cut.owned) if cut else 1 for cut in cuts)
+        load("fused_lamb_moments", device.type)(
+            params, grads, exp_avgs, exp_avg_sqs, norms, None, None, *betas, *how, grad_scale, inside
+        )
+
+        def finish(counting: Tensor) -> None:
+            norms.zero_()  # what has no ratio takes 1
+            norms[:, :owned] = counting
+            lr = self._on_device(device, group["lr"]).lr
+            known_lr = 0.0 if lr is not None else float(group["lr"])
+            bounds = (group["min_coeff"], group["max_coeff"])
+            load("fused_lamb_apply", device.type)(
+                *(params, exp_avgs, exp_avg_sqs, copies, _owned_first(steps, cuts), norms, lr, None),
+                *(known_lr, *betas, *how, *bounds, inside, group["bias_correction"]),
+            )
+
+        return norms[:, :owned].clone(), finish
+
+    def _advance_in_torch(
+        self, group: dict[str, Any], updates: list[OnePassUpdate], cuts: list[_Cut | None], grad_scale: float
+    ) -> tuple[Tensor, Callable[[Tensor], None]]:
+        params = [update.param for update in updates]
+        grads = [update.grad.to(update.param.dtype) for update in updates]
+        if grad_scale != 1.0:
+            grads = list(torch._foreach_mul(grads, grad_scale))
+        weights = _owned_first(_split(params, cuts), cuts)
+        vectors = _owned_first(_split(self._adam_updates(group, params, grads), cuts), cuts)
+        steps = [[self._step_size(group, param)] * (len(cut.lengths) if cut else 1) for param, cut in zip(params, cuts)]
+        rates = _owned_first(steps, cuts)
+        owned = sum(sum(cut.owned) if cut else 1 for cut in cuts)
+        norms = _norms(weights[:owned], vectors[:owned], params[0].device)
+
+        def finish(counting: Tensor) -> None:
+            ratios = _trust_ratios(counting, group)
+            scales = [*ratios.unbind(), *[ratios.new_ones(())] * (len(weights) - owned)]
+            if weights:
+                torch._foreach_addcmul_(weights, vectors, scales, scalars=[-rate for rate in rates])
+            for update in updates:
+                if update.copy is not None:
+                    update.copy.copy_(update.param)
+
+        return norms, finish
 
     def _cut_of(self, param: Tensor) -> _Cut | None:
         if self._segments is None:
@@ -251,10 +300,9 @@ class Lamb(Optimizer):
             )
         return cut
 
-    def _adam_updates(self, group: dict[str, Any], params: list[Tensor]) -> list[Tensor]:
+    def _adam_updates(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> list[Tensor]:
         """Advance the moments; returns u of the module's docstring, one new tensor per parameter."""
         beta1, beta2 = group["betas"]
-        grads: list[Any] = [p.grad for p in params]
         exp_avgs, exp_avg_sqs = moment(self, params, "exp_avg"), moment(self, params, "exp_avg_sq")
         torch._foreach_lerp_(exp_avgs, grads, 1.0 - beta1)
         torch._foreach_mul_(exp_avg_sqs, beta2)
@@ -272,40 +320,41 @@ class Lamb(Optimizer):
         return updates
 
     def _step_size(self, group: dict[str, Any], param: Tensor) -> float:
-        """Count the step; returns lr c of the module's docstring."""
+        """Count the step, on the CPU so that nothing is waited for; returns lr c of the module's docstring."""
         state = self.state[param]
-        state.setdefault("step", torch.zeros((), dtype=torch.float32))
+        state["step"] = torch.as_tensor(state.get("step", 0.0), dtype=torch.float32).cpu()
         state["step"] += 1
         if not group["bias_correction"]:
             return float(group["lr"])
-        steps, (beta1, beta2) = state["step"].item(), group["betas"]  # counted on the CPU: nothing to wait for
+        steps, (beta1, beta2) = state["step"].item(), group["betas"]
         return float(group["lr"]) * math.sqrt(1.0 - beta2**steps) / (1.0 - beta1**steps)
 
 
-def _norms(pieces: list[_Piece], device: torch.device) -> Tensor:
+def _split(tensors: Sequence[Tensor], cuts: Sequence[_Cut | None]) -> list[Sequence[Tensor]]:
+    return [[tensor] if cut is None else tensor.split(cut.lengths) for tensor, cut in zip(tensors, cuts)]
+
+
+def _owned_first(pieces: Sequence[Sequence[_T]], cuts: Sequence[_Cut | None]) -> list[_T]:
+    """Of the runs' pieces those that belong to a parameter, in order, and then the gaps."""
+    found: tuple[list[_T], list[_T]] = ([], [])
+    for parts, cut in zip(pieces, cuts):
+        for part, owned in zip(parts, [True] if cut is None else cut.owned):
+            found[not owned].append(part)
+    return found[0] + found[1]
+
+
+def _norms(weights: list[Tensor], vectors: list[Tensor], device: torch.device) -> Tensor:
     """The 2-norms of weights and updates, shape (2, pieces): fp32, or fp64 where a piece is."""
-    if not pieces:
+    if not weights:
         return torch.zeros(2, 0, device=device)
-    tensors = [piece.weights for piece in pieces] + [piece.update for piece in pieces]
-    dtype = torch.float64 if any(tensor.dtype is torch.float64 for tensor in tensors) else torch.float32
-    return torch.stack(torch._foreach_norm(tensors, 2, dtype)).view(2, -1)
+    dtype = torch.float64 if any(tensor.dtype is torch.float64 for tensor in weights) else torch.float32
+    return torch.stack(torch._foreach_norm(weights + vectors, 2, dtype)).view(2, -1)
 
 
 def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> Tensor:
     """The ratios r of the module's docstring, shape (n,), for norms of shape (2, n)."""
     ratios = (norms[0] / norms[1]).clamp(group["min_coeff"], group["max_coeff"])
     return torch.where((norms[0] > 0) & (norms[1] > 0), ratios, torch.ones_like(ratios))
-
-
-def _apply(work: _Work) -> Tensor:
-    """Phase two: subtract each piece's update, scaled; returns the ratios, shape (pieces,)."""
-    ratios = _trust_ratios(work.norms, work.group)
-    pieces = work.pieces + work.gaps
-    if pieces:
-        weights, updates, rates = zip(*pieces)
-        scales = [*ratios.unbind(), *[ratios.new_ones(())] * len(work.gaps)]
-        torch._foreach_addcmul_(weights, updates, scales, scalars=[-rate for rate in rates])
-    return ratios
 
 
 def _cut(run: Tensor, segments: Sequence[tuple[int, int, int]], parameter_count: int) -> _Cut:
