@@ -1,5 +1,26 @@
-"""Build entry point. Metadata lives in pyproject.toml; compiled ops are added here as they arrive."""
+"""Build entry point: the metadata is pyproject.toml's; here are the version and the ops that DS_BUILD_* ask for.
+
+See docs/ops.md for the variables. Nothing of the package is imported, nor torch.
+"""
+
+import os
+import re
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE / "deepspeedlite" / "ops"))  # in a checkout a link leads from there to op_builder/
+from op_builder import OpBuildError, wheel  # noqa: E402
+
+# The release's; see wheel.version for what may follow it.
+base = re.search(r'__version__ = "(.+)"', (HERE / "deepspeedlite" / "_version.py").read_text())[1]
+try:
+    setup(
+        version=wheel.version(base, os.environ),
+        ext_modules=wheel.extensions(os.environ),
+        cmdclass={"build_ext": wheel.BuildOps, "bdist_wheel": wheel.OpsWheel},
+    )
+except OpBuildError as error:
+    sys.exit(f"error: {error}")

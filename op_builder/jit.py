@@ -8,9 +8,9 @@ compile once; the library appears under its name only when it is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import hashlib
-import importlib.metadata
 import logging
 import os
 import platform
@@ -22,16 +22,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .prebuilt import installed_libraries
+from .errors import OpBuildError
+from .prebuilt import csrc, prebuilt, sources_hash
 from .spec import OPS, OpSpec
-from .toolchain import OpBuildError, Toolchain
+from .toolchain import Build, Toolchain, build
+from .torch_build import find_torch
 
 _logger = logging.getLogger("deepspeedlite")
-
-
-def csrc() -> Path:
-    """The folder of the sources, which lies beside this one in a checkout and in an installed package alike."""
-    return Path(__file__).parent.parent / "csrc"
 
 
 def cache_folder() -> Path:
@@ -40,14 +37,16 @@ def cache_folder() -> Path:
 
 
 def built(spec: OpSpec) -> Path:
-    """The op's library for this machine and this torch, compiled now if it was not before.
+    """The op's library for this machine and this torch: the wheel's, or compiled now if it was not before.
 
     Raises:
-        OpBuildError: there is no compiler, it failed, or the folder cannot be written.
+        OpBuildError: it has no kernels, there is no compiler, it failed, or the folder cannot be written.
     """
-    if reason := why_not(spec):
-        raise OpBuildError(f"{spec.name}: {reason}")
-    toolchain = Toolchain.find()
+    if spec.pending:
+        raise OpBuildError(f"{spec.name}: {spec.pending}")
+    if found := prebuilt(spec, find_torch().accelerator):
+        return found
+    toolchain = Toolchain.find(spec)
     folder = cache_folder()
     library = folder / f"{spec.name}-{_key(spec, toolchain)}.so"
     if library.exists():
@@ -67,12 +66,20 @@ def built(spec: OpSpec) -> Path:
 
 def why_not(spec: OpSpec) -> str | None:
     """Why the op cannot be had here, or None. Quick: nothing is compiled and torch is not imported."""
+    try:
+        if not spec.pending and prebuilt(spec, find_torch().accelerator):
+            return None
+    except OpBuildError as error:
+        return str(error)
+    return why_not_compile(spec)
+
+
+def why_not_compile(spec: OpSpec) -> str | None:
+    """Why the op cannot be compiled here, or None."""
     if spec.pending:
         return spec.pending
-    if spec.name in installed_libraries():
-        return None
     try:
-        Toolchain.find()
+        Toolchain.find(spec)
     except OpBuildError as error:
         return str(error)
     return None
@@ -101,7 +108,7 @@ def cache_entries() -> list[CacheEntry]:
     for spec in OPS.values():
         if not spec.pending:
             with suppress(OpBuildError):
-                current.add(f"{spec.name}-{_key(spec, Toolchain.find())}.so")
+                current.add(f"{spec.name}-{_key(spec, Toolchain.find(spec))}.so")
     found = []
     for path in sorted([*cache_folder().glob("*.so"), *cache_folder().glob("*.tmp")]):
         with suppress(FileNotFoundError):  # a build that ends now
@@ -131,7 +138,7 @@ def _compile(spec: OpSpec, toolchain: Toolchain, library: Path) -> None:
     shutil.rmtree(scratch, ignore_errors=True)  # of a build that was killed: this one holds the lock
     scratch.mkdir()
     try:
-        toolchain.build(spec, csrc(), scratch / library.name)
+        build([Build(spec, toolchain, scratch / library.name)], csrc(), scratch)
         os.replace(scratch / library.name, library)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
@@ -151,14 +158,9 @@ def _locked(path: Path, spec: OpSpec) -> Iterator[None]:
 
 def _key(spec: OpSpec, toolchain: Toolchain) -> str:
     """A hash of all that the library depends on."""
-    sources = [csrc() / name for name in (*spec.bindings, *spec.kernels, *spec.plain, *spec.gpu)]
-    headers = sorted({header for source in sources for header in source.parent.glob("*.h")})
-    headers += sorted((csrc() / "common").glob("*.h"))
-    digest = hashlib.sha256()
-    for file in (*sources, *headers):
-        digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     here = Path("/")  # flags, without folders that differ between checkouts
-    flags = Toolchain(toolchain.compiler, here).commands(spec, here, here)
-    versions = [importlib.metadata.version("torch"), sys.implementation.cache_tag, platform.machine()]
-    digest.update(repr([flags, toolchain.identity(), *versions]).encode())
-    return digest.hexdigest()[:16]
+    bare = dataclasses.replace(toolchain, compiler=here, torch=toolchain.torch._replace(home=here))
+    flags = [*bare.commands(spec, here, here), bare.link_command(spec, (), here)]
+    versions = [sys.implementation.cache_tag, platform.machine()]
+    text = repr([sources_hash(spec, csrc()), flags, toolchain.identity(), *versions])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -1,22 +1,25 @@
-"""From sources to a shared library: the compiler's commands, run in parallel, and what it says when one fails.
+"""From sources to shared libraries: the compilers' commands, run in parallel, and what they say when one fails.
 
 An op links against nothing but libtorch's stable ABI (2.10), so that one file loads on every torch from 2.10 on.
 """
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import platform
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
-from .spec import OpSpec
+from .errors import OpBuildError
+from .gpu import GpuCompiler, find_gpu_compiler
+from .spec import Library, OpSpec
+from .torch_build import TorchBuild, find_torch
 
 OLDEST_TORCH = 0x020A000000000000  # TORCH_TARGET_VERSION: 2.10
 _COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
@@ -30,93 +33,128 @@ _ISAS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": {"baseline": (), "avx2
 _ONE_ISA: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 
-class OpBuildError(RuntimeError):
-    """An op cannot be compiled here; the message says why."""
-
-
 @dataclass(frozen=True)
 class Toolchain:
-    """The compiler and the torch that ops are compiled with."""
+    """What an op is compiled with: a C++ compiler, torch, and a GPU's compiler if the op and torch call for one."""
 
     compiler: Path
-    torch_home: Path
+    torch: TorchBuild
+    gpu: GpuCompiler | None = None
 
     @classmethod
-    def find(cls) -> Toolchain:
+    def find(cls, spec: OpSpec) -> Toolchain:
         """`$CXX`, or the first of c++, g++ and clang++ on PATH, and the torch of this Python, which is not imported.
 
         Raises:
             OpBuildError: one of them is not there.
         """
+        torch = find_torch()
         named = os.environ.get("CXX")
         found = next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
         if found is None:
             where = f"CXX={named} is not a program" if named else "there is no c++, g++ or clang++ on PATH"
             raise OpBuildError(f"{where}; install a C++17 compiler (Debian: apt-get install g++) or set CXX")
-        torch = importlib.util.find_spec("torch")
-        if torch is None or torch.origin is None:
-            raise OpBuildError("torch is not installed in this Python")
-        return cls(Path(found), Path(torch.origin).parent)  # the name as it is: clang++ and ccache go by it
+        gpu = find_gpu_compiler(torch) if spec.gpu and torch.accelerator != "cpu" else None
+        return cls(Path(found), torch, gpu)  # the compiler's name as it is: clang++ and ccache go by it
 
     def identity(self) -> str:
-        """What changes when the compiler does, found without running it."""
+        """What changes when a compiler or torch does, found without running them."""
         stat = self.compiler.stat()  # of the file that links lead to
-        return f"{self.compiler.resolve()} {stat.st_size} {stat.st_mtime_ns}"
+        gpu = self.gpu.identity() if self.gpu else ""
+        return f"{self.torch.version} {self.compiler.resolve()} {stat.st_size} {stat.st_mtime_ns} {gpu}"
 
     def commands(self, spec: OpSpec, csrc: Path, objects: Path) -> list[list[str]]:
-        """A command per object file, whose last argument is that file."""
+        """A command per object file, whose last argument is that file; those that take longest come first."""
         first = [str(self.compiler), *_COMMON, f"-I{csrc}"]
-        torch = [f"-isystem{self.torch_home / 'include'}", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
-        found = [
-            [*first, *_BINDING, *torch, "-c", str(csrc / source), "-o", str(objects / f"{Path(source).stem}.o")]
-            for source in spec.bindings
-        ]
-        found += [
-            [*first, "-O2", "-c", str(csrc / source), "-o", str(objects / f"{Path(source).stem}.plain.o")]
-            for source in spec.plain
-        ]
+        torch = [f"-isystem{self.torch.home / 'include'}", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
+        torch += [self.gpu.define] if self.gpu else []
+
+        def compile_with(source: str, kind: str, flags: Sequence[str]) -> list[str]:
+            output = objects / f"{spec.name}.{Path(source).stem}.{kind}.o"
+            return [*first, *flags, "-c", str(csrc / source), "-o", str(output)]
+
+        found = []
+        if self.gpu:
+            for source in spec.gpu:
+                output = objects / f"{spec.name}.{Path(source).stem}.gpu.o"
+                found.append(self.gpu.command(csrc / source, csrc, self.compiler, output))
+        found += [compile_with(source, "binding", [*_BINDING, *torch]) for source in spec.bindings]
         for isa, flags in _ISAS.get(platform.machine(), _ONE_ISA).items():
-            found += [
-                [
-                    *first,
-                    *_KERNEL,
-                    *flags,
-                    "-c",
-                    str(csrc / source),
-                    "-o",
-                    str(objects / f"{Path(source).stem}.{isa}.o"),
-                ]
-                for source in spec.kernels
-            ]
-        return found
+            found += [compile_with(source, isa, [*_KERNEL, *flags]) for source in spec.kernels]
+        defines = [f"-D{library.define}" for library in present(spec.libraries)]
+        return found + [compile_with(source, "plain", ["-O2", *defines]) for source in spec.plain]
 
-    def link_command(self, objects: Sequence[str], library: Path) -> list[str]:
-        """The command that makes the library."""
-        torch = [
-            f"-L{self.torch_home / 'lib'}",
-            "-Wl,--no-as-needed",
-            "-ltorch",
-            "-Wl,--as-needed",
-            "-ltorch_cpu",
-            "-lc10",
-        ]
-        return [str(self.compiler), "-shared", "-s", *objects, *torch, "-o", str(library)]
-
-    def build(self, spec: OpSpec, csrc: Path, library: Path) -> None:
-        """Compile into the folder of `library`, with at most `$MAX_JOBS` compilers at once.
-
-        Raises:
-            OpBuildError: with the compiler's first error and its command.
-        """
-        commands = self.commands(spec, csrc, library.parent)
-        with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
-            list(pool.map(lambda command: _run(spec, command), commands))
-        _run(spec, self.link_command([command[-1] for command in commands], library))
+    def link_command(self, spec: OpSpec, objects: Sequence[str], library: Path) -> list[str]:
+        """The command that makes the library, without symbols that only a debugger needs."""
+        torch = [f"-L{self.torch.home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
+        libraries = [f"-l{library.name}" for library in present(spec.libraries)]
+        gpu = self.gpu.link_flags() if self.gpu else []
+        files = [*objects, *torch, "-ltorch_cpu", "-lc10", *libraries, *gpu]
+        return [str(self.compiler), "-shared", "-s", "-Wl,--gc-sections", *files, "-o", str(library)]
 
 
-def _run(spec: OpSpec, command: list[str]) -> None:
+def present(libraries: Sequence[Library]) -> list[Library]:
+    """Those whose headers and link files are on this machine."""
+    includes = [Path("/usr/include"), Path("/usr/local/include")]
+    folders = [folder for root in ("/usr/lib", "/usr/local/lib", "/usr/lib64") for folder in (Path(root),)]
+    folders += [Path(f"/usr/lib/{platform.machine()}-linux-gnu")]
+    return [
+        library
+        for library in libraries
+        if any((folder / library.header).exists() for folder in includes)
+        and any((folder / f"lib{library.name}.so").exists() for folder in folders)
+    ]
+
+
+class Build(NamedTuple):
+    """A library to make."""
+
+    spec: OpSpec
+    toolchain: Toolchain
+    library: Path
+
+
+def build(wanted: Sequence[Build], csrc: Path, objects: Path, jobs: int | None = None) -> None:
+    """Compile into the folder `objects`, then link, with at most `jobs` (or `$MAX_JOBS`) compilers at once.
+
+    Raises:
+        OpBuildError: with the compiler's first error and its command.
+    """
+    compile_commands, link_commands = [], []
+    for one in wanted:
+        commands = one.toolchain.commands(one.spec, csrc, objects)
+        compile_commands += [(one.spec.name, command) for command in commands]
+        outputs = [command[-1] for command in commands]
+        link_commands.append((one.spec.name, one.toolchain.link_command(one.spec, outputs, one.library)))
+    compile_commands.sort(key=lambda each: not each[1][-1].endswith(".gpu.o"))  # the longest first
+    with ThreadPoolExecutor(jobs or max_jobs()) as pool:
+        for stage in (compile_commands, link_commands):
+            running = [pool.submit(_run, name, command) for name, command in stage]
+            wait(running, return_when=FIRST_EXCEPTION)
+            for future in running:
+                future.cancel()
+            for future in running:
+                if not future.cancelled():
+                    future.result()
+
+
+def max_jobs() -> int:
+    """`$MAX_JOBS`, or as many as there are processors to run on.
+
+    Raises:
+        OpBuildError: it is no number of compilers.
+    """
+    named = os.environ.get("MAX_JOBS", "").strip()
+    if not named:
+        return len(os.sched_getaffinity(0))
+    if not named.isdecimal() or int(named) < 1:
+        raise OpBuildError(f"MAX_JOBS={named} is no number of compilers; set it to 1 or more, or unset it")
+    return int(named)
+
+
+def _run(name: str, command: list[str]) -> None:
     done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
-        lines = done.stderr.splitlines() or ["it said nothing"]
+        lines = (done.stderr or done.stdout).splitlines() or ["it said nothing"]
         first = next((line for line in lines if "error" in line.lower()), lines[0])
-        raise OpBuildError(f"{spec.name} does not compile: {first.strip()}\n  {shlex.join(command)}")
+        raise OpBuildError(f"{name} does not compile: {first.strip()}\n  {shlex.join(command)}")

@@ -296,11 +296,12 @@ def test_a_compile_error_shows_the_first_error_and_the_command(cold, tmp_path, m
 
 
 def test_the_name_depends_on_sources_and_compiler(tmp_path, monkeypatch):
-    toolchain, spec = Toolchain.find(), OPS["cpu_adam"]
+    spec = OPS["cpu_adam"]
+    toolchain = Toolchain.find(spec)
     before = jit._key(spec, toolchain)
     compiler = tmp_path / "c++"
     compiler.write_text("another compiler")
-    assert jit._key(spec, Toolchain(compiler, toolchain.torch_home)) != before
+    assert jit._key(spec, Toolchain(compiler, toolchain.torch)) != before
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
     monkeypatch.setattr(jit, "csrc", lambda: sources)

@@ -12,7 +12,7 @@ import torch
 
 from deepspeedlite.errors import OpError
 from deepspeedlite.log import log_once
-from deepspeedlite.ops.op_builder import OPS, OpBuildError, OpSpec, built
+from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops
 
 
 @cache
@@ -26,22 +26,13 @@ def load(name: str, device_type: str = "cpu") -> Any:
     spec = next((spec for spec in OPS.values() if name in spec.ops), None)
     if spec is None:
         raise OpError(f"there is no op {name}; the ops are {', '.join(op for spec in OPS.values() for op in spec.ops)}")
-    _load_library(spec)
+    try:
+        op = getattr(load_ops(spec), name)
+    except OpBuildError as error:
+        raise OpError(f"op {name} is not available: {error}") from error
     if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deepspeedlite::{name}", device_type.upper()):
         raise OpError(f"op {name} is not available on {device_type}: it was compiled for the CPU alone")
-    return getattr(torch.ops.deepspeedlite, name)
-
-
-@cache
-def _load_library(spec: OpSpec) -> None:
-    try:
-        torch.ops.load_library(str(built(spec)))
-    except (OpBuildError, OSError) as error:
-        raise OpError(f"op {spec.name} is not available: {error}") from error
-    for op in spec.ops:
-        # One that writes into its arguments alone has nothing to do with fake ones. Another's module registers its own.
-        if not getattr(torch.ops.deepspeedlite, op).default._schema.returns:
-            torch.library.register_fake(f"deepspeedlite::{op}", lambda *args, **kwargs: None)
+    return op
 
 
 @cache

@@ -1,0 +1,257 @@
+"""nvcc and hipcc: where they are, which GPUs they are to compile for, and their commands."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+from .errors import OpBuildError
+from .torch_build import TorchBuild
+
+# torch's names for generations, as in its own TORCH_CUDA_ARCH_LIST.
+_GENERATIONS = {
+    "Pascal": "6.0;6.1+PTX",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
+# Compiled for where no GPU is in sight: a cubin runs on later minors of its major, so these serve all that torch's
+# wheels do. Each with the oldest and the first unable toolkit.
+_USUAL_CUDA = {
+    "7.0": ((11, 0), (13, 0)),
+    "7.5": ((11, 0), (99, 0)),
+    "8.0": ((11, 0), (99, 0)),
+    "8.6": ((11, 1), (99, 0)),
+    "9.0": ((11, 8), (99, 0)),
+    "10.0": ((12, 8), (99, 0)),
+    "12.0": ((12, 8), (99, 0)),
+}
+_USUAL_ROCM = {"gfx90a": 5, "gfx942": 6, "gfx1100": 6, "gfx1201": 7}  # with ROCm's first major that knows it
+_CUDA_ARCH = re.compile(r"\d+\.\d[af]?(\+PTX)?")
+
+
+@dataclass(frozen=True)
+class GpuCompiler:
+    """A GPU compiler and what it is to compile for.
+
+    Attributes:
+        kind: "cuda" or "rocm".
+        archs: such as "8.0", "9.0+PTX" or "gfx90a".
+        version: of CUDA or ROCm, such as "13.0".
+    """
+
+    kind: str
+    program: Path
+    home: Path
+    version: str
+    archs: tuple[str, ...]
+
+    @property
+    def define(self) -> str:
+        """The macro that tells bindings that there are GPU kernels."""
+        return "-DDSL_CUDA" if self.kind == "cuda" else "-DDSL_HIP"
+
+    def command(self, source: Path, csrc: Path, host_compiler: Path, output: Path) -> list[str]:
+        """Compile one file; the output is the command's last argument."""
+        files = ["-c", str(source), "-o", str(output)]
+        if self.kind == "rocm":
+            hip = ["-x", "hip", f"--rocm-path={self.home}"] if self.program.name != "hipcc" else []
+            archs = [f"--offload-arch={arch}" for arch in self.archs]
+            flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-D__HIP_PLATFORM_AMD__"]
+            return [str(self.program), *hip, *archs, *flags, f"-I{csrc}", *files]
+        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={host_compiler}"]
+        return [str(self.program), *flags, *gencode(self.archs), f"-I{csrc}", *files]
+
+    def link_flags(self) -> list[str]:
+        """CUDA's runtime is linked in, so that the library also loads where there is no CUDA."""
+        if self.kind == "rocm":
+            return [f"-L{self.home / 'lib'}", "-lamdhip64"]
+        folders = [self.home / "lib64", self.home / "lib", self.home / "targets/x86_64-linux/lib"]
+        found = [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()]
+        return [*found[:1], "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+
+    def identity(self) -> str:
+        """What changes when the compiler does, found without running it."""
+        stat = self.program.stat()
+        return f"{self.kind} {self.version} {self.program.resolve()} {stat.st_size} {stat.st_mtime_ns} {self.archs}"
+
+
+def find_gpu_compiler(torch: TorchBuild) -> GpuCompiler:
+    """Nvcc or hipcc, whichever torch (or `$DS_ACCELERATOR`) calls for.
+
+    Raises:
+        OpBuildError: it is not there, it is of another major version than torch's, or the list of archs is no such.
+    """
+    return _find_cuda(torch) if torch.accelerator == "cuda" else _find_rocm()
+
+
+# --- CUDA -----------------------------------------------------------------------------------------------------------
+
+
+def _find_cuda(torch: TorchBuild) -> GpuCompiler:
+    home = _cuda_home()
+    version = _defined(home / "include" / "cuda.h", "CUDA_VERSION")
+    if not version:
+        raise OpBuildError(f"{home} has no include/cuda.h; set CUDA_HOME to a CUDA toolkit")
+    toolkit = int(version) // 1000, int(version) % 1000 // 10
+    text = f"{toolkit[0]}.{toolkit[1]}"
+    if reason := cuda_mismatch("the toolkit", text, torch.cuda):
+        raise OpBuildError(f"{reason}; or set CUDA_HOME to a toolkit {torch.cuda} (it is {home})")
+    return GpuCompiler("cuda", home / "bin" / "nvcc", home, text, cuda_archs(toolkit))
+
+
+def cuda_mismatch(what: str, cuda: str | None, torch_cuda: str | None) -> str | None:
+    """Why what was made with one CUDA does not go with torch's, or None; minor versions may differ."""
+    if not cuda or not torch_cuda or cuda.split(".")[0] == torch_cuda.split(".")[0]:
+        return None
+    if os.environ.get("DS_SKIP_CUDA_CHECK", "0") not in ("", "0"):
+        return None
+    return (
+        f"{what} has CUDA {cuda}, but torch was built with CUDA {torch_cuda}: the major versions must be the same. "
+        "Set DS_SKIP_CUDA_CHECK=1 to try all the same"
+    )
+
+
+def _cuda_home() -> Path:
+    """`$CUDA_HOME` or `$CUDA_PATH`, or the folder of the nvcc on PATH, which may be a link or a script."""
+    named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    nvcc = shutil.which("nvcc")
+    if named:
+        home = Path(named)
+    elif nvcc is None:
+        home = Path("/usr/local/cuda")
+    else:
+        home = Path(nvcc).resolve().parent.parent
+        if not (home / "include" / "cuda.h").exists():
+            home = _home_by_asking(nvcc) or home
+    if not (home / "bin" / "nvcc").exists():
+        where = f"CUDA_HOME={named} has no bin/nvcc" if named else "there is no nvcc on PATH or in /usr/local/cuda"
+        raise OpBuildError(f"{where}; install the CUDA toolkit and set CUDA_HOME to it")
+    return home
+
+
+@cache
+def _home_by_asking(nvcc: str) -> Path | None:
+    told = _output([nvcc, "--dryrun", "-x", "cu", "-c", "/dev/null"])
+    top = re.search(r"^#\$ TOP=(.+)$", told, re.MULTILINE)
+    return Path(os.path.normpath(top[1].strip())) if top else None
+
+
+def cuda_archs(toolkit: tuple[int, int]) -> tuple[str, ...]:
+    """What `$TORCH_CUDA_ARCH_LIST` says; else the GPUs that are there; else a usual list for the toolkit.
+
+    It is a list of capabilities ("8.0;9.0+PTX"; PTX also serves later GPUs), generations ("Ampere") or "native".
+
+    Raises:
+        OpBuildError: it is something else, or "native" where there is no GPU.
+    """
+    named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if not named or named.lower() == "native":
+        if found := _gpus_nvidia():
+            return found
+        if named:
+            raise OpBuildError("TORCH_CUDA_ARCH_LIST=native, but nvidia-smi shows no GPU here; name the archs")
+        usual = [arch for arch, (first, end) in _USUAL_CUDA.items() if first <= toolkit < end]
+        return (*usual[:-1], f"{usual[-1]}+PTX")
+    archs = []
+    for word in _words(named):
+        for arch in _GENERATIONS.get(word.removesuffix("+PTX"), word).split(";"):
+            if not _CUDA_ARCH.fullmatch(arch):
+                raise OpBuildError(
+                    f"TORCH_CUDA_ARCH_LIST={named}: {word!r} is neither a capability such as 8.0 or 9.0+PTX, nor "
+                    f"native, nor one of {', '.join(_GENERATIONS)}"
+                )
+            archs.append(arch)
+    return tuple(dict.fromkeys(archs))
+
+
+def gencode(archs: Sequence[str]) -> list[str]:
+    """Nvcc's flags for the archs."""
+    flags = []
+    for arch in archs:
+        number = arch.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if arch.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+@cache
+def _gpus_nvidia() -> tuple[str, ...]:
+    if not shutil.which("nvidia-smi"):
+        return ()
+    return tuple(sorted(set(_words(_output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])))))
+
+
+# --- ROCm -----------------------------------------------------------------------------------------------------------
+
+
+def _find_rocm() -> GpuCompiler:
+    named = os.environ.get("ROCM_HOME") or os.environ.get("ROCM_PATH")
+    hipcc = shutil.which("hipcc")
+    home = Path(named) if named else Path(hipcc).resolve().parent.parent if hipcc else Path("/opt/rocm")
+    program = Path(shutil.which(os.environ.get("HIPCXX", "")) or home / "bin" / "hipcc")
+    header = home / "include" / "hip" / "hip_version.h"
+    if not program.exists() or not header.exists():
+        where = f"ROCM_HOME={named} has no bin/hipcc" if named else "there is no hipcc on PATH or in /opt/rocm"
+        raise OpBuildError(f"{where} with its headers; install ROCm's HIP and set ROCM_HOME to it")
+    major, minor = (_defined(header, f"HIP_VERSION_{part}") or "0" for part in ("MAJOR", "MINOR"))
+    return GpuCompiler("rocm", program, home, f"{major}.{minor}", _rocm_archs(int(major)))
+
+
+def _rocm_archs(major: int) -> tuple[str, ...]:
+    named = _words(os.environ.get("PYTORCH_ROCM_ARCH", ""))
+    if wrong := [word for word in named if word != "native" and not re.fullmatch(r"gfx[0-9a-f]+(:[a-z+:-]+)?", word)]:
+        raise OpBuildError(f"PYTORCH_ROCM_ARCH: {wrong[0]!r} is no arch such as gfx90a")
+    if not named or named == ["native"]:
+        if found := _gpus_amd():
+            return found
+        if named:
+            raise OpBuildError("PYTORCH_ROCM_ARCH=native, but there is no AMD GPU here; name the archs")
+        named = [arch for arch, first in _USUAL_ROCM.items() if major >= first]
+    return tuple(dict.fromkeys(named))
+
+
+def _gpus_amd(topology: Path = Path("/sys/class/kfd/kfd/topology/nodes")) -> tuple[str, ...]:
+    """From the kernel driver, which writes gfx90a as 90010: major, minor and step of two digits each."""
+    found = set()
+    for file in topology.glob("*/properties"):
+        match = re.search(r"^gfx_target_version (\d+)$", file.read_text(), re.MULTILINE)
+        if match and int(match[1]):
+            number = int(match[1])
+            found.add(f"gfx{number // 10000}{number // 100 % 100:x}{number % 100:x}")
+    return tuple(sorted(found))
+
+
+# --- both -----------------------------------------------------------------------------------------------------------
+
+
+def _words(text: str) -> list[str]:
+    return text.replace(";", " ").replace(",", " ").split()
+
+
+def _defined(header: Path, name: str) -> str | None:
+    """The number that a header defines a macro as."""
+    try:
+        match = re.search(rf"^\s*#\s*define\s+{name}\s+(\d+)", header.read_text(errors="replace"), re.MULTILINE)
+    except OSError:
+        return None
+    return match[1] if match else None
+
+
+def _output(command: list[str]) -> str:
+    """What a program says, or nothing if it cannot."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=30, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout + done.stderr if done.returncode == 0 else ""
