@@ -13,13 +13,16 @@ TORCH_INDEX ?=
 RANKS ?= 2
 PYTEST_ARGS ?=
 PEER_PYTHON ?=
+ACCEL ?= cpu
+OPS ?=
+ARCHS ?=
 
 BIN := $(VENV)/bin
 TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format typecheck bench venv-examples venv-dev clean
+.PHONY: help demo test test-fast lint format typecheck wheel bench venv-examples venv-dev clean
 
 help:  ## list these commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -50,6 +53,9 @@ typecheck: venv-dev  ## check types alone
 format: venv-dev  ## rewrite the sources in the house style
 	@$(BIN)/ruff check --fix-only --quiet .
 	@$(BIN)/ruff format --config "format.exclude=['*.md']" .
+
+wheel: venv-dev  ## compile the ops into a wheel in dist/ (ACCEL=cpu|cuda|rocm, OPS="cpu_adam ...", ARCHS="8.0;9.0+PTX")
+	@$(BIN)/python tools/make_wheel.py --accel "$(ACCEL)" --ops "$(OPS)" --archs "$(ARCHS)"
 
 bench: venv-dev  ## measure import and step times (PEER_PYTHON: an environment with the real DeepSpeed)
 	@$(BIN)/python benchmarks/import_time.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))

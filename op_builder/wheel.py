@@ -62,7 +62,7 @@ class BuildOps(build_ext):
         """Compile, once however many commands ask for it, and print what was compiled and why not the rest."""
         if getattr(self.distribution, "ops_are_built", False):
             return
-        self.distribution.ops_are_built = True  # type: ignore[attr-defined]
+        self.distribution.ops_are_built = True
         self.announce_ops(self.build_ops())
 
     def build_ops(self) -> dict[str, str]:
@@ -71,7 +71,9 @@ class BuildOps(build_ext):
         folder = self.lib_folder()
         folder.mkdir(parents=True, exist_ok=True)
         for spec in OPS.values():
-            reason = why_not_compile(spec) if spec.name in asked else f"not asked for ({spec.flag}=1 does)"
+            reason = why_not_compile(spec)
+            if spec.name not in asked:
+                reason = spec.pending or f"not asked for ({spec.flag}=1 does)"
             if reason and asked.get(spec.name):
                 raise OpBuildError(f"{spec.flag}=1, but {spec.name} cannot be compiled: {reason}")
             said[spec.name] = reason or "compiled"

