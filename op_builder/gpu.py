@@ -64,10 +64,9 @@ class GpuCompiler:
         """Compile one file; the output is the command's last argument."""
         files = ["-c", str(source), "-o", str(output)]
         if self.kind == "rocm":
-            hip = ["-x", "hip", f"--rocm-path={self.home}"] if self.program.name != "hipcc" else []
             archs = [f"--offload-arch={arch}" for arch in self.archs]
             flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-D__HIP_PLATFORM_AMD__"]
-            return [str(self.program), *hip, *archs, *flags, f"-I{csrc}", *files]
+            return [str(self.program), *archs, *flags, f"-I{csrc}", *files]
         flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={host_compiler}"]
         return [str(self.program), *flags, *gencode(self.archs), f"-I{csrc}", *files]
 
@@ -199,7 +198,7 @@ def _find_rocm() -> GpuCompiler:
     named = os.environ.get("ROCM_HOME") or os.environ.get("ROCM_PATH")
     hipcc = shutil.which("hipcc")
     home = Path(named) if named else Path(hipcc).resolve().parent.parent if hipcc else Path("/opt/rocm")
-    program = Path(shutil.which(os.environ.get("HIPCXX", "")) or home / "bin" / "hipcc")
+    program = home / "bin" / "hipcc"
     header = home / "include" / "hip" / "hip_version.h"
     if not program.exists() or not header.exists():
         where = f"ROCM_HOME={named} has no bin/hipcc" if named else "there is no hipcc on PATH or in /opt/rocm"

@@ -96,8 +96,8 @@ class Toolchain:
 def present(libraries: Sequence[Library]) -> list[Library]:
     """Those whose headers and link files are on this machine."""
     includes = [Path("/usr/include"), Path("/usr/local/include")]
-    folders = [folder for root in ("/usr/lib", "/usr/local/lib", "/usr/lib64") for folder in (Path(root),)]
-    folders += [Path(f"/usr/lib/{platform.machine()}-linux-gnu")]
+    folders = [Path("/usr/lib64"), Path("/usr/lib"), Path(f"/usr/lib/{platform.machine()}-linux-gnu")]
+    folders += [Path("/usr/local/lib")]
     return [
         library
         for library in libraries
@@ -127,7 +127,11 @@ def build(wanted: Sequence[Build], csrc: Path, objects: Path, jobs: int | None =
         outputs = [command[-1] for command in commands]
         link_commands.append((one.spec.name, one.toolchain.link_command(one.spec, outputs, one.library)))
     compile_commands.sort(key=lambda each: not each[1][-1].endswith(".gpu.o"))  # the longest first
-    with ThreadPoolExecutor(jobs or max_jobs()) as pool:
+    jobs = jobs or max_jobs()
+    if os.environ.get("DS_ENABLE_NINJA") == "1":
+        _run_in_ninja([command for _, command in compile_commands], objects, jobs)
+        compile_commands = []
+    with ThreadPoolExecutor(jobs) as pool:
         for stage in (compile_commands, link_commands):
             running = [pool.submit(_run, name, command) for name, command in stage]
             wait(running, return_when=FIRST_EXCEPTION)
@@ -136,6 +140,18 @@ def build(wanted: Sequence[Build], csrc: Path, objects: Path, jobs: int | None =
             for future in running:
                 if not future.cancelled():
                     future.result()
+
+
+def _run_in_ninja(commands: Sequence[Sequence[str]], objects: Path, jobs: int) -> None:
+    """As without it, but where `objects` is left from an earlier build, only what changed is compiled."""
+    lines = ["rule compile", "  command = $command", "  depfile = $out.d", "  deps = gcc"]
+    for *command, output in commands:
+        text = shlex.join([*command, output, "-MMD", "-MF", f"{output}.d"]).replace("$", "$$")
+        lines += [f"build {output.replace(' ', '$ ')}: compile", f"  command = {text}"]
+    (objects / "build.ninja").write_text("\n".join(lines) + "\n")
+    if shutil.which("ninja") is None:
+        raise OpBuildError("DS_ENABLE_NINJA=1, but there is no ninja on PATH; install it or unset the variable")
+    _run("an op", ["ninja", "--quiet", "-C", str(objects), f"-j{jobs}"])
 
 
 def max_jobs() -> int:
@@ -153,7 +169,8 @@ def max_jobs() -> int:
 
 
 def _run(name: str, command: list[str]) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, errors="replace", check=False)
+    environment = {**os.environ, "HIP_PLATFORM": "amd"}  # hipcc takes the nvcc on PATH otherwise
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
         lines = (done.stderr or done.stdout).splitlines() or ["it said nothing"]
         first = next((line for line in lines if "error" in line.lower()), lines[0])

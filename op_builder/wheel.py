@@ -79,7 +79,7 @@ class BuildOps(build_ext):
             said[spec.name] = reason or "compiled"
             if reason is None:
                 wanted.append(Build(spec, Toolchain.find(spec), folder / f"{spec.name}.so"))
-        for old in folder.glob("*.so"):
+        for old in set(folder.glob("*.so")) - {one.library for one in wanted}:
             old.unlink()
         objects = Path(self.build_temp).absolute() / "ops"
         objects.mkdir(parents=True, exist_ok=True)
