@@ -80,7 +80,14 @@ _ROWS = (
         kernels=("cpu_optim/lamb_kernel.cpp",),
         gpu=("gpu_optim/lamb.cu",),
     ),
-    OpSpec("fused_lion", "FusedLionBuilder", "DS_BUILD_FUSED_LION", pending=_LATER),
+    OpSpec(
+        "fused_lion",
+        "FusedLionBuilder",
+        "DS_BUILD_FUSED_LION",
+        bindings=("gpu_optim/fused_lion.cpp",),
+        kernels=("cpu_optim/lion_kernel.cpp",),
+        gpu=("gpu_optim/lion.cu",),
+    ),
     OpSpec(
         "utils",
         "UtilsBuilder",

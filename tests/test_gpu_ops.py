@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import mmap
+from functools import partial
 
 import pytest
 import torch
@@ -16,6 +17,8 @@ from deepspeedlite.errors import OpError, OptimizerError
 from deepspeedlite.ops import is_available, load, one_pass
 from deepspeedlite.ops import multi_tensor as mt
 from deepspeedlite.ops.adam import FusedAdam, fused_adam_in_torch
+from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.ops.lion import FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -67,6 +70,13 @@ def adam_arguments(device: str, grad: torch.dtype = torch.float32, copies: bool 
     ]
 
 
+def lion_arguments(device: str, grad: torch.dtype = torch.float32) -> list:
+    params, grads, exp_avgs = lists(device, torch.float32, grad, torch.float32)
+    halves = [torch.empty_like(param, dtype=torch.bfloat16) for param in params]
+    on_device = [torch.tensor(number, device=device) for number in (0.02, 0.25, 0.0)]
+    return [params, grads, exp_avgs, halves, *on_device, 0.0, 0.9, 0.99, 0.1, 0.5]
+
+
 def lamb_arguments(device: str) -> tuple[list, list]:
     params, grads, exp_avgs, exp_avg_sqs = lists(device, torch.float32, torch.bfloat16, torch.float32, torch.float32)
     for tensor in exp_avg_sqs:
@@ -101,6 +111,8 @@ def lamb_arguments(device: str) -> tuple[list, list]:
 def arguments_of(op: str, device: str) -> list:
     if op == "fused_adam":
         return adam_arguments(device)
+    if op == "fused_lion":
+        return lion_arguments(device)
     if op.startswith("fused_lamb"):
         return lamb_arguments(device)[op == "fused_lamb_apply"]
     inputs, outputs = lists(device, torch.float32, torch.bfloat16)
@@ -109,7 +121,14 @@ def arguments_of(op: str, device: str) -> list:
     return [inputs, torch.zeros(len(inputs), device=device)]
 
 
-OPS = ["fused_adam", "fused_lamb_moments", "fused_lamb_apply", "multi_tensor_scale", "multi_tensor_l2norm"]
+OPS = [
+    "fused_adam",
+    "fused_lion",
+    "fused_lamb_moments",
+    "fused_lamb_apply",
+    "multi_tensor_scale",
+    "multi_tensor_l2norm",
+]
 
 
 def doubles(arguments: list) -> list:
@@ -179,6 +198,25 @@ def test_fused_adam_is_that_of_float64(grad, given, device):
         assert all(torch.equal(half, param.bfloat16()) for half, param in zip(ours[5], ours[0]))
     if given == "infinite":
         assert all(torch.equal(a, b) for one, other in zip(ours[:5], before) for a, b in zip(one, other))
+
+
+@pytest.mark.parametrize("infinite", [False, True])
+@pytest.mark.parametrize("grad", DTYPES)
+def test_fused_lion_is_that_of_float64(grad, infinite, device):
+    ours = lion_arguments(device, grad)
+    ours[6].fill_(infinite)
+    ours[1][4][7] = float("nan")
+    exact, before = doubles(ours), copy.deepcopy(ours)
+    load("fused_lion", device)(*ours)
+    lion_in_torch(*exact)
+    assert exact[0][4][7].isnan() != infinite, "the sign of NaN is NaN"
+    for found, expected in zip((ours[0], ours[2]), (exact[0], exact[2])):
+        for one, other in zip(found, expected):
+            torch.testing.assert_close(one.double().cpu(), other, rtol=1e-5, atol=1e-6, equal_nan=True)
+    if infinite:
+        assert all(torch.equal(a, b) for a, b in zip(ours[0] + ours[2], before[0] + before[2]))
+    else:
+        assert all(torch.equal(half[:7], param[:7].bfloat16()) for half, param in zip(ours[3], ours[0]))
 
 
 @pytest.mark.parametrize("infinite", [False, True])
@@ -341,6 +379,45 @@ def test_one_pass_scales_the_gradient_and_writes_the_copy(device, way):
     torch.optim.AdamW([other], lr=1e-2, weight_decay=0.0).step()
     torch.testing.assert_close(master, other, rtol=1e-6, atol=1e-6)
     assert torch.equal(model, master.detach().bfloat16())
+
+
+@pytest.mark.parametrize("cls", [FusedLamb, FusedLion])
+def test_the_op_and_torch_train_alike(cls, device, monkeypatch):
+    """Through `step`, and with scaled 16-bit gradients handed over; each goes on from the other's state."""
+    options = {"lr": 1e-2, "weight_decay": 0.1}
+    ours, theirs = parameters(device), parameters(device)
+    mine, reference = cls(ours, **options), cls(theirs, **options)
+
+    def step_both(prepare) -> None:
+        prepare(mine, ours)
+        mine.step()
+        with monkeypatch.context() as patch:
+            patch.setattr(one_pass, "is_available", lambda *_: False)
+            prepare(reference, theirs)
+            reference.step()
+
+    def hand_over(grads, optimizer, params) -> None:
+        optimizer.hand_over(list(map(OnePassUpdate, params, grads, copies[id(params)])), 0.125)
+
+    copies = {id(params): [torch.empty_like(p, dtype=torch.bfloat16) for p in params] for params in (ours, theirs)}
+    for step in range(6):
+        if step == 3:
+            state, other = reference.state_dict(), copy.deepcopy(mine).state_dict()
+            mine.load_state_dict(state)
+            reference.load_state_dict(other)
+        give_gradients(ours, theirs)
+        if step % 2:
+            step_both(lambda *_: None)
+            continue
+        grads = [param.grad.bfloat16() * 8 for param in ours]
+        step_both(partial(hand_over, grads))
+        for param, half, other in zip(ours, copies[id(ours)], copies[id(theirs)]):
+            assert torch.equal(half, param.detach().bfloat16())
+            torch.testing.assert_close(half, other)
+    for param, other in zip(ours, theirs):
+        torch.testing.assert_close(param, other, rtol=1e-5, atol=1e-6)
+    if cls is FusedLamb:
+        torch.testing.assert_close(mine.get_lamb_coeffs(), reference.get_lamb_coeffs(), rtol=1e-5, atol=0)
 
 
 def test_parameters_that_are_not_contiguous_are_stepped_by_torch(device):

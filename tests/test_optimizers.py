@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.ops.lion import FusedLion
 from deepspeedlite.optim import registry
-from deepspeedlite.optim.lion import Lion
 from deepspeedlite.optim.registry import UncorrectedAdam, build_optimizer, check_flat_compatible
 
 SHAPES = ((3, 4), (5,), (2, 2, 2), (1,))
@@ -375,7 +375,7 @@ class Unbuildable(PlainDescent):
 def test_flat_check_knows_refuses_and_tries_out():
     params = make_parameters(torch.float32)
     for made in (
-        Lion(params),
+        FusedLion(params),
         FusedLamb(params),
         UncorrectedAdam(params),
         PlainDescent(params),
@@ -403,6 +403,6 @@ def test_the_trial_finds_every_known_elementwise_class_elementwise():
 def test_sparse_gradients_are_refused_by_name():
     embedding = torch.nn.Embedding(4, 2, sparse=True)
     embedding(torch.tensor([1])).sum().backward()
-    for optimizer in (Lion(embedding.parameters()), FusedLamb(embedding.parameters())):
+    for optimizer in (FusedLion(embedding.parameters()), FusedLamb(embedding.parameters())):
         with pytest.raises(UnsupportedError, match="sparse"):
             optimizer.step()

@@ -166,8 +166,6 @@ class FusedAdam(FusedOptimizer):
     the moments have the parameters' dtype. `adam_w_mode=False` adds the weight decay to the gradient.
     """
 
-    set_grad_none = True
-
     def __init__(
         self,
         params: Any,
@@ -185,10 +183,6 @@ class FusedAdam(FusedOptimizer):
         defaults |= {"bias_correction": bias_correction, "amsgrad": amsgrad, "adam_w_mode": adam_w_mode}
         super().__init__(params, defaults)
         self.set_grad_none = set_grad_none
-
-    def zero_grad(self, set_to_none: bool | None = None) -> None:
-        """Forget the gradients; what was said when it was made decides whether they are freed."""
-        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]

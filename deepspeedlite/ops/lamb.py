@@ -222,8 +222,7 @@ class FusedLamb(FusedOptimizer):
         cuts = [self._cut_of(param) for param in params]
         known = [cut.indices for cut in cuts if cut is not None]
         indices = torch.cat(known) if known else torch.empty(0)
-        op = self._op("fused_lamb_moments", updates) if all(update.param.itemsize <= 4 for update in updates) else None
-        if op is not None:
+        if self._op("fused_lamb_moments", updates) is not None:
             norms, finish = self._advance_by_ops(group, updates, cuts, grad_scale)
         else:
             norms, finish = self._advance_in_torch(group, updates, cuts, grad_scale)

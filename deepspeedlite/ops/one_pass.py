@@ -108,6 +108,11 @@ class FusedOptimizer(OnePassOptimizer):
     """
 
     _step_supports_amp_scaling = True  # GradScaler then leaves unscaling and skipping to us: see `_on_device`
+    set_grad_none = True
+
+    def zero_grad(self, set_to_none: bool | None = None) -> None:
+        """Forget the gradients; `set_grad_none` says whether they are freed where this call does not."""
+        super().zero_grad(self.set_grad_none if set_to_none is None else set_to_none)
 
     def _on_device(self, device: torch.device, lr: float | Tensor) -> OnDevice:
         def there(number: Tensor | None) -> Tensor | None:
@@ -120,15 +125,15 @@ class FusedOptimizer(OnePassOptimizer):
         return OnDevice(there(rate), there(None if scale is None else scale.reciprocal()), there(found_inf))
 
     def _op(self, name: str, updates: list[OnePassUpdate]) -> Any:
-        """The op, or None where it cannot be had for these, or one of them is not contiguous (channels_last, say)."""
-        contiguous = all(
-            tensor.is_contiguous()
+        """The op, or None where it cannot be had for these: not here, fp64, or not contiguous (channels_last, say)."""
+        takes_them = all(
+            tensor.is_contiguous() and tensor.itemsize <= 4
             for update in updates
             for tensor in (*update, *self.state[update.param].values())
             if isinstance(tensor, Tensor)
         )
         device_type = updates[0].param.device.type
-        return load(name, device_type) if contiguous and is_available(name, device_type) else None
+        return load(name, device_type) if takes_them and is_available(name, device_type) else None
 
     def _alike(self, updates: list[OnePassUpdate]) -> list[list[OnePassUpdate]]:
         """Those that one call of an op can take: on one device, all with a copy or all without."""

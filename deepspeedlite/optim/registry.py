@@ -26,7 +26,7 @@ from deepspeedlite.ops.adam import DeepSpeedCPUAdam
 from deepspeedlite.ops.foreach import dense_gradients, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.optim.lion import Lion
+from deepspeedlite.ops.lion import FusedLion
 
 
 class UncorrectedAdam(Optimizer):
@@ -98,7 +98,7 @@ _ADAM_SWITCHES = {
 }
 _ADAM = _Recipe(torch.optim.Adam, {**_ADAM_SWITCHES, "decoupled_weight_decay": True})
 _ADAMW = _Recipe(torch.optim.AdamW, _ADAM_SWITCHES, {"weight_decay": 0.0})
-_LION = _Recipe(Lion, {"fp32_optimizer_states": True, "set_grad_none": True}, {"lr": 1e-3, "betas": (0.9, 0.999)})
+_LION = _Recipe(FusedLion, {"fp32_optimizer_states": True})
 _ADAGRAD = _Recipe(torch.optim.Adagrad, {"fp32_optimizer_states": True})
 _RECIPES: dict[str, _Recipe] = {
     "adam": _ADAM,
@@ -183,7 +183,7 @@ _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     {cls for name, cls in _TORCH_CLASSES.items() if name not in _WHOLE_TENSOR}
-    | {Lion, FusedLamb, UncorrectedAdam, DeepSpeedCPUAdam}
+    | {FusedLion, FusedLamb, UncorrectedAdam, DeepSpeedCPUAdam}
 )
 
 
