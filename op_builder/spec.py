@@ -61,8 +61,20 @@ _ROWS = (
         bindings=("cpu_optim/adam.cpp",),
         kernels=("cpu_optim/adam_kernel.cpp",),
     ),
-    OpSpec("cpu_adagrad", "CPUAdagradBuilder", "DS_BUILD_CPU_ADAGRAD", pending=_LATER),
-    OpSpec("cpu_lion", "CPULionBuilder", "DS_BUILD_CPU_LION", pending=_LATER),
+    OpSpec(
+        "cpu_adagrad",
+        "CPUAdagradBuilder",
+        "DS_BUILD_CPU_ADAGRAD",
+        bindings=("cpu_optim/adagrad.cpp",),
+        kernels=("cpu_optim/adagrad_kernel.cpp",),
+    ),
+    OpSpec(
+        "cpu_lion",
+        "CPULionBuilder",
+        "DS_BUILD_CPU_LION",
+        bindings=("cpu_optim/lion.cpp",),
+        kernels=("cpu_optim/lion_kernel.cpp",),
+    ),
     OpSpec(
         "fused_adam",
         "FusedAdamBuilder",

@@ -259,7 +259,8 @@ def test_every_torch_optimizer_is_either_known_or_refused():
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
 def test_fused_is_chosen_and_can_be_overridden(name):
-    torchs = {"torch_adam": True} if name.startswith("Adam") else {}  # which otherwise is an op: see test_ops.py
+    # What otherwise is an op: see test_ops.py and test_cpu_optimizers.py.
+    torchs = {"Adam": {"torch_adam": True}, "AdamW": {"torch_adam": True}, "Adagrad": {"lr_decay": 0.1}}.get(name, {})
     assert build_optimizer(name, torchs, make_parameters(torch.float32)).defaults["fused"] is True
     assert build_optimizer(name, {"fused": False}, make_parameters()).defaults["fused"] is False
     unfused = build_optimizer(name, {"foreach": True}, make_parameters())

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeedlite.ops import is_available, load
 from deepspeedlite.ops.foreach import check_dense, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
-from deepspeedlite.ops.one_pass import FusedOptimizer, OnDevice, OnePassUpdate, put_back
+from deepspeedlite.ops.one_pass import FusedOptimizer, OnDevice, OnePassOptimizer, OnePassUpdate, put_back, zeros_like
 
 
 def lion_in_torch(
@@ -89,3 +90,41 @@ class FusedLion(FusedOptimizer):
                 group["weight_decay"],
                 grad_scale,
             )
+
+
+class DeepSpeedCPULion(OnePassOptimizer):
+    """Lion for parameters on the CPU, under DeepSpeed's name and with its arguments.
+
+    The state is `FusedLion`'s, so that state dicts go both ways. `fp32_optimizer_states=False` keeps it in the
+    parameters' dtype.
+    """
+
+    def __init__(
+        self,
+        model_params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        weight_decay: float = 0.0,
+        fp32_optimizer_states: bool = True,
+    ) -> None:
+        check_hyperparameters("Lion", lr, betas, weight_decay=weight_decay)
+        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        super().__init__(model_params, {**defaults, "fp32_optimizer_states": fp32_optimizer_states})
+
+    def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:
+        for update in updates:
+            self._check(update, ("cpu",))
+            if not self.state[update.param]:
+                dtype = torch.float32 if group["fp32_optimizer_states"] else update.param.dtype
+                self.state[update.param]["exp_avg"] = zeros_like(update.param, dtype)
+        numbers = (float(group["lr"]), *group["betas"], group["weight_decay"], grad_scale)
+        for together in self._alike(updates):
+            params, grads = [update.param for update in together], [update.grad for update in together]
+            copies = [update.copy for update in together if update.copy is not None]
+            exp_avgs = self._states(together, "exp_avg")
+            if is_available("cpu_lion"):
+                load("cpu_lion")(params, grads, exp_avgs, copies, *numbers)
+            else:
+                wide = [param.to(exp_avg.dtype) for param, exp_avg in zip(params, exp_avgs)]  # themselves, if alike
+                lion_in_torch(wide, grads, exp_avgs, copies, None, None, None, *numbers)
+                torch._foreach_copy_(params, wide)

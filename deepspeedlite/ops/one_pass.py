@@ -88,6 +88,13 @@ class OnePassOptimizer(torch.optim.Optimizer):
                 f"{param.device}{' with a sparse gradient' if grad.is_sparse else ''}"
             )
 
+    def _alike(self, updates: list[OnePassUpdate]) -> list[list[OnePassUpdate]]:
+        """Those that one call of an op can take: on one device, all with a copy or all without."""
+        alike: dict[tuple[torch.device, bool], list[OnePassUpdate]] = {}
+        for update in updates:
+            alike.setdefault((update.param.device, update.copy is None), []).append(update)
+        return list(alike.values())
+
     def _states(self, updates: Sequence[OnePassUpdate], name: str) -> list[Tensor]:
         return [self.state[update.param][name] for update in updates]
 
@@ -134,13 +141,6 @@ class FusedOptimizer(OnePassOptimizer):
         )
         device_type = updates[0].param.device.type
         return load(name, device_type) if takes_them and is_available(name, device_type) else None
-
-    def _alike(self, updates: list[OnePassUpdate]) -> list[list[OnePassUpdate]]:
-        """Those that one call of an op can take: on one device, all with a copy or all without."""
-        alike: dict[tuple[torch.device, bool], list[OnePassUpdate]] = {}
-        for update in updates:
-            alike.setdefault((update.param.device, update.copy is None), []).append(update)
-        return list(alike.values())
 
     def _count(self, updates: list[OnePassUpdate], found_inf: Tensor | None) -> list[Tensor]:
         """The numbers of the steps that begin, 0-d tensors on the parameters' devices; a skipped one does not count."""

@@ -22,11 +22,12 @@ from torch.optim import Optimizer
 from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.log import log_once
 from deepspeedlite.ops import is_available
+from deepspeedlite.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeedlite.ops.adam import DeepSpeedCPUAdam
 from deepspeedlite.ops.foreach import dense_gradients, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.ops.lion import FusedLion
+from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion
 
 
 class UncorrectedAdam(Optimizer):
@@ -179,11 +180,17 @@ _FUSED_ON: dict[type[Optimizer], frozenset[str]] = {
     torch.optim.SGD: _ANYWHERE,
     torch.optim.Adagrad: frozenset({"cpu"}),
 }
+# What takes another's place on the CPU: the optimizer made of an op, the op, and what it is told besides.
+_BY_OP: dict[type[Optimizer], tuple[type[Optimizer], str, dict[str, Any]]] = {
+    torch.optim.Adam: (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": False}),
+    torch.optim.AdamW: (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": True}),
+    torch.optim.Adagrad: (DeepSpeedCPUAdagrad, "cpu_adagrad", {}),
+}
 _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     {cls for name, cls in _TORCH_CLASSES.items() if name not in _WHOLE_TENSOR}
-    | {FusedLion, FusedLamb, UncorrectedAdam, DeepSpeedCPUAdam}
+    | {FusedLion, FusedLamb, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
 )
 
 
@@ -212,10 +219,11 @@ def build_optimizer(type: str, params: Mapping[str, Any] | None, parameters: Ite
         cls, options = _adam(type, recipe, options)
     else:
         options = {**recipe.defaults, **{key: v for key, v in options.items() if key not in recipe.switches}}
-    if not _RULES_OUT_FUSED & options.keys() and _can_fuse(cls, groups):
-        options["fused"] = True
-        if "torch_adam" in recipe.switches and not (params or {}).get("torch_adam"):
-            cls, options = _compiled_adam(cls, options, groups)
+    if not _RULES_OUT_FUSED & options.keys():
+        if _all_plain(groups, _FUSED_ON.get(cls, frozenset())):
+            options["fused"] = True
+        if cls in _BY_OP and not (params or {}).get("torch_adam"):
+            cls, options = _by_op(cls, options, groups)
     try:
         return cls(groups, **options)
     except (TypeError, ValueError, RuntimeError) as error:
@@ -331,16 +339,15 @@ def _adam(name: str, recipe: _Recipe, given: dict[str, Any]) -> tuple[type[Optim
     return UncorrectedAdam, {**kept, "adam_w_mode": decoupled}
 
 
-def _compiled_adam(
-    cls: type[Optimizer], options: dict[str, Any], groups: list[Any]
-) -> tuple[type[Optimizer], dict[str, Any]]:
-    """The op in place of torch's fused Adam or AdamW, where it takes the parameters and all that was asked for."""
+def _by_op(cls: type[Optimizer], options: dict[str, Any], groups: list[Any]) -> tuple[type[Optimizer], dict[str, Any]]:
+    """The op's optimizer in place of `cls`, where it takes the parameters and all that was asked for."""
+    better, op, switches = _BY_OP[cls]
     accepted = {key: value for key, value in options.items() if key != "fused"}
-    on_cpu = all(tensor.device.type == "cpu" and tensor.itemsize <= 4 for tensor in _tensors(groups))
-    if not on_cpu or accepted.keys() - accepted_parameters(DeepSpeedCPUAdam, 1).keys() or not is_available("cpu_adam"):
+    fits = _all_plain(groups, frozenset({"cpu"})) and all(tensor.itemsize <= 4 for tensor in _tensors(groups))
+    if not fits or accepted.keys() - accepted_parameters(better, 1).keys() or not is_available(op):
         return cls, options
-    # Moments of the masters' dtype, which is fp32 unless the configuration wants otherwise.
-    return DeepSpeedCPUAdam, {**accepted, "adamw_mode": cls is torch.optim.AdamW, "fp32_optimizer_states": False}
+    # States of the masters' dtype, which is fp32 unless the configuration wants otherwise.
+    return better, {**accepted, **switches, "fp32_optimizer_states": False}
 
 
 def _is_number(value: Any) -> bool:
@@ -403,9 +410,8 @@ def _tensors(groups: Iterable[Any]) -> Iterable[Any]:
             yield entry[1] if isinstance(entry, tuple) else entry
 
 
-def _can_fuse(cls: type[Optimizer], groups: list[Any]) -> bool:
-    """Whether torch's one-pass kernel takes every parameter: floating point, plain, on a device that has it."""
-    devices = _FUSED_ON.get(cls, frozenset())
+def _all_plain(groups: list[Any], devices: frozenset[str]) -> bool:
+    """Whether a one-pass kernel takes every parameter: floating point, plain, on one of the devices that have it."""
     for entry in groups:
         if isinstance(entry, dict) and not isinstance(entry.get("params", ()), (Tensor, list, tuple)):
             entry["params"] = list(entry["params"])  # a generator would be used up by looking
