@@ -5,9 +5,14 @@ Ranks are started by `harness.distributed`; see its docstring. `from harness imp
 
 from __future__ import annotations
 
+import re
+import shutil
 import signal
 import socket
+import subprocess
 import sys
+import sysconfig
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -37,3 +42,20 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
+
+
+@pytest.fixture(scope="session")
+def cuobjdump() -> Callable[[Path], set[str]]:
+    """Which GPUs a library has code for, by NVIDIA's own tool."""
+    found = [
+        *Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"),
+        *map(Path, filter(None, [shutil.which("cuobjdump")])),
+    ]
+    if not found or shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc and cuobjdump (pip install nvidia-cuda-cuobjdump)")
+
+    def archs(library: Path) -> set[str]:
+        done = subprocess.run([found[0], "--list-elf", library], capture_output=True, text=True, check=True)
+        return set(re.findall(r"sm_\w+", done.stdout))
+
+    return archs
