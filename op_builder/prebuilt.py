@@ -96,26 +96,21 @@ def misfit(record: Record, torch_cuda: str | None, device_arch: str | None) -> s
 def supports(archs: Sequence[str], device_arch: str) -> bool:
     """Whether code for `archs` runs on the GPU.
 
-    A cubin runs on later minors of its major, PTX on everything later, arch-specific code ("9.0a") on that one alone.
+    A cubin runs on later minors of its major, PTX on everything later, code that is specific to a GPU ("9.0a") on it
+    alone, and to a family ("10.0f") as a cubin does.
     (CUDA C++ Programming Guide, "Binary Compatibility" and "PTX Compatibility".) AMD's code runs on its arch alone.
     """
     if device_arch.startswith("gfx"):
         return device_arch.split(":")[0] in {arch.split(":")[0] for arch in archs}
-    device = _capability(device_arch)
-    for arch in archs:
-        cubin = _capability(arch.removesuffix("+PTX"))
-        if arch.removesuffix("+PTX")[-1].isalpha():
-            fits = cubin == device
-        else:
-            fits = (cubin[0] == device[0] and cubin <= device) or (arch.endswith("+PTX") and cubin <= device)
-        if fits:
-            return True
-    return False
+    return any(_runs_on(arch, device_arch) for arch in archs)
 
 
-def _capability(arch: str) -> tuple[int, int]:
-    major, minor = arch.rstrip("af").split(".")
-    return int(major), int(minor)
+def _runs_on(arch: str, device_arch: str) -> bool:
+    number, ptx = arch.removesuffix("+PTX"), arch.endswith("+PTX")
+    code, device = ([int(part) for part in text.rstrip("af").split(".")] for text in (number, device_arch))
+    if number.endswith("a"):
+        return code == device
+    return code <= device and (code[0] == device[0] or (ptx and number[-1].isdigit()))
 
 
 def _rebuild(record: Record, more: tuple[str, ...]) -> str:
