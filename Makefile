@@ -5,6 +5,7 @@
 #             TORCH_SPEC  which torch to install       (torch==2.13.0 for the CPU; torch>=2.10 where there is a GPU)
 #             TORCH_INDEX a package index to take that torch from          (the CPU builds' own, where it answers)
 #             RANKS       how many processes `make demo` trains with       (2)
+#             ACCEL, OPS, ARCHS  what `make wheel` compiles: see docs/ops.md
 
 PYTHON ?= python3
 VENV ?= .venv
