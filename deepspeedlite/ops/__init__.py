@@ -30,7 +30,7 @@ def load(name: str, device_type: str = "cpu") -> Any:
         op = getattr(load_ops(spec), name)
     except OpBuildError as error:
         raise OpError(f"op {name} is not available: {error}") from error
-    if not torch._C._dispatch_has_kernel_for_dispatch_key(f"deepspeedlite::{name}", device_type.upper()):
+    if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"deepspeedlite::{name}", device_type.upper()):
         raise OpError(f"op {name} is not available on {device_type}: it was compiled for the CPU alone")
     return op
 

@@ -1,0 +1,204 @@
+"""Reading and writing files beside the program: `aio_handle`, with DeepSpeed's methods.
+
+    handle = aio_handle(intra_op_parallelism=4)
+    buffer = handle.new_cpu_locked_tensor(1 << 20, torch.empty(0))
+    handle.async_pread(buffer, path)          # returns at once; the buffer must not be touched
+    handle.wait()                             # raises what went wrong, with file, place and reason
+
+Threads move blocks of a file, past the page cache where memory, offset and length are multiples of 4096 bytes.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspeedlite.errors import OpError
+from deepspeedlite.log import log_once
+from deepspeedlite.ops import load
+
+ALIGNMENT = 4096
+_MOST_THREADS = 64
+
+
+class aio_handle:  # noqa: N801  (DeepSpeed's name)
+    """A queue of reads and writes, and the threads that do them.
+
+    Args:
+        block_size: bytes that a thread moves at a time.
+        queue_depth: blocks under way at a time, which is how many threads there are.
+        single_submit, overlap_events: how requests reach a kernel's queue; threads have none, so they change nothing.
+        intra_op_parallelism: threads at least.
+
+    Raises:
+        OpError: the op async_io cannot be had, a number is out of range, or (of all methods) the file cannot be opened
+            or moved; the message names it.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 1 << 20,
+        queue_depth: int = 8,
+        single_submit: bool = False,
+        overlap_events: bool = False,
+        intra_op_parallelism: int = 1,
+    ) -> None:
+        numbers = {"block_size": block_size, "queue_depth": queue_depth, "intra_op_parallelism": intra_op_parallelism}
+        for name, value in numbers.items():
+            if value < 1:
+                raise OpError(f"aio_handle: {name} must be at least 1, got {value}")
+        self._settings: dict[str, Any] = {**numbers, "single_submit": single_submit, "overlap_events": overlap_events}
+        threads = min(max(queue_depth, intra_op_parallelism), _MOST_THREADS)
+        self._handle = int(load("aio_open")(block_size, threads))
+        self._pid = os.getpid()
+        self._kept: list[Tensor] = []  # buffers of requests under way
+        self._locked: dict[int, tuple[int, int]] = {}
+        self._end = weakref.finalize(self, _close, self._handle, self._pid)
+
+    def get_block_size(self) -> int:
+        """Bytes that a thread moves at a time."""
+        return int(self._settings["block_size"])
+
+    def get_queue_depth(self) -> int:
+        """Blocks under way at a time."""
+        return int(self._settings["queue_depth"])
+
+    def get_single_submit(self) -> bool:
+        """As it was given."""
+        return bool(self._settings["single_submit"])
+
+    def get_overlap_events(self) -> bool:
+        """As it was given."""
+        return bool(self._settings["overlap_events"])
+
+    def get_intra_op_parallelism(self) -> int:
+        """Threads at least."""
+        return int(self._settings["intra_op_parallelism"])
+
+    def get_alignment(self) -> int:
+        """Bytes; what begins and ends at a multiple goes past the page cache."""
+        return ALIGNMENT
+
+    # --- requests; `buffer` is a contiguous CPU tensor, all of which is read or written ------------------------------
+
+    def async_pread(self, buffer: Tensor, filename: str, file_offset: int = 0) -> int:
+        """Start filling the buffer from the file at a byte offset; 0."""
+        return self._submit("aio_read", buffer, filename, file_offset)
+
+    def async_pwrite(self, buffer: Tensor, filename: str, file_offset: int = 0) -> int:
+        """Start writing the buffer to the file, which is made (for its owner alone) where it is not there; 0."""
+        return self._submit("aio_write", buffer, filename, file_offset)
+
+    def sync_pread(self, buffer: Tensor, filename: str, file_offset: int = 0) -> int:
+        """`async_pread` and `wait`."""
+        self.async_pread(buffer, filename, file_offset)
+        return self.wait()
+
+    def sync_pwrite(self, buffer: Tensor, filename: str, file_offset: int = 0) -> int:
+        """`async_pwrite` and `wait`."""
+        self.async_pwrite(buffer, filename, file_offset)
+        return self.wait()
+
+    def pread(self, buffer: Tensor, filename: str, validate: bool, async_op: bool, file_offset: int = 0) -> int:
+        """A read, waited for unless `async_op`; `validate` reads a second time, the ordinary way, and compares."""
+        self.async_pread(buffer, filename, file_offset)
+        return 0 if async_op else self._finish(buffer, filename, validate, file_offset)
+
+    def pwrite(self, buffer: Tensor, filename: str, validate: bool, async_op: bool, file_offset: int = 0) -> int:
+        """A write, waited for unless `async_op`; `validate` reads it back, the ordinary way, and compares."""
+        self.async_pwrite(buffer, filename, file_offset)
+        return 0 if async_op else self._finish(buffer, filename, validate, file_offset)
+
+    def read(self, buffer: Tensor, filename: str, validate: bool, file_offset: int = 0) -> int:
+        """`pread` that is waited for."""
+        return self.pread(buffer, filename, validate, False, file_offset)
+
+    def write(self, buffer: Tensor, filename: str, validate: bool, file_offset: int = 0) -> int:
+        """`pwrite` that is waited for."""
+        return self.pwrite(buffer, filename, validate, False, file_offset)
+
+    def wait(self) -> int:
+        """Wait for all requests; how many there were since the last time.
+
+        Raises:
+            OpError: one has failed, with the first failure; all have ended nevertheless.
+        """
+        self._check_process()
+        try:
+            return int(load("aio_wait")(self._handle))
+        except RuntimeError as error:
+            raise OpError(f"async_io: {_text(error)}") from error
+        finally:
+            self._kept.clear()
+
+    def _submit(self, op: str, buffer: Tensor, filename: str, file_offset: int) -> int:
+        self._check_process()
+        if buffer.device.type != "cpu" or not buffer.is_contiguous() or file_offset < 0:
+            raise OpError(
+                f"async_io of {filename}: the buffer must be a contiguous tensor on the CPU and the offset not "
+                f"negative; got one of shape {tuple(buffer.shape)} on {buffer.device} and {file_offset}"
+            )
+        try:
+            load(op)(self._handle, buffer.detach(), os.fspath(filename), file_offset)
+        except RuntimeError as error:
+            raise OpError(f"async_io: {_text(error)}") from error
+        self._kept.append(buffer)
+        return 0
+
+    def _finish(self, buffer: Tensor, filename: str, validate: bool, file_offset: int) -> int:
+        done = self.wait()
+        if validate:
+            memory = buffer.detach().view(-1).view(torch.uint8)
+            with open(filename, "rb") as file:
+                file.seek(file_offset)
+                found = file.read(memory.numel())
+            if len(found) != memory.numel() or bytes(memory.numpy()) != found:
+                raise OpError(f"async_io: {filename} from byte {file_offset} on is not what the buffer holds")
+        return done
+
+    def _check_process(self) -> None:
+        if os.getpid() != self._pid:
+            raise OpError("an aio_handle cannot be used in a forked child, which has none of its threads; make one")
+
+    # --- memory that stays where it is ----------------------------------------------------------------------------
+
+    def new_cpu_locked_tensor(self, num_elem: int, example_tensor: Tensor) -> Tensor:
+        """A 1-D tensor of the example's dtype, at a page's beginning and locked into memory where the limit allows."""
+        nbytes = num_elem * example_tensor.element_size()
+        memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
+        start = -memory.data_ptr() % ALIGNMENT
+        tensor = memory[start : start + nbytes].view(example_tensor.dtype)
+        libc = ctypes.CDLL(None, use_errno=True)
+        if nbytes and libc.mlock(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(nbytes)) != 0:
+            reason = os.strerror(ctypes.get_errno())
+            log_once(f"memory for async_io is not locked ({reason}); raise the limit with ulimit -l to lock it")
+        else:
+            self._locked[tensor.data_ptr()] = (tensor.data_ptr(), nbytes)
+        return tensor
+
+    def free_cpu_locked_tensor(self, tensor: Tensor) -> bool:
+        """Unlock what `new_cpu_locked_tensor` gave; whether it was locked. Its memory goes with its last view."""
+        place = self._locked.pop(tensor.data_ptr(), None)
+        if place is not None:
+            ctypes.CDLL(None).munlock(ctypes.c_void_p(place[0]), ctypes.c_size_t(place[1]))
+        return place is not None
+
+    def is_pinned(self, buffer: Tensor) -> bool:
+        """Whether the buffer is one that `new_cpu_locked_tensor` locked, or is pinned for a GPU."""
+        return buffer.data_ptr() in self._locked or buffer.is_pinned()
+
+
+def _close(handle: int, pid: int) -> None:
+    if os.getpid() == pid:
+        load("aio_close")(handle)
+
+
+def _text(error: RuntimeError) -> str:
+    """The message of torch's error without the place in our sources and the stack that it adds."""
+    return re.sub(r"^\w+, \S+:\d+, ", "", str(error).split("\nException raised from")[0].strip())
