@@ -8,11 +8,13 @@ from __future__ import annotations
 import copy
 import mmap
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor
 
+import deepspeedlite
 from deepspeedlite.errors import OpError, OptimizerError
 from deepspeedlite.ops import is_available, load, one_pass
 from deepspeedlite.ops import multi_tensor as mt
@@ -20,6 +22,7 @@ from deepspeedlite.ops.adam import FusedAdam, fused_adam_in_torch
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
+from deepspeedlite.optim import registry
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 15, 1023, 1024, 1025, 40_000)  # around a vector, a tile and a block of one thread
@@ -464,3 +467,44 @@ def test_a_captured_graph_steps_anew_in_each_replay():
         reference.step()
     for param, other in zip(ours, theirs):
         torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-6)
+
+
+# --- the engine -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_configuration_gets_fused_adam_on_gpus_where_it_is_there(there, monkeypatch):
+    """The GPU is a mock: an object that says where it is."""
+    tensor = SimpleNamespace(device=SimpleNamespace(type="cuda"), itemsize=4)
+    monkeypatch.setattr(registry, "_all_plain", lambda *_: True)
+    asked = []
+    monkeypatch.setattr(registry, "is_available", lambda *what: asked.append(what) or there)
+    chosen = registry._by_op(torch.optim.Adam, {"lr": 0.1, "amsgrad": True, "fused": True}, [tensor])
+    ours = (FusedAdam, {"lr": 0.1, "amsgrad": True, "adam_w_mode": False})
+    theirs = (torch.optim.Adam, {"lr": 0.1, "amsgrad": True, "fused": True})
+    assert chosen == (ours if there else theirs) and asked == [("fused_adam", "cuda")]
+    options = {"maximize": True, "fused": True}
+    assert registry._by_op(torch.optim.AdamW, options, [tensor]) == (torch.optim.AdamW, options)
+
+
+@pytest.mark.parametrize("cls", [FusedAdam, FusedLamb, FusedLion])
+def test_the_engine_hands_over_16_bit_gradients(cls, device, monkeypatch):
+    """Its own optimizers step in one pass and write the model's weights; they train as ordinary ones do there."""
+    weights = []
+    for in_one_pass in (True, False):
+        torch.manual_seed(0)
+        config = {"train_batch_size": 1, "bf16": {"enabled": True}, "gradient_clipping": 0.01}
+        model = torch.nn.Linear(30, 20).to(device)
+        engine, *_ = deepspeedlite.initialize(model=model, config=config, optimizer=cls(model.parameters(), lr=1e-2))
+        inner, calls = engine.optimizer.optimizer, []
+        assert type(inner) is cls
+        monkeypatch.setattr(inner, "hand_over", lambda *a, f=inner.hand_over, c=calls: (c.append(a), f(*a)))
+        if not in_one_pass:
+            inner.register_step_pre_hook(lambda *_: None)
+        for _ in range(3):
+            engine.backward(engine(torch.ones(1, 30, dtype=torch.bfloat16, device=device)).float().square().sum())
+            engine.step()
+        assert bool(calls) == in_one_pass
+        weights.append([param.detach().clone() for param in engine.module.parameters()])
+    for one, other in zip(*weights):
+        torch.testing.assert_close(one, other)

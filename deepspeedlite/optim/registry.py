@@ -23,7 +23,7 @@ from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.log import log_once
 from deepspeedlite.ops import is_available
 from deepspeedlite.ops.adagrad import DeepSpeedCPUAdagrad
-from deepspeedlite.ops.adam import DeepSpeedCPUAdam
+from deepspeedlite.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeedlite.ops.foreach import dense_gradients, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.lamb import FusedLamb
@@ -180,17 +180,21 @@ _FUSED_ON: dict[type[Optimizer], frozenset[str]] = {
     torch.optim.SGD: _ANYWHERE,
     torch.optim.Adagrad: frozenset({"cpu"}),
 }
-# What takes another's place on the CPU: the optimizer made of an op, the op, and what it is told besides.
-_BY_OP: dict[type[Optimizer], tuple[type[Optimizer], str, dict[str, Any]]] = {
-    torch.optim.Adam: (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": False}),
-    torch.optim.AdamW: (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": True}),
-    torch.optim.Adagrad: (DeepSpeedCPUAdagrad, "cpu_adagrad", {}),
+# What takes another's place on a kind of device: the optimizer made of an op, the op, and what it is told besides.
+# States get the masters' dtype, which is fp32 unless the configuration wants otherwise.
+_LIKE_MASTERS = {"fp32_optimizer_states": False}
+_BY_OP: dict[tuple[type[Optimizer], str], tuple[type[Optimizer], str, dict[str, Any]]] = {
+    (torch.optim.Adam, "cpu"): (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": False, **_LIKE_MASTERS}),
+    (torch.optim.AdamW, "cpu"): (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": True, **_LIKE_MASTERS}),
+    (torch.optim.Adagrad, "cpu"): (DeepSpeedCPUAdagrad, "cpu_adagrad", _LIKE_MASTERS),
+    (torch.optim.Adam, "cuda"): (FusedAdam, "fused_adam", {"adam_w_mode": False}),
+    (torch.optim.AdamW, "cuda"): (FusedAdam, "fused_adam", {"adam_w_mode": True}),
 }
 _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     {cls for name, cls in _TORCH_CLASSES.items() if name not in _WHOLE_TENSOR}
-    | {FusedLion, FusedLamb, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
+    | {FusedLion, FusedLamb, FusedAdam, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
 )
 
 
@@ -222,7 +226,7 @@ def build_optimizer(type: str, params: Mapping[str, Any] | None, parameters: Ite
     if not _RULES_OUT_FUSED & options.keys():
         if _all_plain(groups, _FUSED_ON.get(cls, frozenset())):
             options["fused"] = True
-        if cls in _BY_OP and not (params or {}).get("torch_adam"):
+        if not (params or {}).get("torch_adam"):
             cls, options = _by_op(cls, options, groups)
     try:
         return cls(groups, **options)
@@ -341,13 +345,15 @@ def _adam(name: str, recipe: _Recipe, given: dict[str, Any]) -> tuple[type[Optim
 
 def _by_op(cls: type[Optimizer], options: dict[str, Any], groups: list[Any]) -> tuple[type[Optimizer], dict[str, Any]]:
     """The op's optimizer in place of `cls`, where it takes the parameters and all that was asked for."""
-    better, op, switches = _BY_OP[cls]
-    accepted = {key: value for key, value in options.items() if key != "fused"}
-    fits = _all_plain(groups, frozenset({"cpu"})) and all(tensor.itemsize <= 4 for tensor in _tensors(groups))
-    if not fits or accepted.keys() - accepted_parameters(better, 1).keys() or not is_available(op):
+    kinds = {tensor.device.type if tensor.itemsize <= 4 else "fp64" for tensor in _tensors(groups)}
+    device_type = kinds.pop() if len(kinds) == 1 else "several"
+    if (cls, device_type) not in _BY_OP or not _all_plain(groups, frozenset({device_type})):
         return cls, options
-    # States of the masters' dtype, which is fp32 unless the configuration wants otherwise.
-    return better, {**accepted, **switches, "fp32_optimizer_states": False}
+    better, op, switches = _BY_OP[cls, device_type]
+    accepted = {key: value for key, value in options.items() if key != "fused"}
+    if accepted.keys() - accepted_parameters(better, 1).keys() or not is_available(op, device_type):
+        return cls, options
+    return better, {**accepted, **switches}
 
 
 def _is_number(value: Any) -> bool:

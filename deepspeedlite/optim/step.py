@@ -23,7 +23,7 @@ import torch
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate
+from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.schedule import GradientSchedule
@@ -197,10 +197,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
         sub_groups: list[list[SteppedRun]] = []
         room = 0
-        most = self._settings.sub_group_numel
-        if not self._settings.low_precision_masters and any(u.grad_dtype.itemsize < 4 for u in self._schedule.units):
+        most, units = self._settings.sub_group_numel, self._schedule.units
+        # Kernels on GPUs read 16-bit gradients as they are, and the fewer launches the better.
+        as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(u.device.type == "cuda" for u in units)
+        as_they_are |= self._settings.low_precision_masters
+        if not as_they_are and any(u.grad_dtype.itemsize < 4 for u in units):
             most = min(most, CONVERTED_NUMEL)
-        for unit, runs in zip(self._schedule.units, self._runs_of_units):
+        for unit, runs in zip(units, self._runs_of_units):
             numel = unit.layout.shard_numel
             if not sub_groups or numel > room:
                 sub_groups.append([])
