@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -495,3 +496,35 @@ def test_a_kernel_that_would_hang_a_gpu_is_an_error(folder):
     thread = torch.arange(128)
     expected = torch.stack([((thread ^ 3) + 1) % 128 + block for block in range(3)])
     assert torch.equal(out, expected.int())
+
+
+# --- the GPUs' compilers ----------------------------------------------------------------------------------------------
+
+HIP = ["-std=c++17", "-O3", "-x", "hip"]
+COMPILERS = {
+    "nvcc, sm_80 and sm_90": [
+        *("nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-c"),
+        *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"),
+    ],
+    "hipcc, gfx90a": ["hipcc", *HIP, "-Werror", "--offload-arch=gfx90a", "-fPIC", "-c"],
+    # Newer than the HIP that Debian has; without its device library, and so without a linker, to assembly.
+    "clang, gfx942": [
+        *("clang++-19", *HIP, "-Werror", "--offload-arch=gfx942", "--offload-device-only", "-nogpulib", "-S"),
+    ],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", COMPILERS)
+def test_it_compiles_for(name, tmp_path):
+    compiler, *flags = COMPILERS[name]
+    if shutil.which(compiler) is None:
+        pytest.skip(f"needs {compiler}")
+    environment = {**os.environ, "HIP_PLATFORM": "amd"}  # hipcc takes the nvcc on PATH otherwise
+    for source in KERNELS:
+        command = [compiler, *flags, f"-I{CSRC}", source, "-o", str(tmp_path / f"{Path(source).stem}.o")]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment)
+        assert done.returncode == 0, done.stderr
+    if compiler == "clang++-19":
+        text = (tmp_path / "adam.o").read_text()
+        assert ".wavefront_size: 64" in text and "global_load_dwordx4" in text, "16 bytes at a time"
