@@ -11,6 +11,8 @@
 
 namespace dsl {
 
+static_assert(sizeof(dsl_gpu_lamb) + 2 * sizeof(void*) <= NUMBER_BYTES, "of all ops this has the most numbers");
+
 enum MomentsRole { PARAM, GRAD, EXP_AVG, EXP_AVG_SQ, MOMENTS_ROLES };
 enum ApplyRole { APPLY_PARAM, APPLY_EXP_AVG, APPLY_EXP_AVG_SQ, COPY, STEP, APPLY_ROLES };
 

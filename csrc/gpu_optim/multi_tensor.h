@@ -196,6 +196,7 @@ static inline int64_t blocks_of(int64_t numel) { return (numel + BLOCK_NUMEL - 1
 template <int ROLES, class Launch>
 static int for_each_list(const dsl_tensor* tensors, const int64_t* numel, int64_t count, int elementwise,
                          const Launch& launch) {
+    static_assert(sizeof(TensorList<ROLES>) <= ARGUMENT_BYTES - NUMBER_BYTES, "a list must fit with the numbers");
     bool wide = false;
     for (int64_t i = 0; i < count * ROLES; ++i) {
         wide |= i % ROLES < elementwise && tensors[i].data != nullptr && tensors[i].dtype == DSL_FP32;
