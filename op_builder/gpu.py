@@ -74,9 +74,9 @@ class GpuCompiler:
         """CUDA's runtime is linked in, so that the library also loads where there is no CUDA."""
         if self.kind == "rocm":
             return [f"-L{self.home / 'lib'}", "-lamdhip64"]
-        folders = [self.home / "lib64", self.home / "lib", self.home / "targets/x86_64-linux/lib"]
+        folders = [self.home / "lib64", self.home / "lib", *self.home.glob("targets/*/lib")]
         found = [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()]
-        return [*found[:1], "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+        return [*found[:1], "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
 
     def identity(self) -> str:
         """What changes when the compiler does, found without running it."""

@@ -16,6 +16,7 @@ import os
 import platform
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -114,7 +115,7 @@ def cache_entries() -> list[CacheEntry]:
         with suppress(FileNotFoundError):  # a build that ends now
             files = [path, *path.rglob("*")]
             size_bytes = sum(file.stat().st_size for file in files if file.is_file())
-            locked = _is_locked(path.with_suffix(".lock"))
+            locked = _is_locked(path.with_name(path.name.split(".")[0] + ".lock"))
             stale = path.name not in current and not locked
             found.append(CacheEntry(path, size_bytes, time.time() - path.stat().st_mtime, locked, stale))
     return found
@@ -134,9 +135,10 @@ def _is_locked(path: Path) -> bool:
 def _compile(spec: OpSpec, toolchain: Toolchain, library: Path) -> None:
     started_s = time.monotonic()
     _logger.info("compiling %s, once for this machine", spec.name)
-    scratch = library.with_suffix(".tmp")
-    shutil.rmtree(scratch, ignore_errors=True)  # of a build that was killed: this one holds the lock
-    scratch.mkdir()
+    for left in library.parent.glob(f"{library.stem}.*.tmp"):  # by builds that were killed: this one holds the lock
+        shutil.rmtree(left, ignore_errors=True)
+    # A name of its own: compilers that outlived a killed build may still write into that one's.
+    scratch = Path(tempfile.mkdtemp(".tmp", f"{library.stem}.", library.parent))
     try:
         build([Build(spec, toolchain, scratch / library.name)], csrc(), scratch)
         os.replace(scratch / library.name, library)

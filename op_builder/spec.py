@@ -9,16 +9,6 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Library:
-    """A system library that an op uses where it is there: then `define` is defined and the op links against it."""
-
-    name: str  # as in -lNAME
-    header: str
-    define: str
-    package: str  # Debian's, which has the header
-
-
-@dataclass(frozen=True)
 class OpSpec:
     """What a library of ops is made of; paths are relative to csrc/.
 
@@ -32,7 +22,6 @@ class OpSpec:
         kernels: plain C++, compiled once for each instruction set that the processor's family has.
         plain: plain C++ that is compiled once, without torch.
         gpu: kernels of plain C ABI for nvcc or hipcc, left out where torch has no GPU.
-        libraries: that are used where they are there.
         pending: why there is nothing to compile yet. Who asks for the op is told so.
     """
 
@@ -44,7 +33,6 @@ class OpSpec:
     kernels: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     gpu: tuple[str, ...] = ()
-    libraries: tuple[Library, ...] = ()
     pending: str = ""
 
     def __post_init__(self) -> None:

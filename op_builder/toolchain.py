@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 from .errors import OpBuildError
 from .gpu import GpuCompiler, find_gpu_compiler
-from .spec import Library, OpSpec
+from .spec import OpSpec
 from .torch_build import TorchBuild, find_torch
 
 OLDEST_TORCH = 0x020A000000000000  # TORCH_TARGET_VERSION: 2.10
-_COMMON = ("-std=c++17", "-fPIC", "-fvisibility=hidden")
+_COMMON = ("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden")
 _BINDING = ("-O1",)  # they do nothing that takes time, and compile in half of it
 # Without errno and traps a square root is one vector instruction. NaN and infinity still count.
 _KERNEL = ("-O3", "-fno-math-errno", "-fno-trapping-math")
@@ -81,29 +81,14 @@ class Toolchain:
         found += [compile_with(source, "binding", [*_BINDING, *torch]) for source in spec.bindings]
         for isa, flags in _ISAS.get(platform.machine(), _ONE_ISA).items():
             found += [compile_with(source, isa, [*_KERNEL, *flags]) for source in spec.kernels]
-        defines = [f"-D{library.define}" for library in present(spec.libraries)]
-        return found + [compile_with(source, "plain", ["-O2", *defines]) for source in spec.plain]
+        return found + [compile_with(source, "plain", ["-O2"]) for source in spec.plain]
 
     def link_command(self, spec: OpSpec, objects: Sequence[str], library: Path) -> list[str]:
         """The command that makes the library, without symbols that only a debugger needs."""
         torch = [f"-L{self.torch.home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
-        libraries = [f"-l{library.name}" for library in present(spec.libraries)]
         gpu = self.gpu.link_flags() if self.gpu else []
-        files = [*objects, *torch, "-ltorch_cpu", "-lc10", *libraries, *gpu]
-        return [str(self.compiler), "-shared", "-s", "-Wl,--gc-sections", *files, "-o", str(library)]
-
-
-def present(libraries: Sequence[Library]) -> list[Library]:
-    """Those whose headers and link files are on this machine."""
-    includes = [Path("/usr/include"), Path("/usr/local/include")]
-    folders = [Path("/usr/lib64"), Path("/usr/lib"), Path(f"/usr/lib/{platform.machine()}-linux-gnu")]
-    folders += [Path("/usr/local/lib")]
-    return [
-        library
-        for library in libraries
-        if any((folder / library.header).exists() for folder in includes)
-        and any((folder / f"lib{library.name}.so").exists() for folder in folders)
-    ]
+        files = [*objects, *torch, "-ltorch_cpu", "-lc10", *gpu]
+        return [str(self.compiler), "-shared", "-pthread", "-s", *files, "-o", str(library)]
 
 
 class Build(NamedTuple):

@@ -142,7 +142,11 @@ def _record(wanted: list[Build]) -> Record:
 
 
 def _git_hash() -> str:
-    command = ["git", "-C", str(csrc()), "rev-parse", "HEAD"]
+    """The commit, with -dirty where files differ from it."""
+    root = csrc().resolve().parent
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    if not (root / ".git").exists():  # an sdist, perhaps inside another repository
+        return "unknown"
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError:

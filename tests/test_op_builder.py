@@ -310,18 +310,18 @@ def test_the_cache_tells_what_is_stale_and_what_is_locked(cold):
     current = cold / f"cpu_adam-{jit._key(OPS['cpu_adam'], Toolchain.find(OPS['cpu_adam']))}.so"
     for file in (current, cold / "cpu_adam-0123.so"):
         file.write_bytes(b"12345")
-    for name in ("utils-1.tmp", "utils-2.tmp"):
+    for name in ("utils-1.abc.tmp", "utils-2.abc.tmp"):
         (cold / name).mkdir()
         (cold / name / "a.o").write_bytes(b"123")
-        (cold / name).with_suffix(".lock").touch()
+        (cold / f"{name.split('.')[0]}.lock").touch()
     with (cold / "utils-2.lock").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         found = {entry.library.name: entry for entry in cache_entries()}
     assert {name: (entry.stale, entry.locked) for name, entry in found.items()} == {
         current.name: (False, False),
         "cpu_adam-0123.so": (True, False),
-        "utils-1.tmp": (True, False),
-        "utils-2.tmp": (False, True),
+        "utils-1.abc.tmp": (True, False),
+        "utils-2.abc.tmp": (False, True),
     }
     assert found[current.name].size_bytes == 5 and 0 <= found[current.name].age_s < 600
 

@@ -92,7 +92,8 @@ def test_one_small_wheel_for_every_python(cuda_wheel):
     sources = {f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
     assert sources | {"op_builder/spec.py"} <= names
     commit = run("git", "rev-parse", "HEAD").strip() if (ROOT / ".git").exists() else "unknown"
-    assert (record["accelerator"], record["archs"], record["git"]) == ("cuda", ["8.0", "9.0"], commit)
+    assert (record["accelerator"], record["archs"]) == ("cuda", ["8.0", "9.0"])
+    assert record["git"].removesuffix("-dirty") == commit
     assert set(record["ops"]) == {spec.name for spec in HERE}
 
 
