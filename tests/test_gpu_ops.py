@@ -508,3 +508,16 @@ def test_the_engine_hands_over_16_bit_gradients(cls, device, monkeypatch):
         weights.append([param.detach().clone() for param in engine.module.parameters()])
     for one, other in zip(*weights):
         torch.testing.assert_close(one, other)
+
+
+def test_adam_without_bias_correction_is_stepped_by_the_op_too(device):
+    ours, theirs = parameters(device), parameters(device)
+    mine = registry.build_optimizer("Adam", {"bias_correction": False, "adam_w_mode": False, "weight_decay": 0.1}, ours)
+    reference = registry.UncorrectedAdam(theirs, weight_decay=0.1, adam_w_mode=False)
+    assert type(mine) is FusedAdam
+    for _ in range(3):
+        give_gradients(ours, theirs)
+        mine.step()
+        reference.step()
+    for param, other in zip(ours, theirs):
+        torch.testing.assert_close(param, other, rtol=1e-6, atol=1e-6)

@@ -4,7 +4,7 @@
 // thread of the block (__syncthreads) or of the wave (a shuffle) has come to the same line of the source. Where that
 // cannot happen any more (some threads returned, or wait at another line) the launch fails, with a text that says which
 // thread waits where. A misaligned vector access fails likewise. What it does not find: races between barriers, and
-// accesses out of bounds.
+// accesses out of bounds. Compile with -U_FORTIFY_SOURCE.
 //
 // Tests set the wave's size, and can have only some blocks of a grid run, which makes huge tensors cheap.
 #pragma once
@@ -20,6 +20,10 @@
 #include <memory>
 #include <string>
 #include <vector>
+
+#if defined(__USE_FORTIFY_LEVEL) && __USE_FORTIFY_LEVEL > 0
+#error "compile with -U_FORTIFY_SOURCE: it takes a jump from one fiber to another for a mistake"
+#endif
 
 #define __global__
 #define __device__

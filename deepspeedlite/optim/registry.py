@@ -187,6 +187,8 @@ _BY_OP: dict[tuple[type[Optimizer], str], tuple[type[Optimizer], str, dict[str, 
     (torch.optim.Adam, "cpu"): (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": False, **_LIKE_MASTERS}),
     (torch.optim.AdamW, "cpu"): (DeepSpeedCPUAdam, "cpu_adam", {"adamw_mode": True, **_LIKE_MASTERS}),
     (torch.optim.Adagrad, "cpu"): (DeepSpeedCPUAdagrad, "cpu_adagrad", _LIKE_MASTERS),
+    (UncorrectedAdam, "cpu"): (FusedAdam, "fused_adam", {"bias_correction": False}),
+    (UncorrectedAdam, "cuda"): (FusedAdam, "fused_adam", {"bias_correction": False}),
     (torch.optim.Adam, "cuda"): (FusedAdam, "fused_adam", {"adam_w_mode": False}),
     (torch.optim.AdamW, "cuda"): (FusedAdam, "fused_adam", {"adam_w_mode": True}),
 }
