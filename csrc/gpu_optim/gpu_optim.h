@@ -11,6 +11,9 @@
 
 #include "common/tensor.h"
 
+// Elements of a tensor that one block of threads takes; norms need scratch for each block.
+constexpr int64_t DSL_GPU_BLOCK_NUMEL = 4096;
+
 struct dsl_on_device {
     const float* lr;           // instead of the lr given
     const float* grad_factor;  // multiplies the gradients, as grad_scale does
@@ -49,7 +52,7 @@ int dsl_gpu_lion_update(const dsl_tensor* tensors, const int64_t* numel, int64_t
                         void* stream);
 
 // LAMB's phase one: the moments move on, and norms[0][i] = |param i|, norms[1][i] = |update i|, fp32 (2, count).
-// Roles: param, grad, exp_avg, exp_avg_sq. `partials` is scratch of 2 * (sum of ceil(numel / 4096)) floats. The norms of
+// Roles: param, grad, exp_avg, exp_avg_sq. `partials` is scratch of 2 * (sum of ceil(numel / DSL_GPU_BLOCK_NUMEL)) floats. The norms of
 // empty tensors, and of all where the step is skipped, may stay unwritten: fill them with 0.
 int dsl_gpu_lamb_moments(const dsl_tensor* tensors, const int64_t* numel, int64_t count, const dsl_gpu_lamb* how,
                          float* partials, float* norms, void* stream);
@@ -64,7 +67,7 @@ int dsl_gpu_lamb_apply(const dsl_tensor* tensors, const int64_t* numel, int64_t 
 int dsl_gpu_scale(const dsl_tensor* tensors, const int64_t* numel, int64_t count, float factor,
                   const float* factor_on_device, float* found_inf, void* stream);
 
-// norms[i] = the 2-norm of tensor i, fp32, 0 before. `partials` is scratch of (sum of ceil(numel / 4096)) floats.
+// norms[i] = the 2-norm of tensor i, fp32, 0 before. `partials` is scratch of a float for each block.
 int dsl_gpu_l2norm(const dsl_tensor* tensors, const int64_t* numel, int64_t count, float* partials, float* norms,
                    void* stream);
 }

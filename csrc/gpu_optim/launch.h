@@ -3,6 +3,7 @@
 #pragma once
 
 #include "common/binding.h"
+#include "gpu_optim/gpu_optim.h"
 
 #if defined(DSL_CUDA) || defined(DSL_HIP)
 #define DSL_GPU
@@ -37,7 +38,7 @@ inline torch::stable::Tensor scratch(const Table& table, int64_t floats) {
 // As many floats for each block of the kernels' grids.
 inline torch::stable::Tensor scratch_per_block(const Table& table, int64_t floats) {
     int64_t blocks = 0;
-    for (const int64_t numel : table.numels) blocks += (numel + 4095) / 4096;
+    for (const int64_t numel : table.numels) blocks += (numel + DSL_GPU_BLOCK_NUMEL - 1) / DSL_GPU_BLOCK_NUMEL;
     return scratch(table, floats * blocks);
 }
 

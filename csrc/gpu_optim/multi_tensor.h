@@ -11,11 +11,12 @@
 
 #include "common/gpu_compat.h"
 #include "common/tensor.h"
+#include "gpu_optim/gpu_optim.h"
 
 namespace dsl {
 
 constexpr int THREADS = 256;
-constexpr int64_t BLOCK_NUMEL = 4096;
+constexpr int64_t BLOCK_NUMEL = DSL_GPU_BLOCK_NUMEL;
 constexpr int ARGUMENT_BYTES = 4096;  // what every CUDA and HIP device takes
 constexpr int NUMBER_BYTES = 128;     // of them left for an op's other arguments
 
