@@ -9,7 +9,7 @@ from typing import Any
 
 from .builder import BUILDERS, OpBuilder, load_ops
 from .errors import OpBuildError
-from .jit import CacheEntry, built, cache_entries, cache_folder, why_not
+from .jit import CacheEntry, built, cache_entries, cache_folder, compiled, why_not
 from .prebuilt import Record, installed_libraries, misfit, read_record
 from .spec import OPS, OpSpec
 from .torch_build import find_torch
@@ -25,6 +25,7 @@ __all__ = [
     "built",
     "cache_entries",
     "cache_folder",
+    "compiled",
     "find_torch",
     "installed_libraries",
     "load_ops",

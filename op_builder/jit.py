@@ -65,6 +65,19 @@ def built(spec: OpSpec) -> Path:
     return library
 
 
+def compiled(spec: OpSpec) -> Path | None:
+    """The library that `built` would give without compiling, or None."""
+    if spec.pending:
+        return None
+    try:
+        if found := prebuilt(spec, find_torch().accelerator):
+            return found
+        library = cache_folder() / f"{spec.name}-{_key(spec, Toolchain.find(spec))}.so"
+    except OpBuildError:
+        return None
+    return library if library.exists() else None
+
+
 def why_not(spec: OpSpec) -> str | None:
     """Why the op cannot be had here, or None. Quick: nothing is compiled and torch is not imported."""
     try:

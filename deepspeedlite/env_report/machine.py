@@ -1,0 +1,211 @@
+"""The machine: GPUs, processor, memory, limits, disk, network."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import errno
+import mmap
+import os
+import platform
+import re
+import resource
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+
+from deepspeedlite.env_report.rows import BAD, GIB, OK, WARN, Row, output_of, read_text, size_text
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.launcher.devices import find_devices
+
+_ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
+_ISA_FLAGS_ARM = ("asimd", "bf16", "sve", "sve2")
+
+
+def gpu_vendor() -> str:
+    """The maker of this machine's GPUs, whatever the visible-devices variables say."""
+    return find_devices({"PATH": os.environ.get("PATH", "")}).vendor
+
+
+def gpus() -> list[Row]:
+    """The GPUs ranks would get, and what drives them."""
+    try:
+        devices = find_devices(os.environ)
+    except LaunchError as error:
+        return [Row("gpus", "visible", str(error), BAD, "correct or unset the variable")]
+    if devices.vendor == "cpu":
+        hidden = gpu_vendor() != "cpu"
+        value = "none: this machine's GPUs are hidden by variables" if hidden else "none: ranks train on the CPU"
+        return [Row("gpus", "visible", value)]
+    source = f" by {devices.variable}" if devices.from_variable else ""
+    rows = [Row("gpus", "visible", f"{len(devices.ids)} {devices.vendor} ({','.join(devices.ids)}){source}", OK)]
+    if devices.vendor == "nvidia":
+        query = "--query-gpu=index,name,memory.total,compute_cap,driver_version"
+        listed = output_of(["nvidia-smi", query, "--format=csv,noheader"])
+        for line in listed.splitlines():
+            index, _, facts = line.partition(", ")
+            rows.append(Row("gpus", f"GPU {index}", facts))
+        if not listed:
+            remedy = "run nvidia-smi: it says why the driver does not answer"
+            rows.append(Row("gpus", "nvidia-smi", "missing or failing", WARN, remedy))
+    return rows
+
+
+def cpu_and_memory() -> list[Row]:
+    """Processor, instruction sets, memory and the limits a container or shell puts on them."""
+    info = read_text("/proc/cpuinfo")
+    model = re.search(r"^(?:model name|Model)\s*:\s*(.*)", info, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)", info, re.MULTILINE)
+    present = set(flags[1].split()) if flags else set()
+    known = [flag for flag in (*_ISA_FLAGS, *_ISA_FLAGS_ARM) if flag in present]
+    usable = len(os.sched_getaffinity(0))
+    rows = [
+        Row("machine", "cpu", model[1] if model else platform.machine()),
+        Row("machine", "instruction sets", " ".join(known) or "none known"),
+        Row("machine", "cores", f"{usable} usable of {os.cpu_count()}{_cpu_quota()}"),
+    ]
+    memory = {
+        key: int(value) << 10 for key, value in re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
+    }
+    limit = (
+        read_text("/sys/fs/cgroup/memory.max").strip()
+        or read_text("/sys/fs/cgroup/memory/memory.limit_in_bytes").strip()
+    )
+    total = memory.get("MemTotal", 0)
+    capped = f", capped at {size_text(int(limit))}" if limit.isdigit() and int(limit) < total else ""
+    rows.append(
+        Row("machine", "memory", f"{size_text(memory.get('MemAvailable', 0))} free of {size_text(total)}{capped}")
+    )
+    return [*rows, _numa(), _shared_memory(), *_limits()]
+
+
+def _cpu_quota() -> str:
+    quota, _, period = read_text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
+    return f", capped at {int(quota) / int(period):.1f}" if quota.isdigit() and period.isdigit() else ""
+
+
+def _shared_memory() -> Row:
+    try:
+        disk = shutil.disk_usage("/dev/shm")
+    except OSError:
+        return Row("machine", "/dev/shm", "missing", WARN, "mount a tmpfs there: data-loading workers and NCCL need it")
+    value = f"{size_text(disk.free)} free of {size_text(disk.total)}"
+    if disk.free < GIB:
+        remedy = "give a container more: docker run --shm-size=8g (or --ipc=host); delete old files in it"
+        return Row("machine", "/dev/shm", value, WARN, remedy)
+    return Row("machine", "/dev/shm", value, OK)
+
+
+def _limits() -> list[Row]:
+    """Limits that training runs into, with the least that does not hurt."""
+    table = (
+        ("open files", resource.RLIMIT_NOFILE, 1024, str, "ulimit -n 65536, or docker run --ulimit nofile=65536"),
+        ("locked memory", resource.RLIMIT_MEMLOCK, 1 << 20, size_text, "ulimit -l unlimited, for RDMA and io_uring"),
+    )
+    rows = []
+    for name, limit, least, show, remedy in table:
+        soft, _ = resource.getrlimit(limit)
+        value = "unlimited" if soft == resource.RLIM_INFINITY else show(soft)
+        enough = soft == resource.RLIM_INFINITY or soft >= least
+        rows.append(Row("machine", name, value, OK if enough else WARN, "" if enough else remedy))
+    return rows
+
+
+def _numa() -> Row:
+    nodes = sorted(path.name for path in Path("/sys/devices/system/node").glob("node[0-9]*"))
+    lists = [f"{node}: cores {read_text(f'/sys/devices/system/node/{node}/cpulist').strip()}" for node in nodes]
+    return Row("machine", "NUMA", "; ".join(lists) or "not told by the kernel")
+
+
+def disk(path: str) -> list[Row]:
+    """The disk under `path`: room, and how files can be read and written beside the program there."""
+    try:
+        usage = shutil.disk_usage(path)
+    except OSError as error:
+        return [Row("disk", path, f"{error.strerror}", BAD, "name a folder that is there: --path DIR")]
+    value = f"{size_text(usage.free)} free of {size_text(usage.total)}, {_file_system(path)}"
+    full = usage.free < 5 * GIB
+    rows = [Row("disk", path, value, WARN if full else OK, "make room for checkpoints" if full else "")]
+    return [*rows, _direct_io(path), _io_uring(), _libaio()]
+
+
+def _file_system(path: str) -> str:
+    best, kind = "", "unknown file system"
+    real = os.path.realpath(path)
+    for line in read_text("/proc/self/mounts").splitlines():
+        _, place, found, *_ = line.split()
+        place = place.replace("\\040", " ")
+        if (real + "/").startswith(place.rstrip("/") + "/") and len(place) >= len(best):
+            best, kind = place, found
+    return kind
+
+
+def _direct_io(path: str) -> Row:
+    try:
+        with tempfile.NamedTemporaryFile(dir=path) as file:
+            descriptor = os.open(file.name, os.O_WRONLY | os.O_DIRECT)
+            try:
+                with mmap.mmap(-1, 4096) as page:  # at a page's beginning, as O_DIRECT wants
+                    os.pwrite(descriptor, page, 0)
+            finally:
+                os.close(descriptor)
+    except PermissionError:
+        return Row("disk", "O_DIRECT", f"{path} cannot be written", WARN, "name a folder of your own: --path DIR")
+    except OSError as error:
+        remedy = "offload to a disk with ext4 or xfs: here everything goes through the page cache"
+        return Row("disk", "O_DIRECT", f"not to be had: {error.strerror}", WARN, remedy)
+    return Row("disk", "O_DIRECT", "works", OK)
+
+
+def _io_uring() -> Row:
+    number, name = 425, "io_uring"  # io_uring_setup, the same on x86-64 and aarch64
+    libc = ctypes.CDLL(None, use_errno=True)
+    parameters = ctypes.create_string_buffer(120)
+    descriptor = libc.syscall(number, 1, parameters)
+    if descriptor >= 0:
+        os.close(descriptor)
+        return Row("disk", name, "works")
+    reason = "not in this kernel" if ctypes.get_errno() == errno.ENOSYS else os.strerror(ctypes.get_errno())
+    return Row("disk", name, f"blocked: {reason}; async_io uses threads")
+
+
+def _libaio() -> Row:
+    header = any(Path(folder, "libaio.h").exists() for folder in ("/usr/include", "/usr/local/include"))
+    library = ctypes.util.find_library("aio")
+    return Row(
+        "disk", "libaio", f"{library or 'no library'}, {'with' if header else 'no'} header; async_io needs neither"
+    )
+
+
+def network() -> list[Row]:
+    """Interfaces that are up, with their addresses: what NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose among."""
+    import psutil  # when it is missing only this section fails
+
+    rows = []
+    states = psutil.net_if_stats()
+    for name, addresses in sorted(psutil.net_if_addrs().items()):
+        state = states.get(name)
+        shown = [a.address for a in addresses if a.family in (socket.AF_INET, socket.AF_INET6)]
+        if state is not None and state.isup and shown:
+            speed = f", {state.speed} Mb/s" if state.speed else ""
+            rows.append(Row("network", name, f"{' '.join(shown)}{speed}, MTU {state.mtu}"))
+    for link in sorted(Path("/sys/class/infiniband").glob("*")):
+        state_text = read_text(link / "ports/1/state").strip()
+        rows.append(Row("network", link.name, f"InfiniBand or RoCE, {state_text or 'state unknown'}"))
+    variable = os.environ.get("NCCL_SOCKET_IFNAME") or os.environ.get("GLOO_SOCKET_IFNAME") or ""
+    named = [name for name in variable.split(",") if name and name[0] not in "^="]
+    missing = [name for name in named if not any(other.startswith(name) for other in states)]
+    if missing:
+        value = f"{variable}: there is no {', '.join(missing)} here"
+        rows.append(Row("network", "SOCKET_IFNAME", value, BAD, f"name one of {', '.join(sorted(states))}"))
+    return [*rows, _own_name()]
+
+
+def _own_name() -> Row:
+    name = socket.gethostname()
+    try:
+        return Row("network", "own name", f"{name} is {socket.gethostbyname(name)}", OK)
+    except OSError as error:
+        remedy = f"add {name} to /etc/hosts: ranks look their own address up"
+        return Row("network", "own name", f"{name} has no address: {error}", WARN, remedy)

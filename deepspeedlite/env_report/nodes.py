@@ -1,0 +1,106 @@
+"""Several machines: every node's report over ssh, at once, and what differs between them.
+
+A node that does not answer in time is a row of its own; nobody waits for it longer than that.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from deepspeedlite.env_report.rows import BAD, INFO, Row
+from deepspeedlite.errors import LaunchError
+
+NODE_TIMEOUT_S = 60.0
+_MOST_AT_ONCE = 64
+# What differs between healthy nodes: rows by their section, or by section and name.
+_OWN = {"network", "cache", "disk", ("machine", "memory"), ("machine", "/dev/shm"), ("nodes", "report")}
+_OWN_VARIABLES = {"RANK", "LOCAL_RANK", "TMPDIR", "world"}
+
+
+def read_hosts(hostfile: str) -> list[str]:
+    """The hosts of a hostfile: the first word of each line that is neither empty nor a comment.
+
+    Raises:
+        LaunchError: it cannot be read, names nobody, or a host twice.
+    """
+    try:
+        lines = Path(hostfile).read_text().splitlines()
+    except OSError as error:
+        raise LaunchError(f"hostfile {hostfile} cannot be read: {error.strerror}") from error
+    hosts = [words[0] for line in lines if (words := line.split("#")[0].split())]
+    if not hosts:
+        raise LaunchError(f"hostfile {hostfile} names no host; write one per line, such as: worker-1 slots=4")
+    twice = next((host for index, host in enumerate(hosts) if host in hosts[:index]), None)
+    if twice:
+        raise LaunchError(f"hostfile {hostfile} names {twice} twice")
+    return hosts
+
+
+def reports(hosts: Sequence[str], ssh: str, arguments: Sequence[str] = ()) -> dict[str, list[Row]]:
+    """Every host's rows; `ssh` is the command that reaches them, `arguments` are the report's."""
+    with ThreadPoolExecutor(min(len(hosts), _MOST_AT_ONCE)) as pool:
+        return dict(zip(hosts, pool.map(lambda host: _report_of(host, ssh, arguments), hosts)))
+
+
+def _report_of(host: str, ssh: str, arguments: Sequence[str]) -> list[Row]:
+    remote = shlex.join([sys.executable, "-m", "deepspeedlite.env_report", "--json", *arguments])
+    command = [*shlex.split(ssh), "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, remote]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NODE_TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        return [_silent(f"did not answer in {NODE_TIMEOUT_S:.0f} s", f"look at {host}: ssh {host} uptime")]
+    except OSError as error:
+        return [_silent(f"{command[0]} cannot be run: {error.strerror}", "install openssh-client")]
+    try:
+        return [Row(**row) for row in json.loads(done.stdout)["rows"]]
+    except (ValueError, KeyError, TypeError):
+        words = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+        remedy = f"see that `ssh {host} {remote}` works without a password"
+        return [_silent(f"no report: {words[-1]}", remedy)]
+
+
+def _silent(value: str, remedy: str) -> Row:
+    return Row("nodes", "report", value, BAD, remedy)
+
+
+def broken(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """A row per node: how it is, with its worst finding."""
+    rows = []
+    for host, its in found.items():
+        bad = [row for row in its if row.status == BAD]
+        if bad:
+            more = f" (and {len(bad) - 1} more)" if len(bad) > 1 else ""
+            rows.append(Row("nodes", host, f"{bad[0].name}: {bad[0].value}{more}", BAD, bad[0].remedy))
+        else:
+            rows.append(Row("nodes", host, "nothing broken", "ok"))
+    return rows
+
+
+def differences(found: Mapping[str, Sequence[Row]]) -> list[Row]:
+    """A row for each value that nodes which reported do not agree on, with who has which."""
+    speaking = {host: its for host, its in found.items() if not any(row.section == "nodes" for row in its)}
+    keys = dict.fromkeys((row.section, row.name) for its in speaking.values() for row in its)
+    rows = []
+    for section, name in keys:
+        if section in _OWN or (section, name) in _OWN or (section == "variables" and name in _OWN_VARIABLES):
+            continue
+        holders: dict[str, list[str]] = {}
+        for host, its in speaking.items():
+            value = next((row.value for row in its if (row.section, row.name) == (section, name)), "-")
+            holders.setdefault(value, []).append(host)
+        if len(holders) > 1:
+            text = "; ".join(f"{_names(hosts)}: {value}" for value, hosts in holders.items())
+            rows.append(Row("differences", f"{section} {name}", text))
+    if len(speaking) > 1 and not rows:
+        rows.append(Row("differences", "none", "all nodes that answered are alike", INFO))
+    return rows
+
+
+def _names(hosts: Sequence[str]) -> str:
+    return ", ".join(hosts[:4]) + (f" and {len(hosts) - 4} more" if len(hosts) > 4 else "")
