@@ -376,6 +376,15 @@ def test_scale_casts_and_finds_what_is_not_finite(gpu, dtype, out):
     assert (found == 1) == (out == torch.float16), "what overflows in being narrowed counts too"
 
 
+def test_tensors_of_several_dtypes_in_one_list(gpu):
+    each = random_lists(gpu, list(DTYPES))
+    inputs = [tensor for trio in zip(*each) for tensor in trio]
+    each = random_lists(gpu, [torch.float16, torch.float32, torch.bfloat16])
+    outputs = [tensor for trio in zip(*each) for tensor in trio]
+    gpu.call("dsl_gpu_scale", [inputs, outputs], ctypes.c_float(0.5), None, None)
+    assert all(torch.equal(other, (one.float() * 0.5).to(other.dtype)) for one, other in zip(inputs, outputs))
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_l2norm(gpu, dtype):
     tensors = random_lists(gpu, [dtype], (*SIZES, *range(100, 220), 20 * BLOCK_NUMEL))[0]
@@ -432,6 +441,23 @@ def test_elements_beyond_2_to_the_31(gpu):
     gpu.start("dsl_gpu_adam_update", [[p], [g], [m], [v], None, None, [gpu.number(3)]], c_adam(HOW))
     adam_in_torch(*([tensor] for tensor in expected), [], [], *HOW)
     assert_close([p[-4098:], m[-4098:], v[-4098:]], [expected[0], expected[2], expected[3]], scale=16)
+
+    lion = CLion(lr=0.5, grad_scale=1.0, one_minus_beta1=0.0, one_minus_beta2=0.0, weight_decay=0.0)
+    before = p[-4098:].clone()
+    gpu.start("dsl_gpu_lion_update", [[p], [g], [m], None], lion)
+    assert torch.equal(p[-4098:], (before.float() - 0.5 * m[-4098:].float().sign()).bfloat16())
+    lamb = CLamb(lr=1.0, eps=1.0, min_coeff=0.0, max_coeff=1.0, **betas(0.9, 0.95))  # moves by 0.5 * m / (sqrt(v) + 1)
+    partials, norms = (
+        gpu.tensor(torch.zeros(2 * blocks), torch.float32),
+        gpu.tensor(torch.tensor([1.0, 2.0]), torch.float32),
+    )
+    before, first = p[-4098:].clone(), m[-4098:].clone()
+    gpu.start("dsl_gpu_lamb_apply", [[p], [m], [v], None, [gpu.number(3)]], lamb, norms)
+    update = 0.5 * first.double() / (v[-4098:].double().sqrt() + 1)
+    assert_close([p[-4098:]], [before.double().cpu() - update.cpu()], scale=16)
+    gpu.start("dsl_gpu_lamb_moments", [[p], [g], [m], [v]], lamb, partials, norms)
+    assert_close([m[-4098:]], [first.double().cpu() * 0.9], scale=16)  # its grad_scale is 0
+    assert partials.view(2, -1)[:, -2:].gt(0).all(), "the last blocks' sums"
 
     found = gpu.number(0)
     gpu.start("dsl_gpu_scale", [[g], [v]], ctypes.c_float(2), None, found)
