@@ -36,6 +36,8 @@ _USUAL_CUDA = {
     "12.0": ((12, 8), (99, 0)),
 }
 _USUAL_ROCM = {"gfx90a": 5, "gfx942": 6, "gfx1100": 6, "gfx1201": 7}  # with ROCm's first major that knows it
+# nvcc's parts on PyPI, of torch's CUDA version; they land beside torch.
+PYPI_NVCC = " ".join(f"nvidia-{part}" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl"))
 _CUDA_ARCH = re.compile(r"\d+\.\d[af]?(\+PTX)?")
 
 
@@ -97,7 +99,7 @@ def find_gpu_compiler(torch: TorchBuild) -> GpuCompiler:
 
 
 def _find_cuda(torch: TorchBuild) -> GpuCompiler:
-    home = _cuda_home()
+    home = _cuda_home(torch)
     version = _defined(home / "include" / "cuda.h", "CUDA_VERSION")
     if not version:
         raise OpBuildError(f"{home} has no include/cuda.h; set CUDA_HOME to a CUDA toolkit")
@@ -120,21 +122,22 @@ def cuda_mismatch(what: str, cuda: str | None, torch_cuda: str | None) -> str | 
     )
 
 
-def _cuda_home() -> Path:
-    """`$CUDA_HOME` or `$CUDA_PATH`, or the folder of the nvcc on PATH, which may be a link or a script."""
+def _cuda_home(torch: TorchBuild) -> Path:
+    """`$CUDA_HOME`, `$CUDA_PATH`, that of the nvcc on PATH (a link, perhaps, or a script), or of PyPI's beside torch."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
     if named:
         home = Path(named)
     elif nvcc is None:
-        home = Path("/usr/local/cuda")
+        beside_torch = sorted(torch.home.parent.glob("nvidia/cu*/bin/nvcc"))
+        home = beside_torch[-1].parent.parent if beside_torch else Path("/usr/local/cuda")
     else:
         home = Path(nvcc).resolve().parent.parent
         if not (home / "include" / "cuda.h").exists():
             home = _home_by_asking(nvcc) or home
     if not (home / "bin" / "nvcc").exists():
         where = f"CUDA_HOME={named} has no bin/nvcc" if named else "there is no nvcc on PATH or in /usr/local/cuda"
-        raise OpBuildError(f"{where}; install the CUDA toolkit and set CUDA_HOME to it")
+        raise OpBuildError(f"{where}; install the CUDA toolkit and set CUDA_HOME to it, or pip install {PYPI_NVCC}")
     return home
 
 

@@ -198,6 +198,17 @@ def test_cuda_of_another_major_is_refused_unless_told_otherwise(tmp_path, clean)
         gpu.find_gpu_compiler(torch)
 
 
+def test_an_nvcc_that_pip_put_beside_torch_is_found(tmp_path, clean):
+    home = fake_toolkit(tmp_path / "nvidia" / "cu13", 13000)
+    clean.setenv("PATH", str(tmp_path))
+    torch = TorchBuild(tmp_path / "torch", "2.14.0+cu130", "13.0", None)
+    assert gpu.find_gpu_compiler(torch).home == home
+    if not Path("/usr/local/cuda").exists():
+        shutil.rmtree(home)
+        with pytest.raises(OpBuildError, match=r"there is no nvcc on PATH.*pip install nvidia-cuda-nvcc nvidia-nvvm"):
+            gpu.find_gpu_compiler(torch)
+
+
 def test_an_nvcc_that_is_a_script_leads_to_its_toolkit(tmp_path, clean):
     real = shutil.which("nvcc")
     if real is None:
