@@ -123,7 +123,7 @@ def cuda_mismatch(what: str, cuda: str | None, torch_cuda: str | None) -> str | 
 
 
 def _cuda_home(torch: TorchBuild) -> Path:
-    """`$CUDA_HOME`, `$CUDA_PATH`, that of the nvcc on PATH (a link, perhaps, or a script), or of PyPI's beside torch."""
+    """`$CUDA_HOME`, `$CUDA_PATH`, that of the nvcc on PATH (a link, perhaps, or script), or of PyPI's beside torch."""
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
     if named:
