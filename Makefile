@@ -63,7 +63,7 @@ bench: venv-dev  ## measure import and step times (PEER_PYTHON: an environment w
 	@$(BIN)/python benchmarks/step_time.py
 
 clean:  ## remove what these commands made, the downloaded data excepted
-	@rm -rf "$(VENV)" build dist *.egg-info .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf "$(VENV)" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 venv-examples: $(VENV)/.ready-examples

@@ -191,7 +191,8 @@ def gencode(archs: Sequence[str]) -> list[str]:
 def _gpus_nvidia() -> tuple[str, ...]:
     if not shutil.which("nvidia-smi"):
         return ()
-    return tuple(sorted(set(_words(_output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])))))
+    said = _output(["nvidia-smi", "--query-gpu=compute_cap", "--format=csv,noheader"])
+    return tuple(sorted(set(re.findall(r"^\d+\.\d$", said, re.MULTILINE))))
 
 
 # --- ROCm -----------------------------------------------------------------------------------------------------------

@@ -32,6 +32,8 @@ class TorchBuild(NamedTuple):
         (That variable lets a wheel for GPUs be built against a CPU torch.)
         """
         named = os.environ.get("DS_ACCELERATOR", "").strip().lower()
+        if named == "cuda" and self.hip:  # which DeepSpeed's users write for AMD's GPUs too
+            return "rocm"
         if named in ACCELERATORS:
             return named
         return "cuda" if self.cuda else "rocm" if self.hip else "cpu"

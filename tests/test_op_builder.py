@@ -113,6 +113,9 @@ def test_torch_is_read_from_its_files(tmp_path, clean):
     assert found == TorchBuild(tmp_path, "2.14.0+cu130", "13.0", None) and found.accelerator == "cuda"
     clean.setenv("DS_ACCELERATOR", "cpu")
     assert found.accelerator == "cpu"
+    clean.setenv("DS_ACCELERATOR", "cuda")
+    assert found._replace(cuda=None).accelerator == "cuda"
+    assert found._replace(cuda=None, hip="6.4").accelerator == "rocm"
 
 
 ISOLATED = """
@@ -150,7 +153,7 @@ def test_without_a_list_the_gpus_or_what_the_toolkit_knows(tmp_path, clean):
     with pytest.raises(OpBuildError, match="native, but nvidia-smi shows no GPU"):
         gpu.cuda_archs((13, 0))
     clean.undo()
-    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n9.0\\n'\n")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n[N/A]\\n9.0\\n'\n")
     (tmp_path / "nvidia-smi").chmod(0o755)
     clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     clean.setenv("TORCH_CUDA_ARCH_LIST", "native")
