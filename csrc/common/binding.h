@@ -1,6 +1,7 @@
 // What bindings share: torch's tensors as the kernels see them, and torch's threads.
 //
 // Of the stable ABI only the plain C functions and the tensor are included: its other headers double the compile time.
+// And only what torch 2.10's headers have: TORCH_ERROR_CODE_CHECK, not the STABLE_ one of 2.13.
 #pragma once
 
 #include <torch/csrc/stable/c/shim.h>
@@ -34,8 +35,7 @@ inline dsl_tensor checked(const torch::stable::Tensor& tensor, int64_t numel, co
 template <class Work>
 void parallel_for(int64_t end, const Work& work) {
     auto call = [](int64_t from, int64_t to, void* context) { (*static_cast<const Work*>(context))(from, to); };
-    STABLE_TORCH_ERROR_CODE_CHECK(
-        torch_parallel_for(0, end, 1, call, const_cast<void*>(static_cast<const void*>(&work))));
+    TORCH_ERROR_CODE_CHECK(torch_parallel_for(0, end, 1, call, const_cast<void*>(static_cast<const void*>(&work))));
 }
 
 // Elements that one thread takes at a time: whole tiles, so that the number of threads changes no result.

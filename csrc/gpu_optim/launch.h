@@ -20,7 +20,7 @@ template <class Launch>
 void on_gpu(const char* op, const Table& table, const Launch& launch) {
     const torch::stable::accelerator::DeviceGuard guard(table.device_index);
     void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(table.device_index, &stream));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(table.device_index, &stream));
     const int error = launch(stream);
     STD_TORCH_CHECK(error != 209, op, ": error 209, no kernel image is available: it was not compiled for this GPU");
     STD_TORCH_CHECK(error == 0, op, ": a kernel could not be launched, error ", error);
@@ -30,8 +30,8 @@ void on_gpu(const char* op, const Table& table, const Launch& launch) {
 inline torch::stable::Tensor scratch(const Table& table, int64_t floats) {
     const int64_t stride = 1;
     AtenTensorHandle handle = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &floats, &stride, aoti_torch_dtype_float32(),
-                                                           aoti_torch_device_type_cuda(), table.device_index, &handle));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(1, &floats, &stride, aoti_torch_dtype_float32(),
+                                                    aoti_torch_device_type_cuda(), table.device_index, &handle));
     return torch::stable::Tensor(handle);
 }
 
