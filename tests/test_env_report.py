@@ -295,6 +295,47 @@ def test_an_op_that_does_not_load_is_broken_and_what_builds_left_is_named(
     assert find(rows_of(done), "of no use here").value.startswith("1, ")
 
 
+def test_an_op_that_kills_its_process_is_blamed_and_torch_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from deepspeedlite.ops.op_builder import OPS, built
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    library = built(OPS["cpu_adam"])
+    library.unlink()  # its name is what counts
+    source = "__attribute__((constructor)) static void die(void) { __builtin_trap(); }"
+    subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)], input=source, text=True, check=True)
+    done = run("--json", "--only", "torch", "--only", "ops")
+    row = find(rows_of(done), "cpu_adam")
+    assert done.returncode == 1 and row.status == BAD and "the process dies of it" in row.value
+    assert find(rows_of(done), "import torch").status == OK
+
+
+def test_a_torch_that_prints_is_heard_all_the_same(fake_torch: Path) -> None:
+    with (fake_torch / "__init__.py").open("a") as file:
+        file.write("import atexit\nprint('hello', end='')\natexit.register(print, 'bye')\n")
+    _, rows = report(fake_torch)
+    assert find(rows, "import torch").value == "works" and find(rows, "nccl").value == "2.27.5"
+
+
+def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    done = run("--json", "--only", "cache", TORCH_EXTENSIONS_DIR=str(tmp_path / "file"))
+    row = find(rows_of(done), "folder")
+    assert row.status == WARN and "TORCH_EXTENSIONS_DIR" in row.remedy
+
+
+def test_without_any_package_each_remedy_is_the_right_one(tmp_path: Path) -> None:
+    code = "import sys; from deepspeedlite.env_report import main; sys.exit(main(['--json']))"
+    env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-S", "-c", code]  # without site-packages
+    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    rows = rows_of(done)
+    assert done.returncode == 1 and find(rows, "torch").value == "not installed"
+    assert {row.name for row in rows if row.status == BAD} == {"torch", "pydantic", "rich", "psutil"}
+    assert not any("report this" in row.remedy or (row.section == "ops" and row.remedy) for row in rows)
+
+
 def test_a_wheel_for_another_cuda_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = packages.op_builder()
     record = builder.Record("cuda", "2.13.0", "13.0", None, ("8.0", "9.0"), "abc", {})
@@ -368,7 +409,12 @@ def test_a_node_that_hangs_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "names no host"), ("a\nb\na slots=1\n", "names a twice"), (None, "cannot be read")],
+    [
+        ("", "names no host"),
+        ("a\nb\na slots=1\n", "names a twice"),
+        ("-oX=y slots=1\n", "for an option"),
+        (None, "cannot be read"),
+    ],
 )
 def test_hostfiles_that_are_wrong(tmp_path: Path, text: str | None, message: str) -> None:
     hostfile = tmp_path / "hostfile"

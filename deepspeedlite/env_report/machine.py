@@ -120,10 +120,9 @@ def _numa() -> Row:
 
 def disk(path: str) -> list[Row]:
     """The disk under `path`: room, and how files can be read and written beside the program there."""
-    try:
-        usage = shutil.disk_usage(path)
-    except OSError as error:
-        return [Row("disk", path, f"{error.strerror}", BAD, "name a folder that is there: --path DIR")]
+    if not os.path.isdir(path):
+        return [Row("disk", path, "is no folder", BAD, "name a folder that is there: --path DIR")]
+    usage = shutil.disk_usage(path)
     value = f"{size_text(usage.free)} free of {size_text(usage.total)}, {_file_system(path)}"
     full = usage.free < 5 * GIB
     rows = [Row("disk", path, value, WARN if full else OK, "make room for checkpoints" if full else "")]
@@ -180,7 +179,10 @@ def _libaio() -> Row:
 
 def network() -> list[Row]:
     """Interfaces that are up, with their addresses: what NCCL_SOCKET_IFNAME and GLOO_SOCKET_IFNAME choose among."""
-    import psutil  # when it is missing only this section fails
+    try:
+        import psutil
+    except ImportError:  # whose remedy the section on software gives
+        return [_own_name()]
 
     rows = []
     states = psutil.net_if_stats()

@@ -36,6 +36,8 @@ def read_hosts(hostfile: str) -> list[str]:
     hosts = [words[0] for line in lines if (words := line.split("#")[0].split())]
     if not hosts:
         raise LaunchError(f"hostfile {hostfile} names no host; write one per line, such as: worker-1 slots=4")
+    if dashed := next((host for host in hosts if host.startswith("-")), None):
+        raise LaunchError(f"hostfile {hostfile} names {dashed}, which ssh would take for an option")
     twice = next((host for index, host in enumerate(hosts) if host in hosts[:index]), None)
     if twice:
         raise LaunchError(f"hostfile {hostfile} names {twice} twice")

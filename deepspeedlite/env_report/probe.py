@@ -17,24 +17,31 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_IMPORT_TIMEOUT_S = 120.0
+_IMPORT_TIMEOUT_S = 50.0  # less than a node may take, so that a node with a torch that hangs still reports
+_MARK = "dslite: "
 _OP_BUILDER = Path(__file__).resolve().parent.parent / "ops" / "op_builder"
-# Reads constants of the build only. Of the ops those are loaded that are compiled: argv names the files.
-_SCRIPT = """
+# Reads constants of the build only. Of the ops those are loaded that are compiled: argv names the files. Each is named
+# before it is loaded: one that kills the child is known by that, and is not taken for a broken torch.
+_SCRIPT = (
+    f"MARK = {_MARK!r}"
+    + """
 import json, sys, torch, torch.distributed as d
 built = d.is_available()
 nccl = getattr(torch._C, "_nccl_version", None) if built and d.is_nccl_available() else None
 arches = getattr(torch._C, "_cuda_getArchFlags", lambda: None)()
-loads = {}
+def say(facts):
+    print("\\n" + MARK + json.dumps(facts), flush=True)
+say({"distributed": built, "gloo": built and d.is_gloo_available(), "arches": arches or "",
+     "nccl": nccl() if nccl else None})
 for path in sys.argv[1:]:
+    say({"library": path, "failure": "the process dies of it"})
     try:
         torch.ops.load_library(path)
-        loads[path] = ""
+        say({"library": path, "failure": ""})
     except Exception as error:
-        loads[path] = (str(error).splitlines() or [type(error).__name__])[0]
-print(json.dumps({"distributed": built, "gloo": built and d.is_gloo_available(), "arches": arches or "",
-                  "nccl": nccl() if nccl else None, "loads": loads}))
+        say({"library": path, "failure": (str(error).splitlines() or [type(error).__name__])[0]})
 """
+)
 
 
 class Probe:
@@ -74,10 +81,10 @@ class Probe:
         if self._out is None:
             return None
         printed, words = self._out
-        if self._child.returncode:
+        said = [json.loads(line[len(_MARK) :]) for line in printed.splitlines() if line.startswith(_MARK)]
+        if not said:
             return (words.strip().splitlines() or [f"exit status {self._child.returncode}"])[-1]
-        found: dict[str, Any] = json.loads(printed.strip().splitlines()[-1])
-        return found
+        return {**said[0], "loads": {fact["library"]: fact["failure"] for fact in said[1:]}}
 
 
 @cache

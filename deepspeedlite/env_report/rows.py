@@ -89,5 +89,7 @@ def torch_files() -> TorchFiles | None:
 
 
 def size_text(size_bytes: int) -> str:
-    """`512 MiB`, `23.5 GiB`."""
+    """`64 KiB`, `512 MiB`, `23.5 GiB`."""
+    if size_bytes < 1 << 20:
+        return f"{size_bytes / 1024:.0f} KiB"
     return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / (1 << 20):.0f} MiB"

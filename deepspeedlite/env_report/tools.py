@@ -98,6 +98,10 @@ def cache() -> list[Row]:
     entries = builder.cache_entries()
     size_bytes = sum(entry.size_bytes for entry in entries)
     rows = [Row("cache", "compiled ops", f"{len(entries)}, {size_text(size_bytes)} in {builder.cache_folder()}")]
+    place = next(path for path in (builder.cache_folder(), *builder.cache_folder().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        remedy = "set TORCH_EXTENSIONS_DIR to a folder of your own"
+        rows.append(Row("cache", "folder", f"{place} cannot be written: no op is compiled", WARN, remedy))
     for entry in entries:
         if entry.locked:
             rows.append(Row("cache", entry.library.name, "is being compiled now"))
