@@ -347,6 +347,16 @@ def test_a_wheel_for_another_cuda_is_broken(monkeypatch: pytest.MonkeyPatch) -> 
     assert find(tools.accelerators(), "the wheel's CUDA").status == WARN
 
 
+def test_a_gpu_that_the_wheel_has_no_code_for_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    builder = packages.op_builder()
+    record = builder.Record("cuda", "2.13.0", "13.0", None, ("8.0", "9.0"), "abc", {})
+    monkeypatch.setattr(builder, "read_record", lambda: record)
+    good = machine._nvidia_gpu("0, NVIDIA H100 80GB HBM3, 81559 MiB, 9.0, 580.95.05")
+    assert (good.name, good.status) == ("GPU 0", OK) and good.value.endswith("supported by this wheel")
+    bad = machine._nvidia_gpu("1, NVIDIA B200, 183359 MiB, 10.0, 580.95.05")
+    assert bad.status == BAD and "this GPU is 10.0" in bad.value and "make wheel" in bad.value
+
+
 # --- several nodes ----------------------------------------------------------------------------------------------------
 
 

@@ -15,6 +15,7 @@ import socket
 import tempfile
 from pathlib import Path
 
+from deepspeedlite.env_report.probe import op_builder
 from deepspeedlite.env_report.rows import BAD, GIB, OK, WARN, Row, output_of, read_text, size_text
 from deepspeedlite.errors import LaunchError
 from deepspeedlite.launcher.devices import find_devices
@@ -43,13 +44,20 @@ def gpus() -> list[Row]:
     if devices.vendor == "nvidia":
         query = "--query-gpu=index,name,memory.total,compute_cap,driver_version"
         listed = output_of(["nvidia-smi", query, "--format=csv,noheader"])
-        for line in listed.splitlines():
-            index, _, facts = line.partition(", ")
-            rows.append(Row("gpus", f"GPU {index}", facts))
+        rows += [_nvidia_gpu(line) for line in listed.splitlines()]
         if not listed:
             remedy = "run nvidia-smi: it says why the driver does not answer"
             rows.append(Row("gpus", "nvidia-smi", "missing or failing", WARN, remedy))
     return rows
+
+
+def _nvidia_gpu(line: str) -> Row:
+    """One line of nvidia-smi: index, name, memory, compute capability, driver."""
+    index, _, facts = line.partition(", ")
+    record, capability = op_builder().read_record(), line.split(", ")[-2]
+    if record is not None and (reason := op_builder().misfit(record, None, capability)):
+        return Row("gpus", f"GPU {index}", f"{facts}: {reason}", BAD, "install a wheel that has code for it")
+    return Row("gpus", f"GPU {index}", facts + (", supported by this wheel" if record and record.archs else ""), OK)
 
 
 def cpu_and_memory() -> list[Row]:

@@ -84,11 +84,13 @@ def _beside(name: str, version: str, torchs: str | None) -> Row:
 
 def mpi() -> list[Row]:
     """What `--launcher openmpi` and `mpich` would call."""
-    found = {name: shutil.which(name) for name in ("mpirun", "mpiexec.hydra", "srun")}
     rows = []
-    for name, path in found.items():
-        lines = output_of([path, "--version"]).splitlines() if path else []
-        rows.append(Row("mpi", name, f"{lines[0] if lines else 'says no version'} ({path})" if path else "not found"))
+    for name, ask in (("mpirun", "--version"), ("mpiexec.hydra", "--version"), ("srun", "-V")):
+        path = shutil.which(name)
+        said = output_of([path, ask]) if path else ""
+        version = re.search(r"Version: +(\S+)", said)  # hydra's, some lines below its name
+        value = f"version {version[1]}" if version else (said.splitlines() or ["says no version"])[0]
+        rows.append(Row("mpi", name, f"{value} ({path})" if path else "not found"))
     return rows
 
 
