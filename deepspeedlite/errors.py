@@ -44,5 +44,9 @@ class DataError(DeepSpeedLiteError, ValueError):
     """Training data that cannot be used as asked."""
 
 
+class CheckpointError(DeepSpeedLiteError, RuntimeError):
+    """A checkpoint that could not be written, is damaged, or does not fit the model. Nothing was changed by it."""
+
+
 class LaunchError(DeepSpeedLiteError, RuntimeError):
     """The launcher could not start the ranks."""

@@ -18,7 +18,7 @@ LAYERS = {
     1: ["device", "comm", "ops"],
     2: ["zero"],
     3: ["optim", "precision"],
-    4: ["data", "monitor", "profiling", "weights", "utils"],
+    4: ["checkpoint", "data", "monitor", "profiling", "weights", "utils"],
     5: ["engine", "factory", "watch", "__init__"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}

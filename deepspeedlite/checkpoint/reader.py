@@ -1,0 +1,188 @@
+"""Reads checkpoints: any range of any parameter, lazily, from whichever files hold it.
+
+Opening a tag reads its manifest and the files' headers and checks them against each other and against the files'
+sizes; so a range that is asked for exists, and nothing is allocated for sizes that are not there. `verify` reads the
+files through and compares their checksums.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspeedlite.checkpoint.manifest import (
+    DTYPES,
+    FILE_NAME,
+    MASTER,
+    MOST_NBYTES,
+    WEIGHT,
+    Manifest,
+    Parameter,
+    decode,
+)
+from deepspeedlite.checkpoint.tag import find_tag_dir
+from deepspeedlite.checkpoint.tensors import Place, checksum, read_into, read_places
+from deepspeedlite.errors import CheckpointError
+
+_CAST_NUMEL = 1 << 20  # elements read at a time where they must be cast
+
+
+class Reader:
+    """An open checkpoint.
+
+    Args:
+        path: the tag's directory.
+
+    Raises:
+        CheckpointError: something is missing, cut short, altered or impossible.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = find_tag_dir(Path(path))
+        self._fds: dict[str, int] = {}
+        file = self.path / FILE_NAME
+        try:
+            nbytes = file.stat().st_size
+            if nbytes > MOST_NBYTES:
+                raise CheckpointError(f"{file} is {nbytes} bytes, which no manifest is")
+            raw = file.read_bytes()
+        except OSError as error:
+            raise CheckpointError(f"{file} cannot be read: {error.strerror}; this is not a whole checkpoint") from error
+        self.manifest = Manifest.from_bytes(raw, str(file))
+        self._places = {name: self._check_file(name) for name in self.manifest.files}
+        self.parameters: dict[str, Parameter] = {p.name: p for p in self.manifest.parameters}
+        self.by_any_name = {name: p for p in self.manifest.parameters for name in (p.name, *p.tied)}
+        for parameter in self.manifest.parameters:
+            self._check_pieces(parameter)
+
+    def _check_file(self, name: str) -> dict[str, Place]:
+        path, expected = self.path / name, self.manifest.files[name].nbytes
+        places = read_places(path)
+        if path.is_symlink():
+            raise CheckpointError(f"{path} is a link, which leads outside the checkpoint")
+        size = path.stat().st_size
+        if size != expected:
+            raise CheckpointError(f"{path} is damaged: it has {size} bytes and should have {expected}")
+        return places
+
+    def _check_pieces(self, parameter: Parameter) -> None:
+        for kind, pieces in parameter.pieces.items():
+            dtypes = set()
+            for piece in pieces:
+                place = self._places[piece.file].get(piece.tensor)
+                if place is None or len(place.shape) != 1 or piece.offset + piece.numel > place.shape[0]:
+                    raise CheckpointError(
+                        f"{self.path}: the {kind} of parameter {parameter.name} does not lie in tensor "
+                        f"{piece.tensor} of {piece.file}"
+                    )
+                dtypes.add(place.dtype)
+            if len(dtypes) > 1:
+                raise CheckpointError(f"{self.path}: the {kind} of {parameter.name} is of several dtypes: {dtypes}")
+
+    # --- reading --------------------------------------------------------------------------------------------------
+
+    def stored_dtype(self, parameter: Parameter, kind: str) -> torch.dtype:
+        """The dtype that a stored kind has in its files (a parameter without elements: the parameter's own)."""
+        for piece in parameter.pieces[kind]:
+            return self._places[piece.file][piece.tensor].dtype
+        return DTYPES[parameter.dtype]
+
+    def source(self, parameter: Parameter, kind: str) -> str:
+        """The kind that is stored for `kind`: a weight may be there as its master only, and the reverse."""
+        if kind in parameter.pieces:
+            return kind
+        other = {WEIGHT: MASTER, MASTER: WEIGHT}.get(kind)
+        if other is None or other not in parameter.pieces:
+            raise CheckpointError(f"{self.path} holds no {kind} of parameter {parameter.name}")
+        return other
+
+    def read_into(self, parameter: Parameter, kind: str, out: torch.Tensor, start: int = 0) -> None:
+        """Fill the 1-D tensor `out`, on any device and of any dtype, with elements from `start` on; cast as `copy_`."""
+        kind = self.source(parameter, kind)
+        stop = start + out.numel()
+        if start < 0 or stop > parameter.numel:
+            raise CheckpointError(f"{parameter.name} has {parameter.numel} elements, not [{start}, {stop})")
+        for piece in parameter.pieces[kind]:
+            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                place = self._places[piece.file][piece.tensor]
+                at = place.offset + (piece.offset + first - piece.start) * place.dtype.itemsize
+                self._fill(piece.file, at, place.dtype, out[first - start : last - start])
+
+    def read(self, parameter: Parameter, kind: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
+        """Elements `[start, stop)` as a new 1-D CPU tensor: a weight in the model's dtype, else in the stored one."""
+        dtype = self.stored_dtype(parameter, self.source(parameter, kind))
+        if kind == WEIGHT:
+            dtype = DTYPES[parameter.dtype]
+        elif kind == MASTER and dtype.itemsize < 4:
+            dtype = torch.float32
+        out = torch.empty((parameter.numel if stop is None else stop) - start, dtype=dtype)
+        self.read_into(parameter, kind, out, start)
+        return out
+
+    def _fill(self, file: str, at: int, dtype: torch.dtype, out: torch.Tensor) -> None:
+        fd, where = self._fd(file), str(self.path / file)
+        if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
+            read_into(fd, out, at, where)
+            return
+        buffer = torch.empty(min(_CAST_NUMEL, out.numel()), dtype=dtype)
+        for begin in range(0, out.numel(), _CAST_NUMEL):
+            part = out[begin : begin + _CAST_NUMEL]
+            read_into(fd, buffer[: part.numel()], at + begin * dtype.itemsize, where)
+            part.copy_(buffer[: part.numel()])
+
+    def _fd(self, file: str) -> int:
+        if file not in self._fds:
+            self._fds[file] = os.open(self.path / file, os.O_RDONLY)
+        return self._fds[file]
+
+    def value(self, encoded: Any) -> Any:
+        """What `manifest.encode` was given."""
+        return decode(encoded, self._tensor)
+
+    def state(self, name: str) -> Any:
+        """A decoded part of `manifest.state`; None where there is none."""
+        return self.value(self.manifest.state.get(name))
+
+    def _tensor(self, reference: Sequence[str]) -> torch.Tensor:
+        file, name = reference
+        place = self._places.get(file, {}).get(name)
+        if place is None:
+            raise CheckpointError(f"{self.path}: tensor {name} of {file} is not there")
+        out = torch.empty(place.shape, dtype=place.dtype)
+        self._fill(file, place.offset, place.dtype, out.view(-1))
+        return out
+
+    # --- checking -------------------------------------------------------------------------------------------------
+
+    def verify(self, files: Sequence[str] | None = None) -> None:
+        """Read files (all if None) through and compare their checksums.
+
+        Raises:
+            CheckpointError: naming every file that differs.
+        """
+        wrong = []
+        for name in self.manifest.files if files is None else files:
+            try:
+                if checksum(self.path / name) != self.manifest.files[name]:
+                    wrong.append(f"{self.path / name} is damaged: its checksum does not match")
+            except OSError as error:
+                wrong.append(f"{self.path / name} cannot be read: {error.strerror}")
+        if wrong:
+            raise CheckpointError("; ".join(wrong))
+
+    def close(self) -> None:
+        """Close the files."""
+        fds, self._fds = self._fds, {}
+        for fd in fds.values():
+            os.close(fd)
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

@@ -1,0 +1,167 @@
+"""Safetensors files, written and read in one pass with their checksum.
+
+The layout is the published one (github.com/huggingface/safetensors, "Format"): eight bytes of header length, a JSON
+header, the data. The safetensors library wants all tensors in one buffer and tells neither checksum nor file
+descriptor, so the few lines that lay the file out are here: tensors are written from where they lie, a checksum is
+taken of what is written, the file is fsynced, and ranges are read straight into the memory that they are for.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zlib
+from collections.abc import Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from deepspeedlite.errors import CheckpointError
+
+CODES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "C64": torch.complex64,
+}
+_CODE_OF = {dtype: code for code, dtype in CODES.items()}
+_CHUNK_NBYTES = 1 << 23
+_MOST_HEADER_NBYTES = 100_000_000  # the format's own limit
+
+
+class FileRecord(NamedTuple):
+    """Size in bytes and CRC-32 (as in zlib and gzip) of a whole file."""
+
+    nbytes: int
+    crc32: int
+
+
+class Place(NamedTuple):
+    """Where a tensor's data begins in its file, in bytes, and what it is."""
+
+    offset: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+
+def bytes_of(tensor: torch.Tensor) -> memoryview:
+    """The memory of a contiguous CPU tensor."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+
+
+def check_dtype(name: str, dtype: torch.dtype) -> None:
+    """Raise `CheckpointError` for a dtype that safetensors has no code for."""
+    if dtype not in _CODE_OF:
+        raise CheckpointError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
+
+
+def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    entries: dict[str, Any] = {}
+    cursor = 0
+    for name, tensor in tensors.items():
+        check_dtype(name, tensor.dtype)
+        end = cursor + tensor.numel() * tensor.itemsize
+        entries[name] = {
+            "dtype": _CODE_OF[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [cursor, end],
+        }
+        cursor = end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % 64)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], fsync: bool = True) -> FileRecord:
+    """Write a new safetensors file. Tensors on a device are copied to the host a chunk at a time.
+
+    Raises:
+        CheckpointError: a dtype that the format does not know.
+        OSError: what the system says.
+    """
+    header = _header(tensors)
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+    try:
+        crc, nbytes = _write(fd, memoryview(header), 0), len(header)
+        for tensor in tensors.values():
+            flat = tensor.detach().reshape(-1)
+            step = max(1, _CHUNK_NBYTES // flat.itemsize)
+            for start in range(0, flat.numel(), step):
+                chunk = bytes_of(flat[start : start + step].cpu())
+                crc, nbytes = _write(fd, chunk, crc), nbytes + len(chunk)
+        if fsync:
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+    return FileRecord(nbytes, crc)
+
+
+def _write(fd: int, data: memoryview, crc: int) -> int:
+    crc = zlib.crc32(data, crc)
+    while data:
+        data = data[os.write(fd, data) :]
+    return crc
+
+
+def checksum(path: Path) -> FileRecord:
+    """Size and CRC-32 of a file as it is now."""
+    buffer = bytearray(_CHUNK_NBYTES)
+    view = memoryview(buffer)
+    crc = nbytes = 0
+    with path.open("rb", buffering=0) as file:
+        while read := file.readinto(buffer):
+            crc, nbytes = zlib.crc32(view[:read], crc), nbytes + read
+    return FileRecord(nbytes, crc)
+
+
+def read_places(path: Path) -> dict[str, Place]:
+    """The header of a safetensors file, checked against the file's size; no data is read.
+
+    Raises:
+        CheckpointError: the file is not there, is cut short, or its header is not one.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(size - 8, _MOST_HEADER_NBYTES):
+                raise CheckpointError(f"{path} is damaged: its header claims {length} bytes of {size}")
+            header = json.loads(file.read(length))
+        begin = 8 + length
+        places = {}
+        for name, entry in header.items():
+            if name == "__metadata__":
+                continue
+            dtype, shape = CODES[entry["dtype"]], tuple(int(extent) for extent in entry["shape"])
+            start, end = (int(edge) for edge in entry["data_offsets"])
+            if min((0, *shape)) < 0 or not 0 <= start <= end <= size - begin:
+                raise CheckpointError(f"{path} is damaged: {name} lies outside the file")
+            if prod(shape) * dtype.itemsize != end - start:
+                raise CheckpointError(f"{path} is damaged: {name} is {end - start} bytes for shape {shape}")
+            places[name] = Place(begin + start, dtype, shape)
+        return places
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}; the checkpoint is not whole") from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is damaged: its header cannot be read ({error!r})") from error
+
+
+def read_into(fd: int, out: torch.Tensor, offset: int, where: str) -> None:
+    """Fill a contiguous CPU tensor from byte `offset` of an open file; `where` names it in an error."""
+    data = bytes_of(out) if out.numel() else memoryview(b"")
+    while data:
+        read = os.preadv(fd, [data[: 1 << 30]], offset)
+        if read == 0:
+            raise CheckpointError(f"{where} ends before byte {offset}: the file was cut short")
+        data, offset = data[read:], offset + read
