@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,7 +18,7 @@ import deepspeedlite
 from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.ops import load
 from deepspeedlite.ops.adagrad import DeepSpeedCPUAdagrad, adagrad_in_torch
-from deepspeedlite.ops.adam import Adam
+from deepspeedlite.ops.adam import Adam, adam_in_torch
 from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
 
@@ -258,3 +259,48 @@ def test_what_they_are_not_made_for_is_refused():
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(OptimizerError, match=r"shape \(5, 3\).*sparse"):
         DeepSpeedCPUAdagrad(table.parameters()).step()
+
+
+# --- another kind of processor ----------------------------------------------------------------------------------------
+
+ON_ARM = """
+#include <cstdio>
+#include "cpu_optim/adam.h"
+// 4 fp32 tensors of N elements and a bf16 gradient come in, param, moments and an fp16 copy go out.
+static float param[N], exp_avg[N], exp_avg_sq[N];
+static unsigned short grad[N], copy[N];
+template <class T> void in(T& array) { if (std::fread(array, sizeof array, 1, stdin) != 1) __builtin_abort(); }
+template <class T> void out(const T& array) { std::fwrite(array, sizeof array, 1, stdout); }
+int main() {
+    in(param), in(exp_avg), in(exp_avg_sq), in(grad);
+    const dsl_adam_run run{{param, DSL_FP32}, {grad, DSL_BF16}, {exp_avg, DSL_FP32}, {exp_avg_sq, DSL_FP32},
+                           {nullptr, DSL_FP32}, {copy, DSL_FP16}};
+    const dsl_adam_step how = dsl::Adam{1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5, true, true}.at(3);
+    dsl_adam_baseline(&run, &how, 0, N);
+    out(param), out(exp_avg), out(exp_avg_sq), out(copy);
+}
+"""
+
+
+@pytest.mark.slow
+def test_adam_does_the_same_on_aarch64(tmp_path):
+    """The plain loops become NEON there. Compiled by a cross compiler and run by an emulator."""
+    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
+    if compiler is None or emulator is None:
+        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64-static (g++-aarch64-linux-gnu, qemu-user-static)")
+    numel = 3001
+    (tmp_path / "main.cpp").write_text(ON_ARM)
+    flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-static", f"-DN={numel}", f"-I{ROOT}/csrc"]
+    sources = [tmp_path / "main.cpp", ROOT / "csrc/cpu_optim/adam_kernel.cpp"]
+    subprocess.run([compiler, *flags, *sources, "-o", tmp_path / "adam"], check=True)
+    param, grad, exp_avg = tensors(numel, torch.bfloat16, torch.float32)
+    exp_avg_sq = exp_avg.abs().clone()
+    given = b"".join(bytes(t.contiguous().view(torch.uint8).numpy()) for t in (param, exp_avg, exp_avg_sq, grad))
+    done = subprocess.run([emulator, tmp_path / "adam"], input=given, capture_output=True, check=True)
+    exact = [tensor.double() for tensor in (param, grad, exp_avg, exp_avg_sq)]
+    adam_in_torch(*([tensor] for tensor in exact), [], [], *Adam(3, 1e-2, 0.9, 0.95, 1e-8, 0.1, 0.5))
+    out = torch.frombuffer(bytearray(done.stdout[: 12 * numel]), dtype=torch.float32).view(3, numel)
+    for found, expected in zip(out, (exact[0], exact[2], exact[3])):
+        torch.testing.assert_close(found.double(), expected, rtol=4e-6, atol=4e-6)
+    copied = torch.frombuffer(bytearray(done.stdout[12 * numel :]), dtype=torch.float16)
+    assert torch.equal(copied, out[0].half())
