@@ -24,6 +24,9 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.load import Loader, LoadOptions
+from deepspeedlite.checkpoint.save import Saver
+from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.comm import Group
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
 from deepspeedlite.data import build_dataloader
@@ -107,6 +110,8 @@ class DeepSpeedEngine(torch.nn.Module):
             names = {id(param): name for name, param in module.named_parameters()}
             self.optimizer.name_of = lambda param: names.get(id(param))
         self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
+        ranks = Ranks(parts.group)
+        self._saver, self._loader = Saver(self, ranks), Loader(self, ranks)
         self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     def __getattr__(self, name: str) -> Any:
@@ -456,6 +461,54 @@ class DeepSpeedEngine(torch.nn.Module):
             sampler=data_sampler,
         )
 
+    # --- checkpoints ------------------------------------------------------------------------------------------------
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+        client_sd: dict[str, Any] | None = None,
+    ) -> bool:
+        """Write `save_dir/tag` (`global_step<N>` by default), whole or not at all. Called by every rank.
+
+        `client_state` (older callers: `client_sd`) comes back from `load_checkpoint`: JSON-able data and tensors.
+        Raises `CheckpointError`, the same on every rank; earlier checkpoints are then as they were.
+        """
+        self._check_alive("save_checkpoint")
+        state = client_sd if client_state is None else client_state
+        self._saver.save(save_dir, tag, state, save_latest, exclude_frozen_parameters)
+        return True
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: Any = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any]]:
+        """Continue from a checkpoint of any number of ranks and any stage. Called by every rank.
+
+        Returns (path, client_state); (None, {}) where there is none. `load_mismatches` then lists what did not fit.
+        `custom_load_fn(src=state_dict, dst=module)` loads the weights itself. Raises `CheckpointError`.
+        """
+        self._check_alive("load_checkpoint")
+        self._saver.wait()
+        options = LoadOptions(
+            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+        )
+        return self._loader.load(load_dir, tag, options)
+
+    @property
+    def load_mismatches(self) -> list[str]:
+        """What of the model and the last loaded checkpoint did not fit, with `load_module_strict=False`."""
+        return self._loader.mismatches
+
     # --- weights ----------------------------------------------------------------------------------------------------
 
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
@@ -526,6 +579,7 @@ class DeepSpeedEngine(torch.nn.Module):
         """Remove the engine's hooks and close its monitors. The module keeps its trained values and works alone."""
         if self._destroyed:
             return
+        self._saver.wait()
         self._destroyed = True
         if self._gathering is not None:
             self._gathering.close()

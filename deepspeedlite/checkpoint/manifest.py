@@ -4,9 +4,9 @@
      "format": "deepspeedlite", "version": 1, "parameters": [...], "files": {...}, ...}
 
 A *piece* `[file, tensor, offset, start, numel]` says that elements `[start, start + numel)` of a parameter, in
-row-major order, are elements `[offset, offset + numel)` of a 1-D tensor of a file. Pieces of a kind are sorted and cover the
-parameter exactly. Kinds: `weight`, `master` (fp32, from which a 16-bit weight is a cast and is not stored) and the
-optimizer's state names.
+row-major order, are elements `[offset, offset + numel)` of a 1-D tensor of a file. Pieces of a kind are sorted and
+cover the parameter exactly. Kinds: `weight`, `master` (fp32; the 16-bit weight is its cast, and is not stored) and the optimizer's
+state names.
 """
 
 from __future__ import annotations
@@ -185,6 +185,9 @@ def encode(value: Any, where: str, add_tensor: Callable[[torch.Tensor], list[str
     if isinstance(value, np.ndarray) and value.dtype.kind in "biuf":
         array = value.astype(np.int64) if value.dtype in (np.uint16, np.uint32) else value
         return {"$array": add_tensor(torch.from_numpy(np.array(array))), "dtype": str(value.dtype)}
+    if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
+        dtype = str(value.dtype).removeprefix("torch.")
+        return {"$scalar": encode(value.item(), where, add_tensor), "dtype": dtype}
     if isinstance(value, torch.Tensor):
         return {"$tensor": add_tensor(value)}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
@@ -215,6 +218,8 @@ def decode(value: Any, read_tensor: Callable[[list[str]], torch.Tensor]) -> Any:
         return value
     if "$float" in value:
         return float(value["$float"])
+    if "$scalar" in value:
+        return torch.tensor(decode(value["$scalar"], read_tensor), dtype=DTYPES[value["dtype"]])
     if "$tensor" in value:
         return read_tensor(value["$tensor"])
     if "$array" in value:

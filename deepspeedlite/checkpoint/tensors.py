@@ -57,6 +57,8 @@ class Place(NamedTuple):
 
 def bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous CPU tensor."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
@@ -159,7 +161,7 @@ def read_places(path: Path) -> dict[str, Place]:
 
 def read_into(fd: int, out: torch.Tensor, offset: int, where: str) -> None:
     """Fill a contiguous CPU tensor from byte `offset` of an open file; `where` names it in an error."""
-    data = bytes_of(out) if out.numel() else memoryview(b"")
+    data = bytes_of(out)
     while data:
         read = os.preadv(fd, [data[: 1 << 30]], offset)
         if read == 0:

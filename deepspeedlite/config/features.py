@@ -43,7 +43,9 @@ FEATURES: dict[str, Feature] = {
     "low_precision_masters": _later("master weights below fp32 are", "set it to false: masters are kept in fp32"),
     "cast_types": _later("choosing this type by configuration is", "convert the module before `initialize`"),
     # checkpoints and activations
-    "checkpoint": _later("saving and loading checkpoints is", "remove the key"),
+    "checkpoint": SUPPORTED,
+    "checkpoint_tuning": Feature("hint", "changes nothing: each rank writes its own shards"),
+    "node_local_checkpoints": _later("a checkpoint spread over nodes' own disks is", "save to a shared file system"),
     "activation_checkpointing": _later("this is", "use torch.utils.checkpoint in the model, and remove the key"),
     # parallelism
     "pipeline": _later("pipeline parallelism is", "remove the section"),

@@ -21,7 +21,7 @@ class Aio(Section):
 class ParallelWrite(Section):
     """Sharing the work of writing a checkpoint."""
 
-    FEATURE = "checkpoint"
+    FEATURE = "checkpoint_tuning"
 
     pipeline_stage: Flag = key(False, "Pipeline stages write in parallel.")
 
@@ -29,7 +29,7 @@ class ParallelWrite(Section):
 class CheckpointWriter(Section):
     """How a checkpoint's bytes reach the disk."""
 
-    FEATURE = "checkpoint"
+    FEATURE = "checkpoint_tuning"
 
     type: Annotated[Literal["mock", "python", "fast"], AnyCase] = key("fast", "The writer.")
     io_buffer_size: Int = key(67_108_864, "Bytes of buffer.", ge=1)
@@ -50,9 +50,16 @@ class Checkpoint(Section):
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], AnyCase] = key(
         "warn", "What to do when ranks save under different tags."
     )
-    load_universal: Flag = key(False, "Load a checkpoint that was converted for any world size.")
-    use_node_local_storage: Flag = key(False, "Nodes share no file system: each keeps its own shards.")
-    checkpoint_serialization: Flag = key(True, "Use DeepSpeed's zip format for tensors.")
+    async_save: Flag = key(False, "Write in the background, after a copy to host memory.")
+    keep_last: Int | None = key(None, "Checkpoints to keep; older ones are removed after a save.", ge=1)
+    fsync: Flag = key(True, "Flush files to the disk; without, a crash of the machine may damage the last checkpoints.")
+    load_universal: Flag = key(
+        False, "Load a checkpoint that was converted for any world size.", feature="checkpoint_tuning"
+    )
+    use_node_local_storage: Flag = key(
+        False, "Nodes share no file system: each keeps its own shards.", feature="node_local_checkpoints"
+    )
+    checkpoint_serialization: Flag = key(True, "Use DeepSpeed's zip format.", feature="checkpoint_tuning")
     parallel_write: ParallelWrite = part(ParallelWrite, "Parallel writing.")
     writer: CheckpointWriter | None = key(None, "The writer; null: the plain one.")
 

@@ -1,0 +1,264 @@
+"""Saving: each rank writes its own shards, rank 0 the manifest; in the background where the configuration says so.
+
+A step that fails on one rank fails on all (`together`), before the tag's directory appears. With `async_save` the
+tensors are copied to host memory, the rest happens in a thread, and the next save, load, or `destroy` waits for it.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Manifest, Parameter, Piece, encode, merge_pieces
+from deepspeedlite.checkpoint.model import Flat, flats_of, parameters_of
+from deepspeedlite.checkpoint.tag import TagWriter, check_tag
+from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
+from deepspeedlite.checkpoint.together import Ranks
+from deepspeedlite.errors import CheckpointError
+from deepspeedlite.log import logger
+
+# Of param groups: how a step is computed on this machine, which is not the run's business.
+MACHINE_OPTIONS = {"params", "fused", "foreach", "capturable", "differentiable"}
+
+
+@dataclass
+class RankPart:
+    """What one rank writes, and what it tells rank 0 about it."""
+
+    file: str
+    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    pieces: dict[str, dict[str, list[Piece]]] = field(default_factory=dict)
+    scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def add_tensor(self, tensor: torch.Tensor) -> list[str]:
+        """A place for a tensor that belongs to no parameter."""
+        name = f"value.{len(self.tensors)}"
+        self.tensors[name] = tensor.detach().cpu().contiguous()
+        return [self.file, name]
+
+    def add_flat(self, number: int, flat: Flat, rank: int, size: int) -> None:
+        """This rank's slice of a flat: values, or masters from which they follow, and optimizer states."""
+        start, stop = flat.slice_of(rank, size)
+        kinds: dict[str, torch.Tensor] = {}
+        if flat.master is None or flat.master is flat.values:
+            kinds[WEIGHT] = flat.values
+        else:
+            kinds[MASTER] = flat.master
+        scalars = {}
+        for name, value in flat.state.items():
+            if isinstance(value, torch.Tensor) and value.shape == flat.values.shape:
+                kinds[name] = value
+            elif isinstance(value, torch.Tensor) and value.dim() > 0:
+                raise CheckpointError(
+                    f"optimizer state {name} of {flat.parts[0].name} has shape {tuple(value.shape)}: neither one value "
+                    "nor one per element"
+                )
+            else:
+                scalars[name] = encode(value, f"optimizer state {name}", self.add_tensor)
+        for part in flat.parts:
+            if scalars:
+                self.scalars[part.name] = scalars
+        if start == stop:
+            return
+        for kind, tensor in kinds.items():
+            name = f"{kind}.{number}"
+            self.tensors[name] = tensor[start:stop]
+            for part in flat.parts:
+                first, last = max(part.start, start), min(part.stop, stop)
+                if first < last:
+                    piece = Piece(self.file, name, first - start, part.first + first - part.start, last - first)
+                    self.pieces.setdefault(part.name, {}).setdefault(kind, []).append(piece)
+
+
+def rng_state() -> dict[str, Any]:
+    """Every generator of this process that training code commonly draws from."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    return {
+        "torch": torch.get_rng_state(),
+        "cuda": cuda,
+        "numpy": np.random.get_state(),
+        "python": random.getstate(),
+    }
+
+
+def checksums(buffers: dict[str, torch.Tensor]) -> dict[str, int]:
+    """By which ranks find out which buffers differ among them, such as the statistics of batch norms."""
+    return {name: zlib.crc32(bytes_of(buffer.cpu().contiguous())) for name, buffer in buffers.items()}
+
+
+class Saver:
+    """Saves one engine."""
+
+    def __init__(self, engine: Any, ranks: Ranks) -> None:
+        self._engine, self._ranks = engine, ranks
+        self._settings = engine._parts.config.checkpoint
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._host: dict[str, torch.Tensor] = {}
+
+    def save(
+        self,
+        save_dir: str | Path,
+        tag: Any = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen: bool = False,
+    ) -> None:
+        """Write a checkpoint; see `DeepSpeedEngine.save_checkpoint`."""
+        self.wait()
+        self._ranks.meet("save_checkpoint")
+        tag = f"global_step{self._engine.global_steps}" if tag is None else tag
+        part = RankPart(f"rank_{self._ranks.rank:05d}.safetensors")
+        tags = self._ranks.each("save_checkpoint", lambda: check_tag(tag))
+        self._check_tags(tags)
+        what = f"saving checkpoint {tags[0]} to {save_dir}"
+        first_buffers = self._ranks.first(what, lambda: checksums(parameters_of(self._engine)[1]))
+        collected: list[Manifest] = []
+        self._ranks.each(
+            what, lambda: collected.append(self._collect(part, client_state, exclude_frozen, first_buffers))
+        )
+        manifest = collected[0]
+        manifest.tag = tags[0]
+        writer = TagWriter(save_dir, tags[0], self._settings.fsync)
+        leftovers = self._ranks.first(what, writer.prepare)
+        if leftovers and self._ranks.rank == 0:
+            logger.warning("removed what interrupted saves had left in %s: %s", save_dir, ", ".join(leftovers))
+        if not self._settings.async_save:
+            self._finish(writer, part, manifest, save_latest, what)
+            return
+        self._ranks.each(what, lambda: self._snapshot(part))
+        self._thread = threading.Thread(
+            target=self._in_background, args=(writer, part, manifest, save_latest, what), name="checkpoint"
+        )
+        self._thread.start()
+
+    def wait(self) -> None:
+        """Wait for a save in the background.
+
+        Raises:
+            CheckpointError: it failed.
+        """
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def _check_tags(self, tags: list[str]) -> None:
+        if len(set(tags)) == 1 or self._settings.tag_validation == "ignore":
+            return
+        shown = ", ".join(f"rank {rank}: {tag!r}" for rank, tag in enumerate(tags))
+        if self._settings.tag_validation == "fail":
+            raise CheckpointError(f"the ranks save under different tags ({shown}); pass the same tag on all")
+        if self._ranks.rank == 0:
+            logger.warning("the ranks save under different tags (%s); rank 0's is taken", shown)
+
+    def _collect(
+        self, part: RankPart, client_state: dict[str, Any] | None, exclude_frozen: bool, first_buffers: dict[str, int]
+    ) -> Manifest:
+        engine, rank, size = self._engine, self._ranks.rank, self._ranks.size
+        for unit in engine._parts.schedule.units:
+            unit.verify_attached()
+        if engine._schedule.has_grads and rank == 0:
+            logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
+        entries, buffers = parameters_of(engine, exclude_frozen)
+        wanted = {entry.name for entry in entries}
+        for number, flat in enumerate(flats_of(engine)):
+            flat.parts = [piece for piece in flat.parts if piece.name in wanted]
+            if flat.parts:
+                part.add_flat(number, flat, rank, size)
+        manifest = Manifest(entries, {}, "", size, engine.zero_optimization_stage(), engine.global_steps)
+        manifest.frozen_excluded = exclude_frozen
+        own = {name: buffers[name] for name, crc in checksums(buffers).items() if crc != first_buffers.get(name)}
+        manifest.state["rng"] = encode({**rng_state(), "buffers": own}, "what is this rank's own", part.add_tensor)
+        if rank != 0:
+            return manifest
+        for name, buffer in buffers.items():
+            part.tensors[f"buffer.{name}"] = buffer.detach().reshape(-1)
+            piece = Piece(part.file, f"buffer.{name}", 0, 0, buffer.numel())
+            part.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
+        self._describe_run(manifest, part, client_state or {})
+        return manifest
+
+    def _describe_run(self, manifest: Manifest, part: RankPart, client_state: dict[str, Any]) -> None:
+        engine = self._engine
+        if engine.optimizer is not None:
+            manifest.optimizer = type(engine.optimizer.optimizer).__name__
+            for number, group in enumerate(engine.optimizer.param_groups):
+                options = {key: value for key, value in group.items() if key not in MACHINE_OPTIONS}
+                manifest.param_groups.append(encode(options, f"optimizer.param_groups[{number}]", part.add_tensor))
+        scheduler, loader = engine.lr_scheduler, engine.training_dataloader
+        values = {
+            "engine": {name: getattr(engine, name) for name in COUNTERS},
+            "loss_scaler": engine._scaler.state_dict(),
+            "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
+            "dataloader": loader.state_dict() if hasattr(loader, "state_dict") else None,
+            "client_state": client_state,
+        }
+        for name, value in values.items():
+            manifest.state[name] = encode(value, name, part.add_tensor)
+
+    def _snapshot(self, part: RankPart) -> None:
+        """Copy to host memory that is kept for the next save: pinned where there is a GPU to copy from."""
+        copies = {}
+        for name, tensor in part.tensors.items():
+            host = self._host.get(name)
+            if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
+            copies[name] = host.copy_(tensor.detach(), non_blocking=tensor.is_cuda)
+        if self._engine.device.type == "cuda":
+            torch.cuda.synchronize()
+        self._host = part.tensors = copies
+
+    def _in_background(self, *arguments: Any) -> None:
+        try:
+            self._finish(*arguments)
+        except BaseException as error:
+            logger.error("%s", error)
+            self._failure = error
+
+    def _finish(self, writer: TagWriter, part: RankPart, manifest: Manifest, save_latest: bool, what: str) -> None:
+        ranks = self._ranks
+
+        def write() -> tuple[str, FileRecord, Any, Any, Any]:
+            record = writer.write(part.file, part.tensors)
+            return part.file, record, part.pieces, part.scalars, manifest.state["rng"]
+
+        def commit() -> None:
+            manifest.files = {file: record for file, record, *_ in told}
+            manifest.state["rng"] = [rng for *_, rng in told]
+            for entry in manifest.parameters:
+                _fill(
+                    entry, [(pieces.get(entry.name, {}), scalars.get(entry.name)) for _, _, pieces, scalars, _ in told]
+                )
+            writer.commit(manifest, save_latest)
+            if self._settings.keep_last:
+                writer.remove_older(self._settings.keep_last)
+
+        try:
+            told = ranks.each(what, write)
+        except CheckpointError as error:
+            if ranks.rank == 0 and error.__cause__ is None:  # every rank has stopped writing
+                writer.discard()
+            raise
+        ranks.first(what, commit)
+
+
+COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
+
+
+def _fill(entry: Parameter, parts: list[tuple[dict[str, list[Piece]], dict[str, Any] | None]]) -> None:
+    """Join what the ranks wrote of one parameter."""
+    for kind in dict.fromkeys(kind for pieces, _ in parts for kind in pieces):
+        entry.pieces[kind] = merge_pieces([pieces.get(kind, []) for pieces, _ in parts])
+    if not entry.pieces:
+        entry.pieces[WEIGHT] = []  # no elements
+    entry.scalars = next((scalars for _, scalars in parts if scalars), {})
