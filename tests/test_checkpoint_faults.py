@@ -54,7 +54,8 @@ def _train_forever(folder: Path, rank: int, round_: int, use_async: bool, refere
         if losses[0] != reference[step]:
             (folder / "wrong").write_text(f"step {step}: {losses[0]} is not {reference[step]}")
         engine.save_checkpoint(folder / "ckpt")
-        (folder / f"ready{round_}.{rank}").touch()
+        if (folder / "ckpt" / "latest").exists():  # a first save in the background may be under way
+            (folder / f"ready{round_}.{rank}").touch()
 
 
 def _fork(*arguments) -> int:
@@ -72,6 +73,10 @@ def _fork(*arguments) -> int:
 
 def _zygote(folder: Path, use_async: bool) -> None:
     """Runs in a fresh process that has torch imported and no threads: forks the ranks, kills them, checks."""
+    import deepspeedlite.factory  # noqa: F401  (once, for all that are forked)
+    from deepspeedlite.ops.adam import DeepSpeedCPUAdam
+
+    DeepSpeedCPUAdam([torch.nn.Parameter(torch.ones(4))])
     rng = random.Random(int(use_async))
     both = json.loads((folder / "reference").read_text())
     newest = 0

@@ -5,8 +5,8 @@
 
 A *piece* `[file, tensor, offset, start, numel]` says that elements `[start, start + numel)` of a parameter, in
 row-major order, are elements `[offset, offset + numel)` of a 1-D tensor of a file. Pieces of a kind are sorted and
-cover the parameter exactly. Kinds: `weight`, `master` (fp32; the 16-bit weight is its cast, and is not stored) and the optimizer's
-state names.
+cover the parameter exactly. Kinds: `weight`, `master` (fp32; the 16-bit weight is its cast, and is not stored)
+and the optimizer's state names.
 """
 
 from __future__ import annotations
