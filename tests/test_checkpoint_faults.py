@@ -22,6 +22,7 @@ from harness import distributed
 from models import tied_model
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
+from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.errors import CheckpointError, EngineStateError
@@ -320,6 +321,12 @@ def test_damage_is_found_before_anything_changes(tmp_path):
         dist.barrier()
         assert message in raised(lambda: engine.load_checkpoint(tmp_path, tag="bad")), damage
         assert_same(everything(engine, ("exp_avg",)), before)
+        if dist.get_rank() == 0 and damage != "missing manifest":  # without one it is no checkpoint
+            assert command(["verify", str(bad)]) == 1, damage
+    if dist.get_rank() == 0:
+        assert command(["verify", str(good)]) == 0
+        assert command(["verify", str(tmp_path)]) == 1, "one of them is damaged"
+    dist.barrier()
     engine.load_checkpoint(tmp_path)
     assert_same(everything(engine, ("exp_avg",)), expected)
 

@@ -123,6 +123,7 @@ class Loader:
         engine._schedule.clear()
         for owner in owners(engine):
             owner.release()
+            owner.settle()
         if options.custom_load_fn is not None:
             self._load_by(options.custom_load_fn, reader)
         for flat in flats_of(engine):
