@@ -1,6 +1,7 @@
 """`python -m deepspeedlite.checkpoint verify DIR`: whether the checkpoints in a directory are whole.
+`python -m deepspeedlite.checkpoint to_fp32 DIR OUT`: their weights, whole, in Hugging Face's layout.
 
-Exit status: 0, 1 if one is damaged, 2 for a wrong command line or a directory without checkpoints.
+Exit status: 0, 1 if a checkpoint is damaged or something cannot be written, 2 for a wrong command line.
 """
 
 from __future__ import annotations
@@ -10,11 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from rich.progress import track
 
+from deepspeedlite.checkpoint.export import export_weights, open_checkpoint, parse_bytes
 from deepspeedlite.checkpoint.manifest import FILE_NAME
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.errors import CheckpointError
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,7 +28,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="compare every file with its checksum")
     verify.add_argument("dir", type=Path, help="a tag's directory, or one of tags")
+    to_fp32 = commands.add_parser("to_fp32", help="write whole weights as safetensors shards with an index")
+    to_fp32.add_argument("dir", type=Path, help="a tag's directory, or one of tags")
+    to_fp32.add_argument("out", type=Path, help="a new directory")
+    to_fp32.add_argument("-t", "--tag", help="the one that `latest` names, if not given")
+    to_fp32.add_argument("--dtype", choices=sorted(_DTYPES), default="fp32")
+    to_fp32.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of a file (5GB)")
+    to_fp32.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
     args = parser.parse_args(argv)
+    return _verify(args, parser) if args.command == "verify" else _to_fp32(args)
+
+
+def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     tags = sorted(path.parent for path in args.dir.glob(f"*/{FILE_NAME}") if path.parent.name[0] != ".")
     tags = [args.dir] if (args.dir / FILE_NAME).exists() else tags
     if not tags:
@@ -44,6 +60,24 @@ def _is_whole(tag: Path) -> bool:
         print(error)
         return False
     return True
+
+
+def _to_fp32(args: argparse.Namespace) -> int:
+    try:
+        with open_checkpoint(args.dir, args.tag) as reader:
+            names = export_weights(
+                reader,
+                args.out,
+                dtype=_DTYPES[args.dtype],
+                max_shard_bytes=parse_bytes(args.max_shard_size),
+                trained_only=args.exclude_frozen_parameters,
+                track=lambda shards, title: track(shards, title, disable=not sys.stderr.isatty(), transient=True),
+            )
+    except (CheckpointError, OSError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(f"{args.out}: {', '.join(names[:3])}{f' and {len(names) - 3} more' if len(names) > 3 else ''}")
+    return 0
 
 
 if __name__ == "__main__":
