@@ -332,7 +332,7 @@ def test_without_any_package_each_remedy_is_the_right_one(tmp_path: Path) -> Non
     done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     rows = rows_of(done)
     assert done.returncode == 1 and find(rows, "torch").value == "not installed"
-    assert {row.name for row in rows if row.status == BAD} == {"torch", "pydantic", "rich", "psutil"}
+    assert {row.name for row in rows if row.status == BAD} == {"torch", *packages.REQUIRED}
     assert not any("report this" in row.remedy or (row.section == "ops" and row.remedy) for row in rows)
 
 

@@ -31,9 +31,8 @@ from deepspeedlite.errors import DistributedError
 MIN_PYTHON = (3, 10)
 MIN_TORCH = "2.10"
 # Kept equal to pyproject.toml by a test.
-REQUIRED = {"pydantic": "2.7", "rich": "13", "psutil": "5.9"}
+REQUIRED = {"numpy": "1.23", "pydantic": "2.7", "rich": "13", "psutil": "5.9"}
 OPTIONAL = {
-    "numpy": "torch.Tensor.numpy and most data loading",
     "mpi4py": "finding ranks under mpirun",
     "tensorboard": "the tensorboard monitor",
     "wandb": "the wandb monitor",
