@@ -16,6 +16,8 @@ import deepspeedlite
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
+pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
+
 PAIRS = [(world, stage) for world in (1, 2, 3, 4) for stage in (0, 1, 2, 3)]
 DTYPES = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 64.0}}}
 

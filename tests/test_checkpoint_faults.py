@@ -27,6 +27,8 @@ from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.errors import CheckpointError, EngineStateError
 
+pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
+
 FORMAT = Path(__file__).parents[1] / "docs" / "checkpoint-format.md"
 
 

@@ -20,6 +20,8 @@ from torch import Tensor
 
 from deepspeedlite.ops.adam import Adam, adam_in_torch
 
+pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
+
 CSRC = Path(__file__).resolve().parent.parent / "csrc"
 KERNELS = sorted(str(file) for file in (CSRC / "gpu_optim").glob("*.cu"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

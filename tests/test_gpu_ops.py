@@ -24,6 +24,8 @@ from deepspeedlite.ops.lion import FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
 from deepspeedlite.optim import registry
 
+pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
+
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 SIZES = (0, 1, 15, 1023, 1024, 1025, 40_000)  # around a vector, a tile and a block of one thread
 

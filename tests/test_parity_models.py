@@ -24,6 +24,8 @@ from torch import Tensor, nn
 
 import deepspeedlite
 
+pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
+
 STEPS = 3
 # fp32 differs by the order of sums. In 16 bits each rank's gradient is rounded before the average.
 LOSS_ATOL = {"fp32": 1e-6, "bf16": 2e-2, "fp16": 4e-3}

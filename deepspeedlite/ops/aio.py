@@ -32,7 +32,7 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
 
     Args:
         block_size: bytes that a thread moves at a time.
-        queue_depth: blocks under way at a time, which is how many threads there are.
+        queue_depth: blocks under way at a time, which is how many threads there are, up to 64.
         single_submit, overlap_events: how requests reach a kernel's queue; threads have none, so they change nothing.
         intra_op_parallelism: threads at least.
 
@@ -58,7 +58,7 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
         self._handle = int(load("aio_open")(block_size, threads))
         self._pid = os.getpid()
         self._kept: list[Tensor] = []  # buffers of requests under way
-        self._locked: dict[int, tuple[int, int]] = {}
+        self._locked: dict[int, int] = {}  # bytes by address
         self._end = weakref.finalize(self, _close, self._handle, self._pid)
 
     def get_block_size(self) -> int:
@@ -130,12 +130,13 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
             OpError: one has failed, with the first failure; all have ended nevertheless.
         """
         self._check_process()
+        kept, self._kept = self._kept, []  # what another thread submits meanwhile stays for its own wait
         try:
             return int(load("aio_wait")(self._handle))
         except RuntimeError as error:
             raise OpError(f"async_io: {_text(error)}") from error
         finally:
-            self._kept.clear()
+            kept.clear()
 
     def _submit(self, op: str, buffer: Tensor, filename: str, file_offset: int) -> int:
         self._check_process()
@@ -179,19 +180,24 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
             reason = os.strerror(ctypes.get_errno())
             log_once(f"memory for async_io is not locked ({reason}); raise the limit with ulimit -l to lock it")
         else:
-            self._locked[tensor.data_ptr()] = (tensor.data_ptr(), nbytes)
+            self._locked[tensor.data_ptr()] = nbytes
+            weakref.finalize(tensor, _unlock, self._locked, tensor.data_ptr())
         return tensor
 
     def free_cpu_locked_tensor(self, tensor: Tensor) -> bool:
         """Unlock what `new_cpu_locked_tensor` gave; whether it was locked. Its memory goes with its last view."""
-        place = self._locked.pop(tensor.data_ptr(), None)
-        if place is not None:
-            ctypes.CDLL(None).munlock(ctypes.c_void_p(place[0]), ctypes.c_size_t(place[1]))
-        return place is not None
+        return _unlock(self._locked, tensor.data_ptr())
 
     def is_pinned(self, buffer: Tensor) -> bool:
         """Whether the buffer is one that `new_cpu_locked_tensor` locked, or is pinned for a GPU."""
         return buffer.data_ptr() in self._locked or buffer.is_pinned()
+
+
+def _unlock(locked: dict[int, int], address: int) -> bool:
+    nbytes = locked.pop(address, None)
+    if nbytes is not None:
+        ctypes.CDLL(None).munlock(ctypes.c_void_p(address), ctypes.c_size_t(nbytes))
+    return nbytes is not None
 
 
 def _close(handle: int, pid: int) -> None:
