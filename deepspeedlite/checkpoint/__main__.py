@@ -1,7 +1,10 @@
 """`python -m deepspeedlite.checkpoint verify DIR`: whether the checkpoints in a directory are whole.
+`python -m deepspeedlite.checkpoint inspect DIR`: what one holds and where it lies.
+`python -m deepspeedlite.checkpoint diff A B`: what differs between two.
 `python -m deepspeedlite.checkpoint to_fp32 DIR OUT`: their weights, whole, in Hugging Face's layout.
 
-Exit status: 0, 1 if a checkpoint is damaged or something cannot be written, 2 for a wrong command line.
+Exit status: 0, 1 if a checkpoint is damaged, something cannot be written, or two differ, 2 for a wrong command line or
+for what cannot be compared.
 """
 
 from __future__ import annotations
@@ -9,12 +12,14 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from rich.progress import track
 
 from deepspeedlite.checkpoint.export import export_weights, open_checkpoint, parse_bytes
+from deepspeedlite.checkpoint.inspect import add_commands
 from deepspeedlite.checkpoint.manifest import FILE_NAME
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.errors import CheckpointError
@@ -28,6 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     verify = commands.add_parser("verify", help="compare every file with its checksum")
     verify.add_argument("dir", type=Path, help="a tag's directory, or one of tags")
+    verify.set_defaults(run=partial(_verify, parser=verify))
     to_fp32 = commands.add_parser("to_fp32", help="write whole weights as safetensors shards with an index")
     to_fp32.add_argument("dir", type=Path, help="a tag's directory, or one of tags")
     to_fp32.add_argument("out", type=Path, help="a new directory")
@@ -35,8 +41,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_fp32.add_argument("--dtype", choices=sorted(_DTYPES), default="fp32")
     to_fp32.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of a file (5GB)")
     to_fp32.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
+    to_fp32.set_defaults(run=_to_fp32)
+    add_commands(commands)
     args = parser.parse_args(argv)
-    return _verify(args, parser) if args.command == "verify" else _to_fp32(args)
+    return args.run(args)
 
 
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
