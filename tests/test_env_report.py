@@ -421,7 +421,7 @@ def test_a_node_that_hangs_is_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     ("text", "message"),
     [
         ("", "names no host"),
-        ("a\nb\na slots=1\n", "names a twice"),
+        ("a\nb\na slots=1\n", "line 3: a is on line 1 already"),
         ("-oX=y slots=1\n", "for an option"),
         (None, "cannot be read"),
     ],

@@ -11,37 +11,14 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 from deepspeedlite.env_report.rows import BAD, INFO, Row
-from deepspeedlite.errors import LaunchError
 
 NODE_TIMEOUT_S = 60.0
 _MOST_AT_ONCE = 64
 # What differs between healthy nodes: rows by their section, or by section and name.
 _OWN = {"network", "cache", "disk", ("machine", "memory"), ("machine", "/dev/shm"), ("nodes", "report")}
 _OWN_VARIABLES = {"RANK", "LOCAL_RANK", "TMPDIR", "world"}
-
-
-def read_hosts(hostfile: str) -> list[str]:
-    """The hosts of a hostfile: the first word of each line that is neither empty nor a comment.
-
-    Raises:
-        LaunchError: it cannot be read, names nobody, or a host twice.
-    """
-    try:
-        lines = Path(hostfile).read_text().splitlines()
-    except OSError as error:
-        raise LaunchError(f"hostfile {hostfile} cannot be read: {error.strerror}") from error
-    hosts = [words[0] for line in lines if (words := line.split("#")[0].split())]
-    if not hosts:
-        raise LaunchError(f"hostfile {hostfile} names no host; write one per line, such as: worker-1 slots=4")
-    if dashed := next((host for host in hosts if host.startswith("-")), None):
-        raise LaunchError(f"hostfile {hostfile} names {dashed}, which ssh would take for an option")
-    twice = next((host for index, host in enumerate(hosts) if host in hosts[:index]), None)
-    if twice:
-        raise LaunchError(f"hostfile {hostfile} names {twice} twice")
-    return hosts
 
 
 def reports(hosts: Sequence[str], ssh: str, arguments: Sequence[str] = ()) -> dict[str, list[Row]]:

@@ -18,6 +18,7 @@ from deepspeedlite.env_report.probe import Probe, compiled_libraries
 from deepspeedlite.env_report.rows import BAD, INFO, OK, WARN, Row
 from deepspeedlite.env_report.tools import accelerators, cache, compilers, mpi
 from deepspeedlite.errors import LaunchError
+from deepspeedlite.hostfile import read_hostfile
 
 Section = Callable[[], list[Row]]
 SECTIONS: Mapping[str, Callable[..., list[Row]]] = {
@@ -121,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _of_nodes(args: argparse.Namespace) -> list[Row]:
     only = [word for name in args.only or () for word in ("--only", name)]
-    hosts = nodes.read_hosts(args.hostfile)
+    hosts = list(read_hostfile(args.hostfile, slots_needed=False))
     if sys.stderr.isatty():
         print(f"asking {len(hosts)} nodes, {nodes.NODE_TIMEOUT_S:.0f} s at most", file=sys.stderr)
     found = nodes.reports(hosts, args.ssh, [*only, "--path", args.path])

@@ -1,0 +1,74 @@
+"""The hostfile: which machines there are and how many ranks each takes, one line per machine.
+
+# two machines with four GPUs each
+worker-1 slots=4
+worker-2 slots=4    # the rest of a line may be a comment
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from deepspeedlite.errors import LaunchError
+
+DEFAULT_HOSTFILE = "/job/hostfile"
+# ssh would take a leading dash for an option; pdsh, the include grammar and shells give other characters a meaning.
+_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_SLOTS = re.compile(r"slots=([0-9]{1,6})")
+
+
+def read_hostfile(path: str | os.PathLike[str], slots_needed: bool = True) -> dict[str, int]:
+    """Host -> slots (how many ranks it takes), in the file's order.
+
+    Without `slots_needed` a line may name the host alone, which gives it 0 slots: for those who only want the names.
+
+    Raises:
+        LaunchError: it cannot be read, names nobody, or has lines that are wrong: each is listed with its number.
+    """
+    try:
+        # Bytes that are not UTF-8 do no harm in a comment, and are refused in a name.
+        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+    except OSError as error:
+        raise LaunchError(f"hostfile {path} cannot be read: {error.strerror}") from error
+    hosts: dict[str, int] = {}
+    line_of: dict[str, int] = {}
+    faults = []
+    for number, line in enumerate(lines, 1):
+        words = line.split("#", 1)[0].split()
+        if not words:
+            continue
+        host = words[0]
+        fault = _fault(words, slots_needed)
+        if host in line_of:
+            fault = f"{host} is on line {line_of[host]} already; write one line per host, with all of its slots"
+        line_of.setdefault(host, number)
+        if fault:
+            faults.append(f"line {number}: {fault}")
+        else:
+            hosts[host] = int(words[1].removeprefix("slots=")) if len(words) > 1 else 0
+    if faults:
+        raise LaunchError(f"hostfile {path}, " + "\n  ".join(faults))
+    if not hosts:
+        raise LaunchError(f"hostfile {path} names no host; write one per line, such as: worker-1 slots=4")
+    return hosts
+
+
+def _fault(words: list[str], slots_needed: bool) -> str | None:
+    host = words[0]
+    if host.startswith("-"):
+        return f"the host {host} begins with '-', which ssh would take for an option; begin the line with a host's name"
+    if not _HOST.fullmatch(host):
+        return (
+            f"{host!r} is no host's name or IPv4 address; a user, a port or an IPv6 address goes into ssh's "
+            "configuration, under a name of letters, digits, '.', '_' and '-'"
+        )
+    if len(words) == 1:
+        return f"{host} has no slots; write how many ranks it takes, such as: {host} slots=4" if slots_needed else None
+    slots = _SLOTS.fullmatch(words[1])
+    if not slots or len(words) > 2:
+        return f"{' '.join(words[1:])!r} after {host} is not understood; write: {host} slots=4"
+    if int(slots[1]) < 1:
+        return f"{host} has slots={slots[1]}; write at least 1, or remove the line to leave the host out"
+    return None

@@ -1,0 +1,131 @@
+"""The hostfile's reader: what it gives, what it refuses and how it says so; any text against a slow plain reference."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.hostfile import read_hostfile
+
+
+def read(tmp_path: Path, text: str | bytes, **options: bool) -> dict[str, int]:
+    file = tmp_path / "hosts"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    return read_hostfile(file, **options)
+
+
+def test_hosts_come_in_the_files_order(tmp_path: Path) -> None:
+    text = "# two and one\n\nworker-2 slots=4\n  worker-1\tslots=2  # the small one\n10.0.0.7 slots=08\n"
+    assert list(read(tmp_path, text).items()) == [("worker-2", 4), ("worker-1", 2), ("10.0.0.7", 8)]
+
+
+def test_what_editors_leave_is_no_fault(tmp_path: Path) -> None:
+    assert read(tmp_path, b"\xef\xbb\xbfa slots=1\r\nb slots=2 # caf\xe9\r\n") == {"a": 1, "b": 2}
+
+
+def test_slots_may_be_left_out_where_only_names_are_wanted(tmp_path: Path) -> None:
+    assert read(tmp_path, "a\nb slots=3\n", slots_needed=False) == {"a": 0, "b": 3}
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("a", "line 2: a has no slots; write how many ranks it takes, such as: a slots=4"),
+        ("a slots=0", "line 2: a has slots=0; write at least 1"),
+        ("a slots=-1", "line 2: 'slots=-1' after a is not understood; write: a slots=4"),
+        ("a slots=four", "line 2: 'slots=four' after a is not understood"),
+        ("a slots=٤", "line 2: 'slots=٤' after a is not understood"),
+        ("a slots = 4", "line 2: 'slots = 4' after a is not understood"),
+        ("a slots=4 slots=2", "line 2: 'slots=4 slots=2' after a is not understood"),
+        ("a slots=" + "9" * 5000, "line 2: 'slots=99"),
+        ("first slots=1", "line 2: first is on line 1 already; write one line per host"),
+        ("-oProxyCommand=x slots=1", "line 2: the host -oProxyCommand=x begins with '-', which ssh would take"),
+        ("me@a slots=1", "line 2: 'me@a' is no host's name"),
+        ("a,b slots=1", "line 2: 'a,b' is no host's name"),
+        ("$(id) slots=1", "line 2: '$(id)' is no host's name"),
+        ("fe80::1 slots=1", "line 2: 'fe80::1' is no host's name or IPv4 address; a user, a port or an IPv6 address"),
+    ],
+)
+def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+    with pytest.raises(LaunchError) as error:
+        read(tmp_path, f"first slots=2\n{line}\n")
+    assert f"hosts, {message}" in str(error.value)
+
+
+def test_all_wrong_lines_are_named_at_once(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"line 1: a has no slots(.|\n)*line 3: a is on line 1(.|\n)*line 4: 'x'"):
+        read(tmp_path, "a\nb slots=1\na slots=2\nc x\n")
+
+
+@pytest.mark.parametrize("text", ["", "\n\n", "# worker-1 slots=4\n"])
+def test_nobody_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(LaunchError, match="names no host; write one per line, such as: worker-1 slots=4"):
+        read(tmp_path, text)
+
+
+def test_no_file(tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"none cannot be read: No such file"):
+        read_hostfile(tmp_path / "none")
+
+
+WORDS = st.sampled_from(
+    [
+        "a",
+        "b.c",
+        "w-1",
+        "_x",
+        "-a",
+        "a@b",
+        "slots=1",
+        "slots=12",
+        "slots=0",
+        "slots=x",
+        "slots=",
+        "#",
+        "# b",
+        "a#b",
+        "\t",
+    ]
+)
+LINES = st.lists(st.lists(WORDS, max_size=4).map(" ".join), max_size=5).map("\n".join)
+LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
+
+
+def plainly(text: str) -> dict[str, int] | None:
+    """The same by the plainest of means; None where the file is to be refused."""
+    found: list[tuple[str, int]] = []
+    for line in text.replace("\r\n", "\n").replace("\r", "\n").split("\n"):
+        kept = ""
+        for letter in line:
+            if letter == "#":
+                break
+            kept += letter
+        if kept.strip() == "":
+            continue
+        words = kept.split()
+        name_is_good = words[0][0] in LETTERS and all(letter in LETTERS + ".-" for letter in words[0])
+        if len(words) != 2 or not name_is_good or words[1][:6] != "slots=":
+            return None
+        digits = words[1][6:]
+        if not 1 <= len(digits) <= 6 or any(digit not in "0123456789" for digit in digits) or int(digits) == 0:
+            return None
+        found.append((words[0], int(digits)))
+    names = [name for name, _ in found]
+    return dict(found) if names and len(set(names)) == len(names) else None
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(text=LINES | st.text(st.characters(exclude_categories=("Cs",)), max_size=40))
+@example(text="a slots=1\nb.c slots=12")
+@example(text="a slots=1\na slots=1")
+def test_any_text_is_read_as_the_plain_reference_reads_it(tmp_path: Path, text: str) -> None:
+    try:
+        hosts = read(tmp_path, text)
+    except LaunchError:
+        hosts = None
+    expected = plainly(text.removeprefix("\ufeff"))
+    assert (hosts and list(hosts.items())) == (expected and list(expected.items()))
