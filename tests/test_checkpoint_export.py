@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from contextlib import redirect_stderr
 from io import StringIO
 from pathlib import Path
@@ -106,6 +109,32 @@ def test_files_for_torch_load_have_deepspeeds_names(tmp_path):
     convert_zero_checkpoint_to_fp32_state_dict(str(tmp_path / "ckpt"), str(tmp_path / "out"))
     found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
     assert torch.equal(found["norm.weight"], expected["norm.weight"])
+
+
+@pytest.mark.slow
+@distributed(world_size=1)
+def test_the_program_beside_a_checkpoint_takes_its_weights_out(tmp_path):
+    engine, expected = saved(tmp_path, 2)
+    program = tmp_path / "zero_to_fp32.py"
+    assert os.access(program, os.X_OK)
+    before = program.stat().st_ino
+    engine.save_checkpoint(tmp_path, tag="again")
+    assert program.stat().st_ino == before, "it was there already"
+
+    def run(*arguments, python=(sys.executable,)):
+        command = [*python, program.name, *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run(".", "out")
+    assert done.returncode == 0 and done.stdout == "the weights are in out\n", done.stderr
+    found = torch.load(tmp_path / "out" / "pytorch_model.bin", weights_only=True)
+    assert torch.equal(found["embedding.weight"], expected["embedding.weight"])
+    done = run(".", "shards", "--safe_serialization", "--max_shard_size", "1KB", "--tag", "global_step1")
+    assert done.returncode == 0 and (tmp_path / "shards" / "model.safetensors.index.json").exists()
+    done = run(".", "out")
+    assert done.returncode == 1 and done.stderr == "out exists already; name a new folder\n"
+    done = run(".", "other", python=(sys.executable, "-I", "-S"))  # no packages: nothing of ours to import
+    assert done.returncode == 1 and "cannot import" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_sizes() -> None:

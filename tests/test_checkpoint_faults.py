@@ -189,7 +189,7 @@ def test_an_io_error_in_the_middle_fails_on_every_rank_and_loses_nothing(tmp_pat
     engine.destroy()
     if dist.get_rank() == 0:
         assert read_latest(tmp_path) == "second"
-        assert sorted(os.listdir(tmp_path)) == ["global_step2", "latest", "second"]
+        assert sorted(os.listdir(tmp_path)) == ["global_step2", "latest", "second", "zero_to_fp32.py"]
 
 
 @pytest.fixture
@@ -215,7 +215,7 @@ def test_a_full_disk_and_a_read_only_one(small_disk):
     dist.barrier()
     assert "No space left" in raised(lambda: engine.save_checkpoint(small_disk, tag="second"))
     if dist.get_rank() == 0:
-        assert sorted(os.listdir(small_disk)) == ["filler", "global_step2", "latest"]
+        assert sorted(os.listdir(small_disk)) == ["filler", "global_step2", "latest", "zero_to_fp32.py"]
         subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     dist.barrier()
     assert "Read-only file system" in raised(lambda: engine.save_checkpoint(small_disk, tag="second"))
@@ -253,7 +253,7 @@ def test_keep_last_removes_the_oldest_and_a_tag_can_be_written_again(tmp_path):
         train(engine, range(1))
         engine.save_checkpoint(tmp_path, tag=tag)
     engine.destroy()
-    assert sorted(os.listdir(tmp_path)) == ["2", "3", "latest"]
+    assert sorted(os.listdir(tmp_path)) == ["2", "3", "latest", "zero_to_fp32.py"]
     with Reader(tmp_path / "3") as reader:
         reader.verify()
         assert reader.manifest.global_steps == 4

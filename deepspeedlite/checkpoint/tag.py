@@ -4,6 +4,7 @@
     SAVE_DIR/TAG/              a whole checkpoint
     SAVE_DIR/.tmp.TAG/         one being written, or removed; a leftover once its process is gone
     SAVE_DIR/.old.TAG/         what TAG was while a save under the same tag takes its place
+    SAVE_DIR/zero_to_fp32.py   a copy of the program that takes weights out, as DeepSpeed leaves one
 
 A tag is replaced by two renames. Between them TAG is missing and .old.TAG is whole: readers take that, and the next
 save puts it back. Leftovers are removed by the next save into the directory; two jobs must not save into one.
@@ -24,6 +25,7 @@ from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.errors import CheckpointError
 
 LATEST = "latest"
+_PROGRAM = Path(__file__).with_name("zero_to_fp32.py")
 _TMP, _OLD = ".tmp.", ".old."
 
 
@@ -114,16 +116,22 @@ class TagWriter:
         if self.path.exists():
             self.path.rename(old)
         self.temporary.rename(self.path)
+        self._put(_PROGRAM.name, _PROGRAM.read_bytes(), mode=0o777)
         if self.fsync:
             sync_dir(self.save_dir)
         if save_latest:
-            temporary = self.save_dir / (_TMP + LATEST)
-            _write_bytes(temporary, self.tag.encode(), self.fsync)
-            temporary.rename(self.save_dir / LATEST)
+            self._put(LATEST, self.tag.encode())
             if self.fsync:
                 sync_dir(self.save_dir)
         if old.exists():
             shutil.rmtree(old)
+
+    def _put(self, name: str, data: bytes, mode: int = 0o666) -> None:
+        """Make a file beside the tags have these bytes, old or new ones at any instant."""
+        path, temporary = self.save_dir / name, self.save_dir / (_TMP + name)
+        if not path.is_file() or path.read_bytes() != data:
+            _write_bytes(temporary, data, self.fsync, mode)
+            temporary.rename(path)
 
     def discard(self) -> None:
         """Remove what was written, after a failure, as far as that can be done."""
@@ -141,8 +149,8 @@ class TagWriter:
         return [path.name for path in removed]
 
 
-def _write_bytes(path: Path, data: bytes, fsync: bool) -> None:
-    with path.open("wb") as file:
+def _write_bytes(path: Path, data: bytes, fsync: bool, mode: int = 0o666) -> None:
+    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(data)
         file.flush()
         if fsync:
