@@ -5,8 +5,9 @@
 
 A host has network, UTS, PID, IPC and mount namespaces of its own: an address, a name, processes that end together,
 /etc (with a hosts file that knows all names), /run, /dev/shm, a boot id, and a real sshd that lets root in from every
-other host without a password or a question. The rest of the file system is this machine's, so that the checkout and
-pytest's folders are shared; `mount --bind` by `run` changes one host's view alone. The host "head" is always there.
+other host without a password or a question. The hosts share a home, which is not this machine's, and the rest of the
+file system, which is: the checkout and pytest's folders are there. `mount --bind` by `run` changes one host's view
+alone. The host "head" is always there.
 
 The hosts hang on a bridge in a namespace of its own too. Nothing is added to this machine's network or to its /etc.
 Every host's first process waits for the end of a pipe that this process holds: all ends with it, however it ends.
@@ -18,7 +19,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import pwd
 import shutil
 import subprocess
 import tempfile
@@ -36,7 +36,8 @@ _CLONE_FS, _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC, _CLONE_NEWPID, _CLONE_NEW
 _ALL = _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
 _PATH = f"{os.environ.get('PATH', '/usr/bin')}:/usr/sbin:/sbin"
 _PACKAGE_OF = {
-    "ip": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
+    "ip": "iproute2", "bridge": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client",
+    "sshd": "openssh-server",
     "mpirun.openmpi": "openmpi-bin", "mpirun.mpich": "mpich", "mpiexec.hydra": "mpich", "srun": "slurm-client",
     "slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge",
 }  # fmt: skip
@@ -54,13 +55,18 @@ mkdir -m 755 /run/lock /run/sshd /run/munge /run/slurm /run/slurm/state /run/slu
 mount --bind "$ETC" /etc
 cat /proc/sys/kernel/random/uuid >/run/boot_id
 mount --bind /run/boot_id /proc/sys/kernel/random/boot_id
-[ ! -d "$SSH_HOME" ] || mount -t tmpfs ssh "$SSH_HOME"
 echo "$NAME" >/proc/sys/kernel/hostname
 ip link set lo up
 read -r go # on: eth0 is there
 ip address add "$ADDRESS/24" dev eth0
 ip link set eth0 up
 "$SSHD" -E /run/sshd.log
+tries=0
+until [ -s /run/sshd.pid ]; do # it listens by then, which it does not yet when the command above has returned
+    tries=$((tries + 1))
+    [ $tries -lt 1000 ] || { cat /run/sshd.log; exit 1; }
+    sleep 0.01
+done
 trap '' CHLD
 echo ready
 exec cat
@@ -148,6 +154,11 @@ class Cluster:
         self.workers = list(names)
         self.directory = Path()  # on the file system that all share; gone at the end
 
+    @property
+    def home(self) -> Path:
+        """Root's home on all hosts, empty but for a link to this machine's ~/.cache, where compiled ops are."""
+        return self.directory / "home"
+
     def __enter__(self) -> Cluster:
         if reason := missing_for_cluster():
             raise RuntimeError(reason)
@@ -178,8 +189,13 @@ class Cluster:
     # --- what tests do with it ---
 
     def popen(self, host: str, argv: Sequence[str | os.PathLike[str]], **options: Any) -> subprocess.Popen[Any]:
-        """Start a command on a host; the options are `subprocess.Popen`'s. Signals to it reach it, not a go-between."""
+        """Start a command on a host; the options are `subprocess.Popen`'s. Signals to it reach it, not a go-between.
+
+        Without `env` it gets this process's environment, with the hosts' HOME.
+        """
         options["cwd"] = options.get("cwd") or os.getcwd()
+        if options.get("env") is None:
+            options["env"] = {**os.environ, "HOME": str(self.home)}
         process = _spawn(functools.partial(_enter, self.hosts[host].pid, _ALL), argv, **options)
         self.hosts[host].started.append(process)
         return process
@@ -219,8 +235,9 @@ class Cluster:
         self._switching([f"link set {self.hosts[host].port} down"])
 
     def heal(self, host: str) -> None:
-        """Put the cable back."""
+        """Put the cable back, and wait until packets go through it."""
         self._switching([f"link set {self.hosts[host].port} up"])
+        self._wait_for_ports([self.hosts[host]])
 
     def power_off(self, host: str, silent: bool = False) -> None:
         """End everything on a host at once. With `silent` its peers are not told by closing connections either."""
@@ -301,8 +318,11 @@ class Cluster:
         for file in ("hostname", "nologin"):
             (etc / file).unlink(missing_ok=True)
         # Without PAM, sshd refuses an account whose password is locked, as root's is in many images.
-        users = (etc / "shadow").read_text().splitlines()
-        (etc / "shadow").write_text("".join(f"{_unlocked(line)}\n" for line in users))
+        _set_root(etc / "shadow", 1, "*")
+        _set_root(etc / "passwd", 5, str(self.home))
+        self.home.mkdir()
+        if (cache := Path.home() / ".cache").is_dir():
+            (self.home / ".cache").symlink_to(cache)
 
     def _boot(self, hosts: Iterable[Host]) -> None:
         hosts = list(hosts)
@@ -312,7 +332,6 @@ class Cluster:
                 "NAME": host.name,
                 "ADDRESS": host.address,
                 "ETC": str(self.directory / "etc"),
-                "SSH_HOME": f"{pwd.getpwuid(0).pw_dir}/.ssh",
                 "SSHD": _program("sshd"),
             }
             host.keeper = _spawn(
@@ -332,15 +351,32 @@ class Cluster:
             host.keeper.stdin.flush()
         for host in hosts:
             _read_ready(host.keeper, host.name)
+        self._wait_for_ports(hosts)
 
     def _switching(self, lines: Sequence[str]) -> None:
         """`ip` commands in the namespace of the bridge."""
-        enter = functools.partial(_enter, self._switch.pid, _CLONE_NEWNET)
+        self._in_switch(["ip", "-batch", "-"], "".join(f"{line}\n" for line in lines))
+
+    def _wait_for_ports(self, hosts: Sequence[Host]) -> None:
+        """The kernel takes up to a second to see that a cable is in; the bridge drops packets till then."""
+        waiting = {host.port for host in hosts}
+        until = time.monotonic() + 10
+        while waiting:
+            links = [
+                line.split() for line in self._in_switch(["bridge", "link"]).splitlines() if "state forwarding" in line
+            ]
+            waiting -= {words[1].split("@")[0] for words in links}
+            assert time.monotonic() < until, f"the bridge does not forward to {waiting}"
+            time.sleep(0.005 if waiting else 0)
+
+    def _in_switch(self, argv: Sequence[str], text: str = "") -> str:
         pipe = subprocess.PIPE
-        ip = _spawn(enter, ["ip", "-batch", "-"], stdin=pipe, stderr=pipe, text=True)
-        _, err = ip.communicate("".join(f"{line}\n" for line in lines))
-        if ip.returncode != 0:
-            raise RuntimeError(f"ip failed: {err}")
+        enter = functools.partial(_enter, self._switch.pid, _CLONE_NEWNET)
+        process = _spawn(enter, argv, stdin=pipe, stdout=pipe, stderr=pipe, text=True, env={"PATH": _PATH})
+        out, err = process.communicate(text)
+        if process.returncode != 0:
+            raise RuntimeError(f"{argv[0]} failed: {err}")
+        return out
 
 
 def _program(name: str) -> str:
@@ -352,7 +388,7 @@ def missing_for_cluster(*programs: str) -> str | None:
     """Why there can be no cluster, or none in which these programs are run, here; None where nothing is missing."""
     if os.geteuid() != 0:
         return "needs root, to make hosts of network namespaces"
-    for program in ("ip", "mount", "sshd", "ssh", "ssh-keygen", *programs):
+    for program in ("ip", "bridge", "mount", "sshd", "ssh", "ssh-keygen", *programs):
         if shutil.which(program, path=_PATH) is None:
             return f"needs {program} (Debian's package {_PACKAGE_OF.get(program, program)})"
     try:
@@ -431,6 +467,9 @@ def _pid_namespace(pid: int) -> str:
         return ""
 
 
-def _unlocked(line: str) -> str:
-    name, _, rest = line.split(":", 2)
-    return f"{name}:*:{rest}" if name == "root" else line
+def _set_root(file: Path, field: int, value: str) -> None:
+    lines = [line.split(":") for line in file.read_text().splitlines()]
+    for words in lines:
+        if words[0] == "root":
+            words[field] = value
+    file.write_text("".join(":".join(words) + "\n" for words in lines))
