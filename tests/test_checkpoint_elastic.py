@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from models import tied_model, tokens
+from torch.optim import lr_scheduler as lr
 
 import deepspeedlite
 from deepspeedlite.errors import CheckpointError
@@ -186,6 +187,78 @@ def test_every_optimizer_goes_on_as_it_was(tmp_path, dtype):
         assert train(resumed, range(3, 6)) == losses, name
         assert_same(everything(resumed, states), expected)
         engine.destroy(), resumed.destroy()
+
+
+class Falling:
+    """A function of LambdaLR's that has a state."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, epoch: int) -> float:
+        self.calls += 1
+        return 1 / (1 + self.calls)
+
+
+def _plateau(optimizer):
+    return lr.ReduceLROnPlateau(optimizer, factor=0.5, patience=0)
+
+
+def _sequence(optimizer):
+    parts = [lr.LinearLR(optimizer, 0.1, 1.0, 3), lr.ExponentialLR(optimizer, 0.9)]
+    return lr.SequentialLR(optimizer, parts, milestones=[3])
+
+
+SCHEDULES = {
+    **{
+        name: {"type": name, "params": params}
+        for name, params in {
+            "WarmupLR": {"warmup_num_steps": 8},
+            "WarmupDecayLR": {"warmup_num_steps": 2, "total_num_steps": 9},
+            "WarmupCosineLR": {"warmup_num_steps": 2, "total_num_steps": 9},
+            "OneCycle": {"cycle_min_lr": 0.001, "cycle_max_lr": 0.1, "cycle_first_step_size": 3, "decay_lr_rate": 0.1},
+            "LRRangeTest": {"lr_range_test_step_size": 2},
+        }.items()
+    },
+    "LambdaLR": lambda optimizer: lr.LambdaLR(optimizer, Falling()),
+    "MultiStepLR": lambda optimizer: lr.MultiStepLR(optimizer, [2, 6, 6, 8]),
+    "CosineAnnealingWarmRestarts": lambda optimizer: lr.CosineAnnealingWarmRestarts(optimizer, 3, 2),
+    "OneCycleLR": lambda optimizer: lr.OneCycleLR(optimizer, 0.1, total_steps=12),
+    "CyclicLR": lambda optimizer: lr.CyclicLR(optimizer, 0.01, 0.1, 3, cycle_momentum=False),
+    "ReduceLROnPlateau": _plateau,
+    "SequentialLR": _sequence,
+    "ChainedScheduler": lambda optimizer: lr.ChainedScheduler(
+        [lr.StepLR(optimizer, 2), lr.ExponentialLR(optimizer, 0.9)]
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@distributed(world_size=1)
+def test_every_schedule_goes_on_as_it_was(tmp_path, name):
+    schedule = SCHEDULES[name]
+
+    def start():
+        if isinstance(schedule, dict):
+            return engine_of(tied_model(), config(1, scheduler=schedule))
+        return engine_of(tied_model(), config(1), lr_scheduler=schedule)
+
+    def run(engine, steps):
+        rates = []
+        for step in steps:
+            engine.backward(engine(*tokens(step, 0, 0)))
+            engine.step({"metrics": float(step % 3)} if name == "ReduceLROnPlateau" else None)
+            rates.append(engine.optimizer.param_groups[0]["lr"])
+        return rates
+
+    engine = start()
+    run(engine, range(4))
+    engine.save_checkpoint(tmp_path)
+    expected = run(engine, range(4, 10))
+    resumed = start()
+    resumed.load_checkpoint(tmp_path)
+    assert run(resumed, range(4, 10)) == expected
+    assert len(set(expected)) > 1
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -13,6 +13,9 @@ import subprocess
 import sys
 import time
 import zlib
+from contextlib import redirect_stderr
+from datetime import timedelta
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -22,10 +25,12 @@ from harness import distributed
 from models import tied_model
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
+from deepspeedlite.checkpoint import together
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
-from deepspeedlite.errors import CheckpointError, EngineStateError
+from deepspeedlite.comm.stall import explained
+from deepspeedlite.errors import CheckpointError, DistributedError, EngineStateError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
@@ -226,10 +231,20 @@ def test_a_full_disk_and_a_read_only_one(small_disk):
 @distributed(world_size=2, env={"DEEPSPEED_TIMEOUT": "0.02"})
 def test_a_call_by_one_rank_alone_is_an_error_that_says_so(tmp_path):
     engine = engine_of(tied_model(), config(1))
-    if dist.get_rank() == 0:
-        with pytest.raises(CheckpointError, match=r"must be called by every rank, and ranks \[1\]"):
-            engine.save_checkpoint(tmp_path)
     store = dist.distributed_c10d._get_default_store()
+    if dist.get_rank() == 0:
+        together._PATIENCE = timedelta(seconds=0.2)
+        with (
+            redirect_stderr(StringIO()) as said,
+            pytest.raises(CheckpointError, match=r"must be called by every rank, and ranks \[1\]"),
+        ):
+            engine.save_checkpoint(tmp_path)
+        assert "save_checkpoint has waited 0.2 s for ranks [1]" in said.getvalue()
+        store.set("raised", "")
+    else:
+        store.wait(["raised"])
+        with pytest.raises(DistributedError, match="rank 0 waits in save_checkpoint"), explained("a sum", [0, 1]):
+            raise RuntimeError("what a collective that rank 0 does not call ends in")
     store.set(f"here{dist.get_rank()}", "")
     store.wait(["here0", "here1"])
     engine.save_checkpoint(tmp_path)
@@ -244,6 +259,47 @@ def test_tags_and_values_that_cannot_be_saved(tmp_path):
     message = raised(lambda: engine.save_checkpoint(tmp_path, client_state={"a": {"b": [1, object()]}}))
     assert "client_state['a']['b'][1] is a builtins.object" in message
     assert not os.listdir(tmp_path)
+
+
+@distributed(world_size=2)
+def test_different_tags_are_told_or_not_and_rank_0s_is_taken(tmp_path):
+    for validation, warnings in (("warn", 1), ("ignore", 0)):
+        engine = engine_of(tied_model(), config(1, checkpoint={"tag_validation": validation}))
+        with redirect_stderr(StringIO()) as said:
+            engine.save_checkpoint(tmp_path / validation, tag=f"rank{dist.get_rank()}")
+        expected = warnings if dist.get_rank() == 0 else 0
+        assert said.getvalue().count("rank 0: 'rank0', rank 1: 'rank1'") == expected, said.getvalue()
+        assert read_latest(tmp_path / validation) == "rank0"
+        with Reader(tmp_path / validation / "rank0") as reader:
+            assert len(reader.manifest.files) == 2
+
+
+def _save_as_nobody(folder: Path) -> None:
+    os.umask(0o022)
+    engine = engine_of(tied_model(), config(1))
+    engine.save_checkpoint(folder, tag="mine")
+    os.chmod(folder, 0o555)
+    if os.geteuid() == 0:
+        os.setuid(65534)
+    try:
+        engine.save_checkpoint(folder, tag="other")
+    except CheckpointError as error:
+        print(error)
+    assert engine.load_checkpoint(folder)[0]
+
+
+def test_a_folder_that_may_not_be_written(tmp_path):
+    for folder in (tmp_path, *tmp_path.parents):  # pytest's folders are root's alone
+        if os.geteuid() == 0 and folder.name.startswith(("pytest-", "test_")):
+            folder.chmod(0o755)
+    code = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import pathlib, test_checkpoint_faults as t; "
+        f"t._save_as_nobody(pathlib.Path({str(tmp_path / 'ckpt')!r}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert "saving checkpoint other" in done.stdout and "PermissionError" in done.stdout and ".tmp.other" in done.stdout
+    assert sorted(os.listdir(tmp_path / "ckpt")) == ["latest", "mine", "zero_to_fp32.py"]
 
 
 @distributed(world_size=2)

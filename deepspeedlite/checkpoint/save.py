@@ -6,7 +6,11 @@ tensors are copied to host memory, the rest happens in a thread, and the next sa
 
 from __future__ import annotations
 
+import atexit
+import logging
+import os
 import random
+import sys
 import threading
 import zlib
 from dataclasses import dataclass, field
@@ -26,6 +30,22 @@ from deepspeedlite.log import logger
 
 # Of param groups: how a step is computed on this machine, which is not the run's business.
 MACHINE_OPTIONS = {"params", "fused", "foreach", "capturable", "differentiable"}
+
+
+_UNHEARD: list[BaseException] = []  # failures of saves in the background that nothing has waited for yet
+
+
+@atexit.register
+def _end_in_failure() -> None:
+    """End a process with status 1 that would have ended well although its last checkpoint was not saved.
+
+    Threads have been joined by now. Registered when this file is imported, it runs after what was registered later.
+    """
+    if _UNHEARD:
+        logger.error("this process ends with status 1: a checkpoint was not saved (%s)", _UNHEARD[-1])
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(1)
 
 
 @dataclass
@@ -114,19 +134,19 @@ class Saver:
         """Write a checkpoint; see `DeepSpeedEngine.save_checkpoint`."""
         self.wait()
         self._ranks.meet("save_checkpoint")
-        tag = f"global_step{self._engine.global_steps}" if tag is None else tag
+        asked = f"global_step{self._engine.global_steps}" if tag is None else tag
         part = RankPart(f"rank_{self._ranks.rank:05d}.safetensors")
-        tags = self._ranks.each("save_checkpoint", lambda: check_tag(tag))
-        self._check_tags(tags)
-        what = f"saving checkpoint {tags[0]} to {save_dir}"
+        tags = self._ranks.each("save_checkpoint", lambda: check_tag(asked))
+        tag = self._ranks.first("save_checkpoint", lambda: self._agreed(tags))
+        what = f"saving checkpoint {tag} to {save_dir}"
         first_buffers = self._ranks.first(what, lambda: checksums(parameters_of(self._engine)[1]))
         collected: list[Manifest] = []
         self._ranks.each(
             what, lambda: collected.append(self._collect(part, client_state, exclude_frozen, first_buffers))
         )
         manifest = collected[0]
-        manifest.tag = tags[0]
-        writer = TagWriter(save_dir, tags[0], self._settings.fsync)
+        manifest.tag = tag
+        writer = TagWriter(save_dir, tag, self._settings.fsync)
         leftovers = self._ranks.first(what, writer.prepare)
         if leftovers and self._ranks.rank == 0:
             logger.warning("removed what interrupted saves had left in %s: %s", save_dir, ", ".join(leftovers))
@@ -150,16 +170,16 @@ class Saver:
             thread.join()
         failure, self._failure = self._failure, None
         if failure is not None:
+            _UNHEARD.remove(failure)
             raise failure
 
-    def _check_tags(self, tags: list[str]) -> None:
-        if len(set(tags)) == 1 or self._settings.tag_validation == "ignore":
-            return
-        shown = ", ".join(f"rank {rank}: {tag!r}" for rank, tag in enumerate(tags))
-        if self._settings.tag_validation == "fail":
-            raise CheckpointError(f"the ranks save under different tags ({shown}); pass the same tag on all")
-        if self._ranks.rank == 0:
+    def _agreed(self, tags: list[str]) -> str:
+        if len(set(tags)) > 1 and self._settings.tag_validation != "ignore":
+            shown = ", ".join(f"rank {rank}: {tag!r}" for rank, tag in enumerate(tags))
+            if self._settings.tag_validation == "fail":
+                raise CheckpointError(f"the ranks save under different tags ({shown}); pass the same tag on all")
             logger.warning("the ranks save under different tags (%s); rank 0's is taken", shown)
+        return tags[0]
 
     def _collect(
         self, part: RankPart, client_state: dict[str, Any] | None, exclude_frozen: bool, first_buffers: dict[str, int]
@@ -224,6 +244,7 @@ class Saver:
         except BaseException as error:
             logger.error("%s", error)
             self._failure = error
+            _UNHEARD.append(error)
 
     def _finish(self, writer: TagWriter, part: RankPart, manifest: Manifest, save_latest: bool, what: str) -> None:
         ranks = self._ranks
@@ -245,11 +266,11 @@ class Saver:
 
         try:
             told = ranks.each(what, write)
-        except CheckpointError as error:
-            if ranks.rank == 0 and error.__cause__ is None:  # every rank has stopped writing
+            ranks.first(what, commit)
+        except CheckpointError:
+            if ranks.rank == 0:  # every rank has stopped writing
                 writer.discard()
             raise
-        ranks.first(what, commit)
 
 
 COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")

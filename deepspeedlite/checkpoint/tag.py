@@ -12,6 +12,7 @@ save puts it back. Leftovers are removed by the next save into the directory; tw
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ import torch
 from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
 from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.errors import CheckpointError
+from deepspeedlite.log import logger
 
 LATEST = "latest"
 _PROGRAM = Path(__file__).with_name("zero_to_fp32.py")
@@ -55,6 +57,8 @@ def read_latest(save_dir: Path) -> str | None:
         return None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{save_dir / LATEST} cannot be read: {error}") from error
+    except CheckpointError as error:
+        raise CheckpointError(f"{save_dir / LATEST} names no checkpoint: {error}; name a tag") from error
 
 
 def sync_dir(path: Path) -> None:
@@ -85,7 +89,15 @@ class TagWriter:
 
     def prepare(self) -> list[str]:
         """Clear what interrupted saves have left and make the temporary directory; the names of the leftovers."""
+        missing = [folder for folder in (self.save_dir, *self.save_dir.parents) if not folder.exists()]
         self.save_dir.mkdir(parents=True, exist_ok=True)
+        for folder in missing if self.fsync else ():
+            sync_dir(folder.parent)
+        leftovers = self._clear()
+        self.temporary.mkdir()
+        return leftovers
+
+    def _clear(self) -> list[str]:
         leftovers = []
         for entry in sorted(self.save_dir.iterdir()):
             if entry.name.startswith(_OLD):
@@ -96,11 +108,7 @@ class TagWriter:
             elif not entry.name.startswith(_TMP):
                 continue
             leftovers.append(entry.name)
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            else:
-                entry.unlink()
-        self.temporary.mkdir()
+            _remove(entry)
         return leftovers
 
     def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
@@ -124,7 +132,7 @@ class TagWriter:
             if self.fsync:
                 sync_dir(self.save_dir)
         if old.exists():
-            shutil.rmtree(old)
+            _remove(old)
 
     def _put(self, name: str, data: bytes, mode: int = 0o666) -> None:
         """Make a file beside the tags have these bytes, old or new ones at any instant."""
@@ -135,7 +143,8 @@ class TagWriter:
 
     def discard(self) -> None:
         """Remove what was written, after a failure, as far as that can be done."""
-        shutil.rmtree(self.temporary, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            self._clear()
 
     def remove_older(self, keep_last: int) -> list[str]:
         """Remove all checkpoints but the newest `keep_last` and this one; their names."""
@@ -143,10 +152,20 @@ class TagWriter:
         tags.sort(key=lambda path: (path / FILE_NAME).stat().st_mtime_ns)
         removed = [path for path in tags[:-keep_last] if path != self.path]
         for path in removed:
-            doomed = self.save_dir / (_TMP + path.name)  # from here on nobody takes it for whole
-            path.rename(doomed)
-            shutil.rmtree(doomed)
+            _remove(path, self.save_dir / (_TMP + path.name))  # under that name nobody takes a part of it for whole
         return [path.name for path in removed]
+
+
+def _remove(path: Path, under_name: Path | None = None) -> None:
+    """Remove what no checkpoint needs. What cannot be removed now, such as a file open on NFS, is no reason to fail."""
+    try:
+        path = path if under_name is None else path.rename(under_name)
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    except OSError as error:
+        logger.warning("%s cannot be removed: %s; the next save tries again", path, error)
 
 
 def _write_bytes(path: Path, data: bytes, fsync: bool, mode: int = 0o666) -> None:

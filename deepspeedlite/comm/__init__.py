@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeedlite.comm.group import Group, Work
 from deepspeedlite.comm.init import default_timeout, init_distributed
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
+from deepspeedlite.comm.stall import whereabouts
 from deepspeedlite.env import discover_world
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "init_distributed",
     "is_initialized",
     "log_summary",
+    "whereabouts",
 ]
 
 

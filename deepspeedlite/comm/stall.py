@@ -50,12 +50,25 @@ def explained(what: str, ranks: Sequence[int]) -> Iterator[None]:
         raise DistributedError(_explain(what, ranks, str(error))) from error
 
 
+@contextlib.contextmanager
+def whereabouts(note: str) -> Iterator[None]:
+    """Let other ranks' errors say where this one is, while it waits for them outside of a collective, or has failed."""
+    store = _notes()
+    store.set(str(dist.get_rank()), note)
+    yield
+    store.delete_key(str(dist.get_rank()))
+
+
+def _notes() -> Any:
+    return dist.PrefixStore("deepspeedlite/stalled", dist.distributed_c10d._get_default_store())
+
+
 def _explain(what: str, ranks: Sequence[int], reason: str) -> str:
     me = dist.get_rank()
     notes = dict.fromkeys(ranks, "has not said where it is: it has ended, or is busy elsewhere")
     notes[me] = f"waits in {what}"
     with contextlib.suppress(RuntimeError):
-        store = dist.PrefixStore("deepspeedlite/stalled", dist.distributed_c10d._get_default_store())
+        store = _notes()
         store.set(str(me), notes[me])
         deadline = time.monotonic() + _OTHERS_SPEAK_S
         for rank in ranks:
