@@ -2,6 +2,7 @@
 `python -m deepspeedlite.checkpoint inspect DIR`: what one holds and where it lies.
 `python -m deepspeedlite.checkpoint diff A B`: what differs between two.
 `python -m deepspeedlite.checkpoint to_fp32 DIR OUT`: their weights, whole, in Hugging Face's layout.
+`python -m deepspeedlite.checkpoint import DIR OUT`, `export DIR OUT`: DeepSpeed's checkpoints as ours, and the reverse.
 
 Exit status: 0, 1 if a checkpoint is damaged, something cannot be written, or two differ, 2 for a wrong command line or
 for what cannot be compared.
@@ -18,10 +19,10 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from deepspeedlite.checkpoint import convert, inspect
+from deepspeedlite.checkpoint.deepspeed import open_tag
 from deepspeedlite.checkpoint.export import export_weights, open_checkpoint, parse_bytes
-from deepspeedlite.checkpoint.inspect import add_commands
-from deepspeedlite.checkpoint.manifest import FILE_NAME
-from deepspeedlite.checkpoint.reader import Reader
+from deepspeedlite.checkpoint.tag import is_whole
 from deepspeedlite.errors import CheckpointError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -42,14 +43,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_fp32.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of a file (5GB)")
     to_fp32.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
     to_fp32.set_defaults(run=_to_fp32)
-    add_commands(commands)
+    inspect.add_commands(commands)
+    convert.add_commands(commands)
     args = parser.parse_args(argv)
     return args.run(args)
 
 
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    tags = sorted(path.parent for path in args.dir.glob(f"*/{FILE_NAME}") if path.parent.name[0] != ".")
-    tags = [args.dir] if (args.dir / FILE_NAME).exists() else tags
+    tags = sorted(path for path in args.dir.glob("*") if path.name[0] != "." and is_whole(path))
+    tags = [args.dir] if is_whole(args.dir) else tags
     if not tags:
         parser.error(f"there is no checkpoint in {args.dir}")
     whole = [_is_whole(tag) for tag in tags]
@@ -58,7 +60,7 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _is_whole(tag: Path) -> bool:
     try:
-        with Reader(tag) as reader:
+        with open_tag(tag) as reader:
             files = sorted(reader.manifest.files)
             for name in track(files, str(tag), disable=not sys.stderr.isatty(), transient=True):
                 reader.verify([name])

@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.manifest import DTYPES, FILE_NAME, MASTER, WEIGHT, Parameter
+from deepspeedlite.checkpoint.deepspeed import open_tag
+from deepspeedlite.checkpoint.manifest import DTYPES, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.tag import check_tag, read_latest
+from deepspeedlite.checkpoint.tag import check_tag, is_whole, read_latest
 from deepspeedlite.checkpoint.tensors import write_tensors
 from deepspeedlite.errors import CheckpointError
 
@@ -27,18 +28,18 @@ Track = Callable[[Iterable[Any], str], Iterable[Any]]
 
 
 def open_checkpoint(folder: str | Path, tag: Any = None) -> Reader:
-    """A tag's own folder, or `tag` (what `latest` names, if None) of a folder of tags.
+    """A tag's own folder, or `tag` (what `latest` names, if None) of a folder of tags; ours or DeepSpeed's.
 
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
     folder = Path(folder)
-    if tag is None and (folder / FILE_NAME).is_file():
-        return Reader(folder)
+    if tag is None and is_whole(folder):
+        return open_tag(folder)
     name = read_latest(folder) if tag is None else check_tag(tag)
     if name is None:
         raise CheckpointError(f"{folder} is no checkpoint and has no file `latest` that names one; name a tag")
-    return Reader(folder / name)
+    return open_tag(folder / name)
 
 
 def parse_bytes(text: str | int) -> int:

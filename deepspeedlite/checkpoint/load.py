@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepspeedlite.checkpoint.deepspeed import open_tag
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.model import Flat, flats_of, owners, parameters_of
 from deepspeedlite.checkpoint.reader import Reader
@@ -23,7 +24,12 @@ from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
 
-_ADAMS = {"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"}
+# Optimizers that keep the same states.
+_ALIKE = (
+    {"Adam", "AdamW", "DeepSpeedCPUAdam", "FusedAdam"},
+    {"FusedLion", "DeepSpeedCPULion"},
+    {"Adagrad", "DeepSpeedCPUAdagrad"},
+)
 
 
 @dataclass
@@ -56,7 +62,7 @@ class Loader:
         what = f"loading checkpoint {path}"
         opened: list[Reader] = []
         try:
-            self._ranks.each(what, lambda: opened.append(Reader(path)))
+            self._ranks.each(what, lambda: opened.append(open_tag(path, self._groups())))
             reader = opened[0]
             files = list(reader.manifest.files)
             self._ranks.each(what, lambda: reader.verify(files[self._ranks.rank :: self._ranks.size]))
@@ -67,6 +73,14 @@ class Loader:
             for reader in opened:
                 reader.close()
         return str(path), client_state
+
+    def _groups(self) -> list[list[str]]:
+        """The names of each param group's parameters, in the model's order."""
+        groups: list[list[str]] = [[] for _ in self._engine.optimizer.param_groups] if self._engine.optimizer else []
+        for entry in parameters_of(self._engine)[0]:
+            if entry.group is not None and groups:
+                groups[entry.group].append(entry.name)
+        return groups
 
     # --- before anything is changed -------------------------------------------------------------------------------
 
@@ -107,7 +121,7 @@ class Loader:
         saved, optimizer = reader.manifest.optimizer, self._engine.optimizer.optimizer
         mine = type(optimizer).__name__
         remedy = "pass load_optimizer_states=False to load the weights alone"
-        if saved is None or (saved != mine and not {saved, mine} <= _ADAMS):
+        if saved is None or (saved != mine and not any({saved, mine} <= names for names in _ALIKE)):
             raise CheckpointError(f"the checkpoint's optimizer is {saved} and this run's {mine}; {remedy}")
         if len(reader.manifest.param_groups) != len(optimizer.param_groups):
             raise CheckpointError(

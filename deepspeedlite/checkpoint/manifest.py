@@ -75,7 +75,7 @@ class Manifest:
     frozen_excluded: bool = False
     optimizer: str | None = None  # class name
     param_groups: list[dict[str, Any]] = field(default_factory=list)
-    # engine (counters), lr_scheduler, loss_scaler, dataloader, rng (a list, one per rank), client_state
+    # engine (counters), config, lr_scheduler, loss_scaler, dataloader, rng (a list, one per rank), client_state
     state: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:

@@ -54,6 +54,10 @@ class Reader:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}; this is not a whole checkpoint") from error
         self.manifest = Manifest.from_bytes(raw, str(file))
         self._places = {name: self._check_file(name) for name in self.manifest.files}
+        self._index()
+
+    def _index(self) -> None:
+        """Look parameters up by name, and check that each lies where the manifest says."""
         self.parameters: dict[str, Parameter] = {p.name: p for p in self.manifest.parameters}
         self.by_any_name = {name: p for p in self.manifest.parameters for name in (p.name, *p.tied)}
         for parameter in self.manifest.parameters:
@@ -109,9 +113,8 @@ class Reader:
         for piece in parameter.pieces[kind]:
             first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
             if first < last:
-                place = self._places[piece.file][piece.tensor]
-                at = place.offset + (piece.offset + first - piece.start) * place.dtype.itemsize
-                self._fill(piece.file, at, place.dtype, out[first - start : last - start])
+                at = piece.offset + first - piece.start
+                self._fill(piece.file, piece.tensor, at, out[first - start : last - start])
 
     def read(self, parameter: Parameter, kind: str, start: int = 0, stop: int | None = None) -> torch.Tensor:
         """Elements `[start, stop)` as a new 1-D CPU tensor: a weight in the model's dtype, else in the stored one."""
@@ -124,8 +127,10 @@ class Reader:
         self.read_into(parameter, kind, out, start)
         return out
 
-    def _fill(self, file: str, at: int, dtype: torch.dtype, out: torch.Tensor) -> None:
-        fd, where = self._fd(file), str(self.path / file)
+    def _fill(self, file: str, tensor: str, first: int, out: torch.Tensor) -> None:
+        """Fill the 1-D `out` with elements of a tensor of a file, from `first` on."""
+        place, fd, where = self._places[file][tensor], self._fd(file), str(self.path / file)
+        dtype, at = place.dtype, place.offset + first * place.dtype.itemsize
         if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
             read_into(fd, out, at, where)
             return
@@ -154,7 +159,7 @@ class Reader:
         if place is None:
             raise CheckpointError(f"{self.path}: tensor {name} of {file} is not there")
         out = torch.empty(place.shape, dtype=place.dtype)
-        self._fill(file, place.offset, place.dtype, out.view(-1))
+        self._fill(file, name, 0, out.view(-1))
         return out
 
     # --- checking -------------------------------------------------------------------------------------------------

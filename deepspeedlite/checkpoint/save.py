@@ -7,6 +7,7 @@ tensors are copied to host memory, the rest happens in a thread, and the next sa
 from __future__ import annotations
 
 import atexit
+import json
 import logging
 import os
 import random
@@ -221,6 +222,7 @@ class Saver:
             "loss_scaler": engine._scaler.state_dict(),
             "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
             "dataloader": loader.state_dict() if hasattr(loader, "state_dict") else None,
+            "config": json.loads(json.dumps(engine.config, default=str)),
             "client_state": client_state,
         }
         for name, value in values.items():

@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.deepspeed_layout import is_deepspeed
 from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
 from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.errors import CheckpointError
@@ -42,7 +43,12 @@ def check_tag(tag: Any) -> str:
 def find_tag_dir(path: Path) -> Path:
     """`path`, or what a save killed while replacing it has left of it."""
     old = path.with_name(_OLD + path.name)
-    return old if not path.exists() and (old / FILE_NAME).is_file() else path
+    return old if not path.exists() and is_whole(old) else path
+
+
+def is_whole(tag_dir: Path) -> bool:
+    """Whether a directory holds a checkpoint, ours or DeepSpeed's."""
+    return (tag_dir / FILE_NAME).is_file() or is_deepspeed(tag_dir)
 
 
 def read_latest(save_dir: Path) -> str | None:
@@ -102,7 +108,7 @@ class TagWriter:
         for entry in sorted(self.save_dir.iterdir()):
             if entry.name.startswith(_OLD):
                 tag_dir = self.save_dir / entry.name.removeprefix(_OLD)
-                if not tag_dir.exists() and (entry / FILE_NAME).is_file():
+                if not tag_dir.exists() and is_whole(entry):
                     entry.rename(tag_dir)
                     continue
             elif not entry.name.startswith(_TMP):
