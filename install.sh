@@ -1,0 +1,219 @@
+#!/usr/bin/env bash
+# install.sh: build deepspeedlite's wheel once; install and check it here and on every node of a hostfile. docs/install.md
+#
+# The environment is that of $PYTHON, else the active one. All that happens on a node is one function, `node`, which goes
+# there through one ssh with the wheel behind it; on this machine a plain bash runs it.
+set -euo pipefail
+
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+here=$(uname -n)
+at_once=16
+limit_s=1800 # for one node; a dead one is noticed much sooner
+local_only='' hostfile='' sudo='' allow_sudo='' keep='' mirror='' verbose=''
+
+usage() {
+    cat <<END
+usage: ./install.sh [options]
+
+Builds the wheel once and installs it into the same environment here and on every node of the hostfile.
+
+  -l, --local_only       this machine alone
+  -H, --hostfile FILE    the nodes, such as "worker-1 slots=4" (/job/hostfile; without that, this machine alone)
+  -s, --pip_sudo         run pip by sudo, which must not ask for a password
+  -r, --allow_sudo       go on as root
+  -n, --no_clean         keep the wheel, in dist/ here and in a folder on each node
+  -m, --pip_mirror URL   take what the wheel needs from this package index
+  -v, --verbose          show all output of every node
+  -h, --help             show this
+
+PYTHON=/path/to/python names another environment than the active one. DS_BUILD_OPS=1 and its like (docs/ops.md) put
+compiled ops into the wheel. Exit status: 0, 1 if a node is bad (they are listed), 2 for a wrong command line.
+END
+}
+
+wrong() {
+    echo "install.sh: $*" >&2
+    exit 2
+}
+
+say() { printf '%s: %s\n' "$1" "$2"; } # one write: nodes' lines do not mix
+
+while [ $# -gt 0 ]; do
+    case $1 in
+        -H | --hostfile | -m | --pip_mirror) [ -n "${2:-}" ] || wrong "$1 needs a value" ;;
+    esac
+    case $1 in
+        -l | --local_only) local_only=1 ;;
+        -H | --hostfile) hostfile=$2 && shift ;;
+        -s | --pip_sudo) sudo=1 ;;
+        -r | --allow_sudo) allow_sudo=1 ;;
+        -n | --no_clean) keep=1 ;;
+        -m | --pip_mirror) mirror=$2 && shift ;;
+        -v | --verbose) verbose=1 ;;
+        -h | --help) usage && exit ;;
+        *) wrong "there is no option '$1'; see ./install.sh --help" ;;
+    esac
+    shift
+done
+
+[ "$(id -u)" -ne 0 ] || [ -n "$allow_sudo" ] ||
+    wrong "this is root, for whom pip may overwrite the system's packages; if that is meant, add -r (--allow_sudo)"
+[ -z "$local_only" ] || [ -z "$hostfile" ] || wrong "--local_only and --hostfile exclude each other"
+if [ -z "$hostfile" ] && [ -z "$local_only" ] && [ -e /job/hostfile ]; then
+    hostfile=/job/hostfile
+fi
+asked=${PYTHON:-${VIRTUAL_ENV:+$VIRTUAL_ENV/bin/python}}
+asked=${asked:-python3}
+python=$("$asked" -c 'import sys; print(sys.executable)') ||
+    wrong "'$asked' does not run; activate an environment, or name its Python: PYTHON=/path/to/python3"
+index=(${mirror:+--index-url "$mirror"})
+case $mirror in
+    http://*) # pip takes nothing from such an index unless it is told that its host is trusted, as it is by who named it
+        trusted=${mirror#http://} && trusted=${trusted%%/*}
+        index+=(--trusted-host "${trusted##*@}")
+        ;;
+esac
+
+scratch=$(mktemp -d "${TMPDIR:-/tmp}/deepspeedlite-install.XXXXXX")
+mkdir "$scratch/logs" "$scratch/reasons"
+# Where this is seen on a node, the node shares this machine's environment, and pip must not run there as well.
+mark=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/.deepspeedlite.${scratch##*.}
+end() {
+    trap '' INT TERM
+    for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done
+    [ ! -e "$mark" ] || ${sudo:+sudo -n} rm -f "$mark"
+    rm -rf "$scratch"
+}
+trap end EXIT
+trap 'exit 130' INT
+trap 'exit 143' TERM
+
+# Runs on the node, by `bash -s`; the wheel's bytes follow on standard input. Lines that begin with '@' are for the
+# person: '@ ' what it does, '@!' why it failed. The rest is the node's log.
+node() {
+    set -euo pipefail
+    python=$1 name=$2 bytes=$3 mark=$4 sudo=$5 keep=$6
+    shift 6 # what is left are pip's options
+    folder=$(mktemp -d "${TMPDIR:-/tmp}/deepspeedlite-node.XXXXXX")
+    [ -n "$keep" ] || trap 'rm -rf "$folder"' EXIT
+    head -c "$bytes" >"$folder/$name"
+    [ "$(wc -c <"$folder/$name")" -eq "$bytes" ] || { echo "@!the wheel did not arrive whole in $folder" && exit 1; }
+    [ -z "$keep" ] || echo "@ the wheel stays in $folder"
+    cd "$folder" # a checkout, where this may have been, would be imported in place of what is installed
+    if ! where=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); then
+        echo "@!$python does not run there; make the same environment there as here"
+        exit 1
+    fi
+    pip=(env PIP_ROOT_USER_ACTION=ignore PIP_DISABLE_PIP_VERSION_CHECK=1 "$python" -m pip install --no-input "$@")
+    if [ -e "$mark" ]; then
+        echo "@ shares the environment of the machine that sent it"
+    else
+        echo "@ installing"
+        # What is needed first; then this wheel in any case, since a rebuilt one may have the same version.
+        ${sudo:+sudo -n -H} "${pip[@]}" "./$name"
+        ${sudo:+sudo -n -H} "${pip[@]}" --no-deps --force-reinstall "./$name"
+    fi
+    echo "@ checking"
+    version=${name#deepspeedlite-}
+    version=${version%%-*}
+    found=$("$python" -c 'import deepspeedlite as d, os; print(d.__version__, os.path.dirname(os.path.dirname(d.__file__)))')
+    if [ "${found#* }" != "$where" ]; then
+        echo "@!$python imports deepspeedlite from ${found#* }, not from $where; see PYTHONPATH and .pth files there"
+        exit 1
+    fi
+    installed=$("$python" -c 'import importlib.metadata as m; print(m.version("deepspeedlite"))')
+    [ "$installed" = "$version" ] || { echo "@!has version $installed after $version was installed" && exit 1; }
+    if ! report=$("$python" -m deepspeedlite.env_report); then
+        printf '%s\n' "$report"
+        worst=$(grep -m1 -A1 '^  bad' <<<"$report" | tr -s ' \n' ' ') # and its remedy, as one line
+        echo "@!installed, but env_report finds:${worst% }"
+        exit 1
+    fi
+    printf '%s\n' "$report"
+    echo "@ has $version; env_report: ${report##*$'\n'}"
+}
+
+relay() { # relay HOST: a node's lines, as they come
+    local line
+    while IFS= read -r line; do
+        case $line in
+            '@ '*) say "$1" "${line#@ }" ;;
+            '@!'*) printf '%s\n' "${line#@!}" >"$scratch/reasons/$1" ;;
+            *)
+                printf '%s\n' "$line" >>"$scratch/logs/$1"
+                [ -z "$verbose" ] || say "$1" "$line"
+                ;;
+        esac
+    done
+}
+
+is_here() {
+    case $1 in localhost | 127.0.0.1 | "$here" | "${here%%.*}") return 0 ;; esac
+    return 1
+}
+
+install_on() { # install_on HOST: the whole of it on one node; leaves a file in $scratch/reasons where it failed
+    local host=$1 status=0 log=$scratch/logs/$1
+    local reach=(ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3 "$1")
+    if is_here "$host"; then reach=(); fi
+    : >"$log"
+    local arguments=("$python" "${wheel##*/}" "$(wc -c <"$wheel")" "$mark" "$sudo" "$keep" "${index[@]}")
+    {
+        declare -f node
+        printf '%q ' node "${arguments[@]}"
+        printf '; exit\n' # on the same line, after which bash has read nothing yet
+        cat "$wheel"
+    } | timeout --foreground "$limit_s" "${reach[@]}" bash -s 2>&1 | relay "$host" || status=$?
+    [ $status -ne 0 ] || return 0
+    if [ $status -eq 124 ]; then
+        echo "took longer than $limit_s s" >"$scratch/reasons/$host"
+    elif [ ! -s "$scratch/reasons/$host" ]; then
+        { grep -i 'error' "$log" || grep . "$log" || echo "ended with status $status"; } | tail -n 1 >"$scratch/reasons/$host"
+    fi
+    say "$host" "FAILED: $(cat "$scratch/reasons/$host")"
+    [ -n "$verbose" ] || [ "$(wc -l <"$log")" -lt 2 ] || tail -n 5 "$log" | while IFS= read -r line; do say "$host" "  $line"; done
+}
+
+hosts=("$here")
+if [ -n "$hostfile" ]; then
+    names=$(PYTHONPATH=$root "$python" - "$hostfile" <<'END'
+import sys
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.hostfile import read_hostfile
+try:
+    print("\n".join(read_hostfile(sys.argv[1], slots_needed=False)))
+except LaunchError as error:
+    sys.exit(f"install.sh: {error}")
+END
+    ) || exit 2
+    for host in $names; do is_here "$host" || hosts+=("$host"); done
+fi
+
+# setuptools is not in every environment; what is fetched for the build is gone with $scratch.
+tools=${PYTHONPATH:-}
+if ! "$python" -c 'import setuptools; assert int(setuptools.__version__.split(".")[0]) >= 77' 2>/dev/null; then
+    say "$here" "fetching setuptools for the build"
+    "$python" -m pip install --quiet --no-input "${index[@]}" --target "$scratch/tools" "setuptools>=77"
+    tools=$scratch/tools${tools:+:$tools}
+fi
+say "$here" "building the wheel"
+wheel=$(PYTHONPATH=$tools "$python" "$root/tools/make_wheel.py" --plain --out "$([ -n "$keep" ] && echo "$root/dist" || echo "$scratch")")
+wheel=${wheel##*$'\n'}
+say "$here" "built ${wheel##*/}${keep:+ in $root/dist}"
+
+install_on "$here"
+[ -e "$scratch/reasons/$here" ] || ${sudo:+sudo -n} touch "$mark"
+set -m # each node's processes are a group, which `end` can end
+for host in "${hosts[@]:1}"; do
+    while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do wait -n || true; done
+    install_on "$host" &
+done
+wait
+set +m
+
+bad=$(find "$scratch/reasons" -type f | wc -l)
+echo "deepspeedlite is on $((${#hosts[@]} - bad)) of ${#hosts[@]} nodes, in $python, after $SECONDS s"
+for host in "${hosts[@]}"; do
+    [ ! -e "$scratch/reasons/$host" ] || say "bad: $host" "$(cat "$scratch/reasons/$host")"
+done
+[ "$bad" -eq 0 ]
