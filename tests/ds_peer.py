@@ -45,6 +45,7 @@ class Job:
     steps: list[int] = field(default_factory=lambda: [0, 3])
     more_steps: list[int] = field(default_factory=lambda: [3, 6])
     seed: int = 0
+    states: list[str] = field(default_factory=lambda: list(STATES))  # that the optimizer keeps per element
     out: str = ""
 
 
@@ -118,11 +119,11 @@ def run_peer(folder: Path, jobs: list[Job], world: int = 2, timeout_s: float = 5
 # --- in DeepSpeed's processes -----------------------------------------------------------------------------------------
 
 
-def everything(engine: Any) -> dict[str, torch.Tensor]:
+def everything(engine: Any, states: list[str]) -> dict[str, torch.Tensor]:
     """Masters and optimizer states of all trained parameters, whole."""
     named = [(name, param) for name, param in engine.module.named_parameters() if param.requires_grad]
     if engine.zero_optimization_stage() == 0:
-        found = _everything_at_stage_0(engine)
+        found = _everything_at_stage_0(engine, states)
         return {f"{kind} {name}": value for name, param in named for kind, value in found[id(param)].items()}
     from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
@@ -130,26 +131,26 @@ def everything(engine: Any) -> dict[str, torch.Tensor]:
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
     values = {f"master {name}": safe_get_full_fp32_param(param) for name, param in named}
-    for kind in STATES:
+    for kind in states:
         values.update({f"{kind} {name}": safe_get_full_optimizer_state(param, kind) for name, param in named})
     return {key: value.detach().clone() for key, value in values.items()}
 
 
-def _everything_at_stage_0(engine: Any) -> dict[int, dict[str, torch.Tensor]]:
+def _everything_at_stage_0(engine: Any, states: list[str]) -> dict[int, dict[str, torch.Tensor]]:
     optimizer, state = engine.optimizer, engine.basic_optimizer.state
     halves = getattr(optimizer, "fp16_groups", [list(engine.module.parameters())])
     found = {}
     for number, params in enumerate(halves):
         if hasattr(optimizer, "fp32_groups_flat"):
             flat = optimizer.fp32_groups_flat[number]
-            pieces = [tensor.split([p.numel() for p in params]) for tensor in (flat, *(state[flat][k] for k in STATES))]
+            pieces = [tensor.split([p.numel() for p in params]) for tensor in (flat, *(state[flat][k] for k in states))]
             rows = zip(params, *pieces)
         else:
             masters = optimizer.fp32_groups[number] if hasattr(optimizer, "fp32_groups") else params
-            rows = ((p, m, *(state[m][k] for k in STATES)) for p, m in zip(params, masters) if m in state)
+            rows = ((p, m, *(state[m][k] for k in states)) for p, m in zip(params, masters) if m in state)
         for param, *tensors in rows:
             values = [tensor.detach().clone().view(param.shape) for tensor in tensors]
-            found[id(param)] = dict(zip(("master", *STATES), values))
+            found[id(param)] = dict(zip(("master", *states), values))
     return found
 
 
@@ -166,7 +167,7 @@ def do(job: Job) -> None:
     losses = train(engine, job.steps)
     if job.save:
         engine.save_checkpoint(job.save, client_state=CLIENT_STATE)
-    tensors = everything(engine)
+    tensors = everything(engine, job.states)
     told: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(told, (losses, train(engine, job.more_steps)))
     if dist.get_rank() == 0:

@@ -31,6 +31,10 @@ pytestmark = [
 TOLERANCE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 2e-3}
 TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 KINDS = [(dtype, stage, variant) for dtype in TOLERANCE for stage in range(4) for variant in ("plain", "mixed")]
+OTHERS = {
+    "bf16.2.sgd.plain": ({"type": "SGD", "params": {"lr": 0.01, "momentum": 0.9}}, ["momentum_buffer"]),
+    "bf16.2.adagrad.plain": ({"type": "Adagrad", "params": {"lr": 0.01}}, ["sum"]),
+}
 # With it DeepSpeed's own functions read other parameters' masters and states: the weights and losses are compared.
 ROUND_ROBIN = configuration(2, "bf16", zero_optimization={"stage": 2, "round_robin_gradients": True})
 NEEDS_GROUPS = ("fp32", 0, "mixed")  # DeepSpeed's file does not say which parameter a state belongs to
@@ -49,6 +53,11 @@ def saved(tmp_path_factory):
     jobs.append(Job("bf16.1.separate", separate, "mixed", save=str(folder / "bf16.1.separate")))
     elastic = configuration(2, "bf16", zero_optimization={"stage": 2, "elastic_checkpoint": True})
     jobs.append(Job("bf16.2.elastic", elastic, "mixed", save=str(folder / "bf16.2.elastic")))
+    old_format = configuration(3, "bf16", checkpoint={"checkpoint_serialization": False})
+    jobs.append(Job("bf16.3.unzipped", old_format, "mixed", save=str(folder / "bf16.3.unzipped")))
+    for name, (section, states) in OTHERS.items():
+        config = configuration(2, "bf16", optimizer=section, zero_allow_untested_optimizer=True)
+        jobs.append(Job(name, config, "plain", save=str(folder / name), states=states))
     jobs.append(Job("bf16.2.robin", ROUND_ROBIN, "mixed", save=str(folder / "bf16.2.robin")))
     run_peer(folder, jobs)
     return folder
@@ -75,7 +84,7 @@ def engine_of(variant, config, seed=1):
 
 def test_all_that_is_in_them_is_read_to_the_bit(saved, tmp_path):
     names = [name_of(*kind) for kind in KINDS if kind != NEEDS_GROUPS]
-    for name in (*names, "bf16.1.separate", "bf16.2.elastic"):
+    for name in (*names, "bf16.1.separate", "bf16.2.elastic", "bf16.3.unzipped", *OTHERS):
         expected = torch.load(saved / f"{name}.out")["tensors"]
         assert command(["import", str(saved / name), str(tmp_path / name)]) == 0
         assert command(["verify", str(tmp_path / name)]) == 0
@@ -115,6 +124,16 @@ def test_training_goes_on_at_every_stage(saved: Path):
             assert losses == pytest.approx(expected["more_losses"][rank], rel=TOLERANCE[dtype]), (dtype, stage, other)
             assert engine.get_lr() == pytest.approx(expected["lr"])
             engine.destroy()
+
+
+@distributed(world_size=2)
+def test_other_optimizers_go_on(saved: Path):
+    for name, (section, _) in OTHERS.items():
+        expected = torch.load(saved / f"{name}.out")["more_losses"][dist.get_rank()]
+        engine = engine_of("plain", configuration(1, "bf16", optimizer=section))
+        engine.load_checkpoint(saved / name)
+        assert train(engine, [3, 6]) == pytest.approx(expected, rel=TOLERANCE["bf16"]), name
+        engine.destroy()
 
 
 @distributed(world_size=2)
