@@ -1,4 +1,4 @@
-"""The hostfile: which machines there are and how many ranks each takes, one line per machine.
+"""The hostfile: which machines there are and how many ranks each takes, one line per machine. And choosing from it.
 
 # two machines with four GPUs each
 worker-1 slots=4
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from pathlib import Path
 
 from deepspeedlite.errors import LaunchError
@@ -72,3 +74,55 @@ def _fault(words: list[str], slots_needed: bool) -> str | None:
     if int(slots[1]) < 1:
         return f"{host} has slots={slots[1]}; write at least 1, or remove the line to leave the host out"
     return None
+
+
+def select(hosts: Mapping[str, Sequence[int] | None], include: str | None, exclude: str | None) -> dict[str, list[int]]:
+    """What --include leaves, or --exclude, of hosts and their slots; in the hosts' order.
+
+    The grammar is `HOST[:SLOT,SLOT-SLOT...]@HOST...`: `worker-2:0,2-3@worker-3` is three slots of one host and all of
+    another. A host whose slots are None takes any that are named.
+
+    Raises:
+        LaunchError: both are given, a host or slot is unknown or named twice, or nothing is left.
+    """
+    if include and exclude:
+        raise LaunchError("--include and --exclude exclude each other; name what is wanted, or what is not")
+    option, text = ("--include", include) if include else ("--exclude", exclude or "")
+    named: dict[str, list[int] | None] = {}
+    for part in text.split("@") if text else ():
+        host, colon, slots = (word.strip() for word in part.strip().partition(":"))
+        if host not in hosts:
+            near = get_close_matches(host, hosts, n=1)
+            raise LaunchError(
+                f"{option} {text}: there is no host {host!r}{f'; did you mean {near[0]}?' if near else ''}"
+            )
+        if host in named:
+            raise LaunchError(f"{option} {text} names {host} twice; write its slots together, as {host}:0,2-3")
+        named[host] = _slots(slots, f"{option} {text}") if colon else None
+        known = hosts[host]
+        if wrong := [slot for slot in named[host] or () if known is not None and slot not in known]:
+            raise LaunchError(f"{option} {text}: {host} has no slot {wrong[0]}; its slots are {known}")
+    left = {}
+    for host, known in hosts.items():
+        asked = named.get(host)
+        if include:
+            slots_left = (asked if asked is not None else known) if host in named else []
+        else:
+            slots_left = [] if host in named and asked is None else [s for s in known or () if s not in (asked or ())]
+        if slots_left:
+            left[host] = sorted(slots_left)
+    if not left:
+        raise LaunchError(f"{option} {text} leaves no slot of {', '.join(hosts)}")
+    return left
+
+
+def _slots(text: str, where: str) -> list[int]:
+    slots: list[int] = []
+    for part in text.split(","):
+        span = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
+        if span is None or (span[2] and int(span[2]) < int(span[1])):
+            raise LaunchError(f"{where}: {part!r} is no slot or range of slots; write them as 0,2-3")
+        slots += range(int(span[1]), int(span[2] or span[1]) + 1)
+    if len(set(slots)) < len(slots):
+        raise LaunchError(f"{where} names a slot twice")
+    return slots

@@ -138,7 +138,7 @@ def test_module_runs_from_the_current_directory(tmp_path: Path) -> None:
     done = launch("--module", "pack.run", "x", cwd=tmp_path)
     assert done.stdout == b"__main__ pack ['--local_rank=0', 'x']\n"
     missing = launch("--module", "pack.walk", cwd=tmp_path)
-    assert missing.returncode == 2 and b"no module named pack.walk" in missing.stderr
+    assert missing.returncode == 1 and b"No module named pack.walk" in missing.stderr
 
 
 def test_no_python_runs_a_program(tmp_path: Path) -> None:
@@ -188,11 +188,17 @@ def test_dry_run_starts_nothing_and_shows_only_what_is_set(script: Script, tmp_p
     ("arguments", "said"),
     [
         (["--num_gpu", "2", "x.py"], "did you mean --num_gpus?"),
-        (["--hostfile", "hosts", "x.py"], "--hostfile: starting ranks on other machines comes with a later release"),
-        (["-i", "worker-1", "x.py"], "-i: starting ranks on other machines"),
-        (["--num_nodes", "2", "x.py"], "--num_nodes 2: starting ranks on other machines"),
-        (["--bind_cores_to_rank", "x.py"], "binding ranks to cores comes with a later release"),
-        (["--num_gpus", "0", "x.py"], "--num_gpus 0: at least one rank"),
+        (["--hostfile", "hosts", "x.py"], "hostfile hosts cannot be read"),
+        (["-i", "worker-1", "x.py"], "there is no host 'worker-1'"),
+        (["-i", "localhost:1-0", "x.py"], "'1-0' is no slot or range of slots"),
+        (["-i", "localhost", "-e", "localhost", "x.py"], "exclude each other"),
+        (["-i", "localhost:0", "--num_gpus", "1", "x.py"], "use one or the other"),
+        (["--num_nodes", "2", "x.py"], "--num_nodes 2: there is this machine alone"),
+        (["--bind_core_list", "0,0", "x.py"], "names a core twice"),
+        (["--no_ssh", "x.py"], "--no_ssh needs --node_rank"),
+        (["--force_multi", "--launcher", "rsh", "x.py"], "--launcher rsh: the launchers are"),
+        (["--autotuning", "run", "x.py"], "--autotuning is not in this release"),
+        (["--num_gpus", "0", "x.py"], "--num_gpus 0: at least one is needed"),
         (["--num_gpus", "two", "x.py"], "invalid int value: 'two'"),
         (["--master_port", "70000", "x.py"], "ports go from 1 to 65535"),
         (["--module", "--no_python", "x"], "exclude each other"),
@@ -228,12 +234,12 @@ def test_a_busy_port_that_was_asked_for_is_refused(script: Script, busy_port: in
 
 
 def test_a_busy_usual_port_is_replaced(monkeypatch: pytest.MonkeyPatch, busy_port: int) -> None:
-    from deepspeedlite.launcher import local
+    from deepspeedlite.launcher import job
 
-    monkeypatch.setattr(local, "DEFAULT_PORT", busy_port)
-    port, note = local.choose_port(None)
+    monkeypatch.setattr(job, "DEFAULT_PORT", busy_port)
+    port, note = job.choose_port(None)
     assert port != busy_port and f"the usual port {busy_port} is in use" in note and str(port) in note
-    assert local.choose_port(port) == (port, "")
+    assert job.choose_port(port) == (port, "")
 
 
 # Lean
@@ -561,7 +567,7 @@ def test_each_rank_has_its_log(script: Script, tmp_path: Path) -> None:
     assert f"its log: {logs[1]}" in done.stderr.decode() and b"[1] out 1" in done.stdout
     (tmp_path / "file").touch()
     refused = launch("--enable_each_rank_log", tmp_path / "file", path)
-    assert refused.returncode == 2 and b"cannot make this directory" in refused.stderr
+    assert refused.returncode == 2 and b"cannot make files there" in refused.stderr
 
 
 # With torch
@@ -602,3 +608,68 @@ def test_a_rank_that_raises_between_collectives_is_blamed(script: Script) -> Non
     text = done.stderr.decode()
     assert done.returncode == 1 and "rank 1 failed first" in text, text
     assert "ValueError: the true cause" in text[text.index("deepspeedlite: FAILED") :]
+
+
+# More of one machine
+
+
+def test_64_ranks_start_and_end(script: Script) -> None:
+    done = launch("--num_gpus", 64, script("print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"), timeout=120)
+    assert done.returncode == 0, done.stderr
+    lines = sorted(done.stdout.decode().split("\n")[:-1], key=lambda line: int(line.split()[1]))
+    assert lines == [f"[{rank}] {rank} of 64" for rank in range(64)]
+
+
+def test_64_ranks_end_with_the_first_failure(script: Script, tmp_path: Path) -> None:
+    body = "rank = int(os.environ['RANK'])\nopen(sys.argv[-1] + f'/{os.getpid()}.pid', 'w').close()\n"
+    path = script(body + "time.sleep(0 if rank == 37 else 600)\nsys.exit(9)")
+    done = launch("--num_gpus", 64, path, tmp_path, timeout=120)
+    assert done.returncode == 9 and b"rank 37 failed first: exit code 9" in done.stderr
+    pids = [int(found.stem) for found in tmp_path.glob("*.pid")]
+    assert len(pids) > 1
+    assert_gone(pids, len(pids))
+
+
+def test_slots_are_named_without_a_hostfile(script: Script) -> None:
+    done = launch("--include", "localhost:0-2", script("print(os.environ['WORLD_SIZE'])"))
+    assert done.returncode == 0 and sorted(done.stdout.split()[1::2]) == [b"3"] * 3
+
+
+def test_ranks_have_cores_of_their_own(script: Script) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    path = script("print(sorted(os.sched_getaffinity(0)), os.environ['OMP_NUM_THREADS'])")
+    done = launch("--num_gpus", len(cores), "--bind_cores_to_rank", "--no_local_rank", path)
+    assert sorted(done.stdout.decode().split("\n")[:-1]) == [f"[{n}] [{core}] 1" for n, core in enumerate(cores)]
+
+
+def test_a_failed_training_starts_again_as_often_as_allowed(script: Script, tmp_path: Path) -> None:
+    body = """
+    count = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    print("attempt", count, flush=True)
+    sys.exit(0 if count == sys.argv[1] else 7)
+    """
+    path = script(body)
+    well = launch("--max_restarts", 3, "--no_local_rank", path, "2")
+    assert well.returncode == 0 and well.stdout.split(b"\n")[:-1] == [b"attempt 0", b"attempt 1", b"attempt 2"]
+    assert b"restart 2 of at most 3" in well.stderr
+    badly = launch("--max_restarts", 1, "--no_local_rank", path, "2")
+    assert badly.returncode == 7 and badly.stdout.count(b"attempt") == 2
+
+
+def test_a_variables_file_and_a_venv_script_count_on_one_machine_too(script: Script, tmp_path: Path) -> None:
+    (tmp_path / ".deepspeed_env").write_text("DSLT_A= x 'y\n")
+    (tmp_path / "activate").write_text(f"export DSLT_B=$DSLT_A.b PATH={Path(sys.executable).parent}:$PATH\n")
+    path = script("print([os.environ['DSLT_A'], os.environ['DSLT_B']])")
+    done = launch("--venv_script", "activate", path, cwd=tmp_path, DSLT_A="a")
+    assert done.stdout == b"""[" x 'y", " x 'y.b"]\n""", done.stderr
+    failed = launch("--venv_script", "nowhere", path, cwd=tmp_path)
+    assert failed.returncode == 2 and b"--venv_script nowhere cannot be sourced" in failed.stderr
+    (tmp_path / ".deepspeed_env").write_text("A=1\nnot a name=2\n")
+    refused = launch(path, cwd=tmp_path)
+    assert refused.returncode == 2 and b".deepspeed_env, line 2: 'not a name' is no variable's name" in refused.stderr
+
+
+def test_the_launchers_pid_is_saved_while_it_runs(script: Script) -> None:
+    path = script("print(open(f'/tmp/{os.getppid()}.ds').read() == str(os.getppid()), os.getppid())")
+    word, pid = launch("--save_pid", path).stdout.split()
+    assert word == b"True" and not os.path.exists(f"/tmp/{pid.decode()}.ds")

@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeedlite.errors import LaunchError
+from deepspeedlite.gpus import choose_ranks, find_devices, parse_visible
 from deepspeedlite.launcher.cli import parse
-from deepspeedlite.launcher.command import LaunchOptions, rank_argv
-from deepspeedlite.launcher.devices import choose_ranks, find_devices, parse_visible
+from deepspeedlite.launcher.job import Work, rank_argv
 from deepspeedlite.launcher.output import RankStream, Screen
 from deepspeedlite.launcher.report import ErrorTail, Failure, extract_traceback, failure_report, first_failure
+from deepspeedlite.launcher.start import LaunchOptions
 
 # Devices
 
@@ -46,8 +47,8 @@ def test_visible_devices_are_narrowed_never_widened(tmp_path: Path) -> None:
     machine = fake_machine(tmp_path / "n", nvidia=8)
     devices = find_devices({"CUDA_VISIBLE_DEVICES": "5, 3,GPU-8a"}, machine)
     assert choose_ranks(devices, None)[0] == 3
-    assert devices.first(3) == {"CUDA_VISIBLE_DEVICES": "5,3,GPU-8a"}
-    assert devices.first(2) == {"CUDA_VISIBLE_DEVICES": "5,3"}
+    assert devices.pick(range(3)) == {"CUDA_VISIBLE_DEVICES": "5,3,GPU-8a"}
+    assert devices.pick(range(2)) == {"CUDA_VISIBLE_DEVICES": "5,3"}
     assert "CUDA_VISIBLE_DEVICES=5,3,GPU-8a is respected" in choose_ranks(devices, 2)[1]
     with pytest.raises(LaunchError, match=r"asks for 4 GPUs, but CUDA_VISIBLE_DEVICES=5,3,GPU-8a leaves 3 visible"):
         choose_ranks(devices, 4)
@@ -55,9 +56,9 @@ def test_visible_devices_are_narrowed_never_widened(tmp_path: Path) -> None:
         choose_ranks(find_devices({}, machine), 9)
     assert find_devices({"CUDA_VISIBLE_DEVICES": ""}, machine).vendor == "cpu"
     rocm = find_devices({"HIP_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": "0"}, fake_machine(tmp_path / "a", amd=2))
-    assert rocm.first(1) == {"HIP_VISIBLE_DEVICES": "1"}
-    assert find_devices({}, machine).first(2) == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert find_devices({}, fake_machine(tmp_path / "none")).first(2) == {}
+    assert rocm.pick([0]) == {"HIP_VISIBLE_DEVICES": "1"}
+    assert find_devices({}, machine).pick([0, 1]) == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert find_devices({}, fake_machine(tmp_path / "none")).pick([0, 1]) == {}
 
 
 def test_faulty_visible_devices_are_named() -> None:
@@ -75,8 +76,8 @@ def test_faulty_visible_devices_are_named() -> None:
 def test_arguments_of_any_text_stay_as_they_are(words: list[str], module: bool, no_local_rank: bool) -> None:
     flags = ["--module"] * module + ["--no_local_rank"] * no_local_rank
     options, _ = parse([*flags, "--num_gpus=2", "train", *words])
-    assert options.script_args == tuple(words) and options.num_gpus == 2
-    argv = rank_argv(options, 1, "python")
+    assert options.work.script_args == tuple(words) and options.num_gpus == 2
+    argv = rank_argv(options.work, 1, "python")
     expected = ("python", *(["-m"] if module else []), "train", *([] if no_local_rank else ["--local_rank=1"]), *words)
     assert argv == expected
 
@@ -160,5 +161,8 @@ def test_blame_follows_the_traceback_not_the_exit() -> None:
 
 
 def test_options_have_the_documented_defaults() -> None:
-    assert parse(["train.py"]) == (LaunchOptions("train.py"), None)
-    assert parse(["-q", "--num_gpus", "-1", "--enable_each_rank_log=None", "t.py"]) == (LaunchOptions("t.py"), "error")
+    assert parse(["train.py"]) == (LaunchOptions(Work("train.py")), None)
+    assert parse(["-q", "--num_gpus", "-1", "--enable_each_rank_log=None", "t.py"]) == (
+        LaunchOptions(Work("t.py")),
+        "error",
+    )

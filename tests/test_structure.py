@@ -14,7 +14,7 @@ PACKAGE = ROOT / "deepspeedlite"
 
 # The layer of each part of the package; the longest matching prefix counts. A new file must be given a layer here.
 LAYERS = {
-    0: ["_version", "env", "errors", "log", "config", "hostfile", "launcher", "env_report"],
+    0: ["_version", "env", "errors", "log", "config", "hostfile", "gpus", "launcher", "env_report"],
     1: ["device", "comm", "ops"],
     2: ["zero"],
     3: ["optim", "precision"],

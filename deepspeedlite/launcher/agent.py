@@ -1,8 +1,9 @@
 """The node agent: starts a Job's ranks, watches them, and leaves nothing behind.
 
 Each rank leads its own session, so that its whole tree can be ended. The agent's main thread sleeps until a
-signal arrives: a rank's end is SIGCHLD, a person's Ctrl-C is SIGINT, and all come through one wake-up pipe in order.
-Output runs in a thread of its own (output.py), so that a stopped pager cannot delay the end of a failed run.
+signal arrives: a rank's end is SIGCHLD, a person's Ctrl-C is SIGINT, and all come through `Ears` in order. On a machine
+that is not the launcher's, a `Link` brings the same orders, and its silence ends the ranks. Output runs in a thread of
+its own (output.py), so that a stopped pager cannot delay the end of a failed run.
 """
 
 from __future__ import annotations
@@ -11,17 +12,15 @@ import contextlib
 import os
 import select
 import signal
-import socket
 import subprocess
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import asdict, dataclass, field
 
 from deepspeedlite.errors import LaunchError
-from deepspeedlite.launcher import guard
-from deepspeedlite.launcher.command import Job, RankCommand
-from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, copy_window_size, open_channel
+from deepspeedlite.launcher import guard, wire
+from deepspeedlite.launcher.ears import ENDING, PASSED_ON, Ears
+from deepspeedlite.launcher.job import Job, RankCommand
+from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, open_channel, set_window_size
 from deepspeedlite.launcher.report import ErrorTail, Failure, first_failure
 
 FAILURE_GRACE_S = 2.0  # from SIGTERM to SIGKILL after a rank failed
@@ -30,9 +29,6 @@ _SETTLE_S = 1.0  # how long a rank that has raised may take to exit before other
 _RECENT_S = 5.0  # a traceback older than this belongs to no failure of now
 _KILL_S = 1.0  # SIGKILL is repeated this long: a process may be forking
 _POLL_S = 0.05  # descendants that are not our children end without telling us
-
-_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
-_PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 @dataclass
@@ -44,7 +40,7 @@ class Outcome:
     failures: list[Failure] = field(default_factory=list)
     interrupted_by: int | None = None
     left_behind: int = 0
-    unkillable: tuple[int, ...] = ()
+    unkillable: tuple[int | str, ...] = ()  # with their hosts, where there are several
 
     @property
     def first(self) -> Failure | None:
@@ -73,16 +69,14 @@ class _Rank:
 class Agent:
     """Runs one Job on this machine. Use once."""
 
-    def __init__(self, job: Job, screen: Screen) -> None:
-        self._job, self._screen = job, screen
+    def __init__(self, job: Job, screen: Screen, ears: Ears, link: wire.Link | None = None) -> None:
+        self._job, self._screen, self._ears, self._link = job, screen, ears, link
         self._ranks: list[_Rank] = []
-        self._ptys: list[tuple[int, int]] = []
+        self._ptys: list[tuple[int, int, int]] = []
         self._streams: list[tuple[int, RankStream]] = []
-        self._is_ending = False
-        self._wake_read, self._wake_write = socket.socketpair()
-        for end in (self._wake_read, self._wake_write):
-            end.setblocking(False)
-        screen.on_broken = self._screen_broken
+        self._is_ending = self._is_ordered_to_end = self._is_paused = False
+        self._wall_start_s = time.time()
+        screen.on_broken = lambda: ears.poke(signal.SIGPIPE)  # end as a program in a shell pipeline would
 
     def run(self) -> Outcome:
         """Start the ranks and return when every one of them, and all they started, has ended.
@@ -92,37 +86,38 @@ class Agent:
         """
         guard.become_subreaper()
         self._guardian = guard.Guardian()
-        with self._listening():
-            self._outcome = Outcome(time.monotonic())
-            try:
-                for command in self._job.ranks:
-                    self._start(command)
-                self._pump = Pump(self._streams)
-                self._pump.start()
-                self._supervise()
-            finally:
-                self._outcome.unkillable = tuple(sorted(self._kill_all()))
-                self._guardian.dismiss()
-            self._outcome.ended_s = time.monotonic()
-            self._flush()
+        self._outcome = Outcome(time.monotonic())
+        try:
+            for command in self._job.ranks:
+                self._start(command)
+            self._pump = Pump(self._streams)
+            self._pump.start()
+            self._supervise()
+        finally:
+            self._outcome.unkillable = tuple(sorted(self._kill_all()))
+            self._guardian.dismiss()
+        self._outcome.ended_s = time.monotonic()
+        self._flush()
         return self._outcome
 
     # Starting
 
     def _start(self, command: RankCommand) -> None:
-        is_first, is_alone = command.local_rank == 0, len(self._job.ranks) == 1
-        prefix = b"" if is_alone else f"[{command.rank}] ".encode()
+        is_first = command.rank == 0
+        prefix = command.prefix.encode()
         sinks = (self._screen.out_fd, self._screen.err_fd)
         channels = [open_channel(self._screen, sink, prefix, is_first) for sink in sinks]
         try:
             process = subprocess.Popen(
                 command.argv,
-                env={**os.environ, **command.env},
-                stdin=None if is_first else subprocess.DEVNULL,  # one reader of the keyboard, for pdb in rank 0
+                env={**self._job.environ, **command.env},
+                stdin=None
+                if is_first and self._job.keyboard
+                else subprocess.DEVNULL,  # one reader of the keyboard, for pdb in rank 0
                 stdout=channels[0][1],
                 stderr=channels[1][1],
                 start_new_session=True,
-                preexec_fn=guard.die_with(os.getpid()),  # safe: no other thread runs yet
+                preexec_fn=guard.die_with(os.getpid(), command.cores),  # safe: no other thread runs yet
             )
         except OSError as error:
             raise LaunchError(f"rank {command.rank}: cannot start {command.argv[0]}: {error.strerror}") from error
@@ -138,8 +133,7 @@ class Agent:
             stream.tail = rank.tail if sink == self._screen.err_fd else None
             self._streams.append((ours, stream))
             if os.isatty(ours):
-                self._ptys.append((sink, ours))
-        self._prefix_width = len(prefix)
+                self._ptys.append((sink, ours, len(prefix)))
         self._ranks.append(rank)
 
     def _open_log(self, rank: int) -> RankLog | None:
@@ -150,53 +144,51 @@ class Agent:
 
     # Waiting
 
-    @contextlib.contextmanager
-    def _listening(self) -> Iterator[None]:
-        """Route the signals that matter into `_wait` while the job runs."""
-        self._wall_start_s = time.time()
-        taken = [*_ENDING, *_PASSED_ON, signal.SIGCHLD, signal.SIGTSTP, signal.SIGWINCH]
-        taken.remove(signal.SIGPIPE)  # Python ignores it; the screen reports a closed reader instead
-        if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-            taken.remove(signal.SIGHUP)  # nohup: go on without the terminal
-
-        def heard(_number: int, _frame: FrameType | None) -> None:
-            """The number reaches `_wait` through the wake-up socket."""
-
-        before = {number: signal.signal(number, heard) for number in taken}
-        old_wakeup = signal.set_wakeup_fd(self._wake_write.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(old_wakeup)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _screen_broken(self) -> None:
-        """Nobody reads the launcher's output any more: end as a program in a shell pipeline would."""
-        with contextlib.suppress(OSError):
-            self._wake_write.send(bytes([signal.SIGPIPE]))
-
     def _wait(self, timeout_s: float | None) -> bool:
         """Sleep until something happens, then note it. True if someone asked for the end (again)."""
-        select.select([self._wake_read], [], [], timeout_s)
-        numbers = b""
-        with contextlib.suppress(BlockingIOError):
-            numbers = self._wake_read.recv(4096)
+        if self._link is None:
+            select.select([self._ears], [], [], timeout_s)
+            numbers = self._ears.take()
+        else:
+            timeout_s = wire.BEAT_S if timeout_s is None else min(timeout_s, wire.BEAT_S)
+            link_fd = [] if self._link.closed else [self._link.fileno()]
+            select.select([self._ears.fileno(), *link_fd], [], [], timeout_s)
+            numbers = self._ears.take() + self._orders(self._link)
         self._reap()
         asked = False
         for number in numbers:
-            if number in _ENDING:
+            if number in ENDING:
                 asked = True
-                if self._outcome.interrupted_by is None and not self._is_ending:
+                if self._outcome.interrupted_by is None and not self._is_ending and not self._is_ordered_to_end:
                     self._outcome.interrupted_by = number
-            elif number in _PASSED_ON:
+            elif number in PASSED_ON:
                 guard.send(self._running_pids(), number)
-            elif number == signal.SIGTSTP:
-                self._suspend()
+            elif number in (signal.SIGTSTP, signal.SIGCONT):
+                self._suspend(number)
             elif number == signal.SIGWINCH:
-                for terminal, pty in self._ptys:
-                    copy_window_size(terminal, pty, self._prefix_width)
+                for sink, pty, width in self._ptys:
+                    set_window_size(pty, self._screen.window_size(sink), width)
         return asked
+
+    def _orders(self, link: wire.Link) -> bytes:
+        """What the launcher has sent, as signals."""
+        numbers = []
+        for kind, value in link.receive():
+            if kind == wire.BEAT:
+                link.send(wire.BEAT, [time.monotonic(), value])
+            elif kind == wire.SIGNAL:
+                numbers.append(int(value))
+            elif kind == wire.END:
+                self._is_ordered_to_end = True
+            elif kind == wire.ACK:
+                self._screen.acknowledge(value)
+        link.flush()
+        silent = not self._is_paused and time.monotonic() - link.heard_s > wire.SILENCE_S
+        if (link.closed or silent) and not self._is_ending:
+            link.closed = True
+            self._screen.acknowledge(None)
+            numbers.append(signal.SIGHUP)
+        return bytes(numbers)
 
     def _reap(self) -> None:
         """Collect every child that has ended, adopted orphans included."""
@@ -215,11 +207,13 @@ class Agent:
                 rank.process.returncode = rank.status
                 rank.ended_s = now_s
 
-    def _suspend(self) -> None:
+    def _suspend(self, number: int) -> None:
         """Ctrl-Z stops the ranks too, which are in sessions of their own; `fg` wakes all."""
-        self._signal_groups(signal.SIGSTOP)
-        os.kill(os.getpid(), signal.SIGSTOP)
-        self._signal_groups(signal.SIGCONT)
+        self._is_paused = number == signal.SIGTSTP
+        self._signal_groups(signal.SIGSTOP if self._is_paused else signal.SIGCONT)
+        if self._is_paused and self._link is None:
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._suspend(signal.SIGCONT)
 
     # Watching and ending
 
@@ -232,12 +226,15 @@ class Agent:
     def _supervise(self) -> None:
         while self._running():
             self._wait(None)
-            if any(rank.status for rank in self._ranks) and self._outcome.interrupted_by is None:
+            failed = any(rank.status for rank in self._ranks)
+            if (failed or self._is_ordered_to_end) and self._outcome.interrupted_by is None:
                 self._settle()
             if self._outcome.interrupted_by is not None:
                 self._end(self._outcome.interrupted_by, SIGNAL_GRACE_S)
                 return
-            if self._outcome.failures:
+            if self._outcome.failures or self._is_ordered_to_end:
+                if self._link is not None:  # ending takes seconds; the launcher should know now
+                    self._link.send(wire.FAILED, [asdict(failure) for failure in self._outcome.failures])
                 self._end(signal.SIGTERM, FAILURE_GRACE_S)
                 return
         self._end_left_behind()
@@ -251,9 +248,9 @@ class Agent:
         time.sleep(0.02)  # for the pump to read what the dead rank wrote last
         while self._running() and time.monotonic() < deadline_s and self._outcome.interrupted_by is None:
             failures = self._failed()
-            oldest_s = min(failure.exited_s for failure in failures) - _RECENT_S
+            oldest_s = min((failure.exited_s for failure in failures), default=time.monotonic()) - _RECENT_S
             raised = [rank for rank in self._running() if (rank.tail.traceback_s or oldest_s) > oldest_s]
-            if not raised and not all(failure.lost_peer for failure in failures):
+            if not raised and not (failures and all(failure.lost_peer for failure in failures)):
                 break
             self._wait(_POLL_S)
         time.sleep(0.02)
@@ -275,6 +272,7 @@ class Agent:
                         seen_s if recent else None,
                         rank.tail.text,
                         rank.log.path if rank.log else None,
+                        self._job.host,
                     )
                 )
         return failures
@@ -288,6 +286,8 @@ class Agent:
             # Workers of a rank that saves on SIGTERM must stay alive until it has saved.
             guard.send(self._running_pids(), signal.SIGTERM if number == signal.SIGPIPE else number)
         leaders = {rank.pid for rank in self._ranks}
+        if self._link is not None and self._link.closed:
+            grace_s = min(grace_s, FAILURE_GRACE_S)  # nobody to wait for
         deadline_s = time.monotonic() + grace_s
         while self._descendants() and time.monotonic() < deadline_s:
             for pid in leaders - set(self._running_pids()):

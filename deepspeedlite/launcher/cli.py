@@ -1,4 +1,4 @@
-"""The `deepspeedlite` command: parses the command line, starts the ranks, prints how it went.
+"""The `deepspeedlite` command: parses the command line and reports what keeps a training from starting.
 
 Usage: deepspeedlite [options] script [the script's own arguments]. Options end at the script; whatever follows
 belongs to it, untouched. Exit status: the first failing rank's, 130 after Ctrl-C, 2 for a mistake in the command.
@@ -7,8 +7,6 @@ belongs to it, untouched. Exit status: the first failing rank's, 130 after Ctrl-
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -17,57 +15,68 @@ from deepspeedlite._version import __version__
 from deepspeedlite.errors import LaunchError
 
 if TYPE_CHECKING:  # at run time these wait until there is something to start: --help answers sooner
-    from deepspeedlite.launcher.agent import Outcome
-    from deepspeedlite.launcher.command import Job, LaunchOptions
+    from deepspeedlite.launcher.start import LaunchOptions
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-_OPTIONS: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
-    (
-        ("--num_gpus", "--num_accelerators"),
-        {
-            "type": int,
-            "metavar": "N",
-            "help": "ranks to start, one per GPU (default: all GPUs; CPU ranks where there is none)",
-        },
+# Of each group: flags, the value's name ("" for a switch, "N" for a number), what it is for.
+_OPTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
+    "where": (
+        (
+            "-H --hostfile",
+            "FILE",
+            "machines and their slots, a line each: `worker-1 slots=4` (/job/hostfile)",
+        ),
+        ("-i --include", "SLOTS", "use only these: worker-1@worker-2:0,2-3"),
+        ("-e --exclude", "SLOTS", "use all but these"),
+        ("--num_nodes", "N", "use the first N machines; those left over are to spare (all)"),
+        (
+            "--num_gpus --num_accelerators",
+            "N",
+            "ranks per machine (every slot or GPU; one CPU rank where there is none)",
+        ),
+        ("--force_multi", "", "go through the network even for one machine"),
+        ("--launcher", "NAME", "pdsh, ssh, openmpi, mpich, slurm, impi or mvapich (pdsh where installed, else ssh)"),
+        ("--launcher_args", "ARGS", "more arguments for it"),
+        ("--ssh_port", "N", "port of sshd on the machines"),
+        ("--no_ssh", "", "this command is run on every machine: with --node_rank and --master_addr"),
+        ("--node_rank", "N", "with --no_ssh: which machine this is"),
+        ("--master_addr", "ADDR", "address the ranks meet at (the first machine's)"),
+        ("--master_port", "N", "port the ranks meet at (29500, or a free one if it is busy; 0: any)"),
     ),
-    (("--num_nodes",), {"type": int, "metavar": "N", "help": "machines to use; this release knows 1"}),
-    (
-        ("--master_addr",),
-        {"default": "", "metavar": "ADDR", "help": "address the ranks meet at (default: 127.0.0.1)"},
+    "what": (
+        ("--module", "", "the script is a module's name, run as with python -m"),
+        ("--no_python", "", "the script is a program, run without Python in front"),
+        ("--no_local_rank", "", "do not pass --local_rank=N to the script"),
+        ("--export_env", "NAME[=VALUE]", "hand this variable to every rank; may be repeated (see also .deepspeed_env)"),
+        ("--venv_script", "FILE", "sourced on every machine first; its `python` runs the ranks"),
+        ("--bind_cores_to_rank", "", "give each rank cores of its own"),
+        ("--bind_core_list", "CORES", "the cores to share out, such as 0-3,8"),
     ),
-    (
-        ("--master_port",),
-        {
-            "type": int,
-            "metavar": "PORT",
-            "help": "port the ranks meet at (default: 29500, or a free one if it is busy; 0: any)",
-        },
+    "how": (
+        ("--check", "", "look at all machines, print a table, and start nothing"),
+        ("--no_check --no_ssh_check", "", "start even if machines differ"),
+        ("--dry_run", "", "print what would run where, and start nothing"),
+        ("--start_timeout", "N", "seconds that a machine may take to answer (60)"),
+        ("--max_restarts", "N", "after a failure start again, at most so often (0)"),
+        ("--min_nodes", "N", "restart with as few machines, when no spare one is left (all)"),
+        (
+            "--enable_each_rank_log",
+            "DIR",
+            "also write each rank's output to DIR/<start time>_rank<N>.log, where it runs",
+        ),
+        ("--save_pid", "", "keep the launcher's process id in /tmp/<it>.ds while it runs"),
+        ("--log_level", "LEVEL", "how much the launcher itself says (info)"),
+        ("-q --quiet", "", "only errors, as --log_level error"),
     ),
-    (("--module",), {"action": "store_true", "help": "the script is a module's name, run as with python -m"}),
-    (("--no_python",), {"action": "store_true", "help": "the script is a program, run without Python in front"}),
-    (("--no_local_rank",), {"action": "store_true", "help": "do not pass --local_rank=N to the script"}),
-    (
-        ("--enable_each_rank_log",),
-        {"metavar": "DIR", "help": "also write each rank's output to DIR/<start time>_rank<N>.log"},
+}
+_TAKES_VALUE = {flag: bool(value) for group in _OPTIONS.values() for flags, value, _ in group for flag in flags.split()}
+_TAKES_VALUE.update({"--version": False, "-h": False, "--help": False})
+# DeepSpeed's options that are understood and not done -> what they are part of.
+_ABSENT = {
+    **dict.fromkeys(
+        ("--elastic_training", "--min_elastic_nodes", "--max_elastic_nodes"), "--max_restarts and --min_nodes"
     ),
-    (("--dry_run",), {"action": "store_true", "help": "print what would be started, and start nothing"}),
-    (("--log_level",), {"choices": _LEVELS, "help": "how much the launcher itself says (default: info)"}),
-    (("-q", "--quiet"), {"action": "store_true", "help": "only errors, as --log_level error"}),
-    (("--version",), {"action": "version", "version": f"deepspeedlite {__version__}"}),
-)
-# DeepSpeed's options that are understood and not done yet -> (whether a value follows, what they are part of).
-_CLUSTER, _BINDING = "starting ranks on other machines", "binding ranks to cores"
-_LATER: dict[str, tuple[bool, str]] = {
-    **dict.fromkeys(("-H", "--hostfile", "-i", "--include", "-e", "--exclude"), (True, _CLUSTER)),
-    **dict.fromkeys(("--launcher", "--launcher_args", "--node_rank", "--ssh_port", "--venv_script"), (True, _CLUSTER)),
-    **dict.fromkeys(("--no_ssh", "--no_ssh_check", "--force_multi", "--check", "--no_check"), (False, _CLUSTER)),
-    **dict.fromkeys(("--max_restarts", "--min_nodes"), (True, "restarting after a failure")),
-    **dict.fromkeys(("--elastic_training",), (False, "restarting after a failure")),
-    **dict.fromkeys(("--min_elastic_nodes", "--max_elastic_nodes"), (True, "restarting after a failure")),
-    "--bind_cores_to_rank": (False, _BINDING),
-    "--bind_core_list": (True, _BINDING),
-    "--save_pid": (False, "keeping process ids in a file"),
-    "--autotuning": (True, "autotuning"),
+    "--autotuning": "",
 }
 
 
@@ -83,12 +92,21 @@ def _make_parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="deepspeedlite",
         usage="%(prog)s [options] script [script's arguments ...]",
-        description="Start one training script as several ranks on this machine, and keep them together.",
+        description="Start one training script as many ranks, on this machine or on many, and keep them together.",
         epilog="example: deepspeedlite --num_gpus 2 train.py --deepspeed_config ds_config.json",
         allow_abbrev=False,
     )
-    for flags, settings in _OPTIONS:
-        parser.add_argument(*flags, **settings)
+    for title, group in _OPTIONS.items():
+        part = parser.add_argument_group(title)
+        for flags, value, text in group:
+            settings: dict[str, Any] = {"metavar": value, "type": int if value == "N" else str} if value else {}
+            settings = settings or {"action": "store_true"}
+            if value.startswith("NAME["):
+                settings |= {"action": "append", "default": []}
+            if value == "LEVEL":
+                settings["choices"] = _LEVELS
+            part.add_argument(*flags.split(), help=text, **settings)
+    parser.add_argument("--version", action="version", version=f"deepspeedlite {__version__}")
     return parser
 
 
@@ -96,31 +114,23 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Cut the command line where the script begins.
 
     Raises:
-        LaunchError: an option that is unknown, or that only a later release has.
+        LaunchError: an option that is unknown, or that this release does not have.
     """
-    takes_value = {flag: "action" not in settings for flags, settings in _OPTIONS for flag in flags}
-    takes_value.update({"-h": False, "--help": False})
     index = 0
     while index < len(argv) and argv[index].startswith("-") and argv[index] not in ("-", "--"):
         name, has_value, _ = argv[index].partition("=")
-        if name in _LATER:
-            raise LaunchError(
-                f"{name}: {_LATER[name][1]} comes with a later release; this one starts ranks on this machine only. "
-                f"Leave {name} out to do that."
-            )
-        if name not in takes_value:
-            raise LaunchError(_unknown(name, [*takes_value, *_LATER]))
-        index += 1 + (takes_value[name] and not has_value)
+        if name in _ABSENT:
+            instead = f"; see {_ABSENT[name]}" if _ABSENT[name] else ""
+            raise LaunchError(f"{name} is not in this release{instead}")
+        if name not in _TAKES_VALUE:
+            from difflib import get_close_matches
+
+            near = get_close_matches(name, _TAKES_VALUE, n=1)
+            hint = f"did you mean {near[0]}?" if near else "see deepspeedlite --help."
+            raise LaunchError(f"unknown option {name}; {hint} Options of the script itself go after its name.")
+        index += 1 + (_TAKES_VALUE[name] and not has_value)
     rest = list(argv[index:])
     return list(argv[:index]), rest[1:] if rest[:1] == ["--"] else rest
-
-
-def _unknown(name: str, known: list[str]) -> str:
-    from difflib import get_close_matches
-
-    near = get_close_matches(name, known, n=1)
-    hint = f"did you mean {near[0]}?" if near else "see deepspeedlite --help."
-    return f"unknown option {name}; {hint} Options of the script itself go after its name."
 
 
 def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
@@ -131,114 +141,73 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
     """
     ours, theirs = _split(argv)
     args = _make_parser().parse_args(ours)
-    from deepspeedlite.launcher.command import LaunchOptions
+    from deepspeedlite.launcher.job import Work, parse_cores
+    from deepspeedlite.launcher.start import LaunchOptions
 
-    if not theirs:
+    if not theirs and not args.check:
         raise LaunchError("no script to start; usage: deepspeedlite [options] script [script's arguments ...]")
-    num_gpus = None if args.num_gpus == -1 else args.num_gpus  # -1 is how DeepSpeed's users write "all"
-    if num_gpus is not None and num_gpus < 1:
-        raise LaunchError(f"--num_gpus {num_gpus}: at least one rank is needed; leave it out to use all GPUs")
-    if args.num_nodes not in (None, -1, 1):
-        raise LaunchError(f"--num_nodes {args.num_nodes}: {_CLUSTER} comes with a later release; use 1 or leave it out")
+    for name in ("num_gpus", "num_nodes", "min_nodes"):
+        count = getattr(args, name)
+        setattr(args, name, None if count == -1 else count)  # -1 is how DeepSpeed's users write "all"
+        if count is not None and count < 1 and count != -1:
+            raise LaunchError(f"--{name} {count}: at least one is needed; leave it out to use all")
     if args.master_port is not None and not 0 <= args.master_port <= 65535:
         raise LaunchError(f"--master_port {args.master_port}: ports go from 1 to 65535; 0 picks a free one")
     if args.module and args.no_python:
         raise LaunchError("--module and --no_python exclude each other: a module needs Python to run it")
-    options = LaunchOptions(
-        script=theirs[0],
+    if args.no_ssh and (args.node_rank is None or args.master_port == 0):
+        raise LaunchError("--no_ssh needs --node_rank, and a --master_port that all machines know")
+    if args.bind_core_list is not None:
+        parse_cores(args.bind_core_list)
+    log_dir = None if args.enable_each_rank_log == "None" else args.enable_each_rank_log
+    work = Work(
+        script=theirs[0] if theirs else "",
         script_args=tuple(theirs[1:]),
-        num_gpus=num_gpus,
-        master_addr=args.master_addr or "127.0.0.1",
-        master_port=args.master_port,
         module=args.module,
         no_python=args.no_python,
         no_local_rank=args.no_local_rank,
-        log_dir=None if args.enable_each_rank_log == "None" else args.enable_each_rank_log,
-        dry_run=args.dry_run,
+        venv_script=args.venv_script,
+        log_dir=log_dir,
+        bind_cores=args.bind_cores_to_rank or args.bind_core_list is not None,
+        core_list=args.bind_core_list,
+    )
+    import shlex
+
+    options = LaunchOptions(
+        work=work,
+        launcher_args=tuple(shlex.split(args.launcher_args or "")),
+        export=tuple(args.export_env),
+        start_timeout_s=60.0 if args.start_timeout is None else float(args.start_timeout),
+        max_restarts=args.max_restarts or 0,
+        master_addr=args.master_addr or "",
+        launcher=(args.launcher or "").lower() or None,
+        **{name: getattr(args, name) for name in _SAME_NAME},
     )
     return options, "error" if args.quiet else args.log_level
+
+
+_SAME_NAME = (
+    *("hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "ssh_port", "force_multi", "no_ssh"),
+    *("node_rank", "check", "no_check", "dry_run", "min_nodes", "save_pid"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     try:
         options, level = parse(sys.argv[1:] if argv is None else argv)
-        from deepspeedlite.launcher.local import plan_local
+        from deepspeedlite.launcher.start import start
+        from deepspeedlite.log import logger
 
-        job = plan_local(options, os.environ)
-        if options.dry_run:
-            return _show(job)
-        return _run(job, level)
+        if level is not None:
+            logger.setLevel(level.upper())
+        sys.stdout.flush()
+        return start(options)
     except LaunchError as error:
         print(f"deepspeedlite: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
-
-
-def _show(job: Job) -> int:
-    from deepspeedlite.launcher.command import shell_line
-
-    for note in job.notes:
-        print(f"# {note}")
-    for command in job.ranks:
-        print(shell_line(command))
-    return 0
-
-
-def _run(job: Job, level: str | None) -> int:
-    from deepspeedlite.launcher.agent import Agent
-    from deepspeedlite.launcher.output import Screen, ScreenText
-    from deepspeedlite.log import logger
-
-    if level is not None:
-        logger.setLevel(level.upper())
-    every_rank = {"ranks": (-1,)}  # the launcher's lines are shown even if RANK is set around it
-    for note in job.notes:
-        logger.info(note, extra=every_rank)
-    for detail in job.details:
-        logger.debug(detail, extra=every_rank)
-    screen = Screen()
-    sys.stdout.flush()
-    with contextlib.redirect_stderr(ScreenText(screen)):
-        outcome = Agent(job, screen).run()
-        screen.restore()
-        if outcome.left_behind:
-            logger.warning("%d processes that ranks left behind were ended", outcome.left_behind)
-        if outcome.unkillable:
-            pids = " ".join(map(str, outcome.unkillable))
-            logger.error("these processes did not end even by SIGKILL: %s", pids)
-        if outcome.first is None or outcome.interrupted_by is not None:
-            logger.info(_summary(job, outcome), extra=every_rank)
-        else:
-            screen.say(_failure(job, outcome))
-    return outcome.exit_status
-
-
-def _summary(job: Job, outcome: Outcome) -> str:
-    from signal import SIGPIPE, Signals
-
-    from deepspeedlite.launcher.report import duration
-
-    ranks = f"{len(job.ranks)} rank{'s' * (len(job.ranks) > 1)}"
-    after = f"after {duration(outcome.ended_s - outcome.started_s)}"
-    if outcome.interrupted_by is None:
-        return f"{ranks} ended well {after}"
-    if outcome.interrupted_by == SIGPIPE:
-        return f"{ranks} ended {after}: the output can no longer be written"
-    return f"{ranks} ended {after} by {Signals(outcome.interrupted_by).name}"
-
-
-def _failure(job: Job, outcome: Outcome) -> str:
-    from deepspeedlite.launcher.report import duration, failure_report
-
-    first = outcome.first
-    if first is None:
-        return ""
-    others = [failure.rank for failure in outcome.failures if failure is not first]
-    whole = duration(outcome.ended_s - outcome.started_s)
-    heading = f"deepspeedlite: FAILED after {whole}, exit status {outcome.exit_status}"
-    return f"{heading}\n{failure_report(first, outcome.started_s, len(job.ranks), others)}\n"
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import ctypes
 import os
 import signal
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
@@ -28,14 +28,16 @@ def become_subreaper() -> None:
     _libc.prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def die_with(launcher_pid: int) -> Callable[[], None]:
-    """What a rank runs between fork and exec: the kernel then kills it when the launcher dies.
+def die_with(launcher_pid: int, cores: Sequence[int] = ()) -> Callable[[], None]:
+    """What a rank runs between fork and exec: the kernel then kills it when the launcher dies. It is bound to `cores`.
 
     The signal is tied to the thread that forked, so ranks must be started from the launcher's main thread.
     """
 
     def in_child() -> None:
         _libc.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+        if cores:
+            os.sched_setaffinity(0, cores)
         if os.getppid() != launcher_pid:  # it died before the line above
             os._exit(128 + signal.SIGKILL)
 

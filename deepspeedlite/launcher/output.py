@@ -56,6 +56,16 @@ class Screen:
         """Whether a person may be looking at this stream."""
         return self._is_terminal[fd]
 
+    def window_size(self, fd: int) -> bytes:
+        """What the terminal behind this stream says of its size (struct winsize); b"" where there is none."""
+        try:
+            return fcntl.ioctl(fd, termios.TIOCGWINSZ, b"\0" * 8)
+        except OSError:
+            return b""
+
+    def acknowledge(self, nbytes: int | None) -> None:
+        """Nothing to do where writing shows at once."""
+
     def _surface(self, fd: int) -> int:
         """Two streams on terminals share one line: that of the person's screen."""
         return -1 if self._is_terminal[fd] else fd
@@ -212,30 +222,26 @@ class RankStream:
 
 
 def open_channel(screen: Screen, sink_fd: int, prefix: bytes, is_first: bool) -> tuple[int, int]:
-    """The (read, write) ends between a rank's stream and the launcher: a pipe, or for rank 0 on a terminal a pty."""
+    """The (read, write) ends between a rank's stream and the screen: a pipe, or for rank 0 on a terminal a pty."""
     if is_first and screen.is_terminal(sink_fd):
         with contextlib.suppress(OSError):  # no ptys left, or none in this container
-            return _open_pty(sink_fd, len(prefix))
+            ours, theirs = os.openpty()
+            modes = termios.tcgetattr(theirs)
+            modes[1] &= ~termios.OPOST  # the real terminal turns \n into \r\n; twice would be once too often
+            modes[3] &= ~termios.ECHO
+            termios.tcsetattr(theirs, termios.TCSANOW, modes)
+            set_window_size(ours, screen.window_size(sink_fd), len(prefix))
+            return ours, theirs
     return os.pipe()
 
 
-def _open_pty(terminal_fd: int, prefix_width: int) -> tuple[int, int]:
-    ours, theirs = os.openpty()
-    modes = termios.tcgetattr(theirs)
-    modes[1] &= ~termios.OPOST  # the real terminal turns \n into \r\n; twice would be once too often
-    modes[3] &= ~termios.ECHO
-    termios.tcsetattr(theirs, termios.TCSANOW, modes)
-    copy_window_size(terminal_fd, ours, prefix_width)
-    return ours, theirs
-
-
-def copy_window_size(terminal_fd: int, pty_fd: int, prefix_width: int) -> None:
-    """Give a pty the terminal's size less the room the prefix takes. Does nothing where either is no terminal."""
-    with contextlib.suppress(OSError):
-        size = fcntl.ioctl(terminal_fd, termios.TIOCGWINSZ, b"\0" * 8)
+def set_window_size(pty_fd: int, size: bytes, prefix_width: int) -> None:
+    """Give a pty the terminal's size less the room the prefix takes."""
+    with contextlib.suppress(OSError, struct.error):
         rows, columns, width, height = struct.unpack("HHHH", size)
-        size = struct.pack("HHHH", rows, max(columns - prefix_width, 0), width, height)
-        fcntl.ioctl(pty_fd, termios.TIOCSWINSZ, size)
+        fcntl.ioctl(
+            pty_fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, max(columns - prefix_width, 0), width, height)
+        )
 
 
 class Pump(threading.Thread):

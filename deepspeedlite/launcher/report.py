@@ -72,6 +72,8 @@ class Failure:
     traceback_s: float | None = None
     stderr: str = ""
     log_path: str | None = None
+    host: str = ""  # "" where there is one machine
+    lost: str = ""  # why, if it is not a rank but its whole node that failed
 
     @property
     def failed_s(self) -> float:
@@ -81,11 +83,13 @@ class Failure:
     @property
     def lost_peer(self) -> bool:
         """Whether its last words are those of a rank whose peer has gone."""
-        return _LOST_PEER.search(last_words(self.stderr)) is not None
+        return not self.lost and _LOST_PEER.search(last_words(self.stderr)) is not None
 
     @property
     def exit_status(self) -> int:
         """The status a shell would show."""
+        if self.lost:
+            return 1
         return self.status if self.status >= 0 else 128 - self.status
 
     @property
@@ -137,14 +141,18 @@ def _shorten(lines: list[str]) -> list[str]:
 
 def failure_report(first: Failure, started_s: float, num_ranks: int, also_failed: Sequence[int]) -> str:
     """The block that is printed last: who failed first, how, when, its last words, and where to read more."""
-    facts = [f"rank {first.rank} failed first: {first.ending}, {duration(first.failed_s - started_s)} after the start"]
+    when = f"{duration(first.failed_s - started_s)} after the start"
+    where = f" on {first.host}" if first.host else ""
+    if first.lost:
+        return f"{first.host} failed: {first.lost}, {when}\nthe other ranks, of {num_ranks} in all, were ended"
+    facts = [f"rank {first.rank}{where} failed first: {first.ending}, {when}"]
     if also_failed:
         facts.append(f"failed after it: rank {', '.join(map(str, sorted(also_failed)))}")
     others = num_ranks - 1 - len(also_failed)
     if others:
         facts.append(f"the other {others} of {num_ranks} ranks were ended or had ended")
     if first.log_path:
-        facts.append(f"its log: {first.log_path}")
+        facts.append(f"its log: {first.log_path}{where}")
     words = last_words(first.stderr)
     if words:
         kind = "traceback" if extract_traceback(first.stderr) else "lines on stderr"

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,9 +32,21 @@ class Devices:
     variable: str = "CUDA_VISIBLE_DEVICES"
     from_variable: bool = False
 
-    def first(self, count: int) -> dict[str, str]:
-        """The variable that shows a rank the first `count` of these devices."""
-        return {self.variable: ",".join(self.ids[:count])} if self.ids else {}
+    def pick(self, slots: Sequence[int]) -> dict[str, str]:
+        """The variable that shows a rank these devices, by their place in `ids`; nothing where there are no devices.
+
+        Raises:
+            LaunchError: a slot beyond the devices there are.
+        """
+        if not self.ids:
+            return {}
+        if beyond := [slot for slot in slots if slot >= len(self.ids)]:
+            source = f"{self.variable}={','.join(self.ids)} leaves" if self.from_variable else "this machine has"
+            raise LaunchError(
+                f"slot {beyond[0]} is asked for, and {source} {len(self.ids)} GPUs ({_span(len(self.ids))}); ask for "
+                "fewer slots, or set DS_ACCELERATOR=cpu for CPU ranks"
+            )
+        return {self.variable: ",".join(self.ids[slot] for slot in slots)}
 
 
 def find_devices(environ: Mapping[str, str], root: Path = Path("/")) -> Devices:

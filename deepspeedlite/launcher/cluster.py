@@ -1,0 +1,420 @@
+"""The launcher's side of a training on several machines: starts an agent per node, keeps them together, ends them.
+
+    gather    start the agents, hear what every node is
+    meet      find a port on the first node and an address at which all reach it
+    work      hand out the jobs; show output; on the first failure, signal or silence end all
+    close     tell everyone the exit status, and kill what does not go
+
+One thread turns in `_turn` and never blocks; another writes to the screen, so that a stopped pager stops neither beats
+nor the end of a failed run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import select
+import signal
+import socket
+import subprocess
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from deepspeedlite.env_report.preflight import Found
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.launcher import guard, wire
+from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Outcome
+from deepspeedlite.launcher.backends import Launch
+from deepspeedlite.launcher.ears import ENDING, PASSED_ON, Ears
+from deepspeedlite.launcher.job import Place, Work
+from deepspeedlite.launcher.output import Screen
+from deepspeedlite.launcher.report import Failure
+
+_POLL_S = 0.05
+_KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
+_SETTLE_S = 1.0  # how long to wait for a failure that explains those of lost connections
+
+
+@dataclass
+class Node:
+    """One machine, as the launcher sees it."""
+
+    found: Found
+    link: wire.Link | None = None
+    told: dict[str, Any] | None = None  # the answer to the last question
+    outcome: dict[str, Any] | None = None
+    failures: list[Failure] = field(default_factory=list)
+    first_rank: int = 0
+    offset_s: float = 0.0  # its monotonic clock, less ours
+    round_trip_s: float = 1e9
+    lost: str = ""
+
+    @property
+    def is_working(self) -> bool:
+        """Whether more is to come from it."""
+        return self.outcome is None and not self.lost
+
+    def hear_beat(self, theirs_s: float, sent_s: float) -> None:
+        """The answer to a beat dates the other clock; the quickest answer does it best."""
+        now_s = time.monotonic()
+        if now_s - sent_s < self.round_trip_s:
+            self.round_trip_s, self.offset_s = now_s - sent_s, theirs_s - (now_s + sent_s) / 2
+
+    def hear_failures(self, failures: Sequence[dict[str, Any]]) -> None:
+        """Failed ranks, with their times on our clock."""
+        self.failures = []
+        for fields in failures:
+            failure = Failure(**fields)
+            seen_s = None if failure.traceback_s is None else failure.traceback_s - self.offset_s
+            own = {**fields, "exited_s": failure.exited_s - self.offset_s, "traceback_s": seen_s}
+            self.failures.append(Failure(**own))
+
+
+class _Printer(threading.Thread):
+    """Shows what nodes wrote, and tells them so."""
+
+    def __init__(self, screen: Screen) -> None:
+        super().__init__(name="node output", daemon=True)
+        self._screen = screen
+        self.queue: queue.SimpleQueue[tuple[wire.Link | None, bytes] | None] = queue.SimpleQueue()
+
+    def run(self) -> None:
+        """Until None comes."""
+        while (item := self.queue.get()) is not None:
+            link, body = item
+            fd = self._screen.out_fd if body[0] == 1 else self._screen.err_fd
+            (self._screen.live if body[1] else self._screen.lines)(fd, body[2:])
+            if link is not None:
+                link.send(wire.ACK, len(body) - 2)
+
+
+class _Starter:
+    """A local process that starts agents, and what it says on stderr."""
+
+    def __init__(self, launch: Launch) -> None:
+        pipe = subprocess.PIPE if launch.node is not None else subprocess.DEVNULL
+        try:
+            self.process = subprocess.Popen(
+                launch.argv,
+                env={**os.environ, **launch.env},
+                stdin=pipe,
+                stdout=pipe if launch.node is not None else subprocess.PIPE,
+                stderr=subprocess.PIPE if launch.node is not None else subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=guard.die_with(os.getpid()),  # safe: no other thread runs yet
+            )
+        except OSError as error:
+            raise LaunchError(f"cannot start {launch.argv[0]}: {error.strerror}") from error
+        self.node = launch.node
+        said = self.process.stderr if launch.node is not None else self.process.stdout
+        assert said is not None
+        self.said = said.fileno()
+        os.set_blocking(self.said, False)
+        self.is_open = True
+        self.last_words = b""
+
+    def read(self) -> bytes:
+        """Whole lines that have come."""
+        try:
+            data = os.read(self.said, 1 << 16)
+        except BlockingIOError:
+            return b""
+        self.is_open = bool(data)
+        self.last_words = (self.last_words + data)[-4096:]
+        return data if not data or data.endswith(b"\n") else data + b"\n"
+
+    def link(self) -> wire.Link:
+        """Over the process's own pipes."""
+        assert self.process.stdin is not None and self.process.stdout is not None
+        return wire.Link(os.dup(self.process.stdout.fileno()), os.dup(self.process.stdin.fileno()))
+
+
+class Cluster:
+    """One run of one training. Use once.
+
+    Args:
+        hosts: each node's name and slots (None: as many as it has devices).
+        key: what agents that connect must know; "" with ssh, whose pipes are theirs alone.
+        listener: where they connect; None with ssh.
+    """
+
+    def __init__(
+        self, hosts: Sequence[Found], key: str, listener: socket.socket | None, screen: Screen, ears: Ears
+    ) -> None:
+        self.nodes = [Node(found) for found in hosts]
+        self._key, self._listener, self._screen, self._ears = key, listener, screen, ears
+        self._starters: list[_Starter] = []
+        self._strangers: dict[wire.Link, str] = {}  # connected, and not yet known -> the nonce they were given
+        self._printer = _Printer(screen)
+        self._beat_s = 0.0
+        self.interrupted_by: int | None = None
+        screen.on_broken = lambda: ears.poke(signal.SIGPIPE)
+
+    # --- turning --------------------------------------------------------------------------------------------------
+
+    def _turn(self, timeout_s: float = wire.BEAT_S) -> bool:
+        """Wait for something and handle it. True if someone asked for the end (again)."""
+        links = [*self._strangers, *(n.link for n in self.nodes if n.link is not None and not n.link.closed)]
+        poll = select.poll()
+        for link in links:
+            poll.register(link.read_fd, select.POLLIN)
+        for starter in self._starters:
+            if starter.is_open:
+                poll.register(starter.said, select.POLLIN)
+        poll.register(self._ears, select.POLLIN)
+        if self._listener is not None:
+            poll.register(self._listener, select.POLLIN)
+        pending = any(link.pending for link in links)
+        ready = {fd for fd, _ in poll.poll(1000 * min(timeout_s, _POLL_S if pending else wire.BEAT_S))}
+        if self._listener is not None and self._listener.fileno() in ready:
+            self._welcome_stranger(wire.Link(self._listener.accept()[0].detach()))
+        for starter in self._starters:
+            if starter.said in ready and (data := starter.read()):
+                tag = f"[{self.nodes[starter.node].found.host}] " if starter.node is not None else ""
+                lines = (tag.encode() + line for line in data.splitlines(True))
+                self._printer.queue.put((None, b"\2\0" + b"".join(lines)))
+        for link in list(self._strangers):
+            for kind, value in link.receive():
+                if kind == wire.HELLO:
+                    self._recognise(link, value)
+                    break
+            if link.closed:
+                self._strangers.pop(link, None)
+        for node in self.nodes:
+            self._hear(node)
+        self._beat()
+        return self._obey(self._ears.take())
+
+    def _hear(self, node: Node) -> None:
+        link = node.link
+        if link is None or node.lost:
+            return
+        for kind, value in link.receive():
+            if kind == wire.OUTPUT:
+                self._printer.queue.put((link, value))
+            elif kind == wire.BEAT:
+                node.hear_beat(*value)
+            elif kind == wire.TELL:
+                node.told = value
+            elif kind == wire.ERROR:
+                node.found.error = str(value)
+            elif kind == wire.FAILED:
+                node.hear_failures(value)
+            elif kind == wire.DONE:
+                node.outcome = value
+                node.hear_failures(value["failures"])
+        link.flush()
+        if node.outcome is None:
+            silent_s = time.monotonic() - link.heard_s
+            if link.closed:
+                node.lost = "it was lost (its connection closed)"
+            elif silent_s > wire.SILENCE_S:
+                node.lost = f"it was lost (no word from it for {silent_s:.1f} s)"
+                link.closed = True
+
+    def _beat(self) -> None:
+        now_s = time.monotonic()
+        if now_s - self._beat_s >= wire.BEAT_S:
+            self._beat_s = now_s
+            self._tell(wire.BEAT, now_s)
+
+    def _tell(self, kind: bytes, value: Any = None) -> None:
+        for node in self.nodes:
+            if node.link is not None and not node.link.closed:
+                node.link.send(kind, value)
+
+    def _obey(self, numbers: bytes) -> bool:
+        asked = False
+        for number in numbers:
+            if number in ENDING:
+                asked = True
+                self.interrupted_by = number if self.interrupted_by is None else self.interrupted_by
+                self._tell(wire.SIGNAL, int(signal.SIGTERM if number == signal.SIGPIPE else number))
+            elif number in PASSED_ON:
+                self._tell(wire.SIGNAL, number)
+            elif number == signal.SIGTSTP:
+                self._tell(wire.SIGNAL, number)
+                os.kill(os.getpid(), signal.SIGSTOP)
+                for node in self.nodes:
+                    if node.link is not None:
+                        node.link.heard_s = time.monotonic()
+                self._tell(wire.SIGNAL, int(signal.SIGCONT))
+        return asked
+
+    def _until(self, done: Callable[[], bool], limit_s: float) -> bool:
+        """Turn until `done`; False if time ran out or someone asked for the end."""
+        deadline_s = time.monotonic() + limit_s
+        while not done():
+            if self._turn(_POLL_S) or time.monotonic() > deadline_s:
+                return done()
+        return True
+
+    # --- meeting --------------------------------------------------------------------------------------------------
+
+    def gather(self, launches: Sequence[Launch], limit_s: float) -> None:
+        """Start the agents and return when each has said what it is, or why not (`found.error`) is known."""
+        self._starters = [_Starter(launch) for launch in launches]
+        self._printer.start()
+        for starter in self._starters:
+            if starter.node is not None:
+                self._welcome_stranger(starter.link())
+        self._until(lambda: all(n.found.facts or self._has_failed(n) for n in self.nodes), limit_s)
+        for node in self.nodes:
+            if not node.found.facts and not node.found.error:
+                node.found.error = f"no answer in {limit_s:.0f} s"
+
+    def _has_failed(self, node: Node) -> bool:
+        """Whether the process that should have started this node's agent has gone, or says that it could not."""
+        index, host = self.nodes.index(node), node.found.host
+        own = next((s for s in self._starters if s.node in (None, index)), None)
+        if own is None:
+            return False
+        words = own.last_words.decode(errors="replace").strip().splitlines()
+        is_given_up = any(f": {host}: ssh exited" in line for line in words)  # pdsh, which goes on with the others
+        if not is_given_up and (own.process.poll() is None or own.is_open):
+            return False
+        about = [line for line in words if line.startswith(f"{host}: ")] or words
+        node.found.error = about[-1] if about else f"its starter ended with {own.process.returncode}"
+        return True
+
+    def _welcome_stranger(self, link: wire.Link) -> None:
+        nonce = wire.new_secret()
+        self._strangers[link] = nonce
+        link.send(wire.CHALLENGE, {"nonce": nonce})
+
+    def _recognise(self, link: wire.Link, hello: dict[str, Any]) -> None:
+        nonce = self._strangers.pop(link)
+        missing = [node for node in self.nodes if node.link is None]
+        by_name = [node for node in missing if node.found.host in hello.get("names", ())]
+        index = hello.get("index")
+        by_index = [self.nodes[index]] if isinstance(index, int) and 0 <= index < len(self.nodes) else []
+        node = next((n for n in (*by_name, *by_index) if n in missing), None)
+        if node is None or hello.get("proof") != wire.proof(self._key, nonce, "node"):
+            link.close()
+            return
+        link.send(wire.WELCOME, {"proof": wire.proof(self._key, hello["nonce"], "launcher")})
+        link.send(wire.BEAT, time.monotonic())
+        node.link, node.found.facts = link, hello
+        node.found.skew_s = hello["time"] - time.time()
+        if node.found.slots is None:
+            node.found.slots = range(hello["gpus"] or 1)
+
+    def meet(self, port: int | None, address: str, is_checked: bool) -> tuple[str, int, str]:
+        """Where ranks will meet: (address, port, a line to say if it is not what was expected).
+
+        Raises:
+            LaunchError: the port is taken, or a node does not answer.
+        """
+        told = self._ask([self.nodes[0]], {"port": port})[0]
+        if "fault" in told:
+            raise LaunchError(f"{self.nodes[0].found.host}: {told['fault']}")
+        names = [self.nodes[0].found.host, *self.nodes[0].found.facts["addresses"]]
+        candidates = [address] if address else list(dict.fromkeys(names))
+        if not is_checked:
+            return address or candidates[-1], told["port"], told["note"]
+        answers = self._ask(self.nodes, {"reach": told["port"], "addresses": candidates})
+        best = max(candidates, key=lambda name: sum(name in answer["reached"] for answer in answers))
+        for node, answer in zip(self.nodes, answers):
+            node.found.reached = best in answer["reached"]
+        return best, told["port"], told["note"]
+
+    def _ask(self, nodes: Sequence[Node], question: dict[str, Any]) -> list[dict[str, Any]]:
+        for node in nodes:
+            node.told = None
+            assert node.link is not None
+            node.link.send(wire.ASK, question)
+        self._until(lambda: all(node.told is not None or node.lost for node in nodes), 2 * wire.SILENCE_S)
+        if self.interrupted_by is not None:
+            raise KeyboardInterrupt
+        for node in nodes:
+            if node.told is None:
+                raise LaunchError(f"{node.found.host} was lost before the start: {node.lost or 'it does not answer'}")
+        return [node.told or {} for node in nodes]
+
+    # --- working --------------------------------------------------------------------------------------------------
+
+    def work(self, work: Work, places: Sequence[Place]) -> Outcome:
+        """Run the training to its end."""
+        outcome = Outcome(time.monotonic())
+        terminals = {fd: self._screen.window_size(fd).hex() for fd in (1, 2) if self._screen.is_terminal(fd)}
+        for node, place in zip(self.nodes, places):
+            node.first_rank = place.first_rank
+            assert node.link is not None
+            node.link.send(wire.JOB, {"work": asdict(work), "place": _plain(place), "terminals": terminals})
+        while any(node.is_working for node in self.nodes) and not self._is_over():
+            self._turn()
+        if self.interrupted_by is not None:
+            self._finish(SIGNAL_GRACE_S + _KILL_S)
+        elif self._is_over():
+            self._settle()
+            self._tell(wire.END)
+            self._finish(FAILURE_GRACE_S + _KILL_S)
+        outcome.ended_s = time.monotonic()
+        outcome.interrupted_by = self.interrupted_by
+        outcome.failures = self._failures()
+        for node in self.nodes:
+            outcome.left_behind += (node.outcome or {}).get("left_behind", 0)
+            pids = (node.outcome or {}).get("unkillable", ())
+            outcome.unkillable += tuple(f"{node.found.host}:{pid}" for pid in pids)
+            ended_by = (node.outcome or {}).get("interrupted_by")
+            if ended_by is not None and not outcome.failures and self.interrupted_by is None:
+                outcome.interrupted_by = ended_by
+        return outcome
+
+    def _failures(self) -> list[Failure]:
+        found = [failure for node in self.nodes for failure in node.failures]
+        for node in self.nodes:
+            if (node.lost or node.found.error) and node.outcome is None:
+                why = node.found.error or node.lost
+                heard_s = node.link.heard_s if node.link is not None else time.monotonic()
+                found.append(Failure(node.first_rank, 1, heard_s, host=node.found.host, lost=why))
+        return found
+
+    def _is_over(self) -> bool:
+        ended = any((node.outcome or {}).get("interrupted_by") is not None for node in self.nodes)
+        return ended or self.interrupted_by is not None or bool(self._failures())
+
+    def _settle(self) -> None:
+        """Learn the true cause: every node must have spoken since the first failure was known, or be lost."""
+        begin_s = time.monotonic()
+        self._tell(wire.BEAT, begin_s)
+
+        def is_known() -> bool:
+            working = [node for node in self.nodes if node.is_working and node.link is not None]
+            if any(node.link.heard_s <= begin_s for node in working if node.link is not None):
+                return False
+            is_sure = any(not failure.lost_peer for failure in self._failures())
+            return is_sure or not working or time.monotonic() > begin_s + _SETTLE_S
+
+        self._until(is_known, wire.SILENCE_S + _SETTLE_S)
+
+    def _finish(self, limit_s: float) -> None:
+        """Wait for the nodes to say that all has ended; asked once more, no longer."""
+        deadline_s = time.monotonic() + limit_s
+        while any(node.is_working for node in self.nodes) and time.monotonic() < deadline_s:
+            self._turn(_POLL_S)
+
+    def close(self, status: int) -> None:
+        """Let the agents go, and kill what started them if it stays."""
+        self._tell(wire.END, status)
+        for node in self.nodes:
+            if node.link is not None:
+                node.link.flush(1.0)
+        self._until(lambda: all(s.process.poll() is not None for s in self._starters), _KILL_S)
+        for starter in self._starters:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(starter.process.pid, signal.SIGKILL)
+            starter.process.wait()
+        for link in [*self._strangers, *(node.link for node in self.nodes if node.link is not None)]:
+            link.close()
+        if self._printer.is_alive():
+            self._printer.queue.put(None)
+            self._printer.join(None if self.interrupted_by is None else 1.0)
+
+
+def _plain(place: Place) -> dict[str, Any]:
+    return {**asdict(place), "slots": list(place.slots)}

@@ -1,0 +1,271 @@
+"""A node's part of a training: what to run (`Work`), where it stands (`Place`), and from both each rank's command.
+
+`build_job` is called on the machine that will run the ranks: their Python, their GPUs, their cores are found there.
+Everything that can be wrong there is found before a process starts.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.gpus import Devices, find_devices
+
+DEFAULT_PORT = 29500
+_VENV_TIMEOUT_S = 60.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What every rank of every node runs; the same everywhere."""
+
+    script: str
+    script_args: Sequence[str] = ()
+    module: bool = False
+    no_python: bool = False
+    no_local_rank: bool = False
+    venv_script: str | None = None
+    log_dir: str | None = None
+    bind_cores: bool = False
+    core_list: str | None = None
+    env: Mapping[str, str] = field(default_factory=dict)  # from the launcher's side, over the node's own
+    cwd: str = ""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one node's ranks stand in the world. `slots` index into the devices that the node shows."""
+
+    slots: Sequence[int]
+    world_size: int
+    master_addr: str
+    master_port: int
+    host: str = ""  # in front of output lines; "" where there is one machine
+    first_rank: int = 0
+    node_rank: int = 0
+    num_nodes: int = 1
+    restarts: int = 0
+
+
+@dataclass(frozen=True)
+class RankCommand:
+    """One process to start: its place in the world, its command, and the variables it gets beyond the node's."""
+
+    rank: int
+    local_rank: int
+    argv: tuple[str, ...]
+    env: Mapping[str, str]
+    prefix: str = ""
+    cores: tuple[int, ...] = ()  # to run on; all if empty
+
+
+@dataclass(frozen=True)
+class Job:
+    """Everything an agent needs to run one node's ranks."""
+
+    ranks: tuple[RankCommand, ...]
+    environ: Mapping[str, str]
+    log_dir: str | None = None
+    host: str = ""
+    keyboard: bool = True  # rank 0 reads the launcher's stdin
+    notes: tuple[str, ...] = ()  # said once before the start
+    details: tuple[str, ...] = ()  # the same, at debug level
+
+
+def build_job(
+    work: Work, place: Place, environ: Mapping[str, str], devices: Devices | None = None, keyboard: bool = True
+) -> Job:
+    """The processes of one node.
+
+    Raises:
+        LaunchError: naming what is wrong on this node and how to mend it.
+    """
+    environ = {**_sourced(work.venv_script, {**environ, **work.env}), **work.env}
+    devices = find_devices(environ) if devices is None else devices
+    shown = devices.pick(place.slots)
+    size = len(place.slots)
+    python = sys.executable if work.venv_script is None else shutil.which("python", path=environ.get("PATH"))
+    if python is None:
+        raise LaunchError(f"--venv_script {work.venv_script}: there is no `python` on PATH after it")
+    _check_script(work, environ)
+    if work.log_dir is not None:
+        _make_log_dir(work.log_dir)
+    cores = _cores(work, size)
+    filled = {"PYTHONUNBUFFERED": "1"}  # a rank that dies must not take its last lines with it
+    if not devices.ids or work.bind_cores:
+        share = len(cores[0]) or max(1, len(os.sched_getaffinity(0)) // size)
+        filled["OMP_NUM_THREADS"] = str(share)  # else each rank takes every core
+    filled = {name: value for name, value in filled.items() if name not in environ}
+    details = [f"{name}={value} for each rank; set it yourself to change it" for name, value in filled.items()]
+    tag = f"{place.host}:" if place.host else ""
+    ranks = tuple(
+        RankCommand(
+            rank=place.first_rank + local_rank,
+            local_rank=local_rank,
+            argv=rank_argv(work, local_rank, python),
+            env={**rank_environment(place, local_rank), **shown, **filled},
+            prefix="" if place.world_size == 1 else f"[{tag}{place.first_rank + local_rank}] ",
+            cores=cores[local_rank],
+        )
+        for local_rank in range(size)
+    )
+    return Job(ranks, environ, work.log_dir, place.host, keyboard, details=tuple(details))
+
+
+def rank_argv(work: Work, local_rank: int, python: str) -> tuple[str, ...]:
+    """The command line of one rank; the script's own arguments follow untouched."""
+    start = [work.script] if work.no_python else [python, *["-m"] * work.module, work.script]
+    if not work.no_local_rank:
+        start.append(f"--local_rank={local_rank}")
+    return (*start, *work.script_args)
+
+
+def rank_environment(place: Place, local_rank: int) -> dict[str, str]:
+    """The variables that torch.distributed and scripts written for DeepSpeed read to find their place."""
+    values = {
+        "RANK": place.first_rank + local_rank,
+        "LOCAL_RANK": local_rank,
+        "WORLD_SIZE": place.world_size,
+        "LOCAL_WORLD_SIZE": len(place.slots),
+        "LOCAL_SIZE": len(place.slots),
+        "CROSS_RANK": place.node_rank,
+        "CROSS_SIZE": place.num_nodes,
+        "MASTER_ADDR": place.master_addr,
+        "MASTER_PORT": place.master_port,
+        **({"TORCHELASTIC_RESTART_COUNT": place.restarts} if place.restarts else {}),
+    }
+    return {name: str(value) for name, value in values.items()}
+
+
+def shell_line(command: RankCommand) -> str:
+    """The command as one could paste it into a shell, its variables in front."""
+    variables = [f"{name}={shlex.quote(value)}" for name, value in command.env.items()]
+    return " ".join([*variables, shlex.join(command.argv)])
+
+
+def _sourced(script: str | None, environ: Mapping[str, str]) -> Mapping[str, str]:
+    """The environment after a shell has sourced `script`."""
+    if script is None:
+        return environ
+    command = ["bash", "-c", '. "$1" >/dev/null && env -0', "bash", os.path.abspath(script)]
+    try:
+        done = subprocess.run(
+            command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, timeout=_VENV_TIMEOUT_S
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"--venv_script {script} cannot be sourced: {error}") from error
+    if done.returncode:
+        said = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
+        raise LaunchError(f"--venv_script {script} cannot be sourced: {said}")
+    pairs = [pair.partition(b"=") for pair in done.stdout.split(b"\0") if pair]
+    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
+
+
+def _check_script(work: Work, environ: Mapping[str, str]) -> None:
+    script = work.script
+    if work.module:
+        return  # Python finds it, or says what it did not find
+    if work.no_python:
+        if shutil.which(script, path=environ.get("PATH")) is None:
+            here = f"; write ./{script} for the one in this directory" if os.path.isfile(script) else ""
+            raise LaunchError(f"program {script} is not on PATH or not executable{here} (chmod +x makes it so)")
+    elif os.path.isdir(script) and not os.path.isfile(os.path.join(script, "__main__.py")):
+        raise LaunchError(f"{script} is a directory without a __main__.py; name the script inside it")
+    elif not os.path.exists(script):  # anything that opens is for Python to judge: zip files, pipes
+        from difflib import get_close_matches
+
+        folder, name = os.path.split(script)
+        near = get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [], n=1)
+        hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+        raise LaunchError(f"script {script} does not exist (looked in {os.getcwd()}){hint}")
+    elif not os.access(script, os.R_OK):
+        raise LaunchError(f"script {script} cannot be read by this user; see its permissions with ls -l")
+
+
+def _make_log_dir(directory: str) -> None:
+    try:
+        os.makedirs(directory, exist_ok=True)
+        if os.access(directory, os.W_OK | os.X_OK):
+            return
+        reason = "it cannot be written by this user"
+    except OSError as error:
+        reason = str(error.strerror)
+    raise LaunchError(f"--enable_each_rank_log {directory}: cannot make files there: {reason}")
+
+
+def _cores(work: Work, size: int) -> list[tuple[int, ...]]:
+    """Each rank's cores: equal runs of `core_list`, or of all that this process may use."""
+    if not work.bind_cores:
+        return [()] * size
+    usable = sorted(os.sched_getaffinity(0))
+    cores = usable if work.core_list is None else parse_cores(work.core_list)
+    if missing := [core for core in cores if core not in usable]:
+        raise LaunchError(f"--bind_core_list {work.core_list}: cores {missing} are not this process's; it has {usable}")
+    share = len(cores) // size
+    if not share:
+        raise LaunchError(f"--bind_cores_to_rank: {size} ranks cannot have a core each of {len(cores)}")
+    return [tuple(cores[rank * share : (rank + 1) * share]) for rank in range(size)]
+
+
+def parse_cores(text: str) -> list[int]:
+    """`0-3,8` is 0, 1, 2, 3, 8. Raises LaunchError."""
+    cores: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
+            raise LaunchError(f"--bind_core_list {text}: {part!r} is no core or range; write it as 0-3,8")
+        cores += range(int(first), int(last or first) + 1)
+    if len(set(cores)) < len(cores):
+        raise LaunchError(f"--bind_core_list {text} names a core twice")
+    return cores
+
+
+def choose_port(asked: int | None) -> tuple[int, str]:
+    """A port of this machine for the ranks' meeting place, and a line to say when it is not the expected one.
+
+    Between this check and rank 0's start another program could take the port; port 0 makes that unlikely.
+
+    Raises:
+        LaunchError: the port that was asked for cannot be used.
+    """
+    fault = _port_fault(DEFAULT_PORT if asked is None else asked) if asked != 0 else "was not asked for"
+    if not fault:
+        return DEFAULT_PORT if asked is None else asked, ""
+    if asked:
+        raise LaunchError(f"--master_port {asked} {fault}; name another port, or 0 to have a free one picked")
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = int(probe.getsockname()[1])
+    if asked == 0:
+        return port, f"--master_port 0: port {port} is free and used"
+    return port, f"the usual port {DEFAULT_PORT} {fault}: port {port} is used instead"
+
+
+def _port_fault(port: int) -> str:
+    """Why a server could not listen on this port, or "" when it could."""
+    for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
+        try:
+            probe = socket.socket(family, socket.SOCK_STREAM)
+        except OSError:  # a kernel without this family
+            continue
+        with probe:
+            # As torch's store does: a port whose old connections are still winding down may be used again.
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if family == socket.AF_INET6:
+                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            try:
+                probe.bind((address, port))
+            except OSError as error:
+                if error.errno == errno.EADDRINUSE:
+                    return "is in use by another program"
+                if error.errno == errno.EACCES:
+                    return "needs root (ports below 1024)"
+    return ""

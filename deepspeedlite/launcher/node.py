@@ -1,0 +1,219 @@
+"""What runs on each node of a training on several machines: `python -m deepspeedlite.launcher.node`.
+
+It meets the launcher over a `Link` (ssh's pipes, or TCP), says what machine this is, gets its job, and runs it as an
+`Agent` whose screen is the link. The launcher's silence ends it and its ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from typing import Any
+
+from deepspeedlite.env_report.preflight import facts
+from deepspeedlite.errors import LaunchError
+from deepspeedlite.launcher import wire
+from deepspeedlite.launcher.agent import Agent
+from deepspeedlite.launcher.ears import Ears
+from deepspeedlite.launcher.job import Place, Work, build_job, choose_port
+from deepspeedlite.launcher.output import Screen
+
+KEY = "DSL_LAUNCHER_KEY"
+_WINDOW_BYTES = 1 << 20  # output on its way that the launcher has not shown yet
+_CHUNK_BYTES = 1 << 16
+_CONNECT_S = 3.0
+# Set by what started this agent. Ranks would take them for a word on their own place.
+_SCHEDULER = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "HYDRA", "HYDI_", "MPI_LOCAL", "MV2_COMM", "MPIR_", "MPIEXEC_")
+_SLURM_TASK = (
+    "SLURM_PROCID",
+    "SLURM_LOCALID",
+    "SLURM_NODEID",
+    "SLURM_STEP",
+    "SLURM_TASK_PID",
+    "SLURM_NTASKS",
+    "SLURM_NPROCS",
+)
+
+
+class WireScreen(Screen):
+    """A screen at the other end of a link. Its writers wait while too much has not been shown."""
+
+    def __init__(self, link: wire.Link, sizes: Mapping[str, str]) -> None:
+        super().__init__()
+        self._link, self._sizes = link, {int(fd): bytes.fromhex(size) for fd, size in sizes.items()}
+        self._room = threading.Condition()
+        self._unshown_bytes = 0
+
+    def is_terminal(self, fd: int) -> bool:
+        """Whether the launcher's stream is one."""
+        return fd in self._sizes
+
+    def window_size(self, fd: int) -> bytes:
+        """The launcher's terminal's, at the start."""
+        return self._sizes.get(fd, b"")
+
+    def lines(self, fd: int, data: bytes) -> None:
+        """Send whole lines."""
+        self._send(fd, 0, data)
+
+    def live(self, fd: int, data: bytes) -> None:
+        """Send bytes as they come."""
+        self._send(fd, 1, data)
+
+    def acknowledge(self, nbytes: int | None) -> None:
+        """So much has been shown; None: nobody is there any more."""
+        with self._room:
+            self._unshown_bytes = 0 if nbytes is None else self._unshown_bytes - nbytes
+            self._room.notify_all()
+
+    def _send(self, fd: int, is_live: int, data: bytes) -> None:
+        for start in range(0, len(data), _CHUNK_BYTES):
+            chunk = data[start : start + _CHUNK_BYTES]
+            with self._room:
+                self._room.wait_for(lambda: self._unshown_bytes < _WINDOW_BYTES or self._link.closed)
+                self._unshown_bytes += len(chunk)
+            self._link.send(wire.OUTPUT, raw=bytes([fd, is_live]) + chunk)
+            while self._link.pending and not self._link.closed:
+                self._link.flush(wire.BEAT_S)
+
+
+class Node:
+    """This machine's side of the talk with the launcher.
+
+    Args:
+        own: what to run and show here, instead of what the launcher tells: without ssh every node was given it.
+    """
+
+    def __init__(self, link: wire.Link, key: str, index: int | None, own: Work | None = None) -> None:
+        self._link, self._key, self._index, self._own = link, key, index, own
+        self._listener: socket.socket | None = None
+
+    def run(self) -> int:
+        """Meet the launcher, do what it asks, and give the exit status of the whole job."""
+        link = self._link
+        _, challenge = link.expect(wire.CHALLENGE, within_s=wire.SILENCE_S)
+        if challenge is None:
+            return _complain("the launcher did not answer")
+        nonce = wire.new_secret()
+        hello = {**facts(), "index": self._index, "nonce": nonce}
+        link.send(wire.HELLO, {**hello, "proof": wire.proof(self._key, challenge["nonce"], "node")})
+        _, welcome = link.expect(wire.WELCOME, within_s=wire.SILENCE_S)
+        if welcome is None or welcome["proof"] != wire.proof(self._key, nonce, "launcher"):
+            return _complain("the launcher refused this node, or is not the one that started it")
+        while True:
+            kind, value = link.expect(wire.ASK, wire.JOB, wire.END)
+            if kind == wire.ASK:
+                link.send(wire.TELL, self._answer(value))
+            elif kind == wire.JOB:
+                self._work(value)
+            elif isinstance(value, int) or not kind:
+                return value if isinstance(value, int) else 1
+
+    def _answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
+        """`port`: find one on this machine and listen there. `reach`: which of these addresses answer."""
+        if "port" in asked:
+            try:
+                port, note = choose_port(asked["port"])
+                self._listener = socket.create_server(("", port), reuse_port=False)
+            except (LaunchError, OSError) as error:
+                return {"fault": str(error)}
+            return {"port": port, "note": note}
+
+        def reached(address: str) -> bool:
+            try:
+                socket.create_connection((address, asked["reach"]), timeout=_CONNECT_S).close()
+            except OSError:
+                return False
+            return True
+
+        with ThreadPoolExecutor(len(asked["addresses"])) as pool:
+            return {"reached": [a for a, ok in zip(asked["addresses"], pool.map(reached, asked["addresses"])) if ok]}
+
+    def _work(self, told: Mapping[str, Any]) -> None:
+        if self._listener is not None:
+            self._listener.close()
+        screen = Screen() if self._own is not None else WireScreen(self._link, told["terminals"])
+        work, place = self._own or Work(**told["work"]), Place(**told["place"])
+        try:
+            if work.cwd:
+                os.chdir(work.cwd)
+            job = build_job(work, place, environment(os.environ), keyboard=False)
+            with Ears() as ears:
+                outcome = Agent(job, screen, ears, self._link).run()
+            told_back = {"outcome": {**vars(outcome), "failures": [asdict(failure) for failure in outcome.failures]}}
+        except (LaunchError, OSError) as error:
+            self._link.send(wire.ERROR, str(error))
+            return
+        self._link.send(wire.DONE, told_back["outcome"])
+
+
+def environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """What ranks inherit: all but the launcher's key and what says where this agent stands among agents."""
+    tasks = (*_SCHEDULER, *_SLURM_TASK, KEY)
+    return {name: value for name, value in environ.items() if not name.startswith(tasks)}
+
+
+def connect(addresses: Sequence[str], port: int, patience_s: float) -> socket.socket:
+    """Reach the launcher at the first address that answers.
+
+    Raises:
+        LaunchError: none does within `patience_s`.
+    """
+    came_from = os.environ.get("SSH_CONNECTION", "").split()[:1]
+    tried = list(dict.fromkeys([*came_from, *addresses]))
+    deadline_s = time.monotonic() + patience_s
+    while True:
+        for address in tried:
+            try:
+                found = socket.create_connection((address, port), timeout=_CONNECT_S)
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                return found
+            except OSError as error:
+                reason = error
+        if time.monotonic() > deadline_s:
+            raise LaunchError(f"the launcher cannot be reached at {', '.join(tried)}, port {port}: {reason}")
+        time.sleep(0.2)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the agent."""
+    parser = argparse.ArgumentParser(prog="python -m deepspeedlite.launcher.node", description=__doc__)
+    parser.add_argument("--index", type=int, help="which of the launcher's nodes this is")
+    parser.add_argument(
+        "--connect", metavar="ADDRESS[,ADDRESS...]:PORT", help="where the launcher is; else stdin, stdout"
+    )
+    args = parser.parse_args(argv)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launcher, which tells us
+    if args.connect is None:
+        link = wire.Link(os.dup(0), os.dup(1))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        os.dup2(2, 1)  # what anything here prints is no frame
+    else:
+        addresses, _, port = args.connect.rpartition(":")
+        try:
+            found = connect(addresses.split(","), int(port), wire.SILENCE_S)
+        except LaunchError as error:
+            return _complain(str(error))
+        link = wire.Link(found.detach(), -1)
+    index = args.index
+    for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
+        index = int(os.environ[name]) if index is None and name in os.environ else index
+    Node(link, os.environ.get(KEY, ""), index).run()
+    return 0  # whose status the job's is, the launcher says; pdsh and mpirun would only add words of their own
+
+
+def _complain(text: str) -> int:
+    print(f"deepspeedlite: {socket.gethostname()}: {text}", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
