@@ -20,6 +20,7 @@ import ctypes
 import functools
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -211,13 +212,12 @@ class Cluster:
     ) -> subprocess.CompletedProcess[str]:
         """Run a command on a host, with no input, and give its output; a failure raises with that output."""
         pipe = subprocess.PIPE
-        process = self.popen(
-            host, argv, env=env, cwd=cwd, stdin=subprocess.DEVNULL, stdout=pipe, stderr=pipe, text=True
-        )
+        streams = {"stdin": subprocess.DEVNULL, "stdout": pipe, "stderr": pipe, "text": True}
+        process = self.popen(host, argv, env=env, cwd=cwd, start_new_session=True, **streams)
         try:
             out, err = process.communicate(timeout=timeout)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)  # with its children, which hold the pipes too
             out, err = process.communicate()
             raise AssertionError(f"{argv} on {host} took longer than {timeout} s\n{out}\n{err}") from None
         assert not check or process.returncode == 0, f"{argv} on {host}: status {process.returncode}\n{out}\n{err}"
