@@ -187,6 +187,8 @@ def _build_parts(
     if base is not None:
         wrapped = ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision))
         wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
+        positions = {id(param): position for group in param_groups for position, param in enumerate(group)}
+        wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
     return EngineParts(

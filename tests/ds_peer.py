@@ -63,13 +63,13 @@ def configuration(stage: int, dtype: str, **more: Any) -> dict[str, Any]:
 
 
 def peer_model(variant: str, seed: int = 0) -> tuple[TiedTokenModel, list[dict[str, Any]] | None]:
-    """The model and its param groups: `plain`, or `mixed` with frozen parameters and two groups."""
+    """The model and its param groups: `plain`, or `mixed` with frozen parameters and two groups, each in its order."""
     model = tied_model(seed)
     if variant == "plain":
         return model, None
     model.up[0].weight.requires_grad_(False)
     model.norm.bias.requires_grad_(False)
-    trained = [param for param in model.parameters() if param.requires_grad]
+    trained = [param for param in model.parameters() if param.requires_grad][::-1]
     return model, [
         {"params": [param for param in trained if param.dim() > 1], "weight_decay": 0.1},
         {"params": [param for param in trained if param.dim() == 1], "weight_decay": 0.0},

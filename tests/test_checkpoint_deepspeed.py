@@ -18,7 +18,7 @@ import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.deepspeed import DeepSpeedReader
 from deepspeedlite.checkpoint.export import open_checkpoint
-from deepspeedlite.checkpoint.pickles import load_inert, save_for_deepspeed
+from deepspeedlite.checkpoint.pickles import load_inert, save_for_deepspeed, verify_zip
 from deepspeedlite.checkpoint.to_deepspeed import export_to_deepspeed
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -82,9 +82,9 @@ def test_every_stage_and_number_of_ranks_is_written_and_read_to_the_bit(dtype, t
                     assert reader.manifest.stage == stage and reader.manifest.world_size == world
                     for name in ("lr_scheduler", "config"):
                         assert reader.state(name) == ours.state(name)
-                    kept = [(p.name, p.trainable, p.group, p.tied) for p in ours.manifest.parameters]
+                    kept = [(p.name, p.trainable, p.group, p.position, p.tied) for p in ours.manifest.parameters]
                     assert sorted(kept) == sorted(
-                        (p.name, p.trainable, p.group, p.tied) for p in reader.parameters.values()
+                        (p.name, p.trainable, p.group, p.position, p.tied) for p in reader.parameters.values()
                     )
                     for before, after in zip(ours.manifest.param_groups, reader.manifest.param_groups):
                         assert before.items() <= after.items()
@@ -101,8 +101,8 @@ def test_sub_groups_and_paddings_follow_the_configuration(tmp_path):
     with open_checkpoint(tmp_path / "ours") as ours:
         tag = export_to_deepspeed(ours, tmp_path / "theirs", 3, 2)
         states = load_inert(tag / OPTIMIZER)["optimizer_state_dict"]
-        # 976, 1552 | 1552, 1552 elements of matrices on each rank, and all vectors
-        assert [flat.numel() for flat in states["fp32_flat_groups"]] == [2528, 3104, 146]
+        # 1552, 1552 | 1552, 976 elements of matrices on each rank, and all vectors
+        assert [flat.numel() for flat in states["fp32_flat_groups"]] == [3104, 2528, 146]
         assert [group["params"] for group in states["optimizer_state_dict"]["param_groups"]] == [[0, 1], [2]]
         with DeepSpeedReader(tag) as reader:
             assert_same(contents(reader), contents(ours))
@@ -270,6 +270,21 @@ def test_pickles_that_are_refused_for_other_reasons(tmp_path):
     torch.save({"client": Plain()}, tmp_path / "4.pt", pickle_protocol=4)
     with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="refused: "):
         load_inert(tmp_path / "4.pt")
+
+
+def test_checksums_are_compared_where_there_are_some(tmp_path):
+    file = tmp_path / "a.pt"
+    for crc32 in (True, False):
+        torch.serialization.set_crc32_options(crc32)
+        try:
+            torch.save({"a": torch.arange(1000)}, file)
+        finally:
+            torch.serialization.set_crc32_options(True)
+        assert verify_zip(file) is None
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+        assert ("checksum" in (verify_zip(file) or "")) == crc32
 
 
 # --- what is damaged, or of another kind ------------------------------------------------------------------------------

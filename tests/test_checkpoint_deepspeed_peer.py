@@ -55,6 +55,10 @@ def saved(tmp_path_factory):
     jobs.append(Job("bf16.2.elastic", elastic, "mixed", save=str(folder / "bf16.2.elastic")))
     old_format = configuration(3, "bf16", checkpoint={"checkpoint_serialization": False})
     jobs.append(Job("bf16.3.unzipped", old_format, "mixed", save=str(folder / "bf16.3.unzipped")))
+    for stage in (2, 3):
+        zero = {"stage": stage, "offload_optimizer": {"device": "cpu"}}
+        offloaded = configuration(stage, "bf16", zero_optimization=zero, zero_force_ds_cpu_optimizer=False)
+        jobs.append(Job(f"bf16.{stage}.offload", offloaded, "mixed", save=str(folder / f"bf16.{stage}.offload")))
     for name, (section, states) in OTHERS.items():
         config = configuration(2, "bf16", optimizer=section, zero_allow_untested_optimizer=True)
         jobs.append(Job(name, config, "plain", save=str(folder / name), states=states))
@@ -84,7 +88,8 @@ def engine_of(variant, config, seed=1):
 
 def test_all_that_is_in_them_is_read_to_the_bit(saved, tmp_path):
     names = [name_of(*kind) for kind in KINDS if kind != NEEDS_GROUPS]
-    for name in (*names, "bf16.1.separate", "bf16.2.elastic", "bf16.3.unzipped", *OTHERS):
+    names += ["bf16.1.separate", "bf16.2.elastic", "bf16.3.unzipped", "bf16.2.offload", "bf16.3.offload", *OTHERS]
+    for name in names:
         expected = torch.load(saved / f"{name}.out")["tensors"]
         assert command(["import", str(saved / name), str(tmp_path / name)]) == 0
         assert command(["verify", str(tmp_path / name)]) == 0

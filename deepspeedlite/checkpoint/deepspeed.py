@@ -10,6 +10,7 @@ them. What they say is put into a `Manifest`, which is then checked as any other
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from pathlib import Path
@@ -20,6 +21,7 @@ import torch
 from deepspeedlite.checkpoint.deepspeed_layout import (
     MODEL_STATES,
     Span,
+    dealt,
     is_deepspeed,
     joined_spans,
     model_file,
@@ -69,10 +71,10 @@ Groups = Sequence[Sequence[str]]
 
 def open_tag(path: Path, groups: Groups | None = None) -> Reader:
     """A reader of a tag, ours or DeepSpeed's. `groups`: as in `DeepSpeedReader`."""
-    ours = (find_tag_dir(path) / FILE_NAME).exists()
-    return (
-        DeepSpeedReader(find_tag_dir(path), groups) if not ours and is_deepspeed(find_tag_dir(path)) else Reader(path)
-    )
+    path = find_tag_dir(path)
+    if is_deepspeed(path) and not (path / FILE_NAME).exists():
+        return DeepSpeedReader(path, groups)
+    return Reader(path)
 
 
 class DeepSpeedReader(Reader):
@@ -129,6 +131,7 @@ class _Files:
         self.tensors: dict[str, dict[str, torch.Tensor]] = {}
         self.left_out: str | None = None
         self._loaded: dict[str, dict[str, Any]] = {}
+        self._described: Counter[int] = Counter()  # parameters, by group
         self._at_stage_3 = not (path / MODEL_STATES).exists()
         self._first = model_file(0, 3 if self._at_stage_3 else 0)
         self._model = self._load(self._first)
@@ -323,6 +326,8 @@ class _Files:
         masters = [state["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"] for state in states]
         files = {rank: self._optimizer_file(rank) for rank in range(self._world)}
         options = options_of(bases[0])
+        zero = self._config().get("zero_optimization") or {}
+        hands = self._world if zero.get("round_robin_gradients") and stage < 3 else 1
         for number, (shapes, (slot, group)) in enumerate(
             zip(self._model["param_shapes"], slots_of(bases[0]), strict=True)
         ):
@@ -330,7 +335,7 @@ class _Files:
             found = [state_of(base, slot, group_step) for base in bases]
             held = {rank: {MASTER: masters[rank][number], **elements} for rank, (elements, _) in enumerate(found)}
             scalars = next((scalars for _, scalars in found if scalars), {})
-            self._describe_states(shapes, group, scalars)
+            self._describe_states(shapes, group, scalars, dealt(len(shapes), hands))
             self._place(str(number), self._spans(stage, states, number, shapes), held, files)
         return stage, options
 
@@ -346,7 +351,7 @@ class _Files:
             return []
         for number, state in enumerate(states):
             shapes = {name: self._entries[name].shape for name in state.names}
-            self._describe_states(shapes, state.group, state.scalars)
+            self._describe_states(shapes, state.group, state.scalars, range(len(shapes)))
             numel = sum(prod(shape) for shape in shapes.values())
             if any(tensor.numel() != numel for tensor in state.elements.values()):
                 raise CheckpointError(f"{self._path}: the optimizer states of {', '.join(shapes)} have other sizes")
@@ -354,11 +359,13 @@ class _Files:
                 self._place(str(number), joined_spans(shapes, numel), {0: state.elements}, {0: self._first})
         return options
 
-    def _describe_states(self, names: Iterable[str], group: int, scalars: dict[str, Any]) -> None:
+    def _describe_states(self, names: Iterable[str], group: int, scalars: dict[str, Any], order: Iterable[int]) -> None:
         encoded = {name: encode(value, f"optimizer state {name}", self._put_value) for name, value in scalars.items()}
-        for name in names:
+        before = self._described[group]
+        for name, position in zip(names, order):
             entry = self._entries[name]
-            entry.trainable, entry.group, entry.scalars = True, group, encoded
+            entry.trainable, entry.group, entry.position, entry.scalars = True, group, before + position, encoded
+            self._described[group] += 1
             if entry.numel == 0:
                 entry.pieces[WEIGHT] = []
 

@@ -42,6 +42,11 @@ def is_deepspeed(tag_dir: Path) -> bool:
     return any((tag_dir / model_file(0, stage)).is_file() for stage in (0, 3))
 
 
+def dealt(count: int, hands: int) -> list[int]:
+    """The order in which `round_robin_gradients` takes parameters: to as many ranks as there are `hands`, in turn."""
+    return [index for hand in range(hands) for index in range(hand, count, hands)]
+
+
 def joined_numel(shapes: Shapes, world: int) -> int:
     """A rank's partition at stages 1 and 2, in elements."""
     total, step = sum(prod(shape) for shape in shapes.values()), ALIGNMENT_NUMEL * world

@@ -75,9 +75,9 @@ class Loader:
         return str(path), client_state
 
     def _groups(self) -> list[list[str]]:
-        """The names of each param group's parameters, in the model's order."""
+        """The names of each param group's parameters, in the order in which the optimizer was given them."""
         groups: list[list[str]] = [[] for _ in self._engine.optimizer.param_groups] if self._engine.optimizer else []
-        for entry in parameters_of(self._engine)[0]:
+        for entry in sorted(parameters_of(self._engine)[0], key=lambda entry: entry.position or 0):
             if entry.group is not None and groups:
                 groups[entry.group].append(entry.name)
         return groups

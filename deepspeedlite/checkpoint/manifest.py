@@ -52,6 +52,7 @@ class Parameter:
     trainable: bool = True
     buffer: bool = False
     group: int | None = None  # optimizer group
+    position: int | None = None  # in that group, as the optimizer was given it
     tied: list[str] = field(default_factory=list)
     pieces: dict[str, list[Piece]] = field(default_factory=dict)
     scalars: dict[str, Any] = field(default_factory=dict)  # optimizer state that is one value, such as `step`

@@ -83,12 +83,13 @@ def parameters_of(engine: Any, exclude_frozen: bool = False) -> tuple[list[Param
             entries[name] = Parameter(name, shape, dtype, param.requires_grad, tied=[])
         else:
             entries[names[id(param)][0]].tied.append(name)
+    positions = engine._parts.optimizer.positions if engine._parts.optimizer is not None else {}
     for unit in engine._parts.schedule.units:
         for slot, param in unit.slots:
             known = names.get(id(param), [slot.name])[0]
             dtype = str(param.dtype).removeprefix("torch.")
             entry = entries.setdefault(known, Parameter(known, slot.shape, dtype, param.requires_grad))
-            entry.group = slot.group
+            entry.group, entry.position = slot.group, positions.get(known)
     if exclude_frozen:
         entries = {name: entry for name, entry in entries.items() if entry.trainable}
     buffers: dict[str, torch.Tensor] = {}

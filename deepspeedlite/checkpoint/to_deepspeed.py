@@ -1,7 +1,7 @@
 """Writes checkpoints that DeepSpeed loads: one of ours, or of its own, for a chosen ZeRO stage and number of ranks.
 
-One rank's partitions are in memory at a time, and below stage 3 the model's weights. Like DeepSpeed's own, the files
-hold no configuration: the run that loads them has the one it was saved with, but for stage and ranks.
+One rank's partitions are in memory at a time, and below stage 3 the model's weights. The run that loads the files must
+have the configuration that the checkpoint was saved with, but for stage and ranks: DeepSpeed's files depend on it.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ import torch
 from deepspeedlite.checkpoint.deepspeed import RESERVED
 from deepspeedlite.checkpoint.deepspeed_layout import (
     Span,
+    dealt,
     joined_numel,
     joined_spans,
     model_file,
@@ -31,7 +32,7 @@ from deepspeedlite.checkpoint.deepspeed_layout import (
 from deepspeedlite.checkpoint.manifest import DTYPES, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.pickles import DynamicLossScaler, LossScaler, save_for_deepspeed
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.tag import LATEST, sync_dir
+from deepspeedlite.checkpoint.tag import LATEST, check_tag, sync_dir
 from deepspeedlite.errors import CheckpointError
 
 VERSION = "0.19.8"  # DeepSpeed's whose layout this is
@@ -77,7 +78,7 @@ def export_to_deepspeed(
     stage = manifest.stage if stage is None else stage
     export = _Export(reader, stage, manifest.world_size if world_size is None else world_size)
     files = list(export.files())
-    tag = manifest.tag or "imported"
+    tag = check_tag(manifest.tag)
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".tmp.{out.name}-{secrets.token_hex(4)}")
     (temporary / tag).mkdir(parents=True)
@@ -124,7 +125,7 @@ class _Export:
         if stage not in range(4) or world < 1:
             raise CheckpointError(f"there is no ZeRO stage {stage} of {world} ranks")
         by_group: dict[int, list[Parameter]] = {}
-        for parameter in manifest.parameters:
+        for parameter in sorted(manifest.parameters, key=lambda p: p.position or 0):
             if parameter.group is not None and parameter.numel:
                 by_group.setdefault(parameter.group, []).append(parameter)
         self._groups = [_Group(number, by_group[number]) for number in sorted(by_group)]
@@ -208,7 +209,8 @@ class _Export:
         """The groups as DeepSpeed orders them: `round_robin_gradients` deals parameters out, `sub_group_size` cuts."""
         if self._stage < 3:
             hands = self._world if self._setting("zero_optimization.round_robin_gradients") else 1
-            return [_Group(g.number, [p for i in range(hands) for p in g.parameters[i::hands]]) for g in self._groups]
+            orders = [(group, dealt(len(group.parameters), hands)) for group in self._groups]
+            return [_Group(group.number, [group.parameters[i] for i in order]) for group, order in orders]
         most = int(self._setting("zero_optimization.sub_group_size"))
         cut: list[_Group] = []
         for group in self._groups:

@@ -95,6 +95,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         )  # the module's names; the engine sets it
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant: list[NamedParameter] = []
+        self.positions: dict[str, int] = {}  # of parameters, by name, in the groups that the optimizer was given
         self._runs: list[SteppedRun] = []
         self._runs_of_units: list[list[SteppedRun]] = []
         for group in optimizer.param_groups:
@@ -403,6 +404,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 why = "is trained already" if isinstance(owner, ShardUnit) else "does not require grad"
                 raise OptimizerError(f"add_param_group: parameter {name} {why}")
             entries.append(NamedParameter(name, param, index))
+        self.positions.update({entry.name: position for position, entry in enumerate(entries)})
         self.optimizer.add_param_group({**param_group, "params": params})
         units = self._schedule.add_units(reverse_buckets(entries, None))
         self.optimizer.param_groups[-1]["params"] = []
