@@ -546,15 +546,33 @@ def test_a_terminal_shows_rank_0_live_and_other_ranks_above_it(script: Script) -
     )
     ours, theirs = pty.openpty()
     subprocess.run(["stty", "cols", "90"], stdin=theirs, check=True)
-    with launched("--num_gpus", 2, "--quiet", path, stdin=theirs, stdout=theirs, stderr=theirs):
+    plain = environment(NO_COLOR="1")
+    with launched("--num_gpus", 2, "--quiet", path, stdin=theirs, stdout=theirs, stderr=theirs, env=plain):
         os.close(theirs)
-        shown = b""
-        with contextlib.suppress(OSError):  # EIO: everyone has closed the terminal
-            while select.select([ours], [], [], 10)[0]:
-                shown += os.read(ours, 4096)
-    os.close(ours)
+        shown = everything_from(ours)
     assert shown.startswith(b"[0] True True 86\r\n\r[0]  10%")
     assert b"\r\x1b[2K[1] news\r\n[0]  10%" in shown and shown.endswith(b"\r[0]  20%\r\n")
+
+
+def everything_from(terminal: int) -> bytes:
+    """What is shown until everyone has closed it."""
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: everyone has
+        while select.select([terminal], [], [], 10)[0]:
+            shown += os.read(terminal, 4096)
+    os.close(terminal)
+    return shown
+
+
+def test_prefixes_have_colours_on_a_terminal_alone(script: Script) -> None:
+    path = script("print('text')")
+    ours, theirs = pty.openpty()
+    with launched("--num_gpus", 2, "--quiet", path, stdin=theirs, stdout=theirs, stderr=theirs):
+        os.close(theirs)
+        shown = everything_from(ours)
+    colours = re.findall(rb"\x1b\[(3[1-6])m\[[01]\]\x1b\[0m text\r\n", shown)
+    assert len(set(colours)) == 2, shown
+    assert b"\x1b" not in launch("--num_gpus", 2, path).stdout
 
 
 def test_each_rank_has_its_log(script: Script, tmp_path: Path) -> None:

@@ -345,17 +345,22 @@ def test_mistakes_are_told_with_their_host(cluster: Cluster, tmp_path: Path) -> 
 # Without ssh, and without the launcher
 
 
-def test_one_launcher_per_machine(cluster: Cluster, tmp_path: Path, local_losses: list[float]) -> None:
+@pytest.mark.parametrize("sizes", [(2, 2), (1, 2, 1)])
+def test_one_launcher_per_machine(
+    cluster: Cluster, tmp_path: Path, local_losses: list[float], sizes: tuple[int, ...]
+) -> None:
     script = write(tmp_path, TRAIN)
     address = cluster.hosts["worker-1"].address
-    places = ("--no_ssh", "--num_nodes", 2, "--num_gpus", 2, "--master_addr", address, "--master_port", 29700)
+    places = ("--no_ssh", "--num_nodes", len(sizes), "--master_addr", address, "--master_port", 29700 + 2 * len(sizes))
     pipe = {"env": environment(), "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    second = cluster.popen("worker-2", command(*places, "--node_rank", 1, script), **pipe)
-    first = cluster.popen("worker-1", command(*places, "--node_rank", 0, script), **pipe)
-    out = first.communicate(timeout=60)[0]
-    assert first.returncode == 0 and losses_in(out) == local_losses, out
-    out = second.communicate(timeout=20)[0]
-    assert second.returncode == 0 and "LOSSES" not in out, "each machine shows its own ranks"
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("".join(f"{host} slots={size}\n" for host, size in zip(WORKERS, sizes)))
+    words = [command("--hostfile", hostfile, *places, "--node_rank", node, script) for node in range(len(sizes))]
+    running = [cluster.popen(host, argv, **pipe) for host, argv in reversed(list(zip(WORKERS, words)))]
+    *others, first = [process.communicate(timeout=60)[0] for process in running]
+    assert [process.returncode for process in running] == [0] * len(sizes), first
+    assert losses_in(first) == local_losses
+    assert not any("LOSSES" in out for out in others), "each machine shows its own ranks"
 
 
 @pytest.mark.parametrize("rank", [0, 1])

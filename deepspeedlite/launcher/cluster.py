@@ -344,7 +344,8 @@ class Cluster:
         for node, place in zip(self.nodes, places):
             node.first_rank = place.first_rank
             assert node.link is not None
-            node.link.send(wire.JOB, {"work": asdict(work), "place": _plain(place), "terminals": terminals})
+            job = {"work": asdict(work), "place": _plain(place)}
+            node.link.send(wire.JOB, {**job, "terminals": terminals, "colour": self._screen.has_colour})
         while any(node.is_working for node in self.nodes) and not self._is_over():
             self._turn()
         if self.interrupted_by is not None:

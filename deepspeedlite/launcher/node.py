@@ -46,8 +46,9 @@ _SLURM_TASK = (
 class WireScreen(Screen):
     """A screen at the other end of a link. Its writers wait while too much has not been shown."""
 
-    def __init__(self, link: wire.Link, sizes: Mapping[str, str]) -> None:
+    def __init__(self, link: wire.Link, sizes: Mapping[str, str], has_colour: bool) -> None:
         super().__init__()
+        self.has_colour = has_colour
         self._link, self._sizes = link, {int(fd): bytes.fromhex(size) for fd, size in sizes.items()}
         self._room = threading.Condition()
         self._unshown_bytes = 0
@@ -140,7 +141,7 @@ class Node:
     def _work(self, told: Mapping[str, Any]) -> None:
         if self._listener is not None:
             self._listener.close()
-        screen = Screen() if self._own is not None else WireScreen(self._link, told["terminals"])
+        screen = Screen() if self._own is not None else WireScreen(self._link, told["terminals"], told["colour"])
         work, place = self._own or Work(**told["work"]), Place(**told["place"])
         try:
             if work.cwd:

@@ -1,7 +1,8 @@
 """Carries the ranks' output to the launcher's own stdout and stderr.
 
 One thread (`Pump`) reads every rank's pipes. A line of one rank is written whole, in one write, with the rank in
-front: `[1] text`. With a single rank there is no prefix and every byte passes at once. Bytes are never decoded.
+front, in colour only on a terminal: `[1] text`. With a single rank there is no prefix and every byte passes at once.
+Bytes are never decoded.
 
 Rank 0's progress bars stay intact. Where the launcher's stream is a terminal, rank 0 gets a pseudo-terminal (as
 wide as the real one less the prefix), so that rich and tqdm behave as they do alone, and its bytes are shown
@@ -46,6 +47,7 @@ class Screen:
     def __init__(self, out_fd: int = 1, err_fd: int = 2) -> None:
         self.out_fd, self.err_fd = out_fd, err_fd
         self.on_broken: Callable[[], None] = lambda: None  # called once per stream that can no longer be written
+        self.has_colour = not os.environ.get("NO_COLOR")
         self._lock = threading.Lock()
         self._is_terminal = {fd: os.isatty(fd) for fd in (out_fd, err_fd)}
         self._broken: set[int] = set()
@@ -55,6 +57,12 @@ class Screen:
     def is_terminal(self, fd: int) -> bool:
         """Whether a person may be looking at this stream."""
         return self._is_terminal[fd]
+
+    def painted(self, fd: int, prefix: bytes) -> bytes:
+        """A rank's prefix in its colour, where a person looks and has not set NO_COLOR."""
+        if not prefix or not self.has_colour or not self.is_terminal(fd):
+            return prefix
+        return b"\x1b[%dm%b\x1b[0m " % (31 + sum(prefix) % 6, prefix.rstrip())
 
     def window_size(self, fd: int) -> bytes:
         """What the terminal behind this stream says of its size (struct winsize); b"" where there is none."""
@@ -170,7 +178,7 @@ class RankStream:
     """One of a rank's two streams, from the pipe's end to the screen."""
 
     def __init__(self, screen: Screen, sink_fd: int, prefix: bytes, is_first: bool) -> None:
-        self._screen, self._sink_fd, self._prefix = screen, sink_fd, prefix
+        self._screen, self._sink_fd, self._prefix = screen, sink_fd, screen.painted(sink_fd, prefix)
         # A lone rank has no prefix; only rank 0 of several may leave a line unfinished, and only on a terminal.
         self._is_live = not prefix or (is_first and screen.is_terminal(sink_fd))
         self._is_first = is_first
