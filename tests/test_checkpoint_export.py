@@ -16,8 +16,10 @@ from harness import distributed
 from torch import nn
 
 import deepspeedlite
+from deepspeedlite.checkpoint import tensors
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.export import parse_bytes
+from deepspeedlite.checkpoint.tensors import write_tensors
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.utils import safe_get_full_fp32_param
 from deepspeedlite.utils.zero_to_fp32 import (
@@ -135,6 +137,25 @@ def test_the_program_beside_a_checkpoint_takes_its_weights_out(tmp_path):
     assert done.returncode == 1 and done.stderr == "out exists already; name a new folder\n"
     done = run(".", "other", python=(sys.executable, "-I", "-S"))  # no packages: nothing of ours to import
     assert done.returncode == 1 and "cannot import" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_disk_begins_while_a_file_is_being_written_and_the_file_is_the_same(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    whole = {"a": torch.randn(10_001), "b": torch.arange(7), "c": torch.ones(0), "d": torch.randn(3, 5).bfloat16()}
+    expected = write_tensors(tmp_path / "plain", whole)
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(tensors, "_PIECE_NBYTES", 1000)
+    monkeypatch.setattr(tensors, "_BEHIND_NBYTES", 4096)
+    monkeypatch.setattr(tensors, "_sync_file_range", lambda fd, start, nbytes, how: begun.append((start, nbytes)))
+    assert write_tensors(tmp_path / "begun", whole) == expected == tensors.checksum(tmp_path / "begun")
+    assert (tmp_path / "plain").read_bytes() == (tmp_path / "begun").read_bytes()
+    assert all(torch.equal(value, whole[name]) for name, value in load_file(tmp_path / "begun").items())
+    stops = [start + nbytes for start, nbytes in begun]
+    assert len(begun) >= 8 and [start for start, _ in begun] == [0, *stops[:-1]] and stops[-1] <= expected.nbytes
+    begun.clear()
+    write_tensors(tmp_path / "lazy", whole, fsync=False)
+    assert not begun
 
 
 def test_sizes() -> None:

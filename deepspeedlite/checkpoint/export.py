@@ -114,6 +114,7 @@ def export_weights(
             total_bytes += sum(tensor.nbytes for tensor in tensors.values())
             places.update(dict.fromkeys(tensors, name))
             _write_shard(temporary / name, tensors, as_torch)
+            del tensors  # before the next shard's are read
         if len(shards) > 1:
             names.append(f"{stem}.{ending}.index.json")
             index = {"metadata": {"total_size": total_bytes}, "weight_map": places}
