@@ -3,15 +3,14 @@
     python benchmarks/checkpoint.py --peer-python /opt/peer/bin/python
 
 Two ranks of each library live at once on this machine, bf16 and Adam, and take turns: in every round two processes
-write and fsync as many bytes, then each library saves once (or loads into a fresh engine). The first round of each
-kind is not counted. Figures are the best of `--repeats` rounds, on the slowest rank; the JSON lines have all rounds.
-Files are read from the page cache. Without `--peer-python` only ours is measured.
+write and fsync as many bytes, then each library saves once; the first round of each kind is not counted. Then they
+load in turns, each time in new processes and from the page cache. Figures are the best of `--repeats` rounds, on the
+slowest rank; the JSON lines have all rounds. Without `--peer-python` only ours is measured.
 """
 
 from __future__ import annotations
 
 import argparse
-import ctypes
 import gc
 import json
 import os
@@ -21,8 +20,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -58,7 +57,6 @@ class Rank:
             self.engine.destroy()
         self.engine = None
         gc.collect()
-        ctypes.CDLL(None).malloc_trim(0)  # what the former has freed is not to be taken for room
         self.torch.manual_seed(0)
         linear = self.torch.nn.Linear
         model = self.torch.nn.Sequential(*(linear(WIDTH, WIDTH, bias=False) for _ in range(numel // WIDTH**2)))
@@ -174,24 +172,13 @@ class Contender:
         clear(self.folder)
         return self.ask("save", folder=str(self.folder), then=then)
 
-    def end(self) -> None:
+    def __enter__(self) -> Contender:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
         """Let the ranks end."""
         for rank in self.ranks:
-            if rank.stdin is not None:
-                rank.stdin.close()
-            rank.wait()
-
-
-@contextmanager
-def contenders(options: argparse.Namespace, folder: Path) -> Iterator[dict[str, Contender]]:
-    """All contenders by name."""
-    pythons = {OURS: sys.executable, **({PEER: options.peer_python} if options.peer_python else {})}
-    with ExitStack() as stack:
-        found = {}
-        for name, python in pythons.items():
-            found[name] = Contender(name, python, folder)
-            stack.callback(found[name].end)
-        yield found
+            rank.communicate()
 
 
 def clear(folder: Path) -> None:
@@ -250,33 +237,41 @@ def rounds(count: int, actions: dict[str, Callable[[], dict[str, float]]], warm:
 
 def measure(options: argparse.Namespace, stage: int, millions: int, folder: Path) -> dict[str, Any]:
     """All figures of one stage and size: the best of each."""
-    found: dict[str, list[float]] = {}
     size = {"stage": stage, "numel": millions << 20}
-    with contenders(options, folder) as those:
-        ours, peer = those[OURS], those.get(PEER)
-        if peer is not None:
-            peer.ask("build", **size, checkpoint={}, steps=1)
-        for mode, settings in MODES.items():
-            ours.ask("build", **size, checkpoint=settings, steps=1)
-            actions: dict[str, Callable[[], dict[str, float]]] = {}
-            if mode == "durable":
-                ours.save("")
-                actions["raw"] = partial(raw_s, size_of(ours.folder), folder / "raw")
-            actions[OURS] = partial(ours.save, "wait" if mode == "async" else "")
-            if peer is not None:
-                actions[PEER] = partial(peer.save, "sync")
-            found.update({f"{mode}.{key}": v for key, v in rounds(options.repeats, actions, warm=1).items()})
-        loads = {name: partial(load_fresh, one, size) for name, one in those.items()}
-        found.update({f"load.{key}": values for key, values in rounds(options.repeats, loads, warm=1).items()})
-        sizes = {f"{name}.nbytes": float(size_of(one.folder)) for name, one in those.items()}
+    pythons = {OURS: sys.executable, **({PEER: options.peer_python} if options.peer_python else {})}
+    with ExitStack() as stack:
+        found = saves(options, size, {n: stack.enter_context(Contender(n, p, folder)) for n, p in pythons.items()})
+    loads = {name: partial(load_fresh, name, python, folder, size) for name, python in pythons.items()}
+    found.update({f"load.{key}": values for key, values in rounds(options.repeats, loads).items()})
+    sizes = {f"{name}.nbytes": float(size_of(folder / name)) for name in pythons}
     print_json(stage=stage, millions=millions, **sizes, **found)
     return {**sizes, **{key: min(values) for key, values in found.items()}}
 
 
-def load_fresh(one: Contender, size: dict[str, int]) -> dict[str, float]:
-    """Load into an engine that has not stepped yet."""
-    one.ask("build", **size, checkpoint={}, steps=0)
-    return one.ask("load", folder=str(one.folder))
+def saves(options: argparse.Namespace, size: dict[str, int], those: dict[str, Contender]) -> dict[str, list[float]]:
+    """Seconds of every kind of save, as `mode.contender.value`. Each leaves its last checkpoint."""
+    found: dict[str, list[float]] = {}
+    ours, peer = those[OURS], those.get(PEER)
+    if peer is not None:
+        peer.ask("build", **size, checkpoint={}, steps=1)
+    for mode, settings in MODES.items():
+        ours.ask("build", **size, checkpoint=settings, steps=1)
+        actions: dict[str, Callable[[], dict[str, float]]] = {}
+        if mode == "durable":
+            ours.save("")
+            actions["raw"] = partial(raw_s, size_of(ours.folder), ours.folder.with_name("raw"))
+        actions[OURS] = partial(ours.save, "wait" if mode == "async" else "")
+        if peer is not None:
+            actions[PEER] = partial(peer.save, "sync")
+        found.update({f"{mode}.{key}": v for key, v in rounds(options.repeats, actions, warm=1).items()})
+    return found
+
+
+def load_fresh(library: str, python: str, folder: Path, size: dict[str, int]) -> dict[str, float]:
+    """Load into an engine that has not stepped yet, in processes of its own."""
+    with Contender(library, python, folder) as one:
+        one.ask("build", **size, checkpoint={}, steps=0)
+        return one.ask("load", folder=str(one.folder))
 
 
 def weights_out(options: argparse.Namespace, folder: Path) -> dict[str, list[float]]:

@@ -138,23 +138,24 @@ class Saver:
         asked = f"global_step{self._engine.global_steps}" if tag is None else tag
         part = RankPart(f"rank_{self._ranks.rank:05d}.safetensors")
         tags = self._ranks.each("save_checkpoint", lambda: check_tag(asked))
-        tag = self._ranks.first("save_checkpoint", lambda: self._agreed(tags))
-        what = f"saving checkpoint {tag} to {save_dir}"
-        first_buffers = self._ranks.first(what, lambda: checksums(parameters_of(self._engine)[1]))
-        collected: list[Manifest] = []
-        self._ranks.each(
-            what, lambda: collected.append(self._collect(part, client_state, exclude_frozen, first_buffers))
+        tag, first_buffers = self._ranks.first(
+            "save_checkpoint", lambda: (self._agreed(tags), checksums(parameters_of(self._engine)[1]))
         )
+        what = f"saving checkpoint {tag} to {save_dir}"
+        collected: list[Manifest] = []
+
+        def collect() -> None:
+            collected.append(self._collect(part, client_state, exclude_frozen, first_buffers))
+            if self._settings.async_save:
+                self._snapshot(part)
+
+        self._ranks.each(what, collect)
         manifest = collected[0]
         manifest.tag = tag
         writer = TagWriter(save_dir, tag, self._settings.fsync)
-        leftovers = self._ranks.first(what, writer.prepare)
-        if leftovers and self._ranks.rank == 0:
-            logger.warning("removed what interrupted saves had left in %s: %s", save_dir, ", ".join(leftovers))
         if not self._settings.async_save:
             self._finish(writer, part, manifest, save_latest, what)
             return
-        self._ranks.each(what, lambda: self._snapshot(part))
         self._thread = threading.Thread(
             target=self._in_background, args=(writer, part, manifest, save_latest, what), name="checkpoint"
         )
@@ -255,6 +256,13 @@ class Saver:
     def _finish(self, writer: TagWriter, part: RankPart, manifest: Manifest, save_latest: bool, what: str) -> None:
         ranks = self._ranks
 
+        def prepare() -> None:
+            leftovers = writer.prepare()
+            if leftovers:
+                logger.warning(
+                    "removed what interrupted saves had left in %s: %s", writer.save_dir, ", ".join(leftovers)
+                )
+
         def write() -> tuple[str, FileRecord, Any, Any, Any]:
             record = writer.write(part.file, part.tensors)
             return part.file, record, part.pieces, part.scalars, manifest.state["rng"]
@@ -271,6 +279,7 @@ class Saver:
                 writer.remove_older(self._settings.keep_last)
 
         try:
+            ranks.first(what, prepare)
             told = ranks.each(what, write)
             ranks.first(what, commit)
         except CheckpointError:
