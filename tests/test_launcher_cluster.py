@@ -433,9 +433,12 @@ for step in range(begin, 20):
 
 @pytest.mark.parametrize(("options", "ranks"), [(("--num_nodes", 2), 4), (("--min_nodes", 2), 6)])
 def test_a_lost_machine_is_replaced_or_done_without(tmp_path: Path, options: tuple[object, ...], ranks: int) -> None:
-    with Cluster(WORKERS) as cluster:
+    with Cluster([*WORKERS, "worker-0"]) as cluster:
+        cluster.power_off("worker-0")  # a spare machine that turns out not to answer
         script = write(tmp_path, RESUME)
-        words = command("--hostfile", cluster.hostfile(2), *options, "--max_restarts", 1, script, tmp_path)
+        names = ["worker-1", "worker-2", "worker-0", "worker-3"] if ranks == 4 else WORKERS
+        hosts = ("--hostfile", cluster.hostfile(2, names), "--launcher", "ssh")
+        words = command(*hosts, *options, "--max_restarts", 1, script, tmp_path)
         pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         process = cluster.popen("head", words, env=environment(), **pipe)
         deadline_s = time.monotonic() + 30

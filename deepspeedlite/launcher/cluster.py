@@ -151,6 +151,7 @@ class Cluster:
         self._strangers: dict[wire.Link, str] = {}  # connected, and not yet known -> the nonce they were given
         self._printer = _Printer(screen)
         self._beat_s = 0.0
+        self.started_s = time.monotonic()
         self.interrupted_by: int | None = None
         screen.on_broken = lambda: ears.poke(signal.SIGPIPE)
 
@@ -286,14 +287,17 @@ class Cluster:
         self._strangers[link] = nonce
         link.send(wire.CHALLENGE, {"nonce": nonce})
 
-    def _recognise(self, link: wire.Link, hello: dict[str, Any]) -> None:
+    def _recognise(self, link: wire.Link, hello: Any) -> None:
+        """Who knows the key is the node that its starter named; under MPI and Slurm, the one with its host's name."""
         nonce = self._strangers.pop(link)
-        missing = [node for node in self.nodes if node.link is None]
-        by_name = [node for node in missing if node.found.host in hello.get("names", ())]
-        index = hello.get("index")
-        by_index = [self.nodes[index]] if isinstance(index, int) and 0 <= index < len(self.nodes) else []
-        node = next((n for n in (*by_name, *by_index) if n in missing), None)
-        if node is None or hello.get("proof") != wire.proof(self._key, nonce, "node"):
+        if not isinstance(hello, dict) or hello.get("proof") != wire.proof(self._key, nonce, "node"):
+            link.close()
+            return
+        index = hello["index"]
+        by_name = [node for node in self.nodes if node.found.host in hello["names"] and not hello["is_told"]]
+        by_index = [self.nodes[index]] if index is not None and index < len(self.nodes) else []
+        node = next((node for node in (*by_name, *by_index) if node.link is None), None)
+        if node is None:
             link.close()
             return
         link.send(wire.WELCOME, {"proof": wire.proof(self._key, hello["nonce"], "launcher")})
@@ -414,7 +418,11 @@ class Cluster:
             link.close()
         if self._printer.is_alive():
             self._printer.queue.put(None)
-            self._printer.join(None if self.interrupted_by is None else 1.0)
+            deadline_s = time.monotonic() + (1.0 if self.interrupted_by is not None else 1e9)
+            while self._printer.is_alive() and time.monotonic() < deadline_s:  # a stopped pager is waited for
+                self._printer.join(_POLL_S)
+                if set(self._ears.take()) & set(ENDING):
+                    return
 
 
 def _plain(place: Place) -> dict[str, Any]:

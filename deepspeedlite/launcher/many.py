@@ -10,7 +10,7 @@ import contextlib
 import os
 import shlex
 import socket
-import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -42,31 +42,35 @@ def start_many(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Scre
         print(dry_run(options, hosts))
         return 0
     wanted, least, status = len(hosts), options.min_nodes or len(hosts), 0
+    pool = {**hosts, **spares}
     with contextlib.redirect_stderr(ScreenText(screen)), Ears() as ears:
-        for attempt in range(options.max_restarts + 1):
-            run = _Run(options, hosts, attempt, screen, ears)
-            outcome = run.run()
-            if outcome is None:
-                return 0
-            conclude(outcome, run.num_ranks, screen)
-            status = outcome.exit_status
-            if not goes_on(outcome, attempt, options):
-                break
-            left = {**{host: slots for host, slots in hosts.items() if host not in run.lost}, **spares}
-            if len(left) < least:
-                raise LaunchError(
-                    f"{len(left)} machines are left, and {least} are needed (--min_nodes says how few will do)"
-                )
-            names = list(left)
-            hosts, spares = {n: left[n] for n in names[:wanted]}, {n: left[n] for n in names[wanted:]}
-    return status
+        attempt = 0
+        while True:
+            run = _Run(options, dict(list(pool.items())[:wanted]), attempt, screen, ears)
+            try:
+                outcome = run.run()
+            except LaunchError:
+                if not attempt or not run.gone:
+                    raise
+                outcome = None  # a machine to spare does not answer either: try those that are left
+            else:
+                if outcome is None:
+                    return 0
+                conclude(outcome, run.num_ranks, screen)
+                status = outcome.exit_status
+                if not goes_on(outcome, attempt, options):
+                    return status
+                attempt += 1
+            pool = {host: slots for host, slots in pool.items() if host not in run.gone}
+            if len(pool) < least:
+                raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
 
 
 class _Run:
     """One attempt."""
 
     def __init__(self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, ears: Ears) -> None:
-        self._options, self._attempt = options, attempt
+        self._options, self._attempt, self._screen = options, attempt, screen
         self._is_checked = not options.no_check
         listener, key, connect_to, backend = _way_in(options)
         names = list(hosts)
@@ -76,7 +80,7 @@ class _Run:
         self._launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
         self._cluster = Cluster([Found(h, s) for h, s in hosts.items()], "".join(key.values()), listener, screen, ears)
         self.num_ranks = 0
-        self.lost: set[str] = set()
+        self.gone: set[str] = set()  # machines that were lost, or did not answer
 
     def run(self) -> Outcome | None:
         """How it went; None if it was only to be checked, and is well.
@@ -87,11 +91,14 @@ class _Run:
         cluster, status = self._cluster, 1
         try:
             cluster.gather(self._launches, self._options.start_timeout_s)
-            outcome = self._outcome()
+            try:
+                outcome = self._outcome()
+            except KeyboardInterrupt:  # while machines were still being asked
+                outcome = Outcome(cluster.started_s, time.monotonic(), interrupted_by=cluster.interrupted_by)
             status = outcome.exit_status if outcome else 0
-            self.lost = {node.found.host for node in cluster.nodes if node.lost}
             return outcome
         finally:
+            self.gone = {node.found.host for node in cluster.nodes if node.lost or not node.found.facts}
             cluster.close(status)
 
     def _outcome(self) -> Outcome | None:
@@ -116,7 +123,7 @@ class _Run:
         rows = check(found, address)
         bad = [row for row in rows if row.status == BAD and (self._is_checked or row.name == "reached")]
         if bad or self._options.check:
-            print(table(rows, sys.stderr.isatty()), file=sys.stderr)
+            self._screen.say(table(rows, self._screen.is_terminal(2) and self._screen.has_colour) + "\n")
         if bad:
             hosts = ", ".join(dict.fromkeys(row.section for row in bad))
             skip = "" if any(row.name == "reached" for row in bad) else "; --no_check starts all the same"

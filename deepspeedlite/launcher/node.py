@@ -90,11 +90,14 @@ class Node:
     """This machine's side of the talk with the launcher.
 
     Args:
+        index: which node this is, and `is_told`, whether the launcher said so (or only a scheduler's numbering).
         own: what to run and show here, instead of what the launcher tells: without ssh every node was given it.
     """
 
-    def __init__(self, link: wire.Link, key: str, index: int | None, own: Work | None = None) -> None:
-        self._link, self._key, self._index, self._own = link, key, index, own
+    def __init__(
+        self, link: wire.Link, key: str, index: int | None, own: Work | None = None, is_told: bool = True
+    ) -> None:
+        self._link, self._key, self._index, self._own, self._is_told = link, key, index, own, is_told
         self._listener: socket.socket | None = None
 
     def run(self) -> int:
@@ -104,7 +107,7 @@ class Node:
         if challenge is None:
             return _complain("the launcher did not answer")
         nonce = wire.new_secret()
-        hello = {**facts(), "index": self._index, "nonce": nonce}
+        hello = {**facts(), "index": self._index, "is_told": self._is_told, "nonce": nonce}
         link.send(wire.HELLO, {**hello, "proof": wire.proof(self._key, challenge["nonce"], "node")})
         _, welcome = link.expect(wire.WELCOME, within_s=wire.SILENCE_S)
         if welcome is None or welcome["proof"] != wire.proof(self._key, nonce, "launcher"):
@@ -207,7 +210,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     index = args.index
     for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
         index = int(os.environ[name]) if index is None and name in os.environ else index
-    Node(link, os.environ.get(KEY, ""), index).run()
+    Node(link, os.environ.get(KEY, ""), index, is_told=args.index is not None).run()
     return 0  # whose status the job's is, the launcher says; pdsh and mpirun would only add words of their own
 
 

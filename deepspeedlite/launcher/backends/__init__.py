@@ -89,8 +89,8 @@ def mpirun(reach: Reach, programs: Sequence[str], options: Sequence[str], **vari
 def hydra(reach: Reach, programs: Sequence[str], **variables: str) -> list[Launch]:
     """The same by MPICH's process manager and its relatives.
 
-    They are told to hand on the key alone: values with line ends would stop them. Another variable comes after it, since
-    MPICH 4.0 overlooks the last one of its environment.
+    They are told to hand on the key alone: values with line ends would stop them. MPICH 4.0 overlooks the last
+    variable of its environment, so another one comes after the key.
     """
     options = ["-n", str(len(reach.hosts)), "-ppn", "1", "-hosts", ",".join(reach.hosts), "-genvlist", *reach.key]
     return mpirun(reach, programs, options, **variables, DSL_LAUNCHER_LAST="")
