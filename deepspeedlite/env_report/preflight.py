@@ -59,6 +59,7 @@ def facts() -> dict[str, Any]:
         "time": time.time(),
         "gpus": len(devices.ids),
         "vendor": devices.vendor,
+        "visible": f"{devices.variable}={','.join(devices.ids)}" if devices.from_variable else "",
     }
 
 

@@ -113,6 +113,8 @@ class _Run:
         if options.check:
             return None
         say([note] * bool(note))
+        visible = {node.host: node.facts["visible"] for node in found if node.facts["visible"]}
+        say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
         places = places_of(found, address, port, self._attempt)
         self.num_ranks = places[0].world_size
         work = replace(options.work, cwd=os.getcwd())
