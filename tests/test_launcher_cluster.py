@@ -5,8 +5,10 @@ Every test that ends something also checks that no process of the training is le
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -340,6 +342,69 @@ def test_mistakes_are_told_with_their_host(cluster: Cluster, tmp_path: Path) -> 
     for words, said in mistakes.items():
         done = cluster.run("head", command(*hosts, *words.split(), script), env=environment(), check=False)
         assert done.returncode == 2 and said in done.stderr, done.stderr
+
+
+# Output and pauses
+
+
+def test_rank_0_of_another_machine_has_the_launchers_terminal(cluster: Cluster, tmp_path: Path) -> None:
+    body = """
+    import os, sys
+    if os.environ["RANK"] == "0":
+        print(sys.stdout.isatty(), os.get_terminal_size().columns)
+        os.write(2, b"\\r 10%")
+        os.write(2, b"\\r 20%\\n")
+    """
+    script = write(tmp_path, body)
+    ours, theirs = pty.openpty()
+    subprocess.run(["stty", "cols", "90"], stdin=theirs, check=True)
+    hosts = ("--hostfile", cluster.hostfile(1), "--launcher", "ssh", "--quiet")
+    env = environment(NO_COLOR="1")
+    process = cluster.popen("head", command(*hosts, script), env=env, stdin=theirs, stdout=theirs, stderr=theirs)
+    os.close(theirs)
+    shown = b""
+    with contextlib.suppress(OSError):  # EIO: everyone has closed the terminal
+        while part := os.read(ours, 4096):
+            shown += part
+    os.close(ours)
+    assert process.wait() == 0
+    width = 90 - len("[worker-1:0] ")
+    assert shown == b"[worker-1:0] True %d\r\n\r[worker-1:0]  10%%\r[worker-1:0]  20%%\r\n" % width, shown
+
+
+@pytest.mark.parametrize("backend", ["ssh", "pdsh"])
+def test_a_reader_that_stops_loses_no_machine_and_no_line(cluster: Cluster, tmp_path: Path, backend: str) -> None:
+    body = "import os\nfor n in range(40_000): print(os.environ['RANK'], n, 'x' * 100)\n"
+    hosts = ("--hostfile", cluster.hostfile(1), "--launcher", backend, "--quiet")
+    words = command(*hosts, write(tmp_path, body))
+    process = cluster.popen("head", words, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(8)  # longer than the silence after which a machine counts as lost
+    assert process.poll() is None
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    lines = [line.split() for line in out.splitlines()]
+    for rank, host in enumerate(WORKERS):
+        own = [int(words[2]) for words in lines if words[0] == f"[{host}:{rank}]"]
+        assert own == list(range(40_000))
+
+
+def test_a_paused_launcher_pauses_the_ranks_and_goes_on(cluster: Cluster, tmp_path: Path) -> None:
+    training = Training(cluster, tmp_path, 1, "--launcher", "ssh")
+    process = training.processes[0]
+    process.send_signal(signal.SIGTSTP)
+    time.sleep(7)
+    assert process.poll() is None
+    for rank in range(6):
+        (pid,) = {pid for pid in cluster.processes(WORKERS[rank // 2], str(training.script)) if _is_rank(pid, rank)}
+        assert Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "T"
+    process.send_signal(signal.SIGCONT)
+    training.tell("exit-4")
+    assert training.end(within_s=10) == [41], training.reports()
+    assert "rank 4 on worker-3 failed first" in training.reports()[0]
+
+
+def _is_rank(pid: int, rank: int) -> bool:
+    return f"\0RANK={rank}\0".encode() in b"\0" + Path(f"/proc/{pid}/environ").read_bytes() + b"\0"
 
 
 # Without ssh, and without the launcher

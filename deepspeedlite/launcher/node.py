@@ -28,7 +28,6 @@ from deepspeedlite.launcher.output import Screen
 
 KEY = "DSL_LAUNCHER_KEY"
 _WINDOW_BYTES = 1 << 20  # output on its way that the launcher has not shown yet
-_CHUNK_BYTES = 1 << 16
 _CONNECT_S = 3.0
 # Set by what started this agent. Ranks would take them for a word on their own place.
 _SCHEDULER = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "HYDRA", "HYDI_", "MPI_LOCAL", "MV2_COMM", "MPIR_", "MPIEXEC_")
@@ -76,14 +75,13 @@ class WireScreen(Screen):
             self._room.notify_all()
 
     def _send(self, fd: int, is_live: int, data: bytes) -> None:
-        for start in range(0, len(data), _CHUNK_BYTES):
-            chunk = data[start : start + _CHUNK_BYTES]
-            with self._room:
-                self._room.wait_for(lambda: self._unshown_bytes < _WINDOW_BYTES or self._link.closed)
-                self._unshown_bytes += len(chunk)
-            self._link.send(wire.OUTPUT, raw=bytes([fd, is_live]) + chunk)
-            while self._link.pending and not self._link.closed:
-                self._link.flush(wire.BEAT_S)
+        """In one frame: what is cut between frames could be shown with another node's lines between."""
+        with self._room:
+            self._room.wait_for(lambda: self._unshown_bytes < _WINDOW_BYTES or self._link.closed)
+            self._unshown_bytes += len(data)
+        self._link.send(wire.OUTPUT, raw=bytes([fd, is_live]) + data)
+        while self._link.pending and not self._link.closed:
+            self._link.flush(wire.BEAT_S)
 
 
 class Node:
