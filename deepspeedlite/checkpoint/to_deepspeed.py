@@ -85,10 +85,14 @@ def export_to_deepspeed(
     try:
         for name, content in track(files, f"writing {out}"):
             save_for_deepspeed(content(), temporary / tag / name)
-        (temporary / LATEST).write_text(tag)
+        with (temporary / LATEST).open("w") as file:
+            file.write(tag)
+            file.flush()
+            os.fsync(file.fileno())
         sync_dir(temporary / tag)
         sync_dir(temporary)
         os.rename(temporary, out)
+        sync_dir(out.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
