@@ -15,7 +15,7 @@ PACKAGE = ROOT / "deepspeedlite"
 # The layer of each part of the package; the longest matching prefix counts. A new file must be given a layer here.
 LAYERS = {
     0: ["_version", "env", "errors", "log", "config", "hostfile", "gpus", "ssh", "launcher", "env_report"],
-    1: ["device", "comm", "ops"],
+    1: ["device", "comm", "ops", "bench"],
     2: ["zero"],
     3: ["optim", "precision"],
     4: ["checkpoint", "data", "monitor", "profiling", "weights", "utils"],
@@ -160,6 +160,7 @@ def modules_after(statement: str) -> set[str]:
         ("import deepspeedlite", {"torch", "pydantic", "rich", "numpy", "psutil"}),
         ("import deepspeedlite.launcher.cli", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.env_report", {"torch", "pydantic", "rich", "numpy"}),
+        ("import deepspeedlite.bench", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.ssh", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.config", {"torch", "rich", "numpy"}),
         ("import op_builder", {"torch", "deepspeedlite", "numpy", "rich"}),  # setup.py reads it where none is installed

@@ -74,8 +74,12 @@ class OpStats:
 
     def busbw_gb_s(self, op: str, size_bytes: int) -> float:
         """Bytes over each rank's link per second, in 1e9 bytes: comparable between operations and world sizes."""
-        factor = _BUS_FACTORS.get(op.split(" ")[0], lambda _: 1.0)
-        return self.algbw_gb_s(size_bytes) * factor(self.ranks)
+        return self.algbw_gb_s(size_bytes) * bus_factor(op.split(" ")[0], self.ranks)
+
+
+def bus_factor(op: str, ranks: int) -> float:
+    """How many bytes each rank's link carries per byte of the message, as NVIDIA's nccl-tests count them."""
+    return _BUS_FACTORS.get(op, lambda _: 1.0)(ranks)
 
 
 @dataclass
