@@ -171,7 +171,9 @@ class Loader:
                 if kind in (WEIGHT, MASTER):
                     continue
                 if kind not in state:
-                    state[kind] = torch.zeros_like(master, dtype=reader.stored_dtype(parameter, kind))
+                    covered = sum(p.stop - p.start for saved, p in parts if kind in saved.pieces)
+                    make = torch.empty_like if covered == master.numel() else torch.zeros_like
+                    state[kind] = make(master, dtype=reader.stored_dtype(parameter, kind))
                 reader.read_into(parameter, kind, state[kind][part.start : part.stop], part.first)
             for name, value in parameter.scalars.items():
                 scalars.setdefault(name, []).append(reader.value(value))

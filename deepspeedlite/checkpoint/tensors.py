@@ -12,7 +12,6 @@ import ctypes
 import json
 import os
 import sys
-import zlib
 from collections.abc import Mapping
 from math import prod
 from pathlib import Path
@@ -21,6 +20,11 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.errors import CheckpointError
+
+try:
+    from zlib_ng.zlib_ng import crc32  # the same sum, by carry-less multiplication: six times as fast
+except ImportError:
+    from zlib import crc32
 
 CODES = {
     "BOOL": torch.bool,
@@ -127,7 +131,7 @@ class _Out:
     def write(self, data: memoryview) -> None:
         while data:
             piece = data[:_PIECE_NBYTES]
-            self.crc = zlib.crc32(piece, self.crc)
+            self.crc = crc32(piece, self.crc)
             while piece:
                 written = os.write(self.fd, piece)
                 piece, data, self.nbytes = piece[written:], data[written:], self.nbytes + written
@@ -154,7 +158,7 @@ def checksum(path: Path) -> FileRecord:
     crc = nbytes = 0
     with path.open("rb", buffering=0) as file:
         while read := file.readinto(buffer):
-            crc, nbytes = zlib.crc32(view[:read], crc), nbytes + read
+            crc, nbytes = crc32(view[:read], crc), nbytes + read
     return FileRecord(nbytes, crc)
 
 
