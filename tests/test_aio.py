@@ -1,21 +1,29 @@
-"""async_io against plain files: every size around a page, requests at random, and what goes wrong."""
+"""async_io against plain files, by every engine that this kernel has: sizes around a page, requests at random, and what
+goes wrong.
+"""
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import os
+import re
+import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from deepspeedlite.errors import OpError
-from deepspeedlite.ops.aio import ALIGNMENT, aio_handle
+from deepspeedlite.ops.aio import ALIGNMENT, ENGINES, aio_handle
 
 SIZES = (0, 1, 511, 4095, 4096, 4097, 8192, 65_536, 65_537, 1_000_003)
 
@@ -28,9 +36,26 @@ def aligned(handle: aio_handle, nbytes: int) -> Tensor:
     return handle.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8))
 
 
+@cache
+def refusal(engine: str) -> str:
+    """Why this kernel does not have the engine; "" where it does."""
+    try:
+        aio_handle(engine=engine)
+    except OpError as error:
+        return str(error)
+    return ""
+
+
+@pytest.fixture(params=ENGINES)
+def engine(request) -> str:
+    if reason := refusal(request.param):
+        pytest.skip(f"the engine {request.param} is not to be had: {reason}")
+    return request.param
+
+
 @pytest.fixture
-def handle() -> aio_handle:
-    return aio_handle(block_size=1 << 16, queue_depth=4)
+def handle(engine) -> aio_handle:
+    return aio_handle(block_size=1 << 16, queue_depth=4, engine=engine)
 
 
 @pytest.mark.parametrize("nbytes", SIZES)
@@ -65,16 +90,162 @@ def test_requests_run_at_once_and_are_counted(handle, tmp_path):
     assert (tmp_path / "file").read_bytes() == b"".join(bytes(piece.numpy()) for piece in pieces)
 
 
+# --- the queue --------------------------------------------------------------------------------------------------------
+
+
+def test_as_many_blocks_as_the_queue_is_deep_are_under_way_and_no_more(engine, tmp_path):
+    for depth in (1, 3, 32):
+        handle = aio_handle(block_size=4096, queue_depth=depth, engine=engine)
+        for i in range(20):  # many times what the queue holds
+            handle.async_pwrite(content(100_000, seed=i), str(tmp_path / str(i % 3)), i * 100_000)
+        handle.wait()
+        for i in range(20):
+            with open(tmp_path / str(i % 3), "rb") as file:
+                file.seek(i * 100_000)
+                assert file.read(100_000) == bytes(content(100_000, seed=i).numpy())
+        counts = handle.get_counts()
+        assert counts["peak_depth"] == depth and counts["blocks"] > 20 * 24
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_blocks_reach_the_kernel_as_the_settings_say(engine, threads, tmp_path):
+    file, blocks, depth = str(tmp_path / "file"), 96, 8
+    Path(file).write_bytes(bytes(content(blocks * 4096).numpy()))
+
+    def submissions(single_submit: bool, overlap_events: bool) -> int:
+        handle = aio_handle(4096, depth, single_submit, overlap_events, threads, engine)
+        memory = aligned(handle, blocks * 4096)
+        handle.sync_pread(memory, file)
+        assert torch.equal(memory, content(blocks * 4096))
+        counts = handle.get_counts()
+        assert (counts["blocks"], counts["bounced"]) == (blocks, 0)
+        return counts["submissions"]
+
+    assert submissions(True, True) == submissions(True, False) == blocks
+    assert (
+        submissions(False, False) <= blocks // depth + threads
+    )  # one for each filled queue, and the last of each thread
+    assert submissions(False, True) <= blocks
+
+
+def test_whole_pages_of_the_file_go_past_the_page_cache(engine, tmp_path):
+    handle = aio_handle(block_size=1 << 16, engine=engine)
+    memory = aligned(handle, 10 * ALIGNMENT + 1)
+    for offset, skip, nbytes, expected in (
+        (0, 0, 10 * ALIGNMENT, (1, 1, 0)),  # blocks, direct, bounced
+        (0, 1, 10 * ALIGNMENT, (1, 1, 1)),  # the memory is not aligned
+        (100, 100, 9 * ALIGNMENT, (3, 1, 0)),  # both begin in the middle of a page, at the same place
+        (100, 0, 9 * ALIGNMENT, (3, 1, 1)),
+        (ALIGNMENT, 0, 100, (1, 0, 0)),
+    ):
+        before = handle.get_counts()
+        handle.sync_pwrite(memory[skip : skip + nbytes], str(tmp_path / "file"), offset)
+        after = handle.get_counts()
+        if after["direct"] == before["direct"] == 0 and expected[1]:
+            pytest.skip(f"the file system of {tmp_path} has no O_DIRECT")
+        assert tuple(after[name] - before[name] for name in ("blocks", "direct", "bounced")) == expected
+
+
+def test_the_engine_can_be_chosen_and_is_told(engine, monkeypatch):
+    assert aio_handle(engine=engine).get_engine() == engine
+    monkeypatch.setenv("DSL_AIO_ENGINE", engine)
+    assert aio_handle().get_engine() == engine
+    monkeypatch.delenv("DSL_AIO_ENGINE")
+    assert aio_handle().get_engine() == next(name for name in ENGINES if not refusal(name))
+
+
+def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
+    with pytest.raises(OpError, match=r"engine must be one of io_uring, aio, threads, got 'libaio'"):
+        aio_handle(engine="libaio")
+    monkeypatch.setenv("DSL_AIO_ENGINE", "uring")
+    with pytest.raises(OpError, match=r"DSL_AIO_ENGINE must be one of io_uring, aio, threads, got 'uring'"):
+        aio_handle()
+
+
+# Children of one process, each of which has some system calls answered with EPERM, as in containers: it prints which
+# engine was taken, and the reasons for which the others were not.
+FILTERED = """
+import ctypes, os, sys
+import torch
+from deepspeedlite.errors import OpError
+from deepspeedlite.ops.aio import aio_handle
+
+class Filter(ctypes.Structure):
+    _fields_ = [("code", ctypes.c_uint16), ("jt", ctypes.c_uint8), ("jf", ctypes.c_uint8), ("k", ctypes.c_uint32)]
+
+class Program(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_uint16), ("filters", ctypes.POINTER(Filter))]
+
+libc = ctypes.CDLL(None)
+
+def refuse(number):
+    load, equal, answer, eperm, allow = 0x20, 0x15, 0x06, 0x50001, 0x7FFF0000
+    filters = (load, 0, 0, 0), (equal, 0, 1, number), (answer, 0, 0, eperm), (answer, 0, 0, allow)
+    program = Program(4, (Filter * 4)(*(Filter(*words) for words in filters)))
+    assert libc.prctl(38, 1, 0, 0, 0) == 0 and libc.prctl(22, 2, ctypes.byref(program), 0, 0) == 0
+
+aio_handle().close()  # compiles and loads the op
+for numbers in sys.argv[2:]:
+    child = os.fork()
+    if child == 0:
+        for number in numbers.split(","):
+            refuse(int(number))
+        handle = aio_handle()
+        handle.write(torch.arange(50_000), sys.argv[1], True)
+        print(numbers, handle.get_engine(), flush=True)
+        for name in ("io_uring", "aio"):
+            try:
+                aio_handle(engine=name)
+            except OpError as error:
+                print(numbers, error, flush=True)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, numbers
+"""
+REFUSED = {  # numbers of system calls on x86-64, the engine that is taken, and what is told of another one
+    "425": ("aio", "io_uring: io_uring_setup"),
+    "426": ("aio", "io_uring: io_uring_enter"),
+    "427": ("aio", "io_uring: io_uring_register"),
+    "425,206": ("threads", "aio: io_setup"),
+    "425,209": ("threads", "aio: io_submit"),
+    "425,208": ("threads", "aio: io_getevents"),
+}
+
+
+@pytest.mark.skipif(os.uname().machine != "x86_64", reason="knows the numbers of x86-64's system calls")
+def test_where_a_filter_refuses_an_engine_the_next_one_is_taken_and_the_reason_told(tmp_path):
+    if reason := refusal("io_uring") or refusal("aio"):
+        pytest.skip(f"an engine is not to be had even without a filter: {reason}")
+    command = [sys.executable, "-c", FILTERED, str(tmp_path / "file"), *REFUSED]
+    environ = {name: value for name, value in os.environ.items() if name != "DSL_AIO_ENGINE"}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    for numbers, (taken, call) in REFUSED.items():
+        assert f"{numbers} {taken}\n" in done.stdout
+        told = f"{call}: Operation not permitted"
+        assert f"{numbers} async_io cannot be had here: {told}; without DSL_AIO_ENGINE and engine, one" in done.stdout
+        assert any(f"async_io uses {taken}, since" in line and told in line for line in done.stderr.splitlines())
+
+
+# --- sequences of requests --------------------------------------------------------------------------------------------
+
+
 Request = tuple[bool, int, int, bool]  # write, offset, bytes, whether to wait afterwards
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.lists(st.tuples(st.booleans(), st.integers(0, 30_000), st.integers(0, 40_000), st.booleans()), max_size=12))
-def test_any_sequence_of_requests_does_what_a_plain_file_does(tmp_path_factory, requests: list[Request]):
-    file = tmp_path_factory.mktemp("fuzz") / "file"
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0, 30_000), st.integers(0, 40_000), st.booleans()), max_size=12),
+    st.integers(1, 4),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_any_sequence_of_requests_does_what_a_plain_file_does(
+    engine, tmp_path, requests: list[Request], depth: int, threads: int, overlap_events: bool
+):
+    file = tmp_path / "file"
     model = bytearray(100_000)
     file.write_bytes(model)
-    handle = aio_handle(block_size=8192, queue_depth=3)
+    handle = aio_handle(8192, depth, False, overlap_events, threads, engine)
     reads: list[tuple[Tensor, bytes]] = []
     under_way: list[tuple[int, int]] = []
     for number, (write, offset, nbytes, wait) in enumerate(requests):
@@ -97,9 +268,9 @@ def test_any_sequence_of_requests_does_what_a_plain_file_does(tmp_path_factory, 
     assert all(bytes(found.numpy()) == expected for found, expected in reads)
 
 
-def test_several_threads_of_the_program_may_each_have_a_handle(tmp_path):
+def test_several_threads_of_the_program_may_each_have_a_handle(engine, tmp_path):
     def work(number: int) -> None:
-        handle, data = aio_handle(block_size=4096), content(300_000, seed=number)
+        handle, data = aio_handle(block_size=4096, engine=engine), content(300_000, seed=number)
         for _ in range(5):
             handle.sync_pwrite(data, str(tmp_path / str(number)))
             found = torch.empty_like(data)
@@ -141,13 +312,12 @@ def test_failures_say_which_file_where_and_why_and_the_handle_goes_on(handle, tm
     assert handle.sync_pread(good, str(short)) == 1
 
 
-def test_a_full_disk_is_an_error_that_names_the_byte(tmp_path):
+def test_a_full_disk_is_an_error_that_names_the_byte(engine, tmp_path):
     script = f"""
-import resource, signal, torch
+import resource, torch
 from deepspeedlite.errors import OpError
 from deepspeedlite.ops.aio import aio_handle
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-handle = aio_handle(block_size=65536, queue_depth=1)
+handle = aio_handle(block_size=65536, queue_depth=4, engine={engine!r})
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a disk that ends there
 try:
     handle.sync_pwrite(torch.zeros(1_000_000, dtype=torch.uint8), {str(tmp_path / "file")!r})
@@ -160,15 +330,132 @@ except OpError as error:
     )
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a small tmpfs")
-def test_a_full_tmpfs_is_an_error(handle, tmp_path):
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(tmp_path)], check=False).returncode:
+@contextlib.contextmanager
+def small_tmpfs(folder: Path) -> Iterator[None]:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small tmpfs")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
-        with pytest.raises(OpError, match="No space left on device"):
-            handle.sync_pwrite(content(2_000_000), str(tmp_path / "file"))
+        yield
     finally:
-        subprocess.run(["umount", str(tmp_path)], check=True)
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_tmpfs_is_an_error(handle, tmp_path):
+    with small_tmpfs(tmp_path):
+        with pytest.raises(OpError, match=r"writing .*/file at byte \d+ failed: No space left on device"):
+            handle.sync_pwrite(content(2_000_000), str(tmp_path / "file"))
+        assert handle.get_counts()["blocks"] < 2_000_000 / 65_536, "what came after the failure was not tried"
+        (tmp_path / "file").unlink()
+        assert handle.write(content(100_000), str(tmp_path / "file"), True) == 1
+
+
+def test_what_cannot_be_read_in_the_middle_is_an_error_and_the_rest_is_done(handle, tmp_path):
+    good = tmp_path / "good"
+    good.write_bytes(bytes(content(500_000).numpy()))
+    for _ in range(20):  # the first page of an address space belongs to nobody: reading it is EIO
+        handle.async_pread(torch.empty(5000, dtype=torch.uint8), "/proc/self/mem", 4096)
+        handle.async_pread(found := torch.empty(500_000, dtype=torch.uint8), str(good))
+    with pytest.raises(OpError, match=r"reading /proc/self/mem at byte 4096 failed: Input/output error"):
+        handle.wait()
+    assert torch.equal(found, content(500_000)) and handle.sync_pread(found, str(good)) == 1
+
+
+def test_a_file_that_vanishes_while_it_is_read_is_read_and_then_gone(handle, tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(content(3_000_000).numpy()))
+    handle.async_pread(found := torch.empty(3_000_000, dtype=torch.uint8), str(file))
+    file.unlink()
+    handle.wait()
+    assert torch.equal(found, content(3_000_000))
+    with pytest.raises(OpError, match="No such file"):
+        handle.sync_pread(found, str(file))
+
+
+@pytest.mark.parametrize("how", ["close", "drop"])
+def test_ending_a_handle_waits_for_what_is_under_way(engine, how, tmp_path):
+    handle = aio_handle(block_size=4096, queue_depth=2, engine=engine)
+    for i in range(10):
+        handle.async_pwrite(content(300_001, seed=i), str(tmp_path / str(i)))
+    if how == "close":
+        handle.close()
+        with pytest.raises(OpError, match="this aio_handle is closed"):
+            handle.wait()
+        handle.close()
+    del handle
+    for i in range(10):
+        assert (tmp_path / str(i)).read_bytes() == bytes(content(300_001, seed=i).numpy())
+
+
+def test_threads_of_the_program_may_share_a_handle(handle, tmp_path):
+    def work(number: int) -> None:
+        for i in range(10):
+            handle.async_pwrite(content(50_001, seed=i), str(tmp_path / f"{number}-{i}"))
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert handle.wait() == 40
+    for number in range(4):
+        for i in range(10):
+            assert (tmp_path / f"{number}-{i}").read_bytes() == bytes(content(50_001, seed=i).numpy())
+
+
+# Requests while the kernel answers as it seldom does, at every third call.
+FAULTY = """
+import ctypes, sys, torch
+from deepspeedlite.errors import OpError
+from deepspeedlite.ops.aio import aio_handle
+
+engine, folder = sys.argv[1:3]
+faults = ctypes.CDLL(None)
+handle = aio_handle(block_size=8192, queue_depth=4, engine=engine)
+for how in map(int, sys.argv[3:]):
+    faults.faults_every(3, how)
+    for i in range(10):
+        data = torch.arange(30_000 + i) * (7 + how)
+        found = torch.zeros_like(data)
+        try:
+            handle.sync_pwrite(data, f"{folder}/{i}", 5 * i)
+            handle.sync_pread(found, f"{folder}/{i}", 5 * i)
+            print(how, torch.equal(found, data))
+        except OpError as error:
+            print(how, error)
+    assert faults.faults_hit() >= 10, (how, faults.faults_hit())
+faults.faults_every(0, 0)
+handle.write(data, f"{folder}/last", True)
+"""
+
+
+@pytest.fixture(scope="module")
+def faults(tmp_path_factory) -> Path:
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("preloading faults needs a C++ compiler")
+    library = tmp_path_factory.mktemp("faults") / "faults_aio.so"
+    source = Path(__file__).with_name("faults_aio.cpp")
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+def test_what_the_kernel_leaves_undone_is_done_and_what_it_refuses_is_told(engine, faults, tmp_path):
+    expected = {  # -1: half of the bytes are moved, or one of the blocks that are handed over is taken
+        "-1": "True",
+        str(errno.EINTR): "True",
+        str(errno.EAGAIN): "True",
+        str(errno.EIO): r"async_io: (reading|writing) \S+ at byte \d+ failed: Input/output error",
+    }
+    command = [sys.executable, "-c", FAULTY, engine, str(tmp_path), *expected]
+    environ = {**os.environ, "LD_PRELOAD": str(faults)}
+    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    told = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert [how for how, _ in told] == [how for how in expected for _ in range(10)]
+    assert all(re.fullmatch(expected[how], what) for how, what in told), done.stdout
 
 
 def test_validation_sees_a_file_that_changed(handle, tmp_path):
@@ -191,7 +478,7 @@ def test_what_it_cannot_move_is_refused(handle, buffer, offset, tmp_path):
 
 
 def test_numbers_out_of_range_are_refused():
-    with pytest.raises(OpError, match="queue_depth must be at least 1, got 0"):
+    with pytest.raises(OpError, match="queue_depth must be at least 1 and at most 4096, got 0"):
         aio_handle(queue_depth=0)
 
 

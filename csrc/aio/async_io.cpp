@@ -3,6 +3,7 @@
 
 #include <cstring>
 #include <string>
+#include <vector>
 
 #include "aio/engine.h"
 #include "common/binding.h"
@@ -11,11 +12,20 @@ namespace {
 
 dsl_aio* engine(int64_t handle) { return reinterpret_cast<dsl_aio*>(handle); }
 
-int64_t aio_open(int64_t block_bytes, int64_t threads) {
-    dsl_aio* const opened = dsl_aio_open(block_bytes, static_cast<int32_t>(threads));
-    STD_TORCH_CHECK(opened != nullptr, "aio_open: ", threads, " threads cannot be started");
+int64_t aio_open(std::string wanted, int64_t block_bytes, int64_t queue_depth, int64_t drivers, bool single_submit,
+                 bool overlap_events) {
+    const dsl_aio_config config{
+        wanted.c_str(), block_bytes,   static_cast<int32_t>(queue_depth), static_cast<int32_t>(drivers),
+        single_submit,  overlap_events};
+    char why[500] = "";
+    dsl_aio* const opened = dsl_aio_open(&config, why, sizeof why);
+    STD_TORCH_CHECK(opened != nullptr, why);
     return reinterpret_cast<int64_t>(opened);
 }
+
+std::string aio_engine(int64_t handle) { return dsl_aio_engine(engine(handle)); }
+
+std::string aio_refused(int64_t handle) { return dsl_aio_refused(engine(handle)); }
 
 void submit(const char* op, int64_t handle, const torch::stable::Tensor& buffer, const std::string& path,
             int64_t offset, bool write) {
@@ -39,12 +49,22 @@ int64_t aio_wait(int64_t handle) {
     return requests;
 }
 
+std::vector<int64_t> aio_counts(int64_t handle) {
+    const dsl_aio_counts counts = dsl_aio_count(engine(handle));
+    return {counts.blocks, counts.direct, counts.bounced, counts.submissions, counts.peak_depth};
+}
+
 void aio_close(int64_t handle) { dsl_aio_close(engine(handle)); }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(deepspeedlite, m) {
-    m.def("aio_open(int block_bytes, int threads) -> int");
+    m.def(
+        "aio_open(str engine, int block_bytes, int queue_depth, int drivers, bool single_submit, bool overlap_events)"
+        " -> int");
+    m.def("aio_engine(int handle) -> str");
+    m.def("aio_refused(int handle) -> str");
+    m.def("aio_counts(int handle) -> int[]");
     m.def("aio_read(int handle, Tensor(a!) buffer, str path, int offset) -> ()");
     m.def("aio_write(int handle, Tensor buffer, str path, int offset) -> ()");
     m.def("aio_wait(int handle) -> int");
@@ -58,6 +78,9 @@ STABLE_TORCH_LIBRARY_IMPL(deepspeedlite, CPU, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(deepspeedlite, CompositeExplicitAutograd, m) {
     m.impl("aio_open", TORCH_BOX(&aio_open));
+    m.impl("aio_engine", TORCH_BOX(&aio_engine));
+    m.impl("aio_refused", TORCH_BOX(&aio_refused));
+    m.impl("aio_counts", TORCH_BOX(&aio_counts));
     m.impl("aio_wait", TORCH_BOX(&aio_wait));
     m.impl("aio_close", TORCH_BOX(&aio_close));
 }

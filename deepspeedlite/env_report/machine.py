@@ -174,7 +174,7 @@ def _io_uring() -> Row:
         os.close(descriptor)
         return Row("disk", name, "works")
     reason = "not in this kernel" if ctypes.get_errno() == errno.ENOSYS else os.strerror(ctypes.get_errno())
-    return Row("disk", name, f"blocked: {reason}; async_io uses threads")
+    return Row("disk", name, f"blocked: {reason}; async_io does without")
 
 
 def _libaio() -> Row:

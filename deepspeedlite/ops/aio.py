@@ -5,7 +5,9 @@
     handle.async_pread(buffer, path)          # returns at once; the buffer must not be touched
     handle.wait()                             # raises what went wrong, with file, place and reason
 
-Threads move blocks of a file, past the page cache where memory, offset and length are multiples of 4096 bytes.
+The kernel moves blocks of a file, several at once: whole pages of the file past the page cache (O_DIRECT), through
+another buffer where the given one is not aligned for that, and what is left at both ends through the cache. Its io_uring
+does it, or its older native AIO where that is not to be had, or threads.
 """
 
 from __future__ import annotations
@@ -24,21 +26,27 @@ from deepspeedlite.log import log_once
 from deepspeedlite.ops import load
 
 ALIGNMENT = 4096
-_MOST_THREADS = 64
+ENGINES = ("io_uring", "aio", "threads")  # the best first
+ENGINE_VARIABLE = "DSL_AIO_ENGINE"
+_MOST_DEPTH, _MOST_THREADS = 4096, 64
 
 
 class aio_handle:  # noqa: N801  (DeepSpeed's name)
-    """A queue of reads and writes, and the threads that do them.
+    """A queue of reads and writes, and what does them.
 
     Args:
-        block_size: bytes that a thread moves at a time.
-        queue_depth: blocks under way at a time, which is how many threads there are, up to 64.
-        single_submit, overlap_events: how requests reach a kernel's queue; threads have none, so they change nothing.
-        intra_op_parallelism: threads at least.
+        block_size: bytes that are moved at a time; in whole pages of 4096 bytes.
+        queue_depth: blocks under way at a time, for each of the threads that follow; up to 4096. (64 of them with the
+            engine "threads".)
+        single_submit: give the kernel one block per call, not all there is room for.
+        overlap_events: begin another block whenever one has ended, not when all under way have.
+        intra_op_parallelism: threads that share the blocks, each with a queue of its own; up to 64.
+        engine: "io_uring", "aio" (Linux's native AIO) or "threads"; without it what the variable `DSL_AIO_ENGINE` says,
+            or else the first of these that there is.
 
     Raises:
-        OpError: the op async_io cannot be had, a number is out of range, or (of all methods) the file cannot be opened
-            or moved; the message names it.
+        OpError: the op async_io or that engine cannot be had, a number is out of range, or (of all methods) the file
+            cannot be opened or moved; the message names it.
     """
 
     def __init__(
@@ -46,43 +54,67 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
         block_size: int = 1 << 20,
         queue_depth: int = 8,
         single_submit: bool = False,
-        overlap_events: bool = False,
+        overlap_events: bool = True,
         intra_op_parallelism: int = 1,
+        engine: str | None = None,
     ) -> None:
-        numbers = {"block_size": block_size, "queue_depth": queue_depth, "intra_op_parallelism": intra_op_parallelism}
-        for name, value in numbers.items():
-            if value < 1:
-                raise OpError(f"aio_handle: {name} must be at least 1, got {value}")
-        self._settings: dict[str, Any] = {**numbers, "single_submit": single_submit, "overlap_events": overlap_events}
-        threads = min(max(queue_depth, intra_op_parallelism), _MOST_THREADS)
-        self._handle = int(load("aio_open")(block_size, threads))
+        limits = {
+            "block_size": (block_size, 1 << 30),
+            "queue_depth": (queue_depth, _MOST_DEPTH),
+            "intra_op_parallelism": (intra_op_parallelism, _MOST_THREADS),
+        }
+        for name, (value, most) in limits.items():
+            if not 1 <= value <= most:
+                raise OpError(f"aio_handle: {name} must be at least 1 and at most {most}, got {value}")
+        self._settings: dict[str, Any] = {name: value for name, (value, _) in limits.items()}
+        self._settings |= {"single_submit": bool(single_submit), "overlap_events": bool(overlap_events)}
+        self._handle = _open(*self._settings.values(), engine=engine)
         self._pid = os.getpid()
         self._kept: list[Tensor] = []  # buffers of requests under way
         self._locked: dict[int, int] = {}  # bytes by address
         self._end = weakref.finalize(self, _close, self._handle, self._pid)
 
+    def get_engine(self) -> str:
+        """What moves the blocks: "io_uring", "aio" or "threads"."""
+        self._check_process()
+        return str(load("aio_engine")(self._handle))
+
+    def get_counts(self) -> dict[str, int]:
+        """What was done so far: `blocks` begun, of them `direct` (past the page cache) and `bounced` (through another
+        buffer), `submissions` (calls that began them), `peak_depth` (most under way at once in one queue).
+        """
+        self._check_process()
+        return dict(zip(("blocks", "direct", "bounced", "submissions", "peak_depth"), load("aio_counts")(self._handle)))
+
+    def close(self) -> None:
+        """Wait for all requests and end the threads; what `wait` would have raised is lost. Happens to a dropped handle
+        too. A closed one raises OpError.
+        """
+        self._end()
+        self._kept.clear()
+
     def get_block_size(self) -> int:
-        """Bytes that a thread moves at a time."""
+        """Bytes that are moved at a time."""
         return int(self._settings["block_size"])
 
     def get_queue_depth(self) -> int:
-        """Blocks under way at a time."""
+        """Blocks under way at a time, for each thread."""
         return int(self._settings["queue_depth"])
 
     def get_single_submit(self) -> bool:
-        """As it was given."""
+        """Whether the kernel is given one block per call."""
         return bool(self._settings["single_submit"])
 
     def get_overlap_events(self) -> bool:
-        """As it was given."""
+        """Whether another block is begun whenever one has ended."""
         return bool(self._settings["overlap_events"])
 
     def get_intra_op_parallelism(self) -> int:
-        """Threads at least."""
+        """Threads that share the blocks."""
         return int(self._settings["intra_op_parallelism"])
 
     def get_alignment(self) -> int:
-        """Bytes; what begins and ends at a multiple goes past the page cache."""
+        """Bytes; what lies between two multiples in a file goes past the page cache."""
         return ALIGNMENT
 
     # --- requests; `buffer` is a contiguous CPU tensor, all of which is read or written ------------------------------
@@ -166,6 +198,8 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
     def _check_process(self) -> None:
         if os.getpid() != self._pid:
             raise OpError("an aio_handle cannot be used in a forked child, which has none of its threads; make one")
+        if not self._end.alive:
+            raise OpError("this aio_handle is closed; make another one")
 
     # --- memory that stays where it is ----------------------------------------------------------------------------
 
@@ -191,6 +225,23 @@ class aio_handle:  # noqa: N801  (DeepSpeed's name)
     def is_pinned(self, buffer: Tensor) -> bool:
         """Whether the buffer is one that `new_cpu_locked_tensor` locked, or is pinned for a GPU."""
         return buffer.data_ptr() in self._locked or buffer.is_pinned()
+
+
+def _open(*settings: Any, engine: str | None) -> int:
+    """The native handle; says once why it is not the best engine, unless another one was asked for."""
+    wanted = engine or os.environ.get(ENGINE_VARIABLE, "")
+    if wanted and wanted not in ENGINES:
+        source = "engine" if engine else ENGINE_VARIABLE
+        raise OpError(f"aio_handle: {source} must be one of {', '.join(ENGINES)}, got {wanted!r}")
+    open_engine = load("aio_open")
+    try:
+        handle = int(open_engine(wanted, *settings))
+    except RuntimeError as error:
+        remedy = f"; without {ENGINE_VARIABLE} and engine, one that works is taken" if wanted else ""
+        raise OpError(f"async_io cannot be had here: {_text(error)}{remedy}") from error
+    if refused := load("aio_refused")(handle):
+        log_once(f"async_io uses {load('aio_engine')(handle)}, since others cannot be had here: {refused}")
+    return handle
 
 
 def _unlock(locked: dict[int, int], address: int) -> bool:
