@@ -6,8 +6,8 @@
     handle.wait()                             # raises what went wrong, with file, place and reason
 
 The kernel moves blocks of a file, several at once: whole pages of the file past the page cache (O_DIRECT), through
-another buffer where the given one is not aligned for that, and what is left at both ends through the cache. Its io_uring
-does it, or its older native AIO where that is not to be had, or threads.
+another buffer where the given one is not aligned for that, and what is left at both ends through the cache. Its
+io_uring does it, or its older native AIO where that is not to be had, or threads.
 """
 
 from __future__ import annotations
