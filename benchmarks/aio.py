@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from machine import print_json, print_table
@@ -29,30 +29,24 @@ LEAST = 0.95  # of fio's rate
 Turn = Callable[[str], float]  # "read" or "write" -> seconds
 
 
-def fio_turn(engine: str, file: str, options: argparse.Namespace) -> Turn:
-    """The seconds that fio tells for the whole file."""
-    jobs = options.depth if engine == "psync" else 1
-    part_bytes = options.file_bytes // jobs
-    command = ["fio", "--name=turn", f"--filename={file}", f"--ioengine={engine}", "--direct=1", "--output-format=json"]
-    command += [f"--bs={options.block_bytes}", f"--iodepth={options.depth if jobs == 1 else 1}", f"--size={part_bytes}"]
-    command += [f"--numjobs={jobs}", f"--offset_increment={part_bytes}", "--thread", "--group_reporting"]
-    command += ["--overwrite=1", "--scramble_buffers=0", "--end_fsync=0"]
+def fio_turns(names: Iterable[str], file: str, options: argparse.Namespace) -> dict[str, Turn]:
+    """By name, fio's engines that are the same as ours of these names."""
+    if not shutil.which("fio"):
+        print("fio is not measured: it is not installed")
+        return {}
+    from deepspeedlite.io import Setting, fio_seconds
 
-    def turn(what: str) -> float:
-        done = subprocess.run([*command, f"--rw={what}"], capture_output=True, text=True, check=True, cwd="/")
-        found = json.loads(done.stdout[done.stdout.index("{") :])["jobs"][0][what]
-        if found["io_bytes"] != options.file_bytes:
-            raise SystemExit(f"fio {engine} moved {found['io_bytes']} bytes, not {options.file_bytes}")
-        return options.file_bytes / found["bw_bytes"]
-
-    return turn
+    settings = {FIO[name]: Setting(name, options.block_bytes, options.depth) for name in names if name in FIO}
+    return {
+        f"fio {engine}": lambda what, setting=setting: fio_seconds(setting, what, file, options.file_bytes)
+        for engine, setting in settings.items()
+    }
 
 
 def ours(file: str, options: argparse.Namespace) -> dict[str, Turn]:
     """By name, every engine that there is."""
     import torch
 
-    sys.path.insert(0, str(ROOT))
     from deepspeedlite.errors import OpError
     from deepspeedlite.ops.aio import ENGINES, aio_handle
 
@@ -177,13 +171,9 @@ def main() -> None:
 
 def measure(file: str, options: argparse.Namespace) -> None:
     """All contenders in turns."""
+    sys.path.insert(0, str(ROOT))
     contenders = ours(file, options)
-    if shutil.which("fio"):
-        for mine, engine in FIO.items():
-            if mine in contenders:
-                contenders[f"fio {engine}"] = fio_turn(engine, file, options)
-    else:
-        print("fio is not measured: it is not installed")
+    contenders |= fio_turns(list(contenders), file, options)
     peer = Peer(options.peer_python, file, options) if options.peer_python else None
     if peer and peer.missing:
         print(f"DeepSpeed is not measured: {peer.missing}")

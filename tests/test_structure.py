@@ -18,7 +18,7 @@ LAYERS = {
     1: ["device", "comm", "ops", "bench"],
     2: ["zero"],
     3: ["optim", "precision"],
-    4: ["checkpoint", "data", "monitor", "profiling", "weights", "utils"],
+    4: ["checkpoint", "data", "monitor", "profiling", "weights", "utils", "io"],
     5: ["engine", "factory", "watch", "__init__"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
@@ -162,6 +162,7 @@ def modules_after(statement: str) -> set[str]:
         ("import deepspeedlite.env_report", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.bench", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.ssh", {"torch", "pydantic", "rich", "numpy"}),
+        ("import deepspeedlite.io", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.config", {"torch", "rich", "numpy"}),
         ("import op_builder", {"torch", "deepspeedlite", "numpy", "rich"}),  # setup.py reads it where none is installed
         ("import deepspeedlite; deepspeedlite.initialize", {"tensorboard", "wandb", "mpi4py", "rich", "pandas"}),
