@@ -81,12 +81,18 @@ mark=$("$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/.d
 end() {
     trap '' INT TERM
     for job in $(jobs -p); do kill -- "-$job" 2>/dev/null || true; done
+    wait
     [ ! -e "$mark" ] || ${sudo:+sudo -n} rm -f "$mark"
     rm -rf "$scratch"
 }
+stopped() {
+    echo "install.sh: stopped; what has begun on a node may go on there" >&2
+    exec 2>/dev/null # bash would report each job that is ended
+    exit "$1"
+}
 trap end EXIT
-trap 'exit 130' INT
-trap 'exit 143' TERM
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
 
 # Runs on the node, by `bash -s`; the wheel's bytes follow on standard input. Lines that begin with '@' are for the
 # person: '@ ' what it does, '@!' why it failed. The rest is the node's log.

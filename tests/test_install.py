@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import sysconfig
+import time
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import distribution
@@ -217,3 +219,35 @@ def test_an_environment_that_all_share_is_installed_into_once(nodes: Nodes) -> N
     assert text.count("shares the environment of the machine that sent it") == 3
     assert "deepspeedlite is on 4 of 4 nodes" in text
     assert not list(nodes.site(nodes.folder / "head").glob(".deepspeedlite*")), "the mark is gone"
+
+
+@pytest.mark.slow
+@needs_cluster()
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_it(nodes: Nodes, number: signal.Signals) -> None:
+    hang = "import sys, time\nif 'install' in sys.orig_argv: time.sleep(300)\n"
+    (nodes.site(nodes.folder / "worker-2") / "sitecustomize.py").write_text(hang)
+    (nodes.folder / "tmp").mkdir()
+    process = nodes.cluster.popen(
+        "head",
+        [ROOT / "install.sh", "-r", "-H", nodes.cluster.hostfile()],
+        env={**os.environ, "PYTHON": str(nodes.python), "TMPDIR": str(nodes.folder / "tmp")},
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    for line in process.stdout:
+        if line == "worker-2: installing\n":
+            break
+    process.send_signal(number)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 128 + number
+    assert err.splitlines()[-1] == "install.sh: stopped; what has begun on a node may go on there"
+    assert not nodes.cluster.processes("head", "ssh -T") and not os.listdir(nodes.folder / "tmp")
+    for pid in nodes.cluster.processes("worker-2", " install "):
+        os.kill(pid, signal.SIGKILL)
+    until = time.monotonic() + 30
+    while any(nodes.cluster.processes(host, "bash -s") for host in WORKERS):  # each removes its folder when it ends
+        assert time.monotonic() < until
+        time.sleep(0.05)
