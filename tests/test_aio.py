@@ -505,6 +505,22 @@ def test_locked_memory_is_aligned_and_given_back(handle):
     assert not handle.is_pinned(tensor) and not handle.free_cpu_locked_tensor(tensor)
 
 
+def test_large_locked_memory_asks_for_huge_pages(handle):
+    if not Path("/sys/kernel/mm/transparent_hugepage").exists():
+        pytest.skip("this kernel has no transparent huge pages")
+    tensor = handle.new_cpu_locked_tensor((5 << 20) // 4, torch.empty(0))
+    assert tensor.data_ptr() % (2 << 20) == 0
+    flags = ""
+    with open("/proc/self/smaps") as areas:
+        for line in areas:
+            if re.match(r"[0-9a-f]+-[0-9a-f]+ ", line):
+                begin, end = (int(number, 16) for number in line.split()[0].split("-"))
+                is_inside = begin <= tensor.data_ptr() < end
+            elif line.startswith("VmFlags:") and is_inside:
+                flags = line
+    assert " hg" in flags, "not advised"
+
+
 def test_locked_memory_that_is_dropped_is_unlocked(handle):
     tensor = handle.new_cpu_locked_tensor(3000, torch.empty(0))
     assert bool(handle._locked) == handle.is_pinned(tensor)  # the limit on locked memory may be 0
