@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import hear_signals
 
 _CLONE_FS, _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC, _CLONE_NEWPID, _CLONE_NEWNET = (
     (0x200, 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000)
@@ -195,6 +196,7 @@ class Cluster:
         Without `env` it gets this process's environment, with the hosts' HOME.
         """
         options["cwd"] = options.get("cwd") or os.getcwd()
+        options.setdefault("preexec_fn", hear_signals)
         if options.get("env") is None:
             options["env"] = {**os.environ, "HOME": str(self.home)}
         process = _spawn(functools.partial(_enter, self.hosts[host].pid, _ALL), argv, **options)
