@@ -33,6 +33,7 @@ MIN_TORCH = "2.10"
 # Kept equal to pyproject.toml by a test.
 REQUIRED = {"numpy": "1.23", "pydantic": "2.7", "rich": "13", "psutil": "5.9"}
 OPTIONAL = {
+    "zlib-ng": "checksums of checkpoints, six times as fast as zlib's",
     "mpi4py": "finding ranks under mpirun",
     "tensorboard": "the tensorboard monitor",
     "wandb": "the wandb monitor",
