@@ -98,7 +98,7 @@ def select(hosts: Mapping[str, Sequence[int] | None], include: str | None, exclu
             )
         if host in named:
             raise LaunchError(f"{option} {text} names {host} twice; write its slots together, as {host}:0,2-3")
-        named[host] = _slots(slots, f"{option} {text}") if colon else None
+        named[host] = numbers_in(slots, f"{option} {text}", "slot") if colon else None
         known = hosts[host]
         if wrong := [slot for slot in named[host] or () if known is not None and slot not in known]:
             raise LaunchError(f"{option} {text}: {host} has no slot {wrong[0]}; its slots are {known}")
@@ -116,13 +116,18 @@ def select(hosts: Mapping[str, Sequence[int] | None], include: str | None, exclu
     return left
 
 
-def _slots(text: str, where: str) -> list[int]:
-    slots: list[int] = []
+def numbers_in(text: str, where: str, what: str) -> list[int]:
+    """`0,2-4` is 0, 2, 3, 4. `what` they are and `where` they stand is for errors.
+
+    Raises:
+        LaunchError: a part is no number or range, or a number comes twice.
+    """
+    numbers: list[int] = []
     for part in text.split(","):
         span = re.fullmatch(r"\s*(\d{1,6})(?:\s*-\s*(\d{1,6}))?\s*", part)
         if span is None or (span[2] and int(span[2]) < int(span[1])):
-            raise LaunchError(f"{where}: {part!r} is no slot or range of slots; write them as 0,2-3")
-        slots += range(int(span[1]), int(span[2] or span[1]) + 1)
-    if len(set(slots)) < len(slots):
-        raise LaunchError(f"{where} names a slot twice")
-    return slots
+            raise LaunchError(f"{where}: {part!r} is no {what} or range of {what}s; write them as 0,2-3")
+        numbers += range(int(span[1]), int(span[2] or span[1]) + 1)
+    if len(set(numbers)) < len(numbers):
+        raise LaunchError(f"{where} names a {what} twice")
+    return numbers

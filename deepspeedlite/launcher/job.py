@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from deepspeedlite.errors import LaunchError
 from deepspeedlite.gpus import Devices, find_devices
+from deepspeedlite.hostfile import numbers_in
 
 DEFAULT_PORT = 29500
 _VENV_TIMEOUT_S = 60.0
@@ -217,15 +218,7 @@ def _cores(work: Work, size: int) -> list[tuple[int, ...]]:
 
 def parse_cores(text: str) -> list[int]:
     """`0-3,8` is 0, 1, 2, 3, 8. Raises LaunchError."""
-    cores: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        if not first.isdecimal() or (dash and not (last.isdecimal() and int(last) >= int(first))):
-            raise LaunchError(f"--bind_core_list {text}: {part!r} is no core or range; write it as 0-3,8")
-        cores += range(int(first), int(last or first) + 1)
-    if len(set(cores)) < len(cores):
-        raise LaunchError(f"--bind_core_list {text} names a core twice")
-    return cores
+    return numbers_in(text, f"--bind_core_list {text}", "core")
 
 
 def choose_port(asked: int | None) -> tuple[int, str]:
