@@ -65,7 +65,10 @@ async def run_on_hosts(
 
     tasks = [asyncio.ensure_future(on(host)) for host in hosts]
     try:
-        return dict(zip(hosts, await asyncio.gather(*tasks)))
+        # Not `gather`: cancelled, it cancels them, and the second time, below, would end their cleaning up.
+        for task in (await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))[0]:
+            task.result()  # raises what it raised
+        return {host: task.result() for host, task in zip(hosts, tasks)}
     finally:
         for task in tasks:
             task.cancel()
@@ -142,7 +145,8 @@ async def _until_stopped(args: argparse.Namespace, hosts: Sequence[str]) -> dict
 
     def stop(status: int) -> None:
         statuses.append(status)
-        running.cancel()
+        if len(statuses) == 1:  # the second would end the cleaning up
+            running.cancel()
 
     def write(fd: int, lines: bytes) -> None:
         try:

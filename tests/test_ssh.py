@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from cluster import Cluster, needs_cluster
+from conftest import hear_signals
 
 WORKERS = ["worker-1", "worker-2", "worker-3"]
 TOOL = [sys.executable, "-m", "deepspeedlite.ssh"]
@@ -105,6 +106,24 @@ def test_a_signal_ends_it(cluster: Cluster, number: signal.Signals) -> None:
     _, err = process.communicate(timeout=10)
     assert process.returncode == 128 + number and err == "dslite_ssh: stopped; what runs on the hosts may go on there\n"
     assert not cluster.processes("head", "ssh -n")
+
+
+def test_a_signal_while_hosts_still_start_leaves_no_ssh(tmp_path: Path) -> None:
+    ssh, hosts, mark = tmp_path / "ssh", tmp_path / "hosts", f"{os.getpid()}.5"
+    ssh.write_text(f"#!/bin/sh\necho here\nexec sleep 6{mark}\n")
+    ssh.chmod(0o755)
+    hosts.write_text("".join(f"host-{i}\n" for i in range(12)))
+    for attempt in range(6):
+        pipe = subprocess.PIPE
+        command = [*TOOL, "-H", str(hosts), "--ssh", str(ssh), "x"]
+        process = subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True, preexec_fn=hear_signals)
+        assert "here" in process.stdout.readline()
+        time.sleep(0.004 * attempt)
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=10)
+        assert (process.returncode, err) == (130, "dslite_ssh: stopped; what runs on the hosts may go on there\n")
+    left = subprocess.run(["pgrep", "-f", f"sleep 6{mark}"], capture_output=True, text=True)
+    assert left.stdout == ""
 
 
 @needs_cluster()
