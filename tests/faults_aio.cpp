@@ -1,13 +1,21 @@
 // Preloaded into a test's process: makes the kernel's answers to async_io's engines what they seldom are.
 //
-// faults_every(n, how): every n-th call that moves bytes, or submits such calls, from then on
-//   SHORT           moves half of the bytes, or takes one of the submitted calls,
-//   another value   fails with that errno.
-// faults_hit() is how often that happened. Bytes that move inside the kernel (io_uring, native AIO) are out of reach.
+// faults_every(n, how, where): from then on, at every n-th of
+//   CALLS      the calls that move bytes, or hand transfers to the kernel,
+//   TRANSFERS  the transfers, those that the kernel makes by itself (io_uring, native AIO) too,
+// it happens that
+//   SHORT      half of the bytes are moved, or one of the transfers handed over is taken,
+//   an errno   it fails with that. (A transfer of io_uring's fails with EIO, whatever is asked for.)
+// faults_hit() is how often that happened. One ring of io_uring's is looked after: the one made last.
 
 #include <dlfcn.h>
 #include <errno.h>
+#include <fcntl.h>
+#include <linux/aio_abi.h>
+#include <linux/io_uring.h>
 #include <stdarg.h>
+#include <stdint.h>
+#include <sys/mman.h>
 #include <sys/syscall.h>
 #include <sys/types.h>
 
@@ -16,12 +24,13 @@
 namespace {
 
 enum { SHORT = -1 };
-std::atomic<int> period{0}, fault{0};
+enum Where { CALLS, TRANSFERS };
+std::atomic<int> period{0}, fault{0}, where{CALLS};
 std::atomic<long> seen{0}, hits{0};
 
-bool is_hit() {
+bool is_hit(Where here) {
     const int every = period;
-    if (every == 0 || ++seen % every != 0) return false;
+    if (every == 0 || here != where || ++seen % every != 0) return false;
     ++hits;
     return true;
 }
@@ -33,18 +42,58 @@ Call next(const char* name) {
 
 template <class Call, class Memory>
 ssize_t move(Call call, int file, Memory memory, size_t nbytes, off_t offset) {
-    if (!is_hit()) return call(file, memory, nbytes, offset);
+    if (!is_hit(CALLS) && !is_hit(TRANSFERS)) return call(file, memory, nbytes, offset);
     if (fault == SHORT) return call(file, memory, (nbytes + 1) / 2, offset);
     errno = fault;
     return -1;
+}
+
+// --- transfers that the kernel makes ---------------------------------------------------------------------------------
+
+struct {
+    int file;
+    io_sqring_offsets places;
+    char* ring;
+    io_uring_sqe* entries;
+} submissions{-1, {}, nullptr, nullptr};
+
+int failing_file() {  // the first page of an address space belongs to nobody: reading and writing it is EIO
+    static const int file = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
+    return file;
+}
+
+void spoil_entries(long count) {
+    const auto at = [](uint32_t place) { return *reinterpret_cast<uint32_t*>(submissions.ring + place); };
+    const uint32_t head = at(submissions.places.head), mask = at(submissions.places.ring_mask);
+    for (long i = 0; i < count; ++i) {
+        io_uring_sqe& entry = submissions.entries[(head + i) & mask];
+        if (!is_hit(TRANSFERS)) continue;
+        if (fault == SHORT) {
+            entry.len = (entry.len + 1) / 2;
+        } else {
+            entry.fd = failing_file();
+            entry.off = 4096;
+        }
+    }
+}
+
+void shorten(iocb** blocks, long count) {
+    for (long i = 0; i < count; ++i)
+        if (is_hit(TRANSFERS)) blocks[i]->aio_nbytes = (blocks[i]->aio_nbytes + 1) / 2;
+}
+
+void fail(io_event* events, long count) {
+    for (long i = 0; i < count; ++i)
+        if (is_hit(TRANSFERS)) events[i].res = -fault;
 }
 
 }  // namespace
 
 extern "C" {
 
-void faults_every(int n, int how) {
+void faults_every(int n, int how, int what) {
     fault = how;
+    where = what;
     seen = hits = 0;
     period = n;
 }
@@ -59,19 +108,36 @@ ssize_t pwrite(int file, const void* memory, size_t nbytes, off_t offset) {
     return move(next<ssize_t (*)(int, const void*, size_t, off_t)>("pwrite"), file, memory, nbytes, offset);
 }
 
+void* mmap(void* wanted, size_t nbytes, int protection, int flags, int file, off_t offset) {
+    const auto call = next<void* (*)(void*, size_t, int, int, int, off_t)>("mmap");
+    void* const memory = call(wanted, nbytes, protection, flags, file, offset);
+    if (file == submissions.file && offset == IORING_OFF_SQ_RING) submissions.ring = static_cast<char*>(memory);
+    if (file == submissions.file && offset == IORING_OFF_SQES) submissions.entries = static_cast<io_uring_sqe*>(memory);
+    return memory;
+}
+
 long syscall(long number, ...) {
     va_list list;
     va_start(list, number);
     long words[6];
     for (long& word : words) word = va_arg(list, long);
     va_end(list);
-    if ((number == SYS_io_submit || number == SYS_io_uring_enter) && words[1] > 0 && is_hit()) {
+    const bool submits = (number == SYS_io_submit || number == SYS_io_uring_enter) && words[1] > 0;
+    if (submits && is_hit(CALLS)) {
         if (fault != SHORT) {
             errno = fault;
             return -1;
         }
         words[1] = 1;  // how many are submitted, for both
     }
-    return next<long (*)(long, ...)>("syscall")(number, words[0], words[1], words[2], words[3], words[4], words[5]);
+    if (submits && number == SYS_io_submit && fault == SHORT) shorten(reinterpret_cast<iocb**>(words[2]), words[1]);
+    if (submits && number == SYS_io_uring_enter) spoil_entries(words[1]);
+    const long result =
+        next<long (*)(long, ...)>("syscall")(number, words[0], words[1], words[2], words[3], words[4], words[5]);
+    if (number == SYS_io_getevents && fault > 0) fail(reinterpret_cast<io_event*>(words[3]), result);
+    if (number == SYS_io_uring_setup && result >= 0)
+        submissions = {static_cast<int>(result), reinterpret_cast<io_uring_params*>(words[1])->sq_off, nullptr,
+                       nullptr};
+    return result;
 }
 }

@@ -353,6 +353,41 @@ def test_a_full_tmpfs_is_an_error(handle, tmp_path):
         assert handle.write(content(100_000), str(tmp_path / "file"), True) == 1
 
 
+@contextlib.contextmanager
+def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
+    """A disk of its own, mounted at `folder`; yields the file that is its medium."""
+    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
+        pytest.skip("needs root and mkfs.ext4, to mount a small disk")
+    medium = folder.with_name("medium")
+    medium.touch()
+    os.truncate(medium, nbytes)
+    subprocess.run(["mkfs.ext4", "-q", "-F", "-O", "^has_journal", str(medium)], check=True)
+    if subprocess.run(["mount", "-o", "loop", str(medium), str(folder)], check=False).returncode:
+        pytest.skip("needs the right to mount a file as a disk")
+    try:
+        yield medium
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_is_full_or_breaks_is_an_error_and_the_handle_goes_on(handle, tmp_path):
+    (folder := tmp_path / "disk").mkdir()
+    data, found = content(6_000_000), torch.empty(6_000_000, dtype=torch.uint8)
+    with small_disk(folder, 10 << 20) as medium:
+        handle.write(data, str(folder / "first"), True)
+        with pytest.raises(OpError, match=r"writing .*/second at byte \d+ failed: No space left on device"):
+            handle.sync_pwrite(data, str(folder / "second"))
+        (folder / "second").unlink()
+        assert handle.write(data[:2_000_000], str(folder / "second"), True) == 1, "there is room again"
+        os.sync()
+        os.truncate(medium, 4 << 20)  # the rest of the medium is lost; what is read is not in the cache
+        with pytest.raises(OpError, match=r"reading .*/first at byte \d+ failed: Input/output error"):
+            handle.sync_pread(found, str(folder / "first"))
+        assert handle.get_counts()["direct"] > 0
+        os.truncate(medium, 10 << 20)
+    assert handle.write(data, str(tmp_path / "file"), True) == 1
+
+
 def test_what_cannot_be_read_in_the_middle_is_an_error_and_the_rest_is_done(handle, tmp_path):
     good = tmp_path / "good"
     good.write_bytes(bytes(content(500_000).numpy()))
@@ -373,6 +408,34 @@ def test_a_file_that_vanishes_while_it_is_read_is_read_and_then_gone(handle, tmp
     assert torch.equal(found, content(3_000_000))
     with pytest.raises(OpError, match="No such file"):
         handle.sync_pread(found, str(file))
+
+
+def test_a_file_that_shrinks_ends_where_it_now_ends(handle, tmp_path):
+    file, data = tmp_path / "file", content(1_000_000)
+    found = torch.empty_like(data)
+    for length in (700_001, 4096, 0):
+        file.write_bytes(bytes(data.numpy()))
+        handle.sync_pread(found.zero_(), str(file))
+        os.truncate(file, length)
+        expected = rf"end of the file was reached in .*/file at byte {length}, {1_000_000 - length} bytes early"
+        with pytest.raises(OpError, match=expected):
+            handle.sync_pread(found.zero_(), str(file))
+        assert not found[length:].any(), "nothing is made up"
+
+
+def test_a_file_that_shrinks_while_it_is_read_is_whole_or_an_error(handle, tmp_path):
+    file, data = tmp_path / "file", content(2_000_000)
+    for _ in range(10):
+        file.write_bytes(bytes(data.numpy()))
+        handle.async_pread(found := torch.zeros_like(data), str(file))
+        os.truncate(file, 300_001)
+        try:
+            handle.wait()
+        except OpError as error:
+            assert "/file at byte " in str(error) and " bytes early" in str(error)
+            assert torch.equal(found[:300_001], data[:300_001])
+        else:
+            assert torch.equal(found, data)
 
 
 @pytest.mark.parametrize("how", ["close", "drop"])
@@ -406,7 +469,8 @@ def test_threads_of_the_program_may_share_a_handle(handle, tmp_path):
             assert (tmp_path / f"{number}-{i}").read_bytes() == bytes(content(50_001, seed=i).numpy())
 
 
-# Requests while the kernel answers as it seldom does, at every third call.
+# One request after another while the kernel answers as it seldom does, at every n-th call or transfer. A line for each:
+# where, n, how, whether there was a fault in it, and whether the data came back or else what was told.
 FAULTY = """
 import ctypes, sys, torch
 from deepspeedlite.errors import OpError
@@ -415,21 +479,27 @@ from deepspeedlite.ops.aio import aio_handle
 engine, folder = sys.argv[1:3]
 faults = ctypes.CDLL(None)
 handle = aio_handle(block_size=8192, queue_depth=4, engine=engine)
-for how in map(int, sys.argv[3:]):
-    faults.faults_every(3, how)
+for case in sys.argv[3:]:
+    where, every, how = map(int, case.split(","))
+    faults.faults_every(every, how, where)
+    before = 0
     for i in range(10):
         data = torch.arange(30_000 + i) * (7 + how)
         found = torch.zeros_like(data)
         try:
-            handle.sync_pwrite(data, f"{folder}/{i}", 5 * i)
-            handle.sync_pread(found, f"{folder}/{i}", 5 * i)
-            print(how, torch.equal(found, data))
+            handle.sync_pwrite(data, f"{folder}/{i}", 4096 * (i % 3) + i // 8)
+            handle.sync_pread(found, f"{folder}/{i}", 4096 * (i % 3) + i // 8)
+            told = torch.equal(found, data)
         except OpError as error:
-            print(how, error)
-    assert faults.faults_hit() >= 10, (how, faults.faults_hit())
-faults.faults_every(0, 0)
+            told = error
+        print(case, faults.faults_hit() > before, told)
+        before = faults.faults_hit()
+    assert before >= 2, (case, before)
+faults.faults_every(0, 0, 0)
 handle.write(data, f"{folder}/last", True)
 """
+CALLS, TRANSFERS = 0, 1
+SHORT = -1  # half of the bytes are moved, or one of the blocks that are handed over is taken
 
 
 @pytest.fixture(scope="module")
@@ -445,19 +515,18 @@ def faults(tmp_path_factory) -> Path:
 
 
 def test_what_the_kernel_leaves_undone_is_done_and_what_it_refuses_is_told(engine, faults, tmp_path):
-    expected = {  # -1: half of the bytes are moved, or one of the blocks that are handed over is taken
-        "-1": "True",
-        str(errno.EINTR): "True",
-        str(errno.EAGAIN): "True",
-        str(errno.EIO): r"async_io: (reading|writing) \S+ at byte \d+ failed: Input/output error",
-    }
-    command = [sys.executable, "-c", FAULTY, engine, str(tmp_path), *expected]
+    cases = [f"{CALLS},3,{how}" for how in (SHORT, errno.EINTR, errno.EAGAIN, errno.EIO)]
+    cases += [f"{TRANSFERS},{every},{how}" for every in (1, 2, 7, 40) for how in (SHORT, errno.EIO)]
+    command = [sys.executable, "-c", FAULTY, engine, str(tmp_path), *cases]
     environ = {**os.environ, "LD_PRELOAD": str(faults)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
-    told = [line.split(" ", 1) for line in done.stdout.splitlines()]
-    assert [how for how, _ in told] == [how for how in expected for _ in range(10)]
-    assert all(re.fullmatch(expected[how], what) for how, what in told), done.stdout
+    lines = [line.split(" ", 2) for line in done.stdout.splitlines()]
+    assert [case for case, _, _ in lines] == [case for case in cases for _ in range(10)]
+    failure = rf"async_io: (reading|writing) {tmp_path}/\d at byte \d+ failed: Input/output error"
+    for case, was_hit, told in lines:
+        is_failure = was_hit == "True" and case.endswith(f",{errno.EIO}")
+        assert re.fullmatch(failure if is_failure else "True", told), (case, was_hit, told)
 
 
 def test_validation_sees_a_file_that_changed(handle, tmp_path):
