@@ -237,7 +237,7 @@ def test_help_has_an_example_that_runs():
         (("--gpus", "2.5"), "argument --gpus: invalid int value"),
         (("--dtype", "int8"), "argument --dtype: invalid choice"),
         (("--buffer_factor", "0.9"), "buffer_factor=0.9 must be at least 1"),
-        (("--gpu_memory", "-80"), "gpu_memory and host_memory are in GiB and must be above 0"),
+        (("--gpu_memory", "-80"), "gpu_memory, host_memory and disk are in GiB and must be above 0"),
         (("--gpu_memory", "nan"), "must be above 0"),
     ],
 )
@@ -252,7 +252,10 @@ def test_the_command_refuses_nonsense(wrong, message, capsys):
 def test_a_refusal_as_a_process():
     done = run("--params", "7e9")
     assert done.returncode == 2 and done.stdout == ""
-    assert "the following arguments are required: --largest_layer" in done.stderr and "Traceback" not in done.stderr
+    assert (
+        "the following arguments are required: --params and --largest_layer" in done.stderr
+        and "Traceback" not in done.stderr
+    )
 
 
 def test_it_needs_neither_torch_nor_rich():

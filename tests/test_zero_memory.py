@@ -28,7 +28,9 @@ import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.hostlink import HostLink, link_of
 from deepspeedlite.zero.estimate import model_states_bytes
+from deepspeedlite.zero.fit import Training, fit_all
 from deepspeedlite.zero.layout import FlatLayout
+from deepspeedlite.zero.machine import Machine
 
 WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 96, 4, 24, 64, 2  # 2.7 M parameters, of which each block has 4 %
 TOLERANCE = 0.02
@@ -315,6 +317,12 @@ def test_the_estimate_is_right(stage, dtype, world_size):
     _, phases = train(config(stage, dtype), steps=1)
     estimate = model_states_bytes(PARAMS, BLOCK, gpus=world_size, dtype=dtype, stage=stage)
     assert_within(phases["idle 0"].after, estimate.gpu_bytes, f"stage {stage}, {dtype}")
+    # A host with just so much memory trains just such a model, for all that `--fit` knows.
+    room = world_size * (phases["idle 0"].after + estimate.layer_bytes)
+    host = Machine("cpu", 0, 0, room, 0, 1, 1, 1, 1, 0, 0, "")
+    fits = fit_all(Training(world_size, 1, dtype, 1, LAYERS, LENGTH, 1), host)
+    largest = next(fit.params for fit in fits if fit.states[:2] == (stage, "none"))
+    assert_within(largest, PARAMS, f"the largest model at stage {stage}, {dtype}")
 
 
 @pytest.mark.parametrize("stage", [2, 3])

@@ -1,5 +1,7 @@
 """How much memory the model states need: `python -m deepspeedlite.zero.estimate`, and DeepSpeed's estimators.
 
+With `--fit` the other way round: the largest model that this machine can train, as fit.py works it out.
+
 `model_states_bytes` covers every stage, dtype and offload; docs/zero-memory.md explains it. Its bytes per parameter
 are those of ZeRO (arXiv:1910.02054, section 3); what may leave the GPU follows ZeRO-Infinity (arXiv:2104.07857).
 """
@@ -117,10 +119,15 @@ def _check(setup: Setup, stage: int, offload: str) -> None:
             raise ConfigError(message)
 
 
+def ways_of(stages: Iterable[int] = (0, 1, 2, 3)) -> list[tuple[int, str]]:
+    """Every (stage, offload) that there is, from the least traffic per step to the most."""
+    stages = list(stages)
+    return [(stage, name) for name, (*_, lowest) in OFFLOADS.items() for stage in stages if stage >= lowest]
+
+
 def all_ways(setup: Setup, stages: Iterable[int] = (0, 1, 2, 3)) -> list[ModelStates]:
-    """Every offload that each stage has, from the least traffic per step to the most."""
-    possible = [(stage, name) for name, (*_, lowest) in OFFLOADS.items() for stage in stages if stage >= lowest]
-    return [model_states_bytes(**setup._asdict(), stage=stage, offload=name) for stage, name in possible]
+    """What every offload that each of these stages has takes."""
+    return [model_states_bytes(**setup._asdict(), stage=stage, offload=name) for stage, name in ways_of(stages)]
 
 
 def size_text(size_bytes: float) -> str:
@@ -189,30 +196,56 @@ def estimate_zero3_model_states_mem_needs_all_cold(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Print the table, or the same as JSON; `fit` there is the least traffic within the limits, null if none is."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if not all(limit > 0 for limit in (args.gpu_memory, args.host_memory, args.disk)):
+        parser.error("gpu_memory, host_memory and disk are in GiB and must be above 0")
+    try:
+        if args.fit:
+            _fit(parser, args)
+        else:
+            _estimate(parser, args)
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m deepspeedlite.zero.estimate",
-        description="Memory of the model states per GPU and per host, for every ZeRO stage and offload.",
+        description="Memory of the model states per GPU and per host, for every ZeRO stage and offload; or (--fit) the "
+        "largest model that this machine can train with each of them, and the time of a step.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="example:\n  %(prog)s --params 7e9 --largest_layer 2e8 --gpus 8 --nodes 2 --gpu_memory 80",
+        epilog="examples:\n  %(prog)s --params 7e9 --largest_layer 2e8 --gpus 8 --nodes 2 --gpu_memory 80\n"
+        "  %(prog)s --fit --path /mnt/nvme",
     )
     add = parser.add_argument
-    add("--params", type=float, required=True, help="parameters of the model, such as 7e9")
-    add("--largest_layer", type=float, required=True, help="parameters of its largest layer, often the embedding")
-    add("--gpus", type=int, default=1, help="GPUs per node (default 1)")
+    add("--params", type=float, help="parameters of the model, such as 7e9")
+    add("--largest_layer", type=float, help="parameters of its largest layer, often the embedding")
+    add("--gpus", type=int, help="GPUs, or ranks, per node (default 1; with --fit those that there are)")
     add("--nodes", type=int, default=1, help="nodes (default 1)")
     add("--dtype", choices=WEIGHT_BYTES, default="bf16", help="what the model computes in (default bf16)")
     add("--buffer_factor", type=float, default=1.5, help="multiplies host memory, for buffers (default 1.5)")
     add("--gpu_memory", type=float, metavar="GIB", default=math.inf, help="name the way with least traffic that fits")
     add("--host_memory", type=float, metavar="GIB", default=math.inf, help="the same for a host's memory")
     add("--json", action="store_true", help="print bytes as JSON")
-    args = parser.parse_args(argv)
-    setup = Setup(*(getattr(args, name) for name in Setup._fields))
-    try:
-        ways = all_ways(setup)
-    except ConfigError as error:
-        parser.error(str(error))
-    if not (args.gpu_memory > 0 and args.host_memory > 0):
-        parser.error("gpu_memory and host_memory are in GiB and must be above 0")
+    fit = parser.add_argument_group(
+        "the largest model that fits (--gpu_memory and --host_memory replace what is found)"
+    )
+    add = fit.add_argument
+    add("--fit", action="store_true", help="measure this machine, one of --nodes like it, for some seconds")
+    add("--path", metavar="DIR", default=".", help="a folder on the disk to offload to (default: the current one)")
+    add("--disk", type=float, metavar="GIB", default=math.inf, help="use so much of the disk, not nearly all of it")
+    add("--layers", type=int, default=32, help="blocks that the model consists of (default 32)")
+    add("--tokens", type=int, default=2048, help="tokens of a rank in a step (default 2048)")
+    add("--exchange_rate", type=float, metavar="GB/S", help="between ranks (default: that of its bus to the host)")
+    return parser
+
+
+def _estimate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    if args.params is None or args.largest_layer is None:
+        parser.error("the following arguments are required: --params and --largest_layer, or else --fit")
+    setup = Setup(args.params, args.largest_layer, _or(args.gpus, 1), args.nodes, args.dtype, args.buffer_factor)
+    ways = all_ways(setup)
     gpu_limit, host_limit = args.gpu_memory * GIB, args.host_memory * GIB
     fit = next((way for way in ways if way.gpu_total_bytes <= gpu_limit and way.host_bytes <= host_limit), None)
     if args.json:
@@ -224,6 +257,35 @@ def main(argv: Sequence[str] | None = None) -> None:
     elif min(gpu_limit, host_limit) < math.inf:
         needs = f"{size_text(fit.gpu_total_bytes)} per GPU, {size_text(fit.host_bytes)} per host"
         print(f"Least traffic that fits: stage {fit.stage}, offload {fit.offload} ({needs}).")
+
+
+def _fit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    from deepspeedlite.zero import fit, machine
+
+    if args.params is not None or args.largest_layer is not None:
+        parser.error("--fit looks for the number of parameters: leave out --params and --largest_layer")
+    shape = _or(args.gpus, 1), args.nodes, args.dtype, args.buffer_factor, args.layers, args.tokens
+    training = fit.Training(*shape, exchange_rate=1e9 * (1 if args.exchange_rate is None else args.exchange_rate))
+    training.check()  # before measuring, which takes seconds
+    found = machine.measure(args.dtype, args.path)
+    found = found._replace(
+        gpu_bytes=_gib(args.gpu_memory, found.gpu_bytes),
+        host_bytes=_gib(args.host_memory, found.host_bytes),
+        disk_bytes=_gib(args.disk, found.disk_bytes),
+    )
+    training = training._replace(gpus=_or(args.gpus, found.gpus or 1))
+    if args.exchange_rate is None:
+        training = training._replace(exchange_rate=found.bus_rate / (1 if found.gpus else training.gpus))
+    fits = fit.fit_all(training, found)
+    print(fit.to_json(training, found, fits)) if args.json else fit.print_table(training, found, fits)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _gib(wanted: float, found: int) -> int:
+    return found if wanted == math.inf else int(wanted * GIB)
 
 
 if __name__ == "__main__":
