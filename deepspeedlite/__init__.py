@@ -12,6 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from deepspeedlite._version import __version__
+from deepspeedlite.drop_in.finder import name_of, serve
 
 if TYPE_CHECKING:
     from deepspeedlite.comm import init_distributed
@@ -19,14 +20,10 @@ if TYPE_CHECKING:
     from deepspeedlite.factory import add_config_arguments, initialize
     from deepspeedlite.optim.lr_schedules import add_tuning_arguments
 
-_LAZY = {
-    "initialize": "deepspeedlite.factory",
-    "add_config_arguments": "deepspeedlite.factory",
-    "DeepSpeedEngine": "deepspeedlite.engine",
-    "init_distributed": "deepspeedlite.comm",
-    "add_tuning_arguments": "deepspeedlite.optim.lr_schedules",
-}
-_SUBPACKAGES = ("comm", "config", "errors", "monitor", "profiling", "utils", "zero")
+_OWN = ("config", "errors")
+_LAZY = {"add_tuning_arguments": "optim.lr_schedules"}
+
+serve()  # DeepSpeed's module paths, such as deepspeedlite.runtime.lr_schedules: see drop_in
 
 __all__ = [
     "DeepSpeedEngine",
@@ -39,15 +36,12 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name in _OWN:
+        return importlib.import_module(f"deepspeedlite.{name}")
     if name in _LAZY:
-        value = getattr(importlib.import_module(_LAZY[name]), name)
-    elif name in _SUBPACKAGES:
-        value = importlib.import_module(f"deepspeedlite.{name}")
-    else:
-        raise AttributeError(f"module 'deepspeedlite' has no attribute {name!r}")
-    globals()[name] = value
-    return value
+        return getattr(importlib.import_module(f"deepspeedlite.{_LAZY[name]}"), name)
+    return name_of(__name__, name)
 
 
 def __dir__() -> list[str]:
-    return sorted([*__all__, *_SUBPACKAGES])
+    return sorted([*__all__, *_OWN, "comm", "monitor", "profiling", "utils", "zero"])

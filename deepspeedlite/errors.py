@@ -50,3 +50,7 @@ class CheckpointError(DeepSpeedLiteError, RuntimeError):
 
 class LaunchError(DeepSpeedLiteError, RuntimeError):
     """The launcher could not start the ranks."""
+
+
+class AbsentError(DeepSpeedLiteError, ImportError):
+    """A module or name of DeepSpeed's that is not here. The message says why, and what to use instead."""

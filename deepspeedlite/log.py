@@ -86,3 +86,10 @@ def log_once(message: str, level: int = logging.INFO) -> None:
     if message not in _said:
         _said.add(message)
         logger.log(level, message)
+
+
+def log_dist_once(message: str, ranks: list[int] | None = None, level: int = logging.INFO) -> None:
+    """`log_dist` the first time a message is met in this process."""
+    if message not in _said:
+        _said.add(message)
+        log_dist(message, ranks, level)

@@ -349,11 +349,6 @@ FAULTS = [
     ),
     ({"zero_optimization": {"zero_quantized_weights": True}}, "zero_optimization.zero_quantized_weights", ["ZeRO++"]),
     ({"zero_optimization": {"zenflow": {}}}, "zero_optimization.zenflow", ["ZenFlow"]),
-    (
-        {"activation_checkpointing": {"cpu_checkpointing": True}},
-        "activation_checkpointing.cpu_checkpointing",
-        ["torch.ut"],
-    ),
     ({"checkpoint": {"use_node_local_storage": True}}, "checkpoint.use_node_local_storage", ["not in this release"]),
     ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size", ["autotp_size to 0"]),
     ({"pipeline": {"stages": 4}}, "pipeline.stages", ["pipeline parallelism"]),

@@ -14,12 +14,12 @@ PACKAGE = ROOT / "deepspeedlite"
 
 # The layer of each part of the package; the longest matching prefix counts. A new file must be given a layer here.
 LAYERS = {
-    0: ["_version", "env", "errors", "log", "config", "hostfile", "gpus", "ssh", "launcher", "env_report"],
-    1: ["device", "comm", "ops", "bench"],
+    0: ["_version", "drop_in", "env", "errors", "log", "config", "hostfile", "gpus", "ssh", "launcher", "env_report"],
+    1: ["device", "accelerator", "comm", "ops", "bench"],
     2: ["zero"],
     3: ["optim", "precision"],
-    4: ["checkpoint", "data", "monitor", "profiling", "weights", "utils", "io"],
-    5: ["engine", "factory", "watch", "__init__"],
+    4: ["activation_checkpointing", "checkpoint", "data", "monitor", "profiling", "weights", "utils", "io"],
+    5: ["engine", "factory", "watch", "compat", "__init__"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 # Fixed by DeepSpeed's interface, and therefore allowed more than eight parameters.

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 
+from deepspeedlite.drop_in import VERSION as STAND_IN_VERSION
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, wheel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -91,6 +92,8 @@ def test_one_small_wheel_for_every_python(cuda_wheel):
     assert libraries == {f"lib/{spec.name}.so" for spec in HERE}
     sources = {f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
     assert sources | {"op_builder/spec.py"} <= names
+    stand_in = "deepspeedlite/drop_in/stand_in/deepspeed"
+    assert {f"{stand_in}/__init__.py", f"{stand_in}-{STAND_IN_VERSION}.dist-info/METADATA"} <= names
     commit = run("git", "rev-parse", "HEAD").strip() if (ROOT / ".git").exists() else "unknown"
     assert (record["accelerator"], record["archs"]) == ("cuda", ["8.0", "9.0"])
     assert record["git"].removesuffix("-dirty") == commit

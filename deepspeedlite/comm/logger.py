@@ -110,11 +110,14 @@ class CommsLogger:
         self.enabled, self.verbose, self.debug = settings.enabled, settings.verbose, settings.debug
         self.prof_all, self.prof_ops = settings.prof_all, tuple(settings.prof_ops)
 
-    def measure(self, op: str, message: torch.Tensor | None, ranks: int) -> Measurement:
-        """A context around one collective over `ranks` ranks; `message` None means that it carries no data."""
+    def measure(self, op: str, message: torch.Tensor | None, ranks: int, wanted: bool = False) -> Measurement:
+        """A context around one collective over `ranks` ranks; `message` None means that it carries no data.
+
+        `wanted`: measure it although the settings leave it out.
+        """
         size_bytes = message.numel() * message.element_size() if message is not None else 0
         on_gpu = message is not None and message.device.type == "cuda"
-        wanted = self.prof_all or op in self.prof_ops
+        wanted = wanted or self.prof_all or op in self.prof_ops
         name = f"{op} < {_caller()}" if self.debug else op
         return Measurement(self if wanted else None, name, size_bytes, ranks, on_gpu)
 

@@ -46,7 +46,8 @@ FEATURES: dict[str, Feature] = {
     "checkpoint": SUPPORTED,
     "checkpoint_tuning": Feature("hint", "changes nothing: each rank writes its own shards"),
     "node_local_checkpoints": _later("a checkpoint spread over nodes' own disks is", "save to a shared file system"),
-    "activation_checkpointing": _later("this is", "use torch.utils.checkpoint in the model, and remove the key"),
+    "activation_checkpointing": SUPPORTED,
+    "contiguous_checkpoints": Feature("hint", "changes nothing: the allocator keeps memory whole"),
     # parallelism
     "pipeline": _later("pipeline parallelism is", "remove the section"),
     "tensor_parallel": _later("tensor parallelism is", "set autotp_size to 0"),

@@ -16,3 +16,13 @@
 
 No file here imports torch: the command must answer at once, and a launcher must not hold GPU memory.
 """
+
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeedlite.drop_in.finder import name_of
+
+
+def __getattr__(name: str) -> Any:
+    return name_of(__name__, name)

@@ -47,6 +47,7 @@ _OPTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
         ("--module", "", "the script is a module's name, run as with python -m"),
         ("--no_python", "", "the script is a program, run without Python in front"),
         ("--no_local_rank", "", "do not pass --local_rank=N to the script"),
+        ("--as_deepspeed", "", "`import deepspeed` in the script is deepspeedlite (see docs/compatibility.md)"),
         ("--export_env", "NAME[=VALUE]", "hand this variable to every rank; may be repeated (see also .deepspeed_env)"),
         ("--venv_script", "FILE", "sourced on every machine first; its `python` runs the ranks"),
         ("--bind_cores_to_rank", "", "give each rank cores of its own"),
@@ -168,6 +169,7 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
         no_local_rank=args.no_local_rank,
         venv_script=args.venv_script,
         log_dir=log_dir,
+        as_deepspeed=args.as_deepspeed,
         bind_cores=args.bind_cores_to_rank or args.bind_core_list is not None,
         core_list=args.bind_core_list,
     )

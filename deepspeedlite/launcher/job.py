@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from deepspeedlite.drop_in import with_stand_in
 from deepspeedlite.errors import LaunchError
 from deepspeedlite.gpus import Devices, find_devices
 from deepspeedlite.hostfile import numbers_in
@@ -34,6 +35,7 @@ class Work:
     no_python: bool = False
     no_local_rank: bool = False
     venv_script: str | None = None
+    as_deepspeed: bool = False  # `import deepspeed` is this package
     log_dir: str | None = None
     bind_cores: bool = False
     core_list: str | None = None
@@ -90,6 +92,7 @@ def build_job(
         LaunchError: naming what is wrong on this node and how to mend it.
     """
     environ = {**_sourced(work.venv_script, {**environ, **work.env}), **work.env}
+    environ = with_stand_in(environ) if work.as_deepspeed else environ
     devices = find_devices(environ) if devices is None else devices
     shown = devices.pick(place.slots)
     size = len(place.slots)

@@ -21,6 +21,8 @@ from deepspeedlite.ops import is_available, load
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate, zeros_like
 
+__path__: list[str] = []  # DeepSpeed has modules below this one; drop_in serves them
+
 
 def adagrad_in_torch(
     params: Sequence[Tensor],

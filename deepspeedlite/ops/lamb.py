@@ -34,6 +34,9 @@ from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassUpdate
 
 SumOverRanks = Callable[[Tensor], None]
+
+__path__: list[str] = []  # DeepSpeed has modules below this one; drop_in serves them
+
 _T = TypeVar("_T")
 
 

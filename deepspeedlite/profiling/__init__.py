@@ -4,6 +4,11 @@ Nothing here changes a training run: timers never wait for the device until a li
 profiler removes every hook that it set.
 """
 
+from __future__ import annotations
+
+from typing import Any
+
+from deepspeedlite.drop_in.finder import name_of
 from deepspeedlite.profiling.flops import FlopsProfiler, get_model_profile
 from deepspeedlite.profiling.memory import memory_breakdown, see_memory_usage
 from deepspeedlite.profiling.timers import ThroughputTimer, Timers
@@ -16,3 +21,7 @@ __all__ = [
     "memory_breakdown",
     "see_memory_usage",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    return name_of(__name__, name)

@@ -8,9 +8,11 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from deepspeedlite.drop_in.finder import name_of
+
 if TYPE_CHECKING:
     from deepspeedlite.data import RepeatingLoader
-    from deepspeedlite.log import log_dist, logger
+    from deepspeedlite.log import log_dist, log_dist_once, logger
     from deepspeedlite.utils.inspect import (
         safe_get_full_fp32_param,
         safe_get_full_grad,
@@ -26,6 +28,7 @@ if TYPE_CHECKING:
         safe_set_local_optimizer_state,
         safe_update_full_grad_vectorized,
     )
+    from deepspeedlite.utils.on_device import OnDevice
     from deepspeedlite.zero.leaf import (
         get_z3_leaf_modules,
         set_z3_leaf_module,
@@ -37,9 +40,11 @@ if TYPE_CHECKING:
     )
 
 __all__ = [
+    "OnDevice",
     "RepeatingLoader",
     "get_z3_leaf_modules",
     "log_dist",
+    "log_dist_once",
     "logger",
     "safe_get_full_fp32_param",
     "safe_get_full_grad",
@@ -68,12 +73,13 @@ def _home(name: str) -> str:
         return "deepspeedlite.utils.inspect"
     if "z3_leaf" in name:
         return "deepspeedlite.zero.leaf"
-    return "deepspeedlite.data" if name == "RepeatingLoader" else "deepspeedlite.log"
+    homes = {"RepeatingLoader": "data", "OnDevice": "utils.on_device"}
+    return f"deepspeedlite.{homes.get(name, 'log')}"
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'deepspeedlite.utils' has no attribute {name!r}")
+        return name_of(__name__, name)
     value = getattr(importlib.import_module(_home(name)), name)
     globals()[name] = value
     return value

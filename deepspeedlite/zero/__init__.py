@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+from deepspeedlite.drop_in.finder import name_of
+
 _LAZY = {
     "Init": "init",
     "GatheredParameters": "init",
@@ -26,5 +28,5 @@ __all__ = list(_LAZY)
 
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
-        raise AttributeError(f"module 'deepspeedlite.zero' has no attribute {name!r}")
+        return name_of(__name__, name)
     return getattr(importlib.import_module(f"deepspeedlite.zero.{_LAZY[name]}"), name)

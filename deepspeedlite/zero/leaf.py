@@ -21,14 +21,14 @@ KNOWN_CLASSES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSpa
 _MARKED = WeakIdKeyDictionary()
 
 
-def z3_leaf_module(module: torch.nn.Module) -> bool:
+def z3_leaf_module(model: torch.nn.Module) -> bool:
     """Whether a module is a leaf."""
-    return bool(_MARKED.get(module, isinstance(module, ALWAYS)))
+    return bool(_MARKED.get(model, isinstance(model, ALWAYS)))
 
 
-def set_z3_leaf_module(module: torch.nn.Module, flag: bool) -> None:
+def set_z3_leaf_module(model: torch.nn.Module, flag: bool) -> None:
     """Make one module a leaf, or no longer one. Has its effect on engines made afterwards."""
-    _MARKED[module] = flag
+    _MARKED[model] = flag
 
 
 def get_z3_leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:

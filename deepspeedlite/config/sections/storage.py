@@ -65,13 +65,15 @@ class Checkpoint(Section):
 
 
 class ActivationCheckpointing(Section):
-    """Recomputing activations in backward instead of keeping them."""
+    """Recomputing activations in backward: what `checkpointing.configure(deepspeed_config=...)` reads."""
 
     FEATURE = "activation_checkpointing"
 
     partition_activations: Flag = key(False, "Shard kept activations over model-parallel ranks.")
     cpu_checkpointing: Flag = key(False, "Keep checkpointed inputs in CPU memory.")
-    contiguous_memory_optimization: Flag = key(False, "Keep sharded activations in one buffer.")
+    contiguous_memory_optimization: Flag = key(
+        False, "Keep sharded activations in one buffer.", feature="contiguous_checkpoints"
+    )
     number_checkpoints: Int | None = key(None, "How many checkpoints that buffer holds.", ge=1)
     synchronize_checkpoint_boundary: Flag = key(False, "Synchronize the device at every boundary.")
     profile: Flag = key(False, "Log the time of every checkpointed function.")

@@ -1,0 +1,236 @@
+"""Activation checkpointing: keep a function's inputs instead of what it computes, and compute it again in backward.
+
+    deepspeedlite.checkpointing.configure(mpu, partition_activations=True)     once
+    hidden = deepspeedlite.checkpointing.checkpoint(layer, hidden, mask)       in the model's forward pass
+
+torch's own recomputation (without reentrant backward passes) does the work, so functions may take keywords, return
+anything, be nested, and depend on no input that requires grad. What is added here: inputs may be sharded over the
+model-parallel ranks, which all hold them alike, or be kept in CPU memory (`keep.py`); and every random number is drawn
+again as it was, those of Megatron's tracker too (`rng.py`).
+
+Method: Chen et al. 2016, arXiv:1604.06174; sharded and in CPU memory: Rajbhandari et al. 2020, arXiv:1910.02054, 6.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint as torch_checkpoint
+
+from deepspeedlite.accelerator import get_accelerator
+from deepspeedlite.activation_checkpointing.keep import Fetched, Keeper
+from deepspeedlite.activation_checkpointing.rng import CudaRNGStatesTracker, Generators
+from deepspeedlite.comm import Group
+from deepspeedlite.config import load_config
+from deepspeedlite.drop_in.finder import name_of
+from deepspeedlite.errors import ConfigError
+from deepspeedlite.log import log_dist, log_once
+from deepspeedlite.profiling.memory import current_device
+from deepspeedlite.profiling.timers import Stopwatch
+
+__all__ = [
+    "CudaRNGStatesTracker",
+    "checkpoint",
+    "configure",
+    "get_cuda_rng_tracker",
+    "is_configured",
+    "model_parallel_cuda_manual_seed",
+    "model_parallel_reconfigure_tp_seed",
+    "non_reentrant_checkpoint",
+    "partition_activations_in_checkpoint",
+    "reset",
+    "set_num_layers",
+]
+
+_SEED_APART = 2718  # as in Megatron, so that its seeds give its numbers
+
+
+@dataclass
+class _Settings:
+    """What `configure` was told."""
+
+    configured: bool = False
+    mpu: Any = None
+    group: Group | None = None  # the model-parallel ranks
+    partition: bool = False
+    on_host: bool = False
+    contiguous: bool = False
+    number: int | None = None
+    synchronize: bool = False
+    profile: bool = False
+
+
+_settings = _Settings()
+_tracker = CudaRNGStatesTracker()
+
+
+def configure(
+    mpu_: Any,
+    deepspeed_config: Any = None,
+    partition_activations: bool | None = None,
+    contiguous_checkpointing: bool | None = None,
+    num_checkpoints: int | None = None,
+    checkpoint_in_cpu: bool | None = None,
+    synchronize: bool | None = None,
+    profile: bool | None = None,
+) -> None:
+    """Say how inputs are kept from now on. Arguments that are given count more than the configuration's section.
+
+    Args:
+        mpu_: a Megatron-style object with the model-parallel group, or None.
+        deepspeed_config: a configuration, of which the section `activation_checkpointing` is read.
+        partition_activations: each model-parallel rank keeps a part of every input; they are gathered in backward.
+        contiguous_checkpointing: needs the two around it, and changes nothing: the allocator keeps memory whole.
+        num_checkpoints: how many inputs are kept in a forward pass.
+        checkpoint_in_cpu: inputs on a GPU are copied to page-locked CPU memory while the forward pass goes on, and
+            back before backward needs them.
+        synchronize: wait for the device at both ends of every checkpointed function.
+        profile: log the milliseconds of every checkpointed function, forward and backward.
+
+    Raises:
+        ConfigError: `contiguous_checkpointing` without what it needs.
+    """
+    settings = _Settings(configured=True, mpu=mpu_)
+    settings.group = _model_parallel_group(mpu_)
+    if deepspeed_config is not None:
+        world = Group(mpu_.get_data_parallel_group()).size if mpu_ is not None else Group().size
+        loaded = load_config(deepspeed_config, world_size=world)
+        section = loaded.activation_checkpointing
+        settings.partition, settings.on_host = section.partition_activations, section.cpu_checkpointing
+        settings.contiguous, settings.number = section.contiguous_memory_optimization, section.number_checkpoints
+        settings.synchronize, settings.profile = section.synchronize_checkpoint_boundary, section.profile
+    given = {
+        "partition": partition_activations,
+        "contiguous": contiguous_checkpointing,
+        "number": num_checkpoints,
+        "on_host": checkpoint_in_cpu,
+        "synchronize": synchronize,
+        "profile": profile,
+    }
+    for name, value in given.items():
+        if value is not None:
+            setattr(settings, name, value)
+    if settings.contiguous and not (settings.partition and settings.number):
+        raise ConfigError("contiguous_checkpointing needs partition_activations and num_checkpoints")
+    if settings.contiguous:
+        log_once("contiguous_checkpointing changes nothing here: the allocator keeps freed memory for the next input")
+    vars(_settings).update(vars(settings))
+
+
+def is_configured() -> bool:
+    """Whether `configure` was called."""
+    return _settings.configured
+
+
+def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """`function(*args, **kwargs)`, computed again in the backward pass.
+
+    Gradients equal those of the plain call. The function may be called with other tensors for the same values, and must
+    not depend on anything that changes until backward. Without grad it is called plainly.
+    """
+    if not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    leaves, spec = tree_flatten((args, kwargs))
+    keeper = Keeper(_settings.group if _settings.partition else None, _settings.on_host)
+    segment = _Segment(function, spec, {i: leaf for i, leaf in enumerate(leaves) if keeper.moves(leaf)}, keeper)
+    there = [None if index in segment.moved else leaf for index, leaf in enumerate(leaves)]
+    return torch_checkpoint(segment, *there, use_reentrant=False, preserve_rng_state=False)
+
+
+def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
+    """The same as `checkpoint`, which is never reentrant."""
+    return checkpoint(function, *args)
+
+
+class _Segment:
+    """One checkpointed call. The first time it runs on the inputs themselves, afterwards on what was kept of them."""
+
+    def __init__(self, function: Callable[..., Any], spec: Any, moved: dict[int, torch.Tensor], keeper: Keeper) -> None:
+        self._function, self._spec = function, spec
+        self._live = moved
+        self.moved = {index: keeper.keep(tensor) for index, tensor in moved.items()}
+        self._generators = Generators(_tracker)
+        self._is_first = True
+
+    def __call__(self, *there: Any) -> Any:
+        if _settings.synchronize:
+            get_accelerator().synchronize()
+        watch = Stopwatch(current_device()) if _settings.profile else None
+        if watch is not None:
+            watch.start()
+        name, self._is_first = ("forward" if self._is_first else "backward"), False
+        try:
+            return self._run(there) if name == "forward" else self._run_again(there)
+        finally:
+            if watch is not None:
+                watch.stop()
+                log_dist(f"checkpointed {name}: {watch.elapsed_ms():.2f} ms")
+            if _settings.synchronize:
+                get_accelerator().synchronize()
+
+    def _run(self, there: Any) -> Any:
+        live, self._live = self._live, {}
+        return self._call(there, live)
+
+    def _run_again(self, there: Any) -> Any:
+        fetched = {index: Fetched.of(kept) for index, kept in self.moved.items()}
+        with self._generators.as_they_were():
+            return self._call(there, fetched)
+
+    def _call(self, there: Any, moved: dict[int, torch.Tensor]) -> Any:
+        leaves = [moved.get(index, leaf) for index, leaf in enumerate(there)]
+        args, kwargs = tree_unflatten(leaves, self._spec)
+        moved.clear()  # the function's own references are the last ones
+        return self._function(*args, **kwargs)
+
+
+def partition_activations_in_checkpoint(partition_activation: bool) -> None:
+    """Shard inputs over the model-parallel ranks from now on, or no longer."""
+    _settings.partition = partition_activation
+
+
+def set_num_layers(nlayers: int) -> None:
+    """Say how many inputs are kept in a forward pass. Kept for scripts: nothing depends on it."""
+    _settings.number = nlayers
+
+
+def reset() -> None:
+    """For scripts that call it between forward passes without backward: nothing is left over here."""
+
+
+# --- random numbers ---------------------------------------------------------------------------------------------------
+
+
+def get_cuda_rng_tracker() -> CudaRNGStatesTracker:
+    """The random number states by name that Megatron's layers fork into."""
+    return _tracker
+
+
+def model_parallel_cuda_manual_seed(seed: int) -> None:
+    """Seed the device's generator alike on all model-parallel ranks, and the tracker's state apart on each of them."""
+    _tracker.reset()
+    get_accelerator().manual_seed(seed)
+    _tracker.add(_tracker.MODEL_PARALLEL, seed + _SEED_APART + _model_parallel_rank())
+
+
+def model_parallel_reconfigure_tp_seed(seed: int) -> None:
+    """Seed the tracker's model-parallel state anew."""
+    with _tracker.fork():
+        get_accelerator().manual_seed(seed + _SEED_APART + _model_parallel_rank())
+
+
+def _model_parallel_rank() -> int:
+    return 0 if _settings.group is None else _settings.group.rank
+
+
+def _model_parallel_group(mpu: Any) -> Group | None:
+    method = getattr(mpu, "get_tensor_model_parallel_group", None) or getattr(mpu, "get_model_parallel_group", None)
+    return None if method is None else Group(method())
+
+
+def __getattr__(name: str) -> Any:
+    return name_of(__name__, name)

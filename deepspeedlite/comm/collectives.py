@@ -1,0 +1,406 @@
+"""Collectives and messages as functions, with DeepSpeed's names and arguments, for scripts that call them themselves.
+
+They run on torch.distributed and on CPU or GPU tensors as its backends do; `src`, `dst` and peers are ranks of the
+world, as in torch. With `async_op=True` a work handle comes back, else None. Every function takes three more keywords:
+`prof=True` measures this call although the section `comms_logger` has `prof_all: false`, `log_name` is what it is
+called in the table, and `debug` is taken and ignored. Ranks that do not meet get an error that says where each of them
+is (`comm.stall`).
+
+Raised are `DistributedError` before `init_distributed`, when ranks do not meet, and where the backend cannot do it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import ProcessGroup, ReduceOp
+
+from deepspeedlite.comm.group import Group
+from deepspeedlite.comm.logger import comms_logger
+from deepspeedlite.comm.stall import LabelledWork, explained
+from deepspeedlite.errors import DistributedError
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+_NAMES = {ReduceOp.SUM: "sum", ReduceOp.AVG: "avg", ReduceOp.MAX: "max", ReduceOp.MIN: "min"}
+_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+class Done:
+    """The handle of what was done at once."""
+
+    def wait(self, *_: Any) -> bool:
+        """Return at once."""
+        return True
+
+    def is_completed(self) -> bool:
+        """True."""
+        return True
+
+
+def _collective(message: str = "tensor") -> Callable[[_F], _F]:
+    """Measure and explain a function; `message` is the argument whose size counts."""
+
+    def decorate(function: _F) -> _F:
+        name, signature = function.__name__, inspect.signature(function)
+
+        @functools.wraps(function)
+        def call(*args: Any, prof: bool = False, log_name: str = "", debug: Any = None, **kwargs: Any) -> Any:
+            if not dist.is_initialized():
+                raise DistributedError(
+                    f"comm.{name} before init_distributed: call deepspeedlite.init_distributed() first"
+                )
+            given = signature.bind(*args, **kwargs).arguments
+            group = given.get("group")
+            moved = _whole(given.get(message))
+            label = f"{name} of {moved.numel()} elements" if moved is not None else name
+            ranks = dist.get_process_group_ranks(group)
+            if not comms_logger.enabled:
+                return _explained(function, args, kwargs, label, ranks)
+            with comms_logger.measure(log_name or name, moved, len(ranks), wanted=prof) as measured:
+                return measured.finish(_explained(function, args, kwargs, label, ranks))
+
+        parameters = list(signature.parameters.values())
+        more = [
+            inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default)
+            for key, default in (("prof", False), ("log_name", ""), ("debug", None))
+        ]
+        call.__signature__ = signature.replace(parameters=[*parameters, *more])  # type: ignore[attr-defined]
+        return call  # type: ignore[return-value]
+
+    return decorate
+
+
+def _explained(function: Callable[..., Any], args: Any, kwargs: Any, label: str, ranks: list[int]) -> Any:
+    with explained(label, ranks):
+        work = function(*args, **kwargs)
+    return LabelledWork(work, label, ranks) if isinstance(work, dist.Work) else work
+
+
+def _whole(message: Any) -> torch.Tensor | None:
+    """One tensor whose size is the message's."""
+    if isinstance(message, torch.Tensor):
+        return message
+    if not message or not isinstance(message, (list, tuple)) or not isinstance(message[0], torch.Tensor):
+        return None
+    numel = sum(tensor.numel() for tensor in message)
+    return message[0].new_empty(0).expand(0) if not numel else message[0].flatten()[:1].expand(numel)
+
+
+def _summed(tensor: torch.Tensor, op: Any, group: ProcessGroup | None) -> Any:
+    """The op that the backend can do; gloo's averages are sums of what is divided first, in place."""
+    if op == ReduceOp.AVG and "nccl" not in dist.get_backend(group):
+        tensor.div_(dist.get_world_size(group))
+        return ReduceOp.SUM
+    return op
+
+
+@_collective()
+def all_reduce(
+    tensor: torch.Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """Reduce `tensor` over the ranks in place. `op` is a `ReduceOp`, or one of "sum", "avg", "max" and "min"."""
+    name = op if isinstance(op, str) else _NAMES.get(op)
+    if name is None:
+        return dist.all_reduce(tensor, op, group, async_op)
+    work = _unmeasured(group).all_reduce(tensor, name, async_op)
+    return work if work is not None or not async_op else Done()
+
+
+class _Off:
+    """A logger that is off: the function around measures."""
+
+    enabled = False
+
+
+def _unmeasured(group: ProcessGroup | None) -> Group:
+    return Group(group, logger=_Off())  # type: ignore[arg-type]
+
+
+def inference_all_reduce(
+    tensor: torch.Tensor,
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Any,
+) -> Any:
+    """The same as `all_reduce`."""
+    return all_reduce(tensor, op, group, async_op, **logging)
+
+
+@_collective("tensors")
+def all_reduce_coalesced(
+    tensors: Sequence[torch.Tensor], op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """Reduce all `tensors` (of one dtype) as one message, in place."""
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+
+    def spread() -> None:
+        for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
+            tensor.copy_(piece.view_as(tensor))
+
+    work = dist.all_reduce(flat, _summed(flat, op, group), group, async_op=True)
+    if async_op:
+        return _Then(work, spread)
+    work.wait()
+    spread()
+    return None
+
+
+class _Then:
+    """A collective, and what is done when it has been waited for."""
+
+    def __init__(self, work: Any, then: Callable[[], None]) -> None:
+        self._work, self._then = work, then
+
+    def wait(self, *arguments: Any) -> Any:
+        """Wait; the results are in place afterwards."""
+        work, self._work = self._work, Done()
+        result = work.wait(*arguments)
+        if not isinstance(work, Done):
+            self._then()
+        return result
+
+    def is_completed(self) -> bool:
+        """Whether `wait` will not have to."""
+        return bool(self._work.is_completed())
+
+
+@_collective()
+def broadcast(tensor: torch.Tensor, src: int = 0, group: ProcessGroup | None = None, async_op: bool = False) -> Any:
+    """Give every rank the values that `tensor` has on rank `src`."""
+    return dist.broadcast(tensor, src, group, async_op)
+
+
+@_collective("")
+def broadcast_object_list(
+    object_list: list[Any], src: int = 0, group: ProcessGroup | None = None, device: torch.device | None = None
+) -> None:
+    """Replace the list's objects by rank `src`'s. They are pickled: between trusted ranks only."""
+    dist.broadcast_object_list(object_list, src, group, device)
+
+
+@_collective("tensor_list")
+def all_gather(
+    tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """Every rank's `tensor`, into the tensors of the list, in rank order."""
+    return dist.all_gather(tensor_list, tensor, group, async_op)
+
+
+@_collective("")
+def all_gather_object(object_list: list[Any], obj: Any, group: ProcessGroup | None = None) -> None:
+    """Every rank's object, into the list, in rank order. They are pickled: between trusted ranks only."""
+    dist.all_gather_object(object_list, obj, group)
+
+
+@_collective("output_tensor")
+def all_gather_into_tensor(
+    output_tensor: torch.Tensor, tensor: torch.Tensor, group: ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """Concatenate every rank's `tensor` in rank order into `output_tensor`."""
+    return _ALL_GATHER(output_tensor, tensor, group, async_op)
+
+
+def allgather_fn(
+    output_tensor: torch.Tensor,
+    input_tensor: torch.Tensor,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Any,
+) -> Any:
+    """The same as `all_gather_into_tensor`."""
+    return all_gather_into_tensor(output_tensor, input_tensor, group, async_op, **logging)
+
+
+@_collective("output_tensors")
+def all_gather_coalesced(
+    output_tensors: Sequence[torch.Tensor],
+    input_tensors: Sequence[torch.Tensor],
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """`all_gather_into_tensor` for each pair."""
+    works = [_ALL_GATHER(out, shard, group, True) for out, shard in zip(output_tensors, input_tensors)]
+    handle = _All(works)
+    return handle if async_op else handle.wait() and None
+
+
+class _All:
+    """Several collectives as one handle."""
+
+    def __init__(self, works: Sequence[Any]) -> None:
+        self._works = works
+
+    def wait(self, *arguments: Any) -> bool:
+        """Wait for all."""
+        for work in self._works:
+            work.wait(*arguments)
+        return True
+
+    def is_completed(self) -> bool:
+        """Whether `wait` will not have to."""
+        return all(work.is_completed() for work in self._works)
+
+
+@_collective("tensor")
+def reduce_scatter_tensor(
+    output_tensor: torch.Tensor,
+    tensor: torch.Tensor,
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """Reduce `tensor` over the ranks; rank r gets part r in `output_tensor`. (An average on gloo divides `tensor`.)"""
+    return _REDUCE_SCATTER(output_tensor, tensor, _summed(tensor, op, group), group, async_op)
+
+
+def reduce_scatter_fn(
+    output_tensor: torch.Tensor,
+    tensor: torch.Tensor,
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Any,
+) -> Any:
+    """The same as `reduce_scatter_tensor`."""
+    return reduce_scatter_tensor(output_tensor, tensor, op, group, async_op, **logging)
+
+
+@_collective("input_list")
+def reduce_scatter(
+    output: torch.Tensor,
+    input_list: list[torch.Tensor],
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """Reduce the list's tensors over the ranks; rank r gets the r-th in `output`."""
+    for tensor in input_list:
+        summed = _summed(tensor, op, group)
+    return dist.reduce_scatter(output, input_list, summed, group, async_op)
+
+
+@_collective()
+def all_to_all_single(
+    output: torch.Tensor,
+    tensor: torch.Tensor,
+    output_split_sizes: list[int] | None = None,
+    input_split_sizes: list[int] | None = None,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """Cut `tensor` along its first dimension, send rank r the r-th piece, and join what comes in `output`."""
+    return dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group, async_op)
+
+
+@_collective("input_tensor_list")
+def all_to_all(
+    output_tensor_list: list[torch.Tensor],
+    input_tensor_list: list[torch.Tensor],
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """Send rank r the r-th tensor of one list; the other is filled in rank order. (gloo has none: sent one by one.)"""
+    if "gloo" not in dist.get_backend(group):
+        return dist.all_to_all(output_tensor_list, input_tensor_list, group, async_op)
+    ranks, me = dist.get_process_group_ranks(group), dist.get_rank(group)
+    output_tensor_list[me].copy_(input_tensor_list[me])
+    others = [(index, rank) for index, rank in enumerate(ranks) if index != me]
+    works: list[Any] = [dist.irecv(output_tensor_list[index], src=rank, group=group) for index, rank in others]
+    works += [dist.isend(input_tensor_list[index], dst=rank, group=group) for index, rank in others]
+    handle = _All(works)
+    return handle if async_op else handle.wait() and None
+
+
+@_collective()
+def reduce(
+    tensor: torch.Tensor, dst: int, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
+) -> Any:
+    """Reduce over the ranks into rank `dst`'s `tensor`; other ranks' are scratch afterwards."""
+    return dist.reduce(tensor, dst, _summed(tensor, op, group), group, async_op)
+
+
+@_collective()
+def gather(
+    tensor: torch.Tensor,
+    gather_list: list[torch.Tensor] | None = None,
+    dst: int = 0,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """Every rank's `tensor`, into rank `dst`'s list; None on other ranks."""
+    return dist.gather(tensor, gather_list, dst, group, async_op)
+
+
+@_collective()
+def scatter(
+    tensor: torch.Tensor,
+    scatter_list: list[torch.Tensor] | None = None,
+    src: int = 0,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+) -> Any:
+    """Rank r's `tensor` becomes the r-th of rank `src`'s list; None on other ranks."""
+    return dist.scatter(tensor, scatter_list, src, group, async_op)
+
+
+@_collective()
+def send(tensor: torch.Tensor, dst: int, group: ProcessGroup | None = None, tag: int = 0) -> None:
+    """Send `tensor` to rank `dst`; returns when it may be written again."""
+    dist.send(tensor, dst, group, tag)
+
+
+@_collective()
+def recv(tensor: torch.Tensor, src: int | None = None, group: ProcessGroup | None = None, tag: int = 0) -> int:
+    """Receive into `tensor` from rank `src` (None: from any, on gloo), and return the sender's rank."""
+    return dist.recv(tensor, src, group, tag)
+
+
+@_collective()
+def isend(tensor: torch.Tensor, dst: int, group: ProcessGroup | None = None, tag: int = 0) -> Any:
+    """`send`, as a handle."""
+    return dist.isend(tensor, dst, group, tag)
+
+
+@_collective()
+def irecv(tensor: torch.Tensor, src: int | None = None, group: ProcessGroup | None = None, tag: int = 0) -> Any:
+    """`recv`, as a handle."""
+    return dist.irecv(tensor, src, group, tag)
+
+
+class P2POp:
+    """One message for `batch_isend_irecv`: `op` is this module's or torch's `isend` or `irecv`, `peer` a rank."""
+
+    def __init__(
+        self, op: Callable[..., Any], tensor: torch.Tensor, peer: int, group: ProcessGroup | None = None, tag: int = 0
+    ) -> None:
+        self.op, self.tensor, self.peer, self.group, self.tag = op, tensor, peer, group, tag
+
+
+@_collective("")
+def batch_isend_irecv(p2p_op_list: list[Any]) -> list[Any]:
+    """Start all messages together; a handle for each (with NCCL possibly one for all)."""
+    ours = {isend: dist.isend, irecv: dist.irecv}
+    return dist.batch_isend_irecv(
+        [dist.P2POp(ours.get(op.op, op.op), op.tensor, op.peer, op.group, op.tag) for op in p2p_op_list]
+    )
+
+
+@_collective("")
+def barrier(group: ProcessGroup | None = None, async_op: bool = False, device_ids: list[int] | None = None) -> Any:
+    """Return when every rank has come here."""
+    if device_ids is None and "nccl" in dist.get_backend(group):
+        device_ids = [torch.cuda.current_device()]
+    return dist.barrier(group, async_op, device_ids)
+
+
+@_collective("")
+def monitored_barrier(group: ProcessGroup | None = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+    """A barrier that names the ranks that did not come within `timeout`; on gloo alone."""
+    dist.monitored_barrier(group, timeout, wait_all_ranks)
