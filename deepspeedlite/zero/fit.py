@@ -80,14 +80,15 @@ class Fit(NamedTuple):
 
 
 def fit_all(training: Training, machine: Machine) -> list[Fit]:
-    """Every stage and offload, from the least traffic to the most; without a disk, without those that need one.
+    """Every stage and offload, from the least traffic to the most, but those that need a disk that is not there, and
+    those that only move to the host's memory what ranks without GPUs have there anyway.
 
     Raises:
         ConfigError: a number in `training` makes no sense.
     """
     training.check()
-    has_disk = machine.read_rate > 0
-    ways = [(stage, name) for stage, name in ways_of() if has_disk or "nvme" not in OFFLOADS[name]]
+    absent = {tier for tier, is_there in (("host", machine.gpus), ("nvme", machine.read_rate)) if not is_there}
+    ways = [(stage, name) for stage, name in ways_of() if absent.isdisjoint(OFFLOADS[name][:2])]
     return [_fit(stage, name, training, machine) for stage, name in ways]
 
 
