@@ -34,7 +34,7 @@ demo:  ## train the CIFAR-10 tutorial on 2 local ranks, from a bare clone
 test:  ## run the whole test suite
 	$(TIMED) "make test" $(MAKE) --no-print-directory test-here MARKS=
 
-test-fast:  ## run the tests that take less than a few seconds each
+test-fast:  ## run the quick tests of every part, in under three minutes
 	$(TIMED) "make test-fast" $(MAKE) --no-print-directory test-here MARKS='-m "not slow"'
 
 .PHONY: demo-here test-here

@@ -29,6 +29,17 @@ def hear_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` chooses
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`slow_unless`: of a large matrix, the cases that have none of the named values are slow."""
+    for item in items:
+        for mark in item.iter_markers("slow_unless"):
+            for name, values in mark.kwargs.items():
+                quick = values if isinstance(values, tuple) else (values,)
+                if item.callspec.params[name] not in quick:  # type: ignore[attr-defined]
+                    item.add_marker(pytest.mark.slow)
+
+
 def pytest_sessionfinish() -> None:
     """Leave no worker process behind, whether the session passed, failed or was interrupted."""
     harness = sys.modules.get("harness")

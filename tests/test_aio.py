@@ -514,6 +514,7 @@ def faults(tmp_path_factory) -> Path:
     return library
 
 
+@pytest.mark.slow
 def test_what_the_kernel_leaves_undone_is_done_and_what_it_refuses_is_told(engine, faults, tmp_path):
     cases = [f"{CALLS},3,{how}" for how in (SHORT, errno.EINTR, errno.EAGAIN, errno.EIO)]
     cases += [f"{TRANSFERS},{every},{how}" for every in (1, 2, 7, 40) for how in (SHORT, errno.EIO)]

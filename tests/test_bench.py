@@ -123,6 +123,7 @@ def test_ranks_of_two_hosts(tmp_path: Path) -> None:
     check(json.loads((tmp_path / "a.json").read_text()), 2, 2, [4096, 1 << 20])
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_wrong_results_are_found():
     import torch

@@ -142,6 +142,7 @@ def rewrite(path, content):
     save_for_deepspeed(content, path)
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @distributed(world_size=2)
 def test_an_engine_loads_them_as_its_own(stage, tmp_path):

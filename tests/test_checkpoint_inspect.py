@@ -164,6 +164,7 @@ def test_names_are_no_markup_and_what_cannot_be_read_is_told(tmp_path, capsys):
     assert ended.value.code == 2
 
 
+@pytest.mark.slow
 def test_a_diff_needs_little_memory(tmp_path):
     big = torch.arange(24 << 20, dtype=torch.float32)  # 96 MiB
     write(tmp_path / "a", {"big.master": big})

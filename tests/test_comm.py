@@ -343,6 +343,7 @@ def test_a_plain_python_process(run_script: Callable[..., tuple[list[str], str]]
     assert "1 rank(s), gloo on cpu, found by single process" in log
 
 
+@pytest.mark.slow
 def test_torchrun(run_script: Callable[..., tuple[list[str], str]]) -> None:
     """The agent of torchrun hosts the store; rank 0 is a client of it like the others."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -351,6 +352,7 @@ def test_torchrun(run_script: Callable[..., tuple[list[str], str]]) -> None:
     assert log.count("2 rank(s), gloo on cpu, found by torchrun") == 1
 
 
+@pytest.mark.slow
 def test_the_interpreter_ends_after_the_process_group(run_script: Callable[..., tuple[list[str], str]]) -> None:
     """A rank that ends with a collective under way does not abort, and does not fail the others."""
     launcher = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
@@ -358,6 +360,7 @@ def test_the_interpreter_ends_after_the_process_group(run_script: Callable[..., 
     assert lines == ["rank 0 has 8.0"]
 
 
+@pytest.mark.slow
 def test_open_mpi(run_script: Callable[..., tuple[list[str], str]]) -> None:
     """A run on one host needs neither mpi4py nor MASTER_ADDR."""
     if shutil.which("mpirun") is None:

@@ -669,6 +669,7 @@ def test_a_renamed_key_is_named(place, suffix):
     assert any(line.startswith((path + " = ", path + ": ")) for line in lines), (path, lines)
 
 
+@pytest.mark.slow
 @given(place=st.sampled_from(PLACES), value=junk)
 @settings(max_examples=250, deadline=None)
 def test_a_changed_value_is_named_or_right(place, value):
@@ -681,6 +682,7 @@ def test_a_changed_value_is_named_or_right(place, value):
         assert related or batch, (path, value, line)
 
 
+@pytest.mark.slow
 @given(
     source=st.dictionaries(st.sampled_from(list(DeepSpeedConfig.model_fields)) | st.text(max_size=5), junk, max_size=6)
 )

@@ -106,6 +106,7 @@ print("good")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_does_the_same(isa):
     environment = {**os.environ, "DEEPSPEEDLITE_ISA": isa}
@@ -158,6 +159,7 @@ def test_what_it_cannot_do_is_refused_by_name(rule, which, value, message):
         apply(load(rule.op), values, rule.numbers, [])
 
 
+@pytest.mark.slow
 def test_torchs_own_checks_of_an_op_pass():
     """Schema, aliasing, fake tensors and dispatch, for all ops of the CPU."""
     for rule in RULES.values():

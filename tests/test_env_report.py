@@ -271,12 +271,14 @@ def test_low_limits_get_remedies() -> None:
 # --- ops and their cache ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ops_without_a_compiler_say_who_does_their_work(tmp_path: Path) -> None:
     done = run("--json", "--only", "ops", CXX="/no/such/compiler", TORCH_EXTENSIONS_DIR=str(tmp_path))
     row = find(rows_of(done), "cpu_adam")
     assert row.status == WARN and "torch does its work" in row.value and "CXX=/no/such/compiler" in row.value
 
 
+@pytest.mark.slow
 def test_an_op_that_does_not_load_is_broken_and_what_builds_left_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -295,6 +297,7 @@ def test_an_op_that_does_not_load_is_broken_and_what_builds_left_is_named(
     assert find(rows_of(done), "of no use here").value.startswith("1, ")
 
 
+@pytest.mark.slow
 def test_an_op_that_kills_its_process_is_blamed_and_torch_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -325,6 +328,7 @@ def test_a_cache_that_cannot_be_written_names_the_variable(tmp_path: Path) -> No
     assert row.status == WARN and "TORCH_EXTENSIONS_DIR" in row.remedy
 
 
+@pytest.mark.slow
 def test_without_any_package_each_remedy_is_the_right_one(tmp_path: Path) -> None:
     code = "import sys; from deepspeedlite.env_report import main; sys.exit(main(['--json']))"
     env = {**os.environ, "PYTHONPATH": str(REPOSITORY)}

@@ -80,6 +80,7 @@ def test_gpt_sees_no_token_after_the_current_one():
     assert not torch.allclose(before[:, 10:], after[:, 10:])
 
 
+@pytest.mark.slow
 def test_gpt_starts_out_knowing_nothing_and_overfits_one_window():
     model = load("gpt", "model")
     torch.manual_seed(0)

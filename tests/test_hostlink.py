@@ -91,6 +91,7 @@ def test_ranks_may_wait_in_different_orders() -> None:
         assert out.view(group.size, -1)[:, 0].tolist() == [10.0 * i + rank for rank in range(group.size)]
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_a_rank_may_run_far_ahead_of_the_others() -> None:
     """More messages than a socket's queue holds."""
@@ -320,6 +321,7 @@ def test_a_lent_shard_is_gathered_without_a_copy_and_settles_before_it_is_writte
     assert link(group).held_nbytes == before, "only the lent memory was used"
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_settling_waits_for_a_rank_that_has_not_read_and_not_for_one_that_has_ended(tmp_path: Path) -> None:
     group = Group()

@@ -591,6 +591,7 @@ def test_each_rank_has_its_log(script: Script, tmp_path: Path) -> None:
 # With torch
 
 
+@pytest.mark.slow
 def test_two_ranks_reduce_over_gloo(script: Script) -> None:
     pytest.importorskip("torch")
     path = script(
@@ -631,6 +632,7 @@ def test_a_rank_that_raises_between_collectives_is_blamed(script: Script) -> Non
 # More of one machine
 
 
+@pytest.mark.slow
 def test_64_ranks_start_and_end(script: Script) -> None:
     done = launch("--num_gpus", 64, script("print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'])"), timeout=120)
     assert done.returncode == 0, done.stderr

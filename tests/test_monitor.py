@@ -71,6 +71,7 @@ def test_csv_removes_a_row_cut_short_by_a_crash(tmp_path: Path, left: str, kept:
     assert rows(path) == [["step", "lr"], *kept, ["2", "0.25"]]
 
 
+@pytest.mark.slow
 def test_csv_survives_sigkill(tmp_path: Path) -> None:
     program = (
         "import os, signal\n"

@@ -82,6 +82,7 @@ print("good")
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_does_the_same(isa):
     """A better one than the processor has is not taken, so this passes, for less, on an old processor."""
@@ -284,6 +285,7 @@ def test_two_that_start_at_once_compile_once_and_a_killed_one_leaves_no_lock(col
     assert time.perf_counter() - started_s < 1, "nothing is compiled again"
 
 
+@pytest.mark.slow
 def test_a_compile_error_shows_the_first_error_and_the_command(cold, tmp_path, monkeypatch):
     sources = tmp_path / "csrc"
     shutil.copytree(ROOT / "csrc", sources)
@@ -322,6 +324,7 @@ print(type(engine.optimizer.optimizer).__name__, [round(w, 5) for w in weight.to
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "value", "reason"),
     [("CXX", "/no/such/compiler", "CXX=/no/such/compiler is not"), ("TORCH_EXTENSIONS_DIR", "/dev/null/x", "writ")],

@@ -119,6 +119,7 @@ def check_against_reference(weights, losses, dtype, accumulation, clip, world_si
     assert expected_losses[-1] != expected_losses[0]
 
 
+@pytest.mark.slow_unless(world_size=2, accumulation=3, clip=True)
 @pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])

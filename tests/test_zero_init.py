@@ -78,6 +78,7 @@ def live_bytes() -> int:
     return sum(seen.values())
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_never_more_than_one_module_is_whole_while_building():
     width, depth = 256, 12

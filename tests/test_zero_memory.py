@@ -289,6 +289,7 @@ def test_initialize_peaks_at_the_model_as_it_was_given(stage):
     assert peak <= (1 + TOLERANCE) * max(begin, ready) + 3 * FP32_BYTES * unit
 
 
+@pytest.mark.slow
 @distributed(world_size=[2, 4])
 def test_zero_init_never_holds_the_whole_model(world_size):
     """Each layer is cut as soon as it is built, and `initialize` moves shards, unit by unit."""
@@ -309,6 +310,7 @@ def test_zero_init_never_holds_the_whole_model(world_size):
     assert engine.zero_optimization_stage() == 3
 
 
+@pytest.mark.slow_unless(stage=2, dtype="bf16")
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @distributed(world_size=2)
@@ -325,6 +327,7 @@ def test_the_estimate_is_right(stage, dtype, world_size):
     assert_within(largest, PARAMS, f"the largest model at stage {stage}, {dtype}")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [2, 3])
 @distributed(world_size=2)
 def test_accumulation_keeps_only_shards(stage):
@@ -359,6 +362,7 @@ def test_evaluation_leaves_nothing_whole():
     assert unit < evaluation.peak < 3 * unit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("blocks", [4, 1000])
 @distributed(world_size=2)
 def test_sub_group_size_bounds_the_fp32_gradients_of_a_step(blocks, world_size):

@@ -368,6 +368,7 @@ def cases(*names: str) -> Any:
     return pytest.mark.parametrize("name", names or [n for n in CASES if n not in RANK_DEPENDENT])
 
 
+@pytest.mark.slow_unless(stage=(1, "3 tight"))
 @cases()
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -375,6 +376,7 @@ def test_trajectory(stage, name):
     follow(CASES[name], stage)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
 def test_containers_of_outputs(stage):
@@ -391,6 +393,7 @@ def test_what_may_be_refused(stage, use, part):
         follow(Case(between(use, part=part)), stage)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @cases(
     "lora",
     "sometimes and never used",
@@ -414,6 +417,7 @@ def test_a_parameter_that_only_some_ranks_use(stage):
     follow(CASES["used by some ranks"], stage, accumulation=2, steps=3)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @cases("lora", "sometimes and never used", "tied", "checkpoint, reentrant, reused", "experts", "buffers")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -421,6 +425,7 @@ def test_accumulation(stage, name):
     follow(CASES[name], stage, accumulation=3, steps=3)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @cases("lora", "sometimes and never used", "tied", "checkpoint, reentrant", "checkpoint", "returned parameter")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -430,6 +435,7 @@ def test_plain_backward(stage, name):
     follow(CASES[name], stage, plain_backward=True, accumulation=2, steps=2)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @cases("lora", "sometimes and never used", "odd sizes", "tied", "groups across units")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -438,6 +444,7 @@ def test_clipping(stage, name):
     follow(CASES[name], stage, clip=0.05)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
 def test_bucket_sizes(stage):
@@ -446,6 +453,7 @@ def test_bucket_sizes(stage):
     follow(CASES["tied"], stage, overlap_comm=False, steps=3)
 
 
+@pytest.mark.slow_unless(threshold=60)
 @pytest.mark.parametrize("threshold", [1, 10, 60, 10**6])
 @distributed(world_size=2)
 def test_parameters_that_stage_3_leaves_whole(threshold):
@@ -456,6 +464,7 @@ def test_parameters_that_stage_3_leaves_whole(threshold):
 # --- what happens between the steps ---------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @cases("lora", "encoder", "buffers", "child's weight, found")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -511,6 +520,7 @@ def test_two_forward_passes_before_their_backward_passes(stage):
     follower.check()
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
 def test_two_engines_trained_alternately(stage):
@@ -532,6 +542,7 @@ def test_two_engines_trained_alternately(stage):
     two.check()
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("plain_backward", [False, True])
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -553,6 +564,7 @@ def test_two_backward_passes_through_one_graph(stage, plain_backward):
     follower.check()
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("where", ["child", "parent", "checkpoint", "backward"])
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -571,6 +583,7 @@ def test_an_exception_leaves_a_working_engine(stage, where):
     follower.check()
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("change", ["freeze", "thaw", "freeze and thaw"])
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)

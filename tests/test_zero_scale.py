@@ -38,6 +38,7 @@ def simulate(ranks: int, stage: int) -> Counted:
         return count(partial(build, SMALL, stage, **keys(stage)))[1]
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=2, env={SWITCH: "0"})
 def test_a_simulated_rank_counts_what_a_real_one_does(stage):
@@ -51,6 +52,7 @@ def test_a_simulated_rank_counts_what_a_real_one_does(stage):
     assert 0 <= real.peak_bytes - simulated_rank.peak_bytes <= inboxes
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=1, init_process_group=False)
 def test_states_shrink_by_the_formula_and_buffers_stay(stage):
@@ -63,6 +65,7 @@ def test_states_shrink_by_the_formula_and_buffers_stay(stage):
     assert buffers[-1] == pytest.approx(buffers[0], rel=0.05)
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=1, init_process_group=False)
 def test_sent_bytes_are_zeros_bound(stage):
@@ -90,6 +93,7 @@ def python_calls(ranks: int, stage: int) -> int:
     return sum(calls for (file, _, _), (_, calls, *_) in ours if str(ROOT / "deepspeedlite") in file)
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=1, init_process_group=False)
 def test_a_step_takes_as_many_calls_on_1024_ranks_as_on_8(stage):
@@ -98,6 +102,7 @@ def test_a_step_takes_as_many_calls_on_1024_ranks_as_on_8(stage):
     assert many == pytest.approx(few, rel=0.01)  # padding for 1024 shards may move what is gathered ahead by a unit
 
 
+@pytest.mark.slow
 def test_the_command_prints_json_lines_and_a_table():
     arguments = ["--models", "small", "--ranks", "8", "64", "--stages", "3", "--steps", "1"]
     command = [sys.executable, str(ROOT / "benchmarks" / "zero_scale.py"), *arguments]

@@ -168,6 +168,7 @@ def test_an_all_reduce_in_place_of_the_reduce_scatter(stage):
     assert_same(model, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["dropped", "destroyed"])
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @distributed(world_size=2)
