@@ -64,6 +64,7 @@ def theirs_of(folder: Path, stage: int, dtype: str = "bf16") -> Path:
         return export_to_deepspeed(reader, folder / "theirs", stage, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 @distributed(world_size=1)
 def test_every_stage_and_number_of_ranks_is_written_and_read_to_the_bit(dtype, tmp_path):
@@ -142,7 +143,7 @@ def rewrite(path, content):
     save_for_deepspeed(content, path)
 
 
-@pytest.mark.slow_unless(stage=3)
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 3])
 @distributed(world_size=2)
 def test_an_engine_loads_them_as_its_own(stage, tmp_path):

@@ -87,6 +87,7 @@ def test_slurm_starts_tasks_on_the_workers() -> None:
         assert done.returncode == 4
 
 
+@pytest.mark.slow
 def test_a_cut_cable_is_silent_and_can_be_mended() -> None:
     with Cluster(WORKERS[:2]) as cluster:
         probe = ["ssh", "-o", "ConnectTimeout=1", "worker-1", "echo reached"]
@@ -100,6 +101,7 @@ def test_a_cut_cable_is_silent_and_can_be_mended() -> None:
         assert cluster.run("head", probe).stdout == "reached\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("silent", [False, True])
 def test_a_host_without_power(silent: bool) -> None:
     with Cluster(WORKERS[:1]) as cluster:

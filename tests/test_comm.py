@@ -172,6 +172,7 @@ def test_explicit_arguments(scheme: str, free_port: int, tmp_path: Path) -> None
     comm.barrier()
 
 
+@pytest.mark.slow
 @distributed(3, init_process_group=False)
 def test_ranks_that_do_not_come_are_named(free_port: int) -> None:
     """Every rank that came raises the same within the time allowed."""

@@ -561,6 +561,7 @@ def solutions(train, micro, accumulation, world):
     return found
 
 
+@pytest.mark.slow
 @given(train=maybe, micro=maybe, accumulation=maybe, world=st.integers(1, 6))
 @settings(max_examples=400, deadline=None)
 def test_triangle_agrees_with_brute_force(train, micro, accumulation, world):

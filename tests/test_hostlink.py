@@ -224,6 +224,7 @@ def test_a_rank_that_cannot_be_called_keeps_all_on_tcp() -> None:
         assert link_of(None, dist.get_rank(), 3) is None
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_nothing_is_left_when_the_process_group_is_gone() -> None:
     def descriptors() -> int:

@@ -311,6 +311,7 @@ def test_a_rank_that_ends_by_a_signal_gives_128_plus_it(script: Script) -> None:
     assert text.endswith("its last lines on stderr:\n    last words\n")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_exit", [False, True])
 def test_a_rank_that_lost_its_peer_is_not_blamed(script: Script, tmp_path: Path, slow_exit: bool) -> None:
     """Rank 1 fails; rank 0, blocked on a socket to it, dies of that, and may even exit first."""
@@ -356,6 +357,7 @@ note(subprocess.Popen([sys.executable, "-c", deaf], start_new_session=True).pid,
 """
 
 
+@pytest.mark.slow
 def test_children_of_failed_ranks_are_ended(script: Script, tmp_path: Path) -> None:
     path = script(CHILDREN.format(folder=str(tmp_path)) + "time.sleep(0.1)\nsys.exit(3)")
     started_s = time.monotonic()
@@ -640,6 +642,7 @@ def test_64_ranks_start_and_end(script: Script) -> None:
     assert lines == [f"[{rank}] {rank} of 64" for rank in range(64)]
 
 
+@pytest.mark.slow
 def test_64_ranks_end_with_the_first_failure(script: Script, tmp_path: Path) -> None:
     body = "rank = int(os.environ['RANK'])\nopen(sys.argv[-1] + f'/{os.getpid()}.pid', 'w').close()\n"
     path = script(body + "time.sleep(0 if rank == 37 else 600)\nsys.exit(9)")

@@ -64,6 +64,7 @@ def test_words_are_read_as_ssh_reads_them(cluster: Cluster, words: list[str]) ->
     assert all(f"{name}: {line}" in ours.stderr for name in WORKERS for line in theirs.stderr.splitlines())
 
 
+@pytest.mark.slow
 @needs_cluster()
 def test_hosts_run_at_once_and_their_lines_stay_whole(cluster: Cluster) -> None:
     script = "for i in $(seq 300); do printf 'one '; printf 'two '; echo $i; done; printf unfinished; sleep 2"
@@ -85,6 +86,7 @@ def test_the_status_is_the_first_failure_in_the_files_order_and_all_are_listed(c
     ]
 
 
+@pytest.mark.slow
 @needs_cluster()
 def test_a_command_that_hangs_is_given_up(cluster: Cluster) -> None:
     started = time.monotonic()
@@ -108,6 +110,7 @@ def test_a_signal_ends_it(cluster: Cluster, number: signal.Signals) -> None:
     assert not cluster.processes("head", "ssh -n")
 
 
+@pytest.mark.slow
 def test_a_signal_while_hosts_still_start_leaves_no_ssh(tmp_path: Path) -> None:
     ssh, hosts, mark = tmp_path / "ssh", tmp_path / "hosts", f"{os.getpid()}.5"
     ssh.write_text(f"#!/bin/sh\necho here\nexec sleep 6{mark}\n")

@@ -200,6 +200,7 @@ def test_what_is_read_follows_torch(stage, dtype):
     check_reading(engine_of(net(), stage, dtype), Reference(dtype), dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @distributed(world_size=3)
 def test_the_loss_scale_is_taken_out_on_three_ranks(stage):

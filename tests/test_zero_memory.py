@@ -278,6 +278,7 @@ def test_states_are_what_the_formulas_say(stage, world_size):
         )
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=2)
 def test_initialize_peaks_at_the_model_as_it_was_given(stage):
