@@ -18,7 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from deepspeedlite.data import build_dataloader
 from deepspeedlite.device import Device
 from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
 from deepspeedlite.log import log_once, logger
+from deepspeedlite.memory.offload import Offload
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.precision import LossScaler, Precision, cast_floating
 from deepspeedlite.watch import StepReport, StepWatch
@@ -63,6 +64,7 @@ class EngineParts:
     watch: StepWatch
     parameters: ParameterSchedule | None = None  # where parameters are sharded
     frozen: Sequence[FlatValues] = ()  # sharded values that are not trained
+    offload: Offload = field(default_factory=Offload)
     mpu: Any = None
     collate_fn: Callable[..., Any] | None = None
 
@@ -237,6 +239,7 @@ class DeepSpeedEngine(torch.nn.Module):
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
         self._check_trained(optimizer)
+        self._saver.wait_until_read()
         optimizer.step()
         self.global_steps += 1
         self.global_samples += self._batch.train
@@ -574,6 +577,8 @@ class DeepSpeedEngine(torch.nn.Module):
     def _check_alive(self, what: str) -> None:
         if self._destroyed:
             raise EngineStateError(f"engine.{what}() after engine.destroy()")
+        if self.optimizer is not None and self.optimizer.broken and what != "load_checkpoint":
+            raise EngineStateError(f"engine.{what}(): {self.optimizer.broken}; load a checkpoint first")
 
     def destroy(self) -> None:
         """Remove the engine's hooks and close its monitors. The module keeps its trained values and works alone."""
@@ -586,6 +591,7 @@ class DeepSpeedEngine(torch.nn.Module):
         self._schedule.close()
         for values in self._parts.frozen:
             values.close()
+        self._parts.offload.close()
         self._load_hook.remove()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

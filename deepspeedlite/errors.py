@@ -48,6 +48,10 @@ class CheckpointError(DeepSpeedLiteError, RuntimeError):
     """A checkpoint that could not be written, is damaged, or does not fit the model. Nothing was changed by it."""
 
 
+class OffloadError(DeepSpeedLiteError, RuntimeError):
+    """What lives on a disk between its uses could not be put there or brought back: a full disk, a failing one."""
+
+
 class LaunchError(DeepSpeedLiteError, RuntimeError):
     """The launcher could not start the ranks."""
 

@@ -21,8 +21,12 @@ from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.device import pick_device
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
-from deepspeedlite.errors import ConfigError, DistributedError, OptimizerError, UnsupportedError
+from deepspeedlite.errors import ConfigError, DistributedError, OffloadError, OptimizerError, UnsupportedError
 from deepspeedlite.log import log_dist, log_once, logger
+from deepspeedlite.memory.disk import Disk
+from deepspeedlite.memory.offload import Means, Offload
+from deepspeedlite.memory.placement import Placement, Tier
+from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
@@ -32,7 +36,7 @@ from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.schedule import GradientSchedule
-from deepspeedlite.zero.unit import ReducePolicy
+from deepspeedlite.zero.unit import Lodging, ReducePolicy
 from deepspeedlite.zero.values import FlatValues, full_shape, owner_of
 from deepspeedlite.zero.wrap import (
     FROZEN,
@@ -181,11 +185,15 @@ def _build_parts(
     named = name_parameters(model, param_groups)
     trained = [entry for entry in named if entry.param.requires_grad]
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
-    schedule, frozen, parameters = _make_schedule(settings, plan, group, model, trained, precision)
+    offload = _make_offload(settings, group)
+    # LAMB needs the norms of whole parameters, so whole units pass through its step.
+    run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
+    lodging = Lodging(offload.home, offload.grads, run_numel)
+    schedule, frozen, parameters = _make_schedule(settings, plan, group, model, trained, precision, lodging)
     scaler = make_loss_scaler(settings, precision)
     wrapped = None
     if base is not None:
-        wrapped = ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision))
+        wrapped = ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision, offload))
         wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
         positions = {id(param): position for group in param_groups for position, param in enumerate(group)}
         wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
@@ -205,6 +213,7 @@ def _build_parts(
         watch,
         parameters=parameters,
         frozen=frozen,
+        offload=offload,
     )
 
 
@@ -215,6 +224,7 @@ def _make_schedule(
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
     precision: Precision,
+    lodging: Lodging,
 ) -> tuple[GradientSchedule, list[FlatValues], ParameterSchedule | None]:
     """The units, the sharded values that are not trained, and what gathers both."""
     zero = settings.zero_optimization
@@ -228,9 +238,14 @@ def _make_schedule(
         scatter=zero.reduce_scatter,
     )
     schedule = GradientSchedule(
-        buckets, policy, plan=plan, grad_dtype=precision.grad_dtype, overlap=zero.overlap_comm is not False
+        buckets,
+        policy,
+        plan=plan,
+        grad_dtype=precision.grad_dtype,
+        overlap=zero.overlap_comm is not False,
+        lodging=lodging,
     )
-    frozen_values = [FlatValues(bucket, group, sharded=True) for bucket in frozen]
+    frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
     _broadcast_rest(model, group)
     parameters = (
@@ -239,7 +254,41 @@ def _make_schedule(
     return schedule, frozen_values, parameters
 
 
-def _step_settings(settings: DeepSpeedConfig, precision: Precision) -> StepSettings:
+def _make_offload(settings: DeepSpeedConfig, group: Group) -> Offload:
+    """What is offloaded, with this rank's file on the disk where it needs one.
+
+    Raises:
+        OffloadError: on every rank, if the disk of one cannot be used.
+    """
+    zero = settings.zero_optimization
+    placement = Placement.from_config(zero)
+    states, params = zero.offload_optimizer, zero.offload_param
+    means = Means(
+        pinned=states.pin_memory if placement.states is not Tier.DEVICE else params.pin_memory,
+        ratio=states.ratio,
+        sub_group_numel=zero.sub_group_size,
+        slots=states.buffer_count,
+        read_ahead=states.pipeline_read is not False,
+        write_behind=states.pipeline_write is not False,
+        param_slots=params.buffer_count,
+        max_in_cpu_numel=params.max_in_cpu,
+    )
+    if not placement.uses_disk:
+        return Offload(placement, means)
+    offload, problem = None, ""
+    try:
+        path = states.nvme_path if placement.states is Tier.NVME else params.nvme_path
+        aio = settings.aio.model_dump(exclude={"use_gds"})
+        offload = Offload(placement, means, Disk(str(path), aio, means.pinned))
+    except OffloadError as error:
+        problem = str(error)
+    problems = [(rank, told) for rank, told in enumerate(group.all_gather_objects(problem)) if told]
+    if offload is None or problems:
+        raise OffloadError(f"rank {problems[0][0]}: {problems[0][1]}")
+    return offload
+
+
+def _step_settings(settings: DeepSpeedConfig, precision: Precision, offload: Offload) -> StepSettings:
     zero = settings.zero_optimization
     return StepSettings(
         settings.gradient_clipping,
@@ -248,6 +297,7 @@ def _step_settings(settings: DeepSpeedConfig, precision: Precision) -> StepSetti
         share_numel=zero.allgather_bucket_size,
         every_gradient_must_come=not zero.ignore_unused_parameters,
         low_precision_masters=settings.bf16.enabled and settings.bf16.bf16_master_weights_and_grads,
+        offload=offload,
     )
 
 
@@ -415,4 +465,5 @@ def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
         f"training {trained_numel / 1e6:.2f} M parameters in {str(dtype).removeprefix('torch.')} on "
         f"{parts.group.size} x {parts.device.name}, ZeRO stage {parts.plan.stage}, {optimizer}, "
         f"batch {parts.batch.train} = {parts.batch.micro} x {parts.batch.accumulation} x {parts.group.size}"
+        + (f", {parts.offload.placement}" if str(parts.offload.placement) else "")
     )

@@ -56,6 +56,19 @@ def free_port() -> int:
 
 
 @pytest.fixture(scope="session")
+def aio_faults(tmp_path_factory) -> Path:
+    """What `LD_PRELOAD` puts before libc, so that transfers of async_io fail: see faults_aio.cpp."""
+    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+    if compiler is None:
+        pytest.skip("preloading faults needs a C++ compiler")
+    library = tmp_path_factory.mktemp("faults") / "faults_aio.so"
+    source = Path(__file__).with_name("faults_aio.cpp")
+    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
+    subprocess.run(command, check=True)
+    return library
+
+
+@pytest.fixture(scope="session")
 def cuobjdump() -> Callable[[Path], set[str]]:
     """Which GPUs a library has code for, by NVIDIA's own tool."""
     found = [

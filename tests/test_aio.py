@@ -508,24 +508,12 @@ CALLS, TRANSFERS = 0, 1
 SHORT = -1  # half of the bytes are moved, or one of the blocks that are handed over is taken
 
 
-@pytest.fixture(scope="module")
-def faults(tmp_path_factory) -> Path:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("preloading faults needs a C++ compiler")
-    library = tmp_path_factory.mktemp("faults") / "faults_aio.so"
-    source = Path(__file__).with_name("faults_aio.cpp")
-    command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
-    subprocess.run(command, check=True)
-    return library
-
-
 @pytest.mark.slow
-def test_what_the_kernel_leaves_undone_is_done_and_what_it_refuses_is_told(engine, faults, tmp_path):
+def test_what_the_kernel_leaves_undone_is_done_and_what_it_refuses_is_told(engine, aio_faults, tmp_path):
     cases = [f"{CALLS},3,{how}" for how in (SHORT, errno.EINTR, errno.EAGAIN, errno.EIO)]
     cases += [f"{TRANSFERS},{every},{how}" for every in (1, 2, 7, 40) for how in (SHORT, errno.EIO)]
     command = [sys.executable, "-c", FAULTY, engine, str(tmp_path), *cases]
-    environ = {**os.environ, "LD_PRELOAD": str(faults)}
+    environ = {**os.environ, "LD_PRELOAD": str(aio_faults)}
     done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 2) for line in done.stdout.splitlines()]

@@ -214,7 +214,11 @@ def test_older_zero_keys(old):
 @pytest.mark.parametrize("old", ["cpu_offload", "cpu_offload_param", "cpu_offload_params"])
 def test_older_offload_switches(old):
     assert load_config({"zero_optimization": {old: False}}).model_dump() == load_config({}).model_dump()
-    assert only_fault({"zero_optimization": {old: True}}).startswith(f"zero_optimization.{old} = true: offloading")
+    section = {"cpu_offload": "offload_optimizer"}.get(old, "offload_param")
+    assert load_config({"zero_optimization": {old: True, "stage": 3}}).zero_optimization.model_dump()[section] == (
+        load_config({"zero_optimization": {section: {"device": "cpu"}, "stage": 3}}).zero_optimization.model_dump()[section]
+    )
+    assert only_fault({"zero_optimization": {old: True}}).startswith(f"zero_optimization.{old} = true: ")  # no stage
     assert f'zero_optimization.{old} = "yes"' in only_fault({"zero_optimization": {old: "yes"}})
 
 
@@ -319,6 +323,21 @@ FAULTS = [
         ["model's own"],
     ),
     ({"prescale_gradients": True, "gradient_predivide_factor": 2}, "gradient_predivide_factor", ["drop one"]),
+    (
+        {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
+        "zero_optimization.offload_param.device",
+        ["set zero_optimization.stage to 3"],
+    ),
+    (
+        {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
+        "zero_optimization.offload_optimizer.device",
+        ["to 1, 2 or 3"],
+    ),
+    (
+        {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
+        "zero_optimization.offload_optimizer.nvme_path",
+        ["is needed"],
+    ),
     ({"comms_logger": {"enabled": True, "prof_all": False}}, "comms_logger.prof_ops", ["nothing would be recorded"]),
     (
         {"fp16": {"enabled": True, "initial_scale_power": 2, "min_loss_scale": 8}},
@@ -332,10 +351,11 @@ FAULTS = [
     ),
     # not in this release
     (
-        {"zero_optimization": {"offload_param": {"device": "cpu"}}},
-        "zero_optimization.offload_param.device",
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "super_offload": True}}},
+        "zero_optimization.offload_optimizer.super_offload",
         ["not in this release"],
     ),
+    ({"aio": {"use_gds": True}}, "aio.use_gds", ["by way of host memory"]),
     (
         {"fp16": {"enabled": True, "fp16_master_weights_and_grads": True}},
         "fp16.fp16_master_weights_and_grads",
@@ -452,18 +472,13 @@ def test_hints_are_said_once_and_only_for_given_keys(monkeypatch):
 
 
 def test_a_feature_becomes_supported_by_one_line(monkeypatch):
-    """The promise of features.py; the rules for the feature then take over from the refusal."""
+    """The promise of features.py."""
     monkeypatch.setattr("deepspeedlite.config.load.log_once", lambda line: None)
-    for name in ("zero_offload", "zero_tuning", "aio"):
+    for name in ("super_offload", "zero_tuning"):
         monkeypatch.setitem(FEATURES, name, Feature("supported"))
-    zero = {"stage": 1, "offload_optimizer": {"device": "cpu", "pin_memory": False}, "enable_sanity_checks": True}
-    config = load_config({"zero_optimization": zero, "aio": {"queue_depth": 2}})
-    assert config.zero_optimization.offload_optimizer.device == "cpu" and config.hints == ()
-    fault = only_fault({"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}})
-    assert "set zero_optimization.stage to 3" in fault
-    assert "to 1, 2 or 3" in only_fault({"zero_optimization": {"offload_optimizer": {"device": "cpu"}}})
-    fault = only_fault({"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}})
-    assert fault.startswith("zero_optimization.offload_optimizer.nvme_path: is needed")
+    zero = {"stage": 1, "offload_optimizer": {"device": "cpu", "super_offload": True}, "enable_sanity_checks": True}
+    config = load_config({"zero_optimization": zero})
+    assert config.zero_optimization.offload_optimizer.super_offload and config.hints == ()
 
 
 # -- reading files ------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ PACKAGE = ROOT / "deepspeedlite"
 LAYERS = {
     0: ["_version", "drop_in", "env", "errors", "log", "config", "hostfile", "gpus", "ssh", "launcher", "env_report"],
     1: ["device", "accelerator", "comm", "ops", "bench"],
-    2: ["zero"],
+    2: ["memory", "zero"],
     3: ["optim", "precision"],
     4: ["activation_checkpointing", "checkpoint", "data", "monitor", "profiling", "weights", "utils", "io"],
     5: ["engine", "factory", "watch", "compat", "__init__"],

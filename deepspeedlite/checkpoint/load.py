@@ -9,7 +9,7 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -140,27 +140,30 @@ class Loader:
             owner.settle()
         if options.custom_load_fn is not None:
             self._load_by(options.custom_load_fn, reader)
-        for flat in flats_of(engine):
+        for flat in flats_of(engine, change=True):
             if options.custom_load_fn is None:
                 self._load_values(reader, flat)
             if self._wants_states(options) and flat.master is not None:
-                self._load_states(reader, flat, flat.master)
+                self._load_states(reader, flat, cast(torch.Tensor, flat.master))
         for name, buffer in self._buffers.items():
             if name in self._names and options.custom_load_fn is None:
                 flat_buffer = torch.empty(buffer.numel(), dtype=buffer.dtype)
                 reader.read_into(self._names[name], WEIGHT, flat_buffer)
                 buffer.copy_(flat_buffer.view(buffer.shape))
         engine._schedule.share_values(engine._parts.config.zero_optimization.allgather_bucket_size)
+        if engine.optimizer is not None:
+            engine.optimizer.broken = ""
         if not options.module_only:
             self._load_run(reader, options)
 
     def _load_values(self, reader: Reader, flat: Flat) -> None:
-        target, kind = (flat.values, WEIGHT) if flat.master is None else (flat.master, MASTER)
+        values = cast(torch.Tensor, flat.values)  # in memory, since they are changed
+        target, kind = (values, WEIGHT) if flat.master is None else (cast(torch.Tensor, flat.master), MASTER)
         for name, start, stop, first in flat.parts:
             if name in self._names:
                 reader.read_into(self._names[name], kind, target[start:stop], first)
-        if target is not flat.values:
-            flat.values.copy_(target)
+        if target is not values:
+            values.copy_(target)
 
     def _load_states(self, reader: Reader, flat: Flat, master: torch.Tensor) -> None:
         parts = [(self._names[part.name], part) for part in flat.parts if part.name in self._names]

@@ -8,13 +8,17 @@ of one whole parameter each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from deepspeedlite.checkpoint.manifest import Parameter
+from deepspeedlite.memory.disk import Stored
+from deepspeedlite.memory.parcel import MASTER, STATE, VALUES
 from deepspeedlite.zero.layout import FlatLayout
+from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, full_shape, owner_of
 
 
@@ -27,48 +31,82 @@ class Part(NamedTuple):
     first: int
 
 
+Values = torch.Tensor | Stored
+
+
 @dataclass
 class Flat:
-    """A 1-D tensor of values and what belongs to it."""
+    """A 1-D tensor of values and what belongs to it; `Stored` where it is on a disk."""
 
     parts: list[Part]
-    values: torch.Tensor
-    master: torch.Tensor | None = None  # what the optimizer updates; `values` itself in fp32
+    numel: int
+    values: Values
+    master: Values | None = None  # what the optimizer updates; `values` itself in fp32
     state: Mapping[str, Any] = field(default_factory=dict)
     replicated: bool = True  # every rank has all of it
 
     def slice_of(self, rank: int, size: int) -> tuple[int, int]:
         """The elements that `rank` writes."""
         if not self.replicated:
-            return 0, self.values.numel()
-        share = -(-self.values.numel() // size)
-        return min(rank * share, self.values.numel()), min((rank + 1) * share, self.values.numel())
+            return 0, self.numel
+        share = -(-self.numel // size)
+        return min(rank * share, self.numel), min((rank + 1) * share, self.numel)
 
 
 def _parts(layout: FlatLayout, run: Any) -> list[Part]:
     return [Part(s.slot.name, s.start, s.stop, run.start + s.start - s.slot.start) for s in layout.segments(run)]
 
 
-def flats_of(engine: Any) -> Iterator[Flat]:
-    """This rank's flats of all parameters."""
+def flats_of(engine: Any, change: bool = False) -> Iterator[Flat]:
+    """This rank's flats of all parameters.
+
+    With `change` the caller writes to them: every tensor is then in memory until the next flat is asked for, and
+    `master` is the key of its states in the optimizer.
+    """
     parts = engine._parts
-    state = parts.optimizer.state if parts.optimizer is not None else {}
     for unit in parts.schedule.units:
-        masters = unit.masters or [None] * len(unit.runs())
-        for (run, values, _), master in zip(unit.runs(), masters):
-            held = state.get(master, {}) if master is not None else {}
-            yield Flat(_parts(unit.layout, run), values, master, held, unit.layout.shard_count == 1)
+        yield from _of_unit(unit, parts.optimizer.state if parts.optimizer is not None else {}, change)
     for frozen in parts.frozen:
         if not frozen.slots:  # thawed since
             continue
         known = {slot.name for slot, _ in frozen.slots}
         begin, _ = frozen.layout.shard(frozen.index)
-        for run in frozen.layout.runs(frozen.index):
-            found = [part for part in _parts(frozen.layout, run) if part.name in known]
-            yield Flat(found, frozen.shard[run.start - begin : run.stop - begin], replicated=frozen.group.size == 1)
+        with frozen.shard_in_memory(write=True) if change else nullcontext():
+            for run in frozen.layout.runs(frozen.index):
+                found = [part for part in _parts(frozen.layout, run) if part.name in known]
+                values = _own_values(frozen, run.start - begin, run.stop - begin, change)
+                yield Flat(found, run.numel, values, replicated=frozen.group.size == 1)
     for name, param in engine.module.named_parameters():
         if owner_of(param) is None and param.numel():
-            yield Flat([Part(name, 0, param.numel(), 0)], param.data.view(-1))
+            yield Flat([Part(name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
+
+
+def _own_values(owner: FlatValues, start: int, stop: int, in_memory: bool) -> Values:
+    """Elements of this rank's shard, wherever it lives."""
+    return owner.shard[start:stop] if in_memory or owner.home is None else owner.home.stored(start, stop)
+
+
+def _of_unit(unit: ShardUnit, states: Mapping[torch.Tensor, dict[str, Any]], change: bool) -> Iterator[Flat]:
+    begin, _ = unit.layout.shard(unit.index)
+    runs = unit.runs()
+    untrained = [None] * len(runs)
+    for (run, values, _), master, parcel in zip(runs, unit.masters or untrained, unit.parcels or untrained):
+        found, replicated = _parts(unit.layout, run), unit.layout.shard_count == 1
+        state = states.get(master, {}) if master is not None else {}
+        if master is None and unit.home is not None:  # nothing steps it
+            with unit.shard_in_memory(write=change):
+                own = _own_values(unit, run.start - begin, run.stop - begin, change)
+                yield Flat(found, run.numel, own, replicated=replicated)
+        elif parcel is None:
+            yield Flat(found, run.numel, values, master, state, replicated)
+        elif change:
+            with parcel.in_memory(write=True):
+                yield Flat(found, run.numel, values, master, state, replicated)
+        else:
+            kept = {name: parcel.stored(STATE + name) if STATE + name in parcel else v for name, v in state.items()}
+            own = parcel.stored(VALUES) if VALUES in parcel else values
+            at = parcel.stored(MASTER) if MASTER in parcel else own if master is values else master
+            yield Flat(found, run.numel, own, at, kept, replicated)
 
 
 def parameters_of(engine: Any, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:

@@ -28,6 +28,7 @@ from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
 from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
+from deepspeedlite.memory.disk import Stored
 
 # Of param groups: how a step is computed on this machine, which is not the run's business.
 MACHINE_OPTIONS = {"params", "fused", "foreach", "capturable", "differentiable"}
@@ -54,7 +55,7 @@ class RankPart:
     """What one rank writes, and what it tells rank 0 about it."""
 
     file: str
-    tensors: dict[str, torch.Tensor] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor | Stored] = field(default_factory=dict)
     pieces: dict[str, dict[str, list[Piece]]] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -67,14 +68,14 @@ class RankPart:
     def add_flat(self, number: int, flat: Flat, rank: int, size: int) -> None:
         """This rank's slice of a flat: values, or masters from which they follow, and optimizer states."""
         start, stop = flat.slice_of(rank, size)
-        kinds: dict[str, torch.Tensor] = {}
+        kinds: dict[str, torch.Tensor | Stored] = {}
         if flat.master is None or flat.master is flat.values:
             kinds[WEIGHT] = flat.values
         else:
             kinds[MASTER] = flat.master
         scalars = {}
         for name, value in flat.state.items():
-            if isinstance(value, torch.Tensor) and value.shape == flat.values.shape:
+            if isinstance(value, Stored) or (isinstance(value, torch.Tensor) and value.shape == (flat.numel,)):
                 kinds[name] = value
             elif isinstance(value, torch.Tensor) and value.dim() > 0:
                 raise CheckpointError(
@@ -123,6 +124,9 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._host: dict[str, torch.Tensor] = {}
+        # Set unless a save in the background still reads what the next step will change on the disk.
+        self._has_read = threading.Event()
+        self._has_read.set()
 
     def save(
         self,
@@ -174,6 +178,10 @@ class Saver:
         if failure is not None:
             _UNHEARD.remove(failure)
             raise failure
+
+    def wait_until_read(self) -> None:
+        """Wait until a save in the background has read what is on the disk; before anything changes it."""
+        self._has_read.wait()
 
     def _agreed(self, tags: list[str]) -> str:
         if len(set(tags)) > 1 and self._settings.tag_validation != "ignore":
@@ -230,9 +238,16 @@ class Saver:
             manifest.state[name] = encode(value, name, part.add_tensor)
 
     def _snapshot(self, part: RankPart) -> None:
-        """Copy to host memory that is kept for the next save: pinned where there is a GPU to copy from."""
-        copies = {}
+        """Copy to host memory that is kept for the next save: pinned where there is a GPU to copy from.
+
+        What is on the disk is read while the training goes on, up to its next step: see `wait_until_read`.
+        """
+        copies: dict[str, torch.Tensor] = {}
+        stored: dict[str, Stored] = {}
         for name, tensor in part.tensors.items():
+            if isinstance(tensor, Stored):
+                stored[name] = tensor
+                continue
             host = self._host.get(name)
             if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
                 host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
@@ -243,7 +258,9 @@ class Saver:
             copies[name] = host
         if self._engine.device.type == "cuda":
             torch.cuda.synchronize()
-        self._host = part.tensors = copies
+        self._host, part.tensors = copies, {**copies, **stored}
+        if stored:
+            self._has_read.clear()
 
     def _in_background(self, *arguments: Any) -> None:
         try:
@@ -252,6 +269,8 @@ class Saver:
             logger.error("%s", error)
             self._failure = error
             _UNHEARD.append(error)
+        finally:
+            self._has_read.set()
 
     def _finish(self, writer: TagWriter, part: RankPart, manifest: Manifest, save_latest: bool, what: str) -> None:
         ranks = self._ranks
@@ -265,6 +284,7 @@ class Saver:
 
         def write() -> tuple[str, FileRecord, Any, Any, Any]:
             record = writer.write(part.file, part.tensors)
+            self._has_read.set()
             return part.file, record, part.pieces, part.scalars, manifest.state["rng"]
 
         def commit() -> None:

@@ -26,6 +26,7 @@ from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
 from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
+from deepspeedlite.memory.disk import Stored
 
 LATEST = "latest"
 _PROGRAM = Path(__file__).with_name("zero_to_fp32.py")
@@ -117,7 +118,7 @@ class TagWriter:
             _remove(entry)
         return leftovers
 
-    def write(self, name: str, tensors: Mapping[str, torch.Tensor]) -> FileRecord:
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor | Stored]) -> FileRecord:
         """Write one safetensors file; see `tensors.write_tensors`."""
         return write_tensors(self.temporary / name, tensors, self.fsync)
 

@@ -12,7 +12,7 @@ import ctypes
 import json
 import os
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.errors import CheckpointError
+from deepspeedlite.memory.disk import Stored
 
 try:
     from zlib_ng.zlib_ng import crc32  # the same sum, by carry-less multiplication: six times as fast
@@ -76,7 +77,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise CheckpointError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
 
 
-def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
+def _header(tensors: Mapping[str, torch.Tensor | Stored]) -> bytes:
     entries: dict[str, Any] = {}
     cursor = 0
     for name, tensor in tensors.items():
@@ -93,8 +94,8 @@ def _header(tensors: Mapping[str, torch.Tensor]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], fsync: bool = True) -> FileRecord:
-    """Write a new safetensors file. Tensors on a device are copied to the host a chunk at a time.
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Stored], fsync: bool = True) -> FileRecord:
+    """Write a new safetensors file. Tensors on a device or a disk are brought to memory a chunk at a time.
 
     Raises:
         CheckpointError: a dtype that the format does not know.
@@ -105,15 +106,24 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], fsync: bool =
     try:
         file.write(memoryview(header))
         for tensor in tensors.values():
-            flat = tensor.detach().reshape(-1)
-            step = max(1, _CHUNK_NBYTES // flat.itemsize)
-            for start in range(0, flat.numel(), step):
-                file.write(bytes_of(flat[start : start + step].cpu()))
+            for piece in _pieces(tensor):
+                file.write(bytes_of(piece))
         if fsync:
             os.fsync(file.fd)
     finally:
         os.close(file.fd)
     return FileRecord(file.nbytes, file.crc)
+
+
+def _pieces(tensor: torch.Tensor | Stored) -> Iterator[torch.Tensor]:
+    """What a tensor holds, from its beginning on, in pieces in memory."""
+    if isinstance(tensor, Stored):
+        yield from tensor.pieces(_CHUNK_NBYTES)
+        return
+    flat = tensor.detach().reshape(-1)
+    step = max(1, _CHUNK_NBYTES // flat.itemsize)
+    for start in range(0, flat.numel(), step):
+        yield flat[start : start + step].cpu()
 
 
 class _Out:

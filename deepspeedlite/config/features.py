@@ -1,6 +1,6 @@
 """The one table of what this release does: each feature's status and, unless it is supported, what to do instead.
 
-A key of the configuration names its feature (`key(..., feature="zero_offload")`), so a release that gains a feature
+A key of the configuration names its feature (`key(..., feature="zero_plus_plus")`), so a release that gains a feature
 changes one line here and the checks, the messages and docs/config.md follow. Statuses:
 `supported`: the engine acts on the key. `hint`: taken, and nothing changes; said once when the key is given.
 `refused`: asking for it (a value other than the default) is an error that carries the note.
@@ -34,11 +34,15 @@ FEATURES: dict[str, Feature] = {
     "core": SUPPORTED,
     # ZeRO and where tensors live
     "zero_tuning": Feature("hint", "changes nothing"),
-    "zero_offload": _later("offloading is", 'set device to "none"'),
+    "super_offload": _later(
+        "SuperOffload is", "set it to false; the step overlaps the disk's work and the copies anyway"
+    ),
     "zero_plus_plus": _later("ZeRO++ is", "leave the key out"),
     "zenflow": _later("ZenFlow is", "remove the section"),
     "mics": _gone("MiCS is", "leave the key out"),
-    "aio": Feature("hint", "is read only when something is offloaded to NVMe"),
+    "gds": _later(
+        "moving data between the disk and a GPU directly is", "set it to false: it goes by way of host memory"
+    ),
     # precision
     "low_precision_masters": _later("master weights below fp32 are", "set it to false: masters are kept in fp32"),
     "cast_types": _later("choosing this type by configuration is", "convert the module before `initialize`"),

@@ -152,6 +152,7 @@ class FusedLamb(FusedOptimizer):
         segments: Mapping[Tensor, Sequence[tuple[int, int, int]]],
         parameter_count: int | None = None,
         sum_over_ranks: SumOverRanks | None = None,
+        numels: Mapping[Tensor, int] | None = None,
     ) -> None:
         """Say which elements of each 1-D run belong to which parameter.
 
@@ -165,6 +166,7 @@ class FusedLamb(FusedOptimizer):
             sum_over_ranks: sums an fp32 tensor of shape (2 * parameter_count,) over the ranks, in place and in the
                 order of the current stream. It lies on the device of the first run here, on a rank without runs on
                 the CPU. None: this process holds every element.
+            numels: the elements of runs that are not in memory now, and so seem to have none.
 
         `sum_over_ranks` is called exactly once in each `step()`, also where there is no run or no gradient, so every
         rank must call `step()` equally often. When runs are stepped in sub-groups (`.grad` set for a part of the runs,
@@ -190,7 +192,8 @@ class FusedLamb(FusedOptimizer):
                 f"set_segments: {len(segments)} of this optimizer's {len(known)} runs were given; give each of them, "
                 "with an empty list where it holds no parameter"
             )
-        cuts = {run: _cut(run, found, parameter_count) for run, found in segments.items()}
+        numels = {run: run.numel() for run in segments} | dict(numels or {})
+        cuts = {run: _cut(run, numels[run], found, parameter_count) for run, found in segments.items()}
         self._segments = _Segments(cuts, parameter_count, sum_over_ranks)
 
     def get_lamb_coeffs(self) -> list[float]:
@@ -359,16 +362,16 @@ def _trust_ratios(norms: Tensor, group: dict[str, Any]) -> Tensor:
     return torch.where((norms[0] > 0) & (norms[1] > 0), ratios, torch.ones_like(ratios))
 
 
-def _cut(run: Tensor, segments: Sequence[tuple[int, int, int]], parameter_count: int) -> _Cut:
+def _cut(run: Tensor, numel: int, segments: Sequence[tuple[int, int, int]], parameter_count: int) -> _Cut:
     """The segments and the gaps between them, empty ones out."""
     lengths: list[int] = []
     owners: list[int | None] = []
     covered_numel = 0
     for start, stop, index in segments:
-        if not covered_numel <= start <= stop <= run.numel():
+        if not covered_numel <= start <= stop <= numel:
             raise OptimizerError(
                 f"set_segments: [{start}, {stop}) overlaps what precedes it (up to {covered_numel}), is out of order, "
-                f"or lies outside the run's {run.numel()} elements"
+                f"or lies outside the run's {numel} elements"
             )
         if not 0 <= index < parameter_count:
             raise OptimizerError(
@@ -378,7 +381,7 @@ def _cut(run: Tensor, segments: Sequence[tuple[int, int, int]], parameter_count:
         lengths += [start - covered_numel, stop - start]
         owners += [None, index]
         covered_numel = stop
-    lengths.append(run.numel() - covered_numel)
+    lengths.append(numel - covered_numel)
     owners.append(None)
     kept = [(length, owner) for length, owner in zip(lengths, owners) if length]
     indices = torch.tensor([owner for _, owner in kept if owner is not None], dtype=torch.int64, device=run.device)

@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -22,6 +23,10 @@ import torch
 
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
 from deepspeedlite.log import logger
+from deepspeedlite.memory.offload import Offload
+from deepspeedlite.memory.parcel import MASTER, STATE, VALUES, Parcel
+from deepspeedlite.memory.placement import Tier
+from deepspeedlite.memory.ring import run_through
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
 from deepspeedlite.precision import LossScaler
@@ -42,10 +47,17 @@ class SteppedRun(NamedTuple):
     master: torch.Tensor
     values: torch.Tensor
     grads: torch.Tensor
+    parcel: Parcel | None = None  # what of it is on the disk between steps
+
+    @property
+    def is_apart(self) -> bool:
+        """Whether the step happens in another memory than the one that the model's values are in."""
+        return self.master.device != self.values.device
 
     def in_one_pass(self) -> OnePassUpdate:
         """The update that reads and writes all three at once."""
-        return OnePassUpdate(self.master, self.grads, None if self.master is self.values else self.values)
+        copy = None if self.master is self.values or self.is_apart else self.values
+        return OnePassUpdate(self.master, self.grads.to(self.master.device), copy)
 
 
 @dataclass
@@ -58,6 +70,7 @@ class StepSettings:
     share_numel: int = 500_000_000  # updated values under way to the other ranks at a time
     every_gradient_must_come: bool = False
     low_precision_masters: bool = False  # update 16-bit values in place
+    offload: Offload = field(default_factory=Offload)
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -90,6 +103,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._norm: float | None = None
         self._norm_is_current = False
+        self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
+        self._offload = settings.offload
         self.name_of: Callable[[torch.Tensor], str | None] = lambda param: (
             None
         )  # the module's names; the engine sets it
@@ -111,8 +126,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for (cut, _, _), run in zip(unit.runs(), runs):
                 self.optimizer.param_groups[cut.group]["params"].append(run.master)
                 self._adopt_state(unit, cut, run.master)
+                if run.parcel is not None:
+                    run.parcel.move_in()
             unit.on_new_values = partial(self._refresh, runs)
             unit.stepper, unit.masters = self, [run.master for run in runs]
+            unit.parcels = [run.parcel for run in runs]
             for param in unit.params:
                 self.optimizer.state.pop(param, None)
             self._runs_of_units.append(runs)
@@ -121,15 +139,54 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if isinstance(self.optimizer, FusedLamb):
             self._tell_segments(self.optimizer)
 
+    @torch.no_grad()
     def _runs_of(self, unit: ShardUnit) -> list[SteppedRun]:
-        """The unit's runs with their masters: the values themselves, or slices of one fp32 arena."""
-        arena = self._master_arena(unit)
-        runs, cursor = [], 0
-        for run, values, grads in unit.runs():
-            master = values if arena is None else arena[cursor : cursor + run.numel]
-            cursor += run.numel
-            runs.append(SteppedRun(master, values, grads))
-        return runs
+        """The unit's runs with their masters: the values themselves, slices of one fp32 arena, or offloaded copies."""
+        with unit.shard_in_memory():
+            if self._offload.placement.states is not Tier.DEVICE:
+                return [self._offloaded(unit, *run) for run in unit.runs()]
+            arena = self._master_arena(unit)
+            runs, cursor = [], 0
+            for run, values, grads in unit.runs():
+                master = values if arena is None else arena[cursor : cursor + run.numel]
+                cursor += run.numel
+                runs.append(self._stepped(unit, run, SteppedRun(master, values, grads), False))
+            return runs
+
+    def _offloaded(self, unit: ShardUnit, run: Run, values: torch.Tensor, grads: torch.Tensor) -> SteppedRun:
+        """A run whose states may belong to those that are offloaded."""
+        away = self._offload.takes_states(run.numel)
+        device = torch.device("cpu") if away else unit.device
+        if self._are_precise(unit) and values.device == device:
+            master = values
+        else:
+            start, _ = unit.layout.shard(unit.index)
+            shard = unit.shard[run.start - start : run.stop - start]
+            master = shard.to(device, shard.dtype if self._are_precise(unit) else torch.float32, copy=True)
+        return self._stepped(unit, run, SteppedRun(master, values, grads), away)
+
+    def _stepped(self, unit: ShardUnit, cut: Run, run: SteppedRun, away: bool) -> SteppedRun:
+        """The run with its parcel, if anything of it lives on the disk."""
+        start, _ = unit.layout.shard(unit.index)
+        region = unit.home.region(cut.start - start, cut.stop - start) if unit.home is not None else None
+        on_disk = away and self._offload.placement.states is Tier.NVME
+        if self._offload.disk is None or not (on_disk or region):
+            return run
+        master, values = run.master, run.values
+
+        def held() -> dict[str, torch.Tensor]:
+            found = {} if region is None else {VALUES: values}
+            if on_disk and master is not values:
+                found[MASTER] = master
+            for name, value in self.optimizer.state.get(master, {}).items() if on_disk else ():
+                if isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() in (cut.numel, 0):
+                    found[STATE + name] = value
+            return found
+
+        parcel = Parcel(self._offload.disk, held, derived=() if master is values else (VALUES,))
+        if region is not None:
+            parcel.settle_in(VALUES, region)
+        return run._replace(parcel=parcel)
 
     def _tell_segments(self, lamb: FusedLamb) -> None:
         """LAMB's norms are those of whole parameters, wherever their pieces are."""
@@ -140,8 +197,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for unit, runs in zip(units, self._runs_of_units)
             for (cut, _, _), run in zip(unit.runs(), runs)
         }
+        numels = {
+            run.master: cut.numel
+            for unit, runs in zip(units, self._runs_of_units)
+            for (cut, _, _), run in zip(unit.runs(), runs)
+        }
         reduce = self._sum_over_ranks if self._schedule.plan.shard_optimizer else None
-        lamb.set_segments(segments, len(numbers), reduce)
+        lamb.set_segments(segments, len(numbers), reduce, numels)
 
     def _sum_over_ranks(self, squares: torch.Tensor) -> None:
         device = self._schedule.units[0].device  # a rank without runs has no tensor to tell it
@@ -172,7 +234,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 for part, segment in zip(parts, segments)
             )
             if per_element:
-                joined[key] = torch.zeros_like(master)
+                joined[key] = torch.zeros(run.numel, dtype=master.dtype, device=master.device)
                 for (slot, start, stop), part in zip(segments, parts):
                     first = run.start + start - slot.start
                     joined[key][start:stop] = part.flatten()[first : first + stop - start]
@@ -189,10 +251,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @torch.no_grad()
     def _master_arena(self, unit: ShardUnit) -> torch.Tensor | None:
         """fp32 copies of the unit's shard; None where the values themselves are precise enough."""
-        if self._settings.low_precision_masters or unit.dtype in (torch.float32, torch.float64):
+        if self._are_precise(unit):
             return None
-        shards = [values.float() for _, values, _ in unit.runs()]
+        start, _ = unit.layout.shard(unit.index)
+        shards = [unit.shard[run.start - start : run.stop - start].float() for run, _, _ in unit.runs()]
         return torch.cat(shards) if shards else torch.empty(0)
+
+    def _are_precise(self, unit: ShardUnit) -> bool:
+        """Whether the model's values are what the optimizer updates."""
+        return self._settings.low_precision_masters or unit.dtype in (torch.float32, torch.float64)
 
     def _cut_sub_groups(self) -> list[list[SteppedRun]]:
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
@@ -204,13 +271,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
         as_they_are |= self._settings.low_precision_masters
         if not as_they_are and any(u.grad_dtype.itemsize < 4 for u in units):
             most = min(most, CONVERTED_NUMEL)
+        tile = self._offload.run_numel
         for unit, runs in zip(units, self._runs_of_units):
-            numel = unit.layout.shard_numel
-            if not sub_groups or numel > room:
-                sub_groups.append([])
-                room = most
-            sub_groups[-1] += runs
-            room -= numel
+            pieces = [(unit.layout.shard_numel, runs)]
+            if tile is not None and not isinstance(self.optimizer, FusedLamb):  # whose norms need whole units at once
+                most = min(most, tile)
+                pieces = [(cut.numel, [run]) for (cut, _, _), run in zip(unit.runs(), runs)]
+            for numel, piece in pieces:
+                if not sub_groups or numel > room:
+                    sub_groups.append([])
+                    room = most
+                sub_groups[-1] += piece
+                room -= numel
         return sub_groups
 
     # --- the step -------------------------------------------------------------------------------------------------
@@ -240,20 +312,33 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 return
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
-        for sub_group in self._sub_groups:
-            if isinstance(self.optimizer, OnePassOptimizer) and not frozen and not self.optimizer.has_step_hooks:
-                self.optimizer.hand_over([run.in_one_pass() for run in sub_group], factor)
-                self.optimizer.step()
-                continue
-            self._load_grads(sub_group, factor)
-            kept = self._copy_parts(frozen, sub_group) if frozen else []
-            self.optimizer.step()
-            for part, copy in kept:
-                part.copy_(copy)
-            self._store_values(sub_group)
+        parcels = [[run.parcel for run in runs if run.parcel is not None] for runs in self._sub_groups]
+        try:
+            run_through(
+                parcels, lambda index: self._update(self._sub_groups[index], factor, frozen), self._offload.ring
+            )
+        except BaseException as error:
+            self.broken = f"a step ended half-way, and the model is that of no step ({error})"
+            raise
         self._schedule.share_values(self._settings.share_numel)
         self.loss_scaler.update(overflow=False)
         self._schedule.clear()
+
+    def _update(self, sub_group: list[SteppedRun], factor: float, frozen: dict[torch.Tensor, list[slice]]) -> None:
+        """Step runs that are in memory, with their gradients times `factor`."""
+        if isinstance(self.optimizer, OnePassOptimizer) and not frozen and not self.optimizer.has_step_hooks:
+            self.optimizer.hand_over([run.in_one_pass() for run in sub_group], factor)
+            self.optimizer.step()
+            for run in sub_group:
+                if run.is_apart:
+                    run.values.copy_(run.master, non_blocking=True)
+            return
+        self._load_grads(sub_group, factor)
+        kept = self._copy_parts(frozen, sub_group) if frozen else []
+        self.optimizer.step()
+        for part, copy in kept:
+            part.copy_(copy)
+        self._store_values(sub_group)
 
     def _check_all_came(self) -> None:
         missing = [name for unit in self._schedule.units for name in unit.unreached()]
@@ -285,7 +370,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Views of masters and their state at `parts`, each with a copy of what it holds."""
         views = [
             whole[part]
-            for master, _, _ in sub_group
+            for master, *_ in sub_group
             for whole in (master, *self.optimizer.state.get(master, {}).values())
             if isinstance(whole, torch.Tensor) and whole.shape == master.shape
             for part in parts.get(master, ())
@@ -313,14 +398,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _load_grads(sub_group: list[SteppedRun], factor: float) -> None:
-        for master, _, grads in sub_group:
-            master.grad = grads.to(master.dtype)  # the gradients themselves where the dtypes agree
+        for master, _, grads, _ in sub_group:
+            master.grad = grads.to(master.device, master.dtype)  # the gradients themselves where the dtypes agree
             if factor != 1.0:
                 master.grad.mul_(factor)
 
     @staticmethod
     def _store_values(sub_group: list[SteppedRun]) -> None:
-        for master, values, _ in sub_group:
+        for master, values, *_ in sub_group:
             master.grad = None
             if master is not values:
                 values.copy_(master)
@@ -332,9 +417,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @staticmethod
     @torch.no_grad()
     def _refresh(runs: Sequence[SteppedRun]) -> None:
-        for master, values, _ in runs:
+        for master, values, _, parcel in runs:
             if master is not values:
-                master.copy_(values)
+                with nullcontext() if parcel is None else parcel.in_memory(write=True):
+                    master.copy_(values)
 
     # --- norms ----------------------------------------------------------------------------------------------------
 
@@ -424,12 +510,21 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state (per run) and the loss scale's."""
+        self._refuse_on_disk("state_dict")
         return {"optimizer": self.optimizer.state_dict(), "loss_scaler": self.loss_scaler.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Continue from `state_dict` of the same model, world size and configuration."""
+        self._refuse_on_disk("load_state_dict")
         self.optimizer.load_state_dict(state_dict["optimizer"])
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
+
+    def _refuse_on_disk(self, what: str) -> None:
+        if self._offload.placement.states is Tier.NVME:
+            raise UnsupportedError(
+                f"optimizer.{what} would bring to memory all that is offloaded to the disk; use engine.save_checkpoint "
+                "and engine.load_checkpoint"
+            )
 
     def __repr__(self) -> str:
         return f"ShardedOptimizer({self.optimizer!r})"

@@ -20,7 +20,9 @@ readers may find a wrong state's name only on the ranks that hold a part of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
 
 import torch
 
@@ -28,11 +30,39 @@ from deepspeedlite.errors import EngineStateError, OptimizerError
 from deepspeedlite.zero.unit import GradState, ShardUnit, Stepper
 from deepspeedlite.zero.values import ValueState, full_shape, owner_of
 
+_T = TypeVar("_T")
 _FINE, _NOT_MADE, _UNKNOWN = range(3)
 
 
+class _Pieces:
+    """A fragment of a parameter in some kind of tensor, which may lie in several runs."""
+
+    def __init__(self, numel: int, like: torch.Tensor) -> None:
+        self._like, self._numel = like, numel
+        self._views: list[tuple[slice, torch.Tensor]] = []
+
+    def add(self, where: slice, view: torch.Tensor) -> None:
+        """Elements `where` of the fragment are in this view."""
+        self._views.append((where, view))
+
+    def read(self) -> torch.Tensor:
+        """The fragment; a copy."""
+        whole = self._like.new_empty(self._numel)
+        for where, view in self._views:
+            whole[where] = view
+        return whole
+
+    def write(self, fragment: torch.Tensor) -> None:
+        """Change it."""
+        for where, view in self._views:
+            view.copy_(fragment[where])
+
+
 class _Place:
-    """Where a parameter lies in its unit, and which part of it this rank's optimizer updates."""
+    """Where a parameter lies in its unit, and which part of it this rank's optimizer updates.
+
+    What offloading keeps on a disk is in memory `inside`: use `master`, `values` (the model's) and `states` there.
+    """
 
     def __init__(self, param: torch.Tensor, unit: ShardUnit, stepper: Stepper) -> None:
         self.unit, self.slot, self.loss_scale = unit, unit.slot_of(param), stepper.loss_scale
@@ -41,20 +71,43 @@ class _Place:
         first, last = unit.layout.shard(unit.index)
         start = min(max(self.slot.start, first), self.slot.stop)
         stop = max(min(self.slot.stop, last), start)
-        self.numel = stop - start
+        self.numel, self._stepper = stop - start, stepper
         self.in_slot = slice(start - self.slot.start, stop - self.slot.start)
         self.in_shard = slice(start - first, stop - first)
-        self.master = torch.empty(0, dtype=self.dtype, device=unit.device)
-        self.states: dict[str, torch.Tensor] = {}
-        for run, master in zip(unit.layout.runs(unit.index), unit.masters):
-            if run.start <= start < stop <= run.stop:
-                in_run = slice(start - run.start, stop - run.start)
-                self.master = master[in_run]
-                for key, value in stepper.state.get(master, {}).items():
-                    if isinstance(value, torch.Tensor) and value.shape == master.shape:  # not a count of steps
-                        self.states[key] = value[in_run]
+        self._runs = [
+            (run, values, master, parcel)
+            for (run, values, _), master, parcel in zip(unit.runs(), unit.masters, unit.parcels)
+            if max(run.start, start) < min(run.stop, stop)
+        ]
+        self._start, self._stop = start, stop
+        self.master, self.values = _Pieces(self.numel, self._empty), _Pieces(self.numel, self._empty)
+        self.states: dict[str, _Pieces] = {}
 
-    def state(self, key: str, collective: bool = False) -> torch.Tensor | None:
+    @property
+    def _empty(self) -> torch.Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.unit.device)
+
+    @contextmanager
+    def inside(self, write: bool = False) -> Iterator[None]:
+        """`write`: what is changed inside is kept."""
+        with ExitStack() as stack:
+            for run, values, master, parcel in self._runs:
+                if parcel is not None:
+                    stack.enter_context(parcel.in_memory(write))
+                start, stop = max(run.start, self._start), min(run.stop, self._stop)
+                where, in_run = (
+                    slice(start - self._start, stop - self._start),
+                    slice(start - run.start, stop - run.start),
+                )
+                self.master.add(where, master[in_run])
+                self.values.add(where, values[in_run])
+                for key, value in self._stepper.state.get(master, {}).items():
+                    if isinstance(value, torch.Tensor) and value.shape == master.shape:  # not a count of steps
+                        pieces = self.states.setdefault(key, _Pieces(self.numel, self._empty.to(value.dtype)))
+                        pieces.add(where, value[in_run])
+            yield
+
+    def state(self, key: str, collective: bool = False) -> _Pieces | None:
         """The fragment of an optimizer state, None before the first step; all ranks agree where `collective`."""
         found = _FINE if key in self.states or self.numel == 0 else _UNKNOWN if self.states else _NOT_MADE
         collective = collective and self.is_split
@@ -97,7 +150,7 @@ class _Place:
             raise OptimizerError(f"{self.slot.name} needs a value of shape {tuple(shape)} here, not {given}")
         return value.detach().to(self.unit.device, self.dtype).flatten()
 
-    def existing(self, target: torch.Tensor | None, what: str) -> torch.Tensor:
+    def existing(self, target: _T | None, what: str) -> _T:
         """What is to be overwritten."""
         if target is None:
             raise EngineStateError(f"{self.slot.name} has no {what}")
@@ -107,8 +160,8 @@ class _Place:
         """Write the master and the model's values; `whole` is joined where it is needed and not given."""
         self.unit.wait_for_gather()
         self.unit.settle()
-        self.master.copy_(fragment)
-        self.unit.shard[self.in_shard] = fragment
+        self.master.write(fragment)
+        self.values.write(fragment)
         if self.unit.state is ValueState.WHOLE:
             everything = self.join(fragment).flatten() if whole is None else whole
             self.unit.values[self.slot.start : self.slot.stop] = everything
@@ -146,7 +199,10 @@ def _writable(param: torch.Tensor) -> _Place:
 def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     """The values that the optimizer updates, which a 16-bit model holds rounded."""
     place = _readable(param)
-    return None if place is None else place.join(place.master)
+    if place is None:
+        return None
+    with place.inside():
+        return place.join(place.master.read())
 
 
 @torch.no_grad()
@@ -154,7 +210,8 @@ def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     """Write the values that the optimizer updates, and the model's."""
     place = _writable(param)
     whole = place.checked(value, place.slot.shape)
-    place.store(whole[place.in_slot], whole)
+    with place.inside(write=True):
+        place.store(whole[place.in_slot], whole)
 
 
 @torch.no_grad()
@@ -191,8 +248,11 @@ def safe_update_full_grad_vectorized(
 def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
     """An optimizer state, such as AdamW's `exp_avg`; None before the first step."""
     place = _readable(param)
-    state = None if place is None else place.state(optim_state_key, collective=True)
-    return None if place is None or state is None else place.join(state)
+    if place is None:
+        return None
+    with place.inside():
+        state = place.state(optim_state_key, collective=True)
+        return None if state is None else place.join(state.read())
 
 
 @torch.no_grad()
@@ -200,7 +260,8 @@ def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, opti
     """Write an optimizer state."""
     place = _writable(param)
     whole = place.checked(value, place.slot.shape)
-    place.existing(place.state(optim_state_key), _NO_STATE).copy_(whole[place.in_slot])
+    with place.inside(write=True):
+        place.existing(place.state(optim_state_key), _NO_STATE).write(whole[place.in_slot])
 
 
 # --- this rank's fragments --------------------------------------------------------------------------------------------
@@ -210,7 +271,10 @@ def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, opti
 def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     """The fragment of what `safe_get_full_fp32_param` reads."""
     place = _readable(param)
-    return None if place is None else place.master.to(place.dtype, copy=True)
+    if place is None:
+        return None
+    with place.inside():
+        return place.master.read()
 
 
 @torch.no_grad()
@@ -221,7 +285,9 @@ def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
     parameters at stage 3, and inside GatheredParameters.
     """
     place = _writable(param)
-    place.store(place.checked(value, (place.numel,)), None)
+    fragment = place.checked(value, (place.numel,))
+    with place.inside(write=True):
+        place.store(fragment, None)
 
 
 @torch.no_grad()
@@ -244,8 +310,11 @@ def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
 def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
     """The fragment of an optimizer state; None before the first step, but empty where there is no fragment."""
     place = _readable(param)
-    state = None if place is None else place.state(optim_state_key)
-    return None if place is None or state is None else state.to(place.dtype, copy=True)
+    if place is None:
+        return None
+    with place.inside():
+        state = place.state(optim_state_key)
+        return None if state is None else state.read().to(place.dtype)
 
 
 @torch.no_grad()
@@ -253,7 +322,8 @@ def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, opt
     """Write the fragment of an optimizer state."""
     place = _writable(param)
     fragment = place.checked(value, (place.numel,))
-    place.existing(place.state(optim_state_key), _NO_STATE).copy_(fragment)
+    with place.inside(write=True):
+        place.existing(place.state(optim_state_key), _NO_STATE).write(fragment)
 
 
 _NO_GRAD = "averaged gradient to write to: there is one between the backward pass and the step"

@@ -197,6 +197,7 @@ class ParameterSchedule:
         self._read_elsewhere: set[FlatValues] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
+        self._fetches = any(owner.home is not None for owner in self.owners)
         self._find_users(root, set(leaves))
         for module in list(self._users):
             self._attach(module)
@@ -286,6 +287,8 @@ class ParameterSchedule:
     def _prefetch(self) -> None:
         room = self.limits.prefetch_numel
         live = self.live_numel
+        if self._fetches:  # from where they live, as far ahead as there is memory for it
+            all(coming.fetch() for coming in self.trace.ahead(forward_only=not self._recording))
         for coming in self.trace.ahead(forward_only=not self._recording):
             if room <= 0:
                 break

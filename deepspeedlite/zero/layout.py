@@ -3,7 +3,7 @@
     buffer   | w1 ....pad| b1 pad| w2 ........pad|  tail pad |        one dtype, one allocation
     groups   |<-- optimizer group 0 -->|<- group 1 ->|
     shards   |<---- rank 0 ---->|<---- rank 1 ------------>|          equal and contiguous
-    runs     |<-- r0 g0 ------->|<g0-->|<- r1 g1 --->|                 (shard, group) intersections
+    runs     |<-- r0 g0 ------->|<g0-->|<- r1 g1 --->|                 (shard, group) intersections, or pieces of them
 
 Parameters of one optimizer group lie side by side, so that a *run* (one 1-D tensor per shard and group) is all that
 an elementwise optimizer needs. Every parameter starts at a multiple of `ALIGN_NUMEL` elements, which keeps vector
@@ -63,12 +63,16 @@ def _padded(numel: int, multiple: int) -> int:
 class FlatLayout:
     """The places of parameters `(name, shape, optimizer group)` in one buffer cut into `shard_count` equal shards.
 
-    Slots are ordered by group, and inside a group as given.
+    Slots are ordered by group, and inside a group as given. `run_numel`: runs are cut where a shard's elements reach
+    multiples of it.
     """
 
-    def __init__(self, entries: Iterable[tuple[str, Sequence[int], int]], shard_count: int = 1) -> None:
+    def __init__(
+        self, entries: Iterable[tuple[str, Sequence[int], int]], shard_count: int = 1, run_numel: int | None = None
+    ) -> None:
         if shard_count < 1:
             raise ValueError(f"shard_count must be at least 1, not {shard_count}")
+        self._run_numel = run_numel
         slots = []
         cursor = 0
         for name, shape, group in sorted(entries, key=lambda entry: entry[2]):
@@ -95,9 +99,15 @@ class FlatLayout:
         return spans
 
     def runs(self, index: int = 0) -> list[Run]:
-        """The non-empty runs of shard `index`, one per optimizer group that reaches into it."""
+        """The non-empty runs of shard `index`: one per optimizer group that reaches into it, or its pieces."""
         start, stop = self.shard(index)
-        cut = (Run(span.group, max(span.start, start), min(span.stop, stop)) for span in self._group_spans())
+        step = self._run_numel or max(1, self.shard_numel)
+        edges = range(start, stop, step)
+        cut = (
+            Run(span.group, max(span.start, edge), min(span.stop, edge + step, stop))
+            for span in self._group_spans()
+            for edge in edges
+        )
         return [run for run in cut if run.numel > 0]
 
     def segments(self, run: Run) -> list[Segment]:

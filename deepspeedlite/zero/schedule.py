@@ -19,7 +19,7 @@ import torch
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.unit import GradState, ReducePolicy, ShardUnit
+from deepspeedlite.zero.unit import GradState, Lodging, ReducePolicy, ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter
 
 MAX_IN_FLIGHT = 2
@@ -34,6 +34,7 @@ class GradientSchedule:
         plan: what is sharded.
         grad_dtype: dtype in which gradients accumulate; each parameter's own if None.
         overlap: launch a unit as soon as it is complete rather than at the end of the pass.
+        lodging: where the units' states are kept.
     """
 
     def __init__(
@@ -44,7 +45,9 @@ class GradientSchedule:
         plan: ShardingPlan | None = None,
         grad_dtype: torch.dtype | None = None,
         overlap: bool = True,
+        lodging: Lodging | None = None,
     ) -> None:
+        self._lodging = lodging
         self.plan = plan or ShardingPlan()
         self.group: Group = policy.group
         self._overlap = overlap
@@ -65,18 +68,17 @@ class GradientSchedule:
             self._add_unit(bucket, sharded)
 
     def _add_unit(self, bucket: Sequence[NamedParameter], sharded: bool) -> None:
-        self.units.append(
-            ShardUnit(
-                bucket,
-                policy=self._policy,
-                plan=self.plan,
-                sharded=sharded,
-                grad_dtype=self._grad_dtype,
-                on_complete=self._launch_complete,
-                on_unannounced=lambda: self.on_unannounced(),
-                is_nested=self._is_nested,
-            )
+        unit = ShardUnit(
+            bucket,
+            policy=self._policy,
+            plan=self.plan,
+            sharded=sharded,
+            grad_dtype=self._grad_dtype,
+            lodging=self._lodging,
         )
+        unit.on_complete, unit.is_nested = self._launch_complete, self._is_nested
+        unit.on_unannounced = lambda: self.on_unannounced()
+        self.units.append(unit)
 
     def add_units(self, buckets: Sequence[Sequence[NamedParameter]]) -> list[ShardUnit]:
         """Units for parameters that are trained from now on; their values stay whole on every rank."""
@@ -148,6 +150,8 @@ class GradientSchedule:
     def _wait(self) -> None:
         for unit in self.units:
             unit.wait_for_reduce()
+        if any(unit.grad_shard.device != unit.device for unit in self.units):
+            torch.cuda.synchronize()  # averages are on their way to the host's memory, in the current stream
 
     @property
     def has_grads(self) -> bool:
@@ -176,7 +180,7 @@ class GradientSchedule:
         device = self.units[0].device if self.units else None
         total = torch.zeros((), dtype=dtype, device=device)
         if norms:
-            total = torch.linalg.vector_norm(torch.stack([norm.to(dtype) for norm in norms]))
+            total = torch.linalg.vector_norm(torch.stack([norm.to(total.device, dtype) for norm in norms]))
         if self.plan.shard_optimizer:
             total = total.square()
             self.group.all_reduce(total)

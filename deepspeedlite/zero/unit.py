@@ -33,12 +33,14 @@ import weakref
 from collections.abc import Callable, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
+from deepspeedlite.memory.home import Home
+from deepspeedlite.memory.parcel import Parcel
 from deepspeedlite.zero.layout import Run, Slot
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.values import FlatValues
@@ -64,6 +66,15 @@ class Stepper(Protocol):
     @property
     def loss_scale(self) -> float:
         """The factor that the gradients carry."""
+
+
+class Lodging(NamedTuple):
+    """Where a unit's states are kept; see `deepspeedlite.memory`. By default where they are used."""
+
+    home: Callable[[torch.Tensor], Home | None] | None = None  # of a shard of values
+    # Makes memory, of zeros, for a shard of averaged gradients.
+    grads: Callable[[int, torch.dtype, torch.device], torch.Tensor] | None = None
+    run_numel: int | None = None
 
 
 class ReducePolicy:
@@ -107,9 +118,7 @@ class ShardUnit(FlatValues):
         plan: what is sharded.
         sharded: whether the values are (a persistent unit of stage 3 keeps them whole).
         grad_dtype: dtype in which gradients are accumulated; the parameters' own if None.
-        on_complete: called when every gradient that this backward pass is known to bring has arrived.
-        on_unannounced: called when a gradient arrives in a pass that nobody announced by `begin_backward`; must do so.
-        is_nested: whether a gradient that arrives now comes from a backward pass inside the backward pass.
+        lodging: where the values live between uses, where averaged gradients are kept, and how runs are cut.
     """
 
     def __init__(
@@ -120,25 +129,30 @@ class ShardUnit(FlatValues):
         plan: ShardingPlan | None = None,
         sharded: bool = False,
         grad_dtype: torch.dtype | None = None,
-        on_complete: Callable[[], None] = lambda: None,
-        on_unannounced: Callable[[], None] | None = None,
-        is_nested: Callable[[], bool] = lambda: False,
+        lodging: Lodging | None = None,
     ) -> None:
-        plan = plan or ShardingPlan()
-        super().__init__(members, policy.group, sharded=sharded, shard_count=plan.shard_count(policy.group.size))
+        plan, lodging = plan or ShardingPlan(), lodging or Lodging()
+        count, home, run_numel = plan.shard_count(policy.group.size), lodging.home, lodging.run_numel
+        super().__init__(members, policy.group, sharded=sharded, shard_count=count, home=home, run_numel=run_numel)
+        self._values_of_runs = self._cut_values()
+        self._new_grads = lodging.grads or (lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device))
         self.grad_dtype = grad_dtype or self.dtype
         self.grad_state = GradState.EMPTY
         self._scatters, self._frees = plan.shard_optimizer, plan.shard_grads
         self._policy = policy
         self._pre, self._post = policy.factors(self.grad_dtype)
-        self._on_complete = on_complete
-        self._on_unannounced = on_unannounced or partial(self.begin_backward, 1.0, False)
-        self._is_nested = is_nested
+        # Called when every gradient that this backward pass is known to bring has arrived.
+        self.on_complete: Callable[[], None] = lambda: None
+        # Called when a gradient arrives in a pass that nobody announced by `begin_backward`; must do so.
+        self.on_unannounced: Callable[[], None] = partial(self.begin_backward, 1.0, False)
+        # Whether a gradient that arrives now comes from a backward pass inside the backward pass.
+        self.is_nested: Callable[[], bool] = lambda: False
         # Called when every trained parameter has its gradient: nothing in this pass needs the values any more.
         self.on_all_arrived: Callable[[], None] = lambda: None
         # The optimizer, where there is one, and what it updates: a 1-D tensor per run. See `zero.inspect`.
         self.stepper: Stepper | None = None
         self.masters: Sequence[torch.Tensor] = ()
+        self.parcels: Sequence[Parcel | None] = ()  # what of each run is on a disk
         label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
         self._reduce_call: dict[str, Any] = {"label": label, "tag": tag}
         self._reduction: Any = None
@@ -172,7 +186,7 @@ class ShardUnit(FlatValues):
         self._grad_views: list[torch.Tensor] = []
         self._drop_grads()
         if self._frees:
-            self.grad_shard = torch.zeros(self.layout.shard_numel, dtype=self.grad_dtype, device=self.device)
+            self.grad_shard = self._new_grads(self.layout.shard_numel, self.grad_dtype, self.device)
         else:
             self._need_grads()
             self.grad_shard = self.grads[slice(*self.layout.shard(self.index))]
@@ -196,13 +210,15 @@ class ShardUnit(FlatValues):
         """This rank's runs: index range, values and averaged gradients as 1-D views of its shard."""
         start, _ = self.layout.shard(self.index)
         return [
-            (
-                run,
-                self.shard[run.start - start : run.stop - start],
-                self.grad_shard[run.start - start : run.stop - start],
-            )
-            for run in self.layout.runs(self.index)
+            (run, values, self.grad_shard[run.start - start : run.stop - start])
+            for run, values in zip(self.layout.runs(self.index), self._values_of_runs)
         ]
+
+    def _cut_values(self) -> list[torch.Tensor]:
+        """The values of each run, where they lie; without memory if they are brought from a disk."""
+        start, _ = self.layout.shard(self.index)
+        cuts = [(run.start - start, run.stop - start) for run in self.layout.runs(self.index)]
+        return [self.shard[slice(*cut)] if self.home is None else self.home.piece(*cut) for cut in cuts]
 
     def own_grad(self, slot: Slot) -> torch.Tensor | None:
         """What this rank alone has accumulated of a parameter's gradient: a 1-D view; None where it is not LOCAL.
@@ -250,7 +266,7 @@ class ShardUnit(FlatValues):
         if grad is None:
             return
         if not self._in_pass:
-            self._on_unannounced()
+            self.on_unannounced()
         slot = self.layout.slots[index]
         if self._launched:
             raise EngineStateError(
@@ -269,13 +285,13 @@ class ShardUnit(FlatValues):
         self._filled[index] = self._reached[index] = True
         self.grad_state = GradState.LOCAL
         self._arrivals[index] += 1
-        if not self._learnt and self._is_nested():
+        if not self._learnt and self.is_nested():
             self._uncertain = True  # how many nested passes will bring this gradient is known when the pass ends
         if self._arrivals[index] == self._expected[index]:
             self._missing -= 1
             if self.complete:
                 self.on_all_arrived()
-                self._on_complete()
+                self.on_complete()
 
     def _accumulate(self, grad: torch.Tensor, view: torch.Tensor, add: bool) -> None:
         if grad.is_sparse:
@@ -329,6 +345,7 @@ class ShardUnit(FlatValues):
         op = "avg" if self._averages_on_wire else "sum"
         if self._scatters and self._policy.scatter:
             straight = self._frees and self._carried is None and wire_dtype == self.grad_dtype
+            straight = straight and self.grad_shard.device == self.device
             self._averaged = self.grad_shard if straight else self._wire[slice(*self.layout.shard(self.index))]
             self._reduction = self.group.reduce_scatter_into(
                 self._averaged, self._wire, op, async_op=True, **self._reduce_call
@@ -364,9 +381,9 @@ class ShardUnit(FlatValues):
             return
         if self._carried is None:
             if averaged.data_ptr() != self.grad_shard.data_ptr():
-                self.grad_shard.copy_(averaged)
+                self.grad_shard.copy_(averaged, non_blocking=True)  # to pinned memory: see GradientSchedule._wait
         elif self._frees:
-            self.grad_shard.add_(averaged)
+            self.grad_shard.add_(averaged.to(self.grad_shard.device))
         else:
             torch.add(self._carried, averaged, out=self.grad_shard)
         self._carried = None

@@ -17,6 +17,10 @@ that is gone.
 On the CPU ranks of one host the shard lies in memory that the others read when they gather. A rank may be ahead of
 them, so whoever writes a shard, a step or a user, calls `settle` first.
 
+[Note: a shard that lives elsewhere]
+With a home (parameters that are offloaded) the tensor `shard` has memory only while it is gathered from, and inside
+`shard_in_memory`; its elements change there, or where the home says that they are stored.
+
 [Note: no stream of our own]
 On a GPU, NCCL runs a collective on its own stream, which first waits for what the current stream had been given when
 the collective was started; waiting for the collective makes the current stream wait. All memory here is allocated, used
@@ -28,7 +32,8 @@ before the current one ends, and overlaps the current one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from enum import Enum
 from itertools import count
 from typing import Any
@@ -38,6 +43,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
+from deepspeedlite.memory.home import Home
 from deepspeedlite.zero.layout import FlatLayout, Slot
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -92,6 +98,8 @@ class FlatValues:
         sharded: let each rank keep only its shard while nobody holds the values.
         shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
         source: the rank of the group whose values count on all ranks; None: they agree already.
+        home: makes, of the shard, the place where it lives while the values are sharded; None: it stays where it is.
+        run_numel: see `FlatLayout`.
     """
 
     def __init__(
@@ -102,13 +110,15 @@ class FlatValues:
         sharded: bool,
         shard_count: int | None = None,
         source: int | None = 0,
+        home: Callable[[torch.Tensor], Home | None] | None = None,
+        run_numel: int | None = None,
     ) -> None:
         ordered = sorted(members, key=lambda member: member.group)
         self.params = [member.param for member in ordered]
         self.group = group
         self.sharded = sharded
         count = group.size if shard_count is None else shard_count
-        self.layout = FlatLayout([(m.name, full_shape(m.param), m.group) for m in ordered], count)
+        self.layout = FlatLayout([(m.name, full_shape(m.param), m.group) for m in ordered], count, run_numel)
         self.index = group.rank if count > 1 else 0
         first = self.params[0]
         self.dtype, self.device = first.dtype, first.device
@@ -121,13 +131,14 @@ class FlatValues:
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
         self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * next(group.tags)}
         self._work: Any = None
+        self.home: Home | None = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
-        self._take(sharded, source)
+        self._take(sharded, source, home)
 
     # --- taking parameters over -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, sharded: bool, source: int | None) -> None:
+    def _take(self, sharded: bool, source: int | None, home: Callable[[torch.Tensor], Home | None] | None) -> None:
         former = owners_of(self.params)
         agreed = len(former) > 0 and all(owner.sharded for owner in former)
         for owner in former:
@@ -140,7 +151,12 @@ class FlatValues:
         if source is not None and not agreed:
             self.group.broadcast(self.values, src=source)
         own = self.values[slice(*self.layout.shard(self.index))]
-        self.shard = self._kept_apart(own) if sharded else own
+        self.shard = own
+        if sharded:
+            self.shard = own.clone()
+            self.home = home(self.shard) if home is not None and own.numel() else None
+            if self.home is None:
+                self.shard = self._kept_apart(own)
         self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
         for owner in former:
             owner.forget(self.params)
@@ -209,8 +225,14 @@ class FlatValues:
         if self.state is not ValueState.SHARDED:
             return
         self.values.untyped_storage().resize_(self._nbytes)
+        if self.home is not None:
+            self.home.open()
         self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, final=True, **self._call)
         self._enter(ValueState.GATHERING)
+
+    def fetch(self) -> bool:
+        """Begin to bring the shard from where it lives, for a `gather` to come; whether there was memory for it."""
+        return self.home is None or self.state is not ValueState.SHARDED or self.home.fetch()
 
     def wait_for_gather(self) -> None:
         """Wait until the parameters hold their values (on GPUs: until the current stream will see them)."""
@@ -219,6 +241,8 @@ class FlatValues:
         work, self._work = self._work, None
         if work is not None:
             work.wait()
+        if self.home is not None:
+            self.home.close()
         self._show()
 
     def hold(self) -> None:
@@ -242,8 +266,25 @@ class FlatValues:
 
     def settle(self) -> None:
         """Wait until no other rank reads this rank's shard any more; before anything writes it."""
-        if self.sharded:
+        if self.home is not None:
+            self.home.forget()
+        elif self.sharded:
             self.group.settle(self.shard)
+
+    @contextmanager
+    def shard_in_memory(self, write: bool = False) -> Iterator[None]:
+        """`shard` holds this rank's values inside; `write`: and is changed there."""
+        if self.home is None:
+            yield
+            return
+        self.wait_for_gather()
+        self.home.open()
+        try:
+            yield
+            if write:
+                self.home.keep()
+        finally:
+            self.home.close()
 
     @torch.no_grad()
     def start_sharing(self) -> None:
@@ -263,7 +304,8 @@ class FlatValues:
         if self.sharded and self.state is ValueState.WHOLE:
             start, stop = self.layout.shard(self.index)
             self.settle()
-            self.shard.copy_(self.values[start:stop])
+            with self.shard_in_memory(write=True):
+                self.shard.copy_(self.values[start:stop])
         self.on_new_values()
 
     def verify_attached(self) -> None:

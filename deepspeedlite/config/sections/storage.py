@@ -6,16 +6,16 @@ from deepspeedlite.config.base import AnyCase, Flag, Int, Section, key, part
 
 
 class Aio(Section):
-    """Asynchronous file access, used by NVMe offload."""
+    """Asynchronous file access, used by NVMe offload; `dslite_io tune` finds the numbers for a disk."""
 
-    FEATURE = "aio"
+    FEATURE = "core"
 
     block_size: Int = key(1_048_576, "Bytes per request.", ge=1)
     queue_depth: Int = key(8, "Requests in flight.", ge=1)
     intra_op_parallelism: Int = key(1, "Threads that share one read or write.", ge=1)
     single_submit: Flag = key(False, "Submit requests one by one.")
     overlap_events: Flag = key(True, "Submit without waiting for earlier requests.")
-    use_gds: Flag = key(False, "Move data between NVMe and GPU directly (GPUDirect Storage).")
+    use_gds: Flag = key(False, "Move data between NVMe and GPU directly (GPUDirect Storage).", feature="gds")
 
 
 class ParallelWrite(Section):

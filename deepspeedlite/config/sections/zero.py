@@ -14,13 +14,21 @@ class OffloadParam(Section):
     """Where sharded parameters wait while no layer uses them (stage 3)."""
 
     SWITCH = "device"
-    FEATURE = "zero_offload"
+    FEATURE = "core"
 
     device: OffloadDevice = key("none", "Where parameters are kept.")
-    nvme_path: Path | None = key(None, "Directory on the NVMe drive.")
-    buffer_count: Int = key(5, "Staging buffers for NVMe.", ge=0)
-    buffer_size: Int = key(100_000_000, "Elements in one staging buffer.", ge=0)
-    max_in_cpu: Int = key(1_000_000_000, "Elements kept in CPU memory when the device is nvme.", ge=0)
+    nvme_path: Path | None = key(None, "An existing directory on the NVMe drive.")
+    buffer_count: Int = key(5, "Shards that may be read from NVMe ahead of their use.", ge=0)
+    buffer_size: Int = key(
+        100_000_000,
+        "Elements in one staging buffer.",
+        ge=0,
+        status="hint",
+        note="changes nothing: a buffer has the size of the shard that is read into it",
+    )
+    max_in_cpu: Int = key(
+        1_000_000_000, "Elements of this rank's shards that stay in CPU memory when the device is nvme.", ge=0
+    )
     pin_memory: Flag = key(True, "Use page-locked memory, which copies faster and cannot be swapped out.")
 
 
@@ -28,18 +36,34 @@ class OffloadOptimizer(Section):
     """Where the optimizer's state lives, and its step runs (stages 1 to 3)."""
 
     SWITCH = "device"
-    FEATURE = "zero_offload"
+    FEATURE = "core"
 
     device: OffloadDevice = key("none", "Where the optimizer's state is kept.")
-    nvme_path: Path | None = key(None, "Directory on the NVMe drive.")
-    buffer_count: Int = key(4, "Staging buffers for NVMe; at least the optimizer's states per parameter.", ge=0)
+    nvme_path: Path | None = key(None, "An existing directory on the NVMe drive.")
+    buffer_count: Int = key(
+        4, "Sub-groups that may be in memory at a time; 3 let one be read, stepped and written at once.", ge=1
+    )
     pin_memory: Flag = key(True, "Use page-locked memory, which copies faster and cannot be swapped out.")
-    pipeline_read: Flag = key(False, "Read the next tile while the current one is stepped.")
-    pipeline_write: Flag = key(False, "Write the previous tile while the current one is stepped.")
-    fast_init: Flag = key(False, "Initialise faster when the device is nvme.")
-    ratio: Number = key(1.0, "Share of the parameters that the CPU steps (stage 3).", ge=0, le=1)
-    super_offload: Flag = key(False, "Offload tuned for CPUs that share memory with the GPU (stage 3).")
-    cpuadam_cores_perc: Number = key(0.8, "Share of the CPU's cores for the step under super_offload.", ge=0, le=1)
+    pipeline_read: Flag | None = key(None, "Read the next sub-group while one is stepped; null: yes.")
+    pipeline_write: Flag | None = key(None, "Write the last sub-group while the next is stepped; null: yes.")
+    fast_init: Flag = key(
+        False,
+        "Initialise faster when the device is nvme.",
+        status="hint",
+        note="changes nothing: each tensor is written once, when it is made",
+    )
+    ratio: Number = key(1.0, "Share of the elements whose state is offloaded; that of the others stays.", ge=0, le=1)
+    super_offload: Flag = key(
+        False, "Offload tuned for CPUs that share memory with the GPU (stage 3).", feature="super_offload"
+    )
+    cpuadam_cores_perc: Number = key(
+        0.8,
+        "Share of the CPU's cores for the step under super_offload.",
+        ge=0,
+        le=1,
+        status="hint",
+        note="changes nothing: it is read only under super_offload",
+    )
 
 
 class ZenFlow(Section):
@@ -119,7 +143,8 @@ class ZeroOptimization(Section):
     zenflow: ZenFlow | None = key(None, "ZenFlow; null: off.", feature="zenflow")
     sub_group_size: Int = key(
         1_000_000_000,
-        "Most elements of a rank's shards that the optimizer steps at a time; of 16-bit gradients 4 Mi at most.",
+        "Most elements of a rank's shards that the optimizer steps at a time; of 16-bit gradients, and where something "
+        "is offloaded, 4 Mi at most.",
         ge=0,
         feature="core",
     )

@@ -1,0 +1,89 @@
+"""What one rank offloads and by what means: made of the configuration once, asked by units and by the step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+from deepspeedlite.memory.disk import Disk
+from deepspeedlite.memory.home import DiskHome, Home, HostHome, SlotPool
+from deepspeedlite.memory.placement import Placement, Tier
+from deepspeedlite.memory.ring import Ring
+
+# Elements of a run that passes through the ring as one: large enough for the disk, small enough to keep several of.
+TILE_NUMEL = 1 << 22
+_PAGE_NUMEL = 4096  # pieces that are multiples of it begin at pages of the disk, whatever the dtype
+_SMALLEST_NUMEL = 64
+
+
+@dataclass
+class Means:
+    """The numbers of the configuration's offload sections; see there."""
+
+    pinned: bool = True
+    ratio: float = 1.0
+    sub_group_numel: int = TILE_NUMEL
+    slots: int = 4
+    read_ahead: bool = True
+    write_behind: bool = True
+    param_slots: int = 5
+    max_in_cpu_numel: int = 0
+
+
+@dataclass
+class Offload:
+    """Where this rank's states go. `disk` is there where anything lives on one."""
+
+    placement: Placement = field(default_factory=Placement)
+    means: Means = field(default_factory=Means)
+    disk: Disk | None = None
+
+    def __post_init__(self) -> None:
+        self.ring: Ring | None = None
+        self._pool: SlotPool | None = None
+        self._in_cpu_numel = 0
+        self._seen_numel = self._taken_numel = 0
+        if self.disk is not None:
+            self.ring = Ring(self.disk, self.means.slots, self.means.read_ahead, self.means.write_behind)
+            if self.placement.params is Tier.NVME:
+                self._pool = SlotPool(self.disk, max(1, self.means.param_slots))
+
+    @property
+    def run_numel(self) -> int | None:
+        """At how many elements runs are cut; None where they need not be."""
+        if self.placement.states is Tier.DEVICE and self.placement.params is Tier.DEVICE:
+            return None
+        numel = max(1, min(self.means.sub_group_numel, TILE_NUMEL))
+        unit = _PAGE_NUMEL if numel >= _PAGE_NUMEL else _SMALLEST_NUMEL
+        return -(-numel // unit) * unit
+
+    def home(self, shard: torch.Tensor) -> Home | None:
+        """Where a shard of sharded parameters lives; None: it stays where it is."""
+        tier = self.placement.params
+        if tier is Tier.NVME and self._in_cpu_numel + shard.numel() <= self.means.max_in_cpu_numel:
+            self._in_cpu_numel += shard.numel()
+            tier = Tier.CPU
+        if tier is Tier.NVME and self._pool is not None:
+            return DiskHome(shard, self._pool)
+        return HostHome(shard, self.means.pinned) if tier is Tier.CPU and shard.device.type != "cpu" else None
+
+    def takes_states(self, numel: int) -> bool:
+        """Whether the states of a run, of so many elements, are among the share that is offloaded."""
+        if self.placement.states is Tier.DEVICE:
+            return False
+        self._seen_numel += numel
+        takes = self._taken_numel + numel / 2 <= self.means.ratio * self._seen_numel
+        self._taken_numel += numel * takes
+        return takes
+
+    def grads(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a shard of averaged gradients, all zeros."""
+        if self.placement.grads is Tier.DEVICE or device.type == "cpu":
+            return torch.zeros(numel, dtype=dtype, device=device)
+        return torch.zeros(numel, dtype=dtype, pin_memory=self.means.pinned)
+
+    def close(self) -> None:
+        """Give the disk its space back."""
+        if self.disk is not None:
+            self.disk.close()
