@@ -16,10 +16,9 @@ scale are applied to the parameters' gradients as they arrive: the same result, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,11 +32,12 @@ from deepspeedlite.data import build_dataloader
 from deepspeedlite.device import Device
 from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
 from deepspeedlite.log import log_once, logger
+from deepspeedlite.memory.asleep import Asleep, states_of
 from deepspeedlite.memory.offload import Offload
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.precision import LossScaler, Precision, cast_floating
 from deepspeedlite.watch import StepReport, StepWatch
-from deepspeedlite.weights import consolidated_state_dict, write_weights
+from deepspeedlite.weights import GivesWeights
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.schedule import GradientSchedule
@@ -74,7 +74,7 @@ def _widen(loss: torch.Tensor) -> torch.Tensor:
     return loss.float() if loss.dtype.itemsize < 4 else loss
 
 
-class DeepSpeedEngine(torch.nn.Module):
+class DeepSpeedEngine(torch.nn.Module, GivesWeights):
     """A model with its optimizer, precision, accumulation and data-parallel average. Made by `initialize`.
 
     Attributes that the engine does not have are looked up on the wrapped `module`.
@@ -108,6 +108,7 @@ class DeepSpeedEngine(torch.nn.Module):
         self._passes_since_step = 0
         self._step_applied = False
         self._destroyed = False
+        self._asleep: Asleep | None = None
         if self.optimizer is not None:
             names = {id(param): name for name, param in module.named_parameters()}
             self.optimizer.name_of = lambda param: names.get(id(param))
@@ -512,63 +513,32 @@ class DeepSpeedEngine(torch.nn.Module):
         """What of the model and the last loaded checkpoint did not fit, with `load_module_strict=False`."""
         return self._loader.mismatches
 
-    # --- weights ----------------------------------------------------------------------------------------------------
+    # --- memory -----------------------------------------------------------------------------------------------------
 
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """The module's `state_dict`, whole on every rank. Collective at stage 3."""
-        state = self.module.state_dict()
-        if exclude_frozen_parameters:
-            for name, param in self.module.named_parameters(remove_duplicate=False):
-                if not param.requires_grad:
-                    state.pop(name, None)
-        return state
+    def offload_states(
+        self,
+        include: Container[Any] | None = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Free the device of model states until `reload_states`; see `memory.asleep`. Meanwhile nothing can train.
 
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Whether `save_16bit_model` may gather the weights at stage 3."""
-        return self._parts.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
-
-    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
-        return consolidated_state_dict(self.module, self._parts.group, exclude_frozen_parameters)
-
-    def _zero3_consolidated_16bit_state_dict(
-        self, exclude_frozen_parameters: bool = False
-    ) -> dict[str, torch.Tensor] | None:
-        """All weights as CPU tensors on rank 0, None elsewhere; collective. The name is the one that clients call.
-
-        Raises:
-            ConfigError: at stage 3, without `stage3_gather_16bit_weights_on_model_save`.
+        Args:
+            include: which states, by DeepSpeed's names for them; all if None.
+            device: where to; only "cpu".
+            pin_memory: keep them in page-locked memory.
+            non_blocking: taken for DeepSpeed's sake; they have left when this returns.
         """
-        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
-            raise ConfigError(
-                "gathering all weights on rank 0 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: "
-                "true; rank 0 must have CPU memory for the whole model"
-            )
-        return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+        self._check_alive("offload_states")
+        state = self.optimizer.state if self.optimizer is not None else {}
+        self._asleep = Asleep(states_of(self._schedule.units, state), include, device, pin_memory)
 
-    def save_16bit_model(
-        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
-    ) -> bool:
-        """Write the weights, in the dtype that the model computes in, to one file that `torch.load` reads. Collective.
-
-        Returns:
-            whether they were written: at stage 3 only where `stage3_gather_16bit_weights_on_model_save` is true.
-        """
-        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
-            logger.warning(
-                "save_16bit_model wrote nothing: zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
-            )
-            return False
-        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-        problem: str | None = None
-        if state is not None:
-            try:
-                write_weights(state, Path(save_dir) / save_filename)
-            except OSError as error:
-                problem = str(error)
-        problem = self._parts.group.broadcast_object(problem)
-        if problem:
-            raise EngineStateError(f"save_16bit_model could not write {Path(save_dir) / save_filename}: {problem}")
-        return True
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` took away."""
+        if self._asleep is not None:
+            self._asleep.wake(non_blocking)
+        self._asleep = None
 
     def _after_load_state_dict(self, module: torch.nn.Module, incompatible_keys: Any) -> None:
         if self.optimizer is not None:
@@ -577,6 +547,8 @@ class DeepSpeedEngine(torch.nn.Module):
     def _check_alive(self, what: str) -> None:
         if self._destroyed:
             raise EngineStateError(f"engine.{what}() after engine.destroy()")
+        if self._asleep is not None:
+            raise EngineStateError(f"engine.{what}() after offload_states: call reload_states first")
         if self.optimizer is not None and self.optimizer.broken and what != "load_checkpoint":
             raise EngineStateError(f"engine.{what}(): {self.optimizer.broken}; load a checkpoint first")
 
@@ -585,6 +557,7 @@ class DeepSpeedEngine(torch.nn.Module):
         if self._destroyed:
             return
         self._saver.wait()
+        self.reload_states()
         self._destroyed = True
         if self._gathering is not None:
             self._gathering.close()

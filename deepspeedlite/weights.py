@@ -1,4 +1,7 @@
-"""All weights of a sharded model in one place: gathered piece by piece, kept in CPU memory by one rank."""
+"""All weights of a sharded model in one place: gathered piece by piece, kept in CPU memory by one rank.
+
+`GivesWeights` is the part of the engine that clients ask for them.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,8 @@ from typing import Any
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.errors import ConfigError, EngineStateError
+from deepspeedlite.log import logger
 from deepspeedlite.zero.values import FlatValues, owner_of
 
 
@@ -73,3 +78,66 @@ def write_weights(state: dict[str, Any], path: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+class GivesWeights:
+    """What an engine does with its module's weights; `_parts` are the engine's."""
+
+    module: torch.nn.Module
+    _parts: Any
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The module's `state_dict`, whole on every rank. Collective at stage 3."""
+        state = self.module.state_dict()
+        if exclude_frozen_parameters:
+            for name, param in self.module.named_parameters(remove_duplicate=False):
+                if not param.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """Whether `save_16bit_model` may gather the weights at stage 3."""
+        return self._parts.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        return consolidated_state_dict(self.module, self._parts.group, exclude_frozen_parameters)
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """All weights as CPU tensors on rank 0, None elsewhere; collective. The name is the one that clients call.
+
+        Raises:
+            ConfigError: at stage 3, without `stage3_gather_16bit_weights_on_model_save`.
+        """
+        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
+            raise ConfigError(
+                "gathering all weights on rank 0 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: "
+                "true; rank 0 must have CPU memory for the whole model"
+            )
+        return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Write the weights, in the dtype that the model computes in, to one file that `torch.load` reads. Collective.
+
+        Returns:
+            whether they were written: at stage 3 only where `stage3_gather_16bit_weights_on_model_save` is true.
+        """
+        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
+            logger.warning(
+                "save_16bit_model wrote nothing: zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
+            )
+            return False
+        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+        problem: str | None = None
+        if state is not None:
+            try:
+                write_weights(state, Path(save_dir) / save_filename)
+            except OSError as error:
+                problem = str(error)
+        problem = self._parts.group.broadcast_object(problem)
+        if problem:
+            raise EngineStateError(f"save_16bit_model could not write {Path(save_dir) / save_filename}: {problem}")
+        return True

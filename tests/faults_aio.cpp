@@ -6,7 +6,7 @@
 // it happens that
 //   SHORT      half of the bytes are moved, or one of the transfers handed over is taken,
 //   an errno   it fails with that. (A transfer of io_uring's fails with EIO, whatever is asked for.)
-// faults_hit() is how often that happened. One ring of io_uring's is looked after: the one made last.
+// faults_hit() is how often that happened.
 
 #include <dlfcn.h>
 #include <errno.h>
@@ -19,6 +19,7 @@
 #include <sys/syscall.h>
 #include <sys/types.h>
 
+#include <array>
 #include <atomic>
 
 namespace {
@@ -50,20 +51,20 @@ ssize_t move(Call call, int file, Memory memory, size_t nbytes, off_t offset) {
 
 // --- transfers that the kernel makes ---------------------------------------------------------------------------------
 
-struct {
-    int file;
+struct Submissions {
     io_sqring_offsets places;
     char* ring;
     io_uring_sqe* entries;
-} submissions{-1, {}, nullptr, nullptr};
+};
+std::array<Submissions, 1024> rings;  // by file descriptor; one that is used again is set up again
 
 int failing_file() {  // the first page of an address space belongs to nobody: reading and writing it is EIO
     static const int file = open("/proc/self/mem", O_RDWR | O_CLOEXEC);
     return file;
 }
 
-void spoil_entries(long count) {
-    const auto at = [](uint32_t place) { return *reinterpret_cast<uint32_t*>(submissions.ring + place); };
+void spoil_entries(const Submissions& submissions, long count) {
+    const auto at = [&](uint32_t place) { return *reinterpret_cast<uint32_t*>(submissions.ring + place); };
     const uint32_t head = at(submissions.places.head), mask = at(submissions.places.ring_mask);
     for (long i = 0; i < count; ++i) {
         io_uring_sqe& entry = submissions.entries[(head + i) & mask];
@@ -111,8 +112,8 @@ ssize_t pwrite(int file, const void* memory, size_t nbytes, off_t offset) {
 void* mmap(void* wanted, size_t nbytes, int protection, int flags, int file, off_t offset) {
     const auto call = next<void* (*)(void*, size_t, int, int, int, off_t)>("mmap");
     void* const memory = call(wanted, nbytes, protection, flags, file, offset);
-    if (file == submissions.file && offset == IORING_OFF_SQ_RING) submissions.ring = static_cast<char*>(memory);
-    if (file == submissions.file && offset == IORING_OFF_SQES) submissions.entries = static_cast<io_uring_sqe*>(memory);
+    if (file >= 0 && offset == IORING_OFF_SQ_RING) rings.at(file).ring = static_cast<char*>(memory);
+    if (file >= 0 && offset == IORING_OFF_SQES) rings.at(file).entries = static_cast<io_uring_sqe*>(memory);
     return memory;
 }
 
@@ -131,13 +132,12 @@ long syscall(long number, ...) {
         words[1] = 1;  // how many are submitted, for both
     }
     if (submits && number == SYS_io_submit && fault == SHORT) shorten(reinterpret_cast<iocb**>(words[2]), words[1]);
-    if (submits && number == SYS_io_uring_enter) spoil_entries(words[1]);
+    if (submits && number == SYS_io_uring_enter) spoil_entries(rings.at(words[0]), words[1]);
     const long result =
         next<long (*)(long, ...)>("syscall")(number, words[0], words[1], words[2], words[3], words[4], words[5]);
     if (number == SYS_io_getevents && fault > 0) fail(reinterpret_cast<io_event*>(words[3]), result);
     if (number == SYS_io_uring_setup && result >= 0)
-        submissions = {static_cast<int>(result), reinterpret_cast<io_uring_params*>(words[1])->sq_off, nullptr,
-                       nullptr};
+        rings.at(result) = {reinterpret_cast<io_uring_params*>(words[1])->sq_off, nullptr, nullptr};
     return result;
 }
 }

@@ -17,7 +17,9 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.errors import ConfigError, OffloadError, UnsupportedError
+from deepspeedlite.errors import ConfigError, EngineStateError, OffloadError, UnsupportedError
+from deepspeedlite.memory import asleep
+from deepspeedlite.memory.asleep import OffloadStateTypeEnum
 from deepspeedlite.memory.disk import Disk
 from deepspeedlite.memory.home import HostHome
 from deepspeedlite.memory.offload import Means, Offload
@@ -273,11 +275,44 @@ def test_an_engine_that_only_evaluates_may_have_its_parameters_on_a_disk(tmp_pat
         assert torch.equal(engine(*tokens(0, 0, 0)), expected)
 
 
+@distributed(2)
+def test_states_leave_the_device_and_come_back():
+    """The host's memory stands in for a device's, and a copy of it for the host's."""
+    with engine_of(config(2, "bf16")) as engine:
+        losses, states = train(engine), everything(engine)
+    kinds = [None, ["optim_states", OffloadStateTypeEnum.hp_params], {"lp_params"}]
+    with (
+        engine_of(config(2, "bf16")) as engine,
+        patch.object(asleep, "is_on_device", lambda storage: storage.resizable()),
+    ):
+        found = []
+        for step, include in enumerate([*kinds, None]):
+            found += train(engine, range(step, step + 1))
+            engine.offload_states(include)
+            assert engine._asleep.nbytes > 0
+            for call in (lambda: engine(*tokens(0, 0, 0)), engine.step, lambda: engine.save_checkpoint("nowhere")):
+                with pytest.raises(EngineStateError, match="call reload_states first"):
+                    call()
+            engine.reload_states()
+        assert found == losses
+        assert_same(everything(engine), states)
+        for include, device, message in (
+            (["optim"], "cpu", "'optim' is not one of optim_states"),
+            (None, "nvme", "not to nvme"),
+        ):
+            with pytest.raises(UnsupportedError, match=message):
+                engine.offload_states(include, device)
+    with engine_of(config(3)) as engine:  # nothing to move on CPU ranks, and nothing may train meanwhile all the same
+        engine.offload_states()
+        with pytest.raises(EngineStateError, match="call reload_states first"):
+            engine.save_checkpoint("nowhere")
+
+
 @distributed(1)
 def test_state_dicts_of_the_optimizer_are_refused(tmp_path):
     with engine_of(config(2, **placements(tmp_path)["optimizer on nvme"])) as engine:
         for call in (engine.optimizer.state_dict, lambda: engine.optimizer.load_state_dict({})):
-            with pytest.raises(UnsupportedError, match="use engine.save_checkpoint"):
+            with pytest.raises(UnsupportedError, match=r"use engine\.save_checkpoint"):
                 call()
 
 

@@ -4,8 +4,8 @@
     slot    | page-aligned, locked memory |            a queue of its own: waiting for it waits for nothing else
 
 [Note: a file without a name]
-The file is unlinked as soon as it is open, and opened again by way of /proc/self/fd. So no other run can meet it, nobody
-can remove or shrink it by its name, and the disk gets its space back when this process ends, however it ends.
+The file is unlinked as soon as it is open, and opened again by way of /proc/self/fd. So no other run can meet it,
+nobody can remove or shrink it by its name, and the disk gets its space back when this process ends, however it ends.
 
 [Note: room]
 A region is allocated on the disk before it is written. A disk that is too small is noticed when a tensor is given its

@@ -12,6 +12,7 @@ on another tier, parameters on other ranks) has its place in that loop.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
-from deepspeedlite.log import logger
+from deepspeedlite.log import log_dist, logger
 from deepspeedlite.memory.offload import Offload
 from deepspeedlite.memory.parcel import MASTER, STATE, VALUES, Parcel
 from deepspeedlite.memory.placement import Tier
@@ -39,6 +40,7 @@ from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 # Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
 CONVERTED_NUMEL = 1 << 22
+RATED_TB = 600  # what makers promise of a common drive of 1 TB
 
 
 class SteppedRun(NamedTuple):
@@ -105,6 +107,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._norm_is_current = False
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
+        self._has_told_wear = False
         self.name_of: Callable[[torch.Tensor], str | None] = lambda param: (
             None
         )  # the module's names; the engine sets it
@@ -320,9 +323,24 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except BaseException as error:
             self.broken = f"a step ended half-way, and the model is that of no step ({error})"
             raise
+        self._tell_wear()
         self._schedule.share_values(self._settings.share_numel)
         self.loss_scaler.update(overflow=False)
         self._schedule.clear()
+
+    def _tell_wear(self) -> None:
+        """Once, when the first step has shown what each will write: how long a drive lasts."""
+        ring, disk = self._offload.ring, self._offload.disk
+        if ring is None or disk is None or not ring.written_nbytes or self._has_told_wear:
+            return
+        self._has_told_wear = True
+        ranks = self._schedule.group.size
+        nbytes = ring.written_nbytes * ranks
+        log_dist(
+            f"every step writes {nbytes / 2**30:.3g} GiB to {disk.directory} ({ranks} x this rank's): a drive that is "
+            f"rated for {RATED_TB} TB written is worn out after {RATED_TB * 1e12 / nbytes:,.0f} steps",
+            level=logging.WARNING,
+        )
 
     def _update(self, sub_group: list[SteppedRun], factor: float, frozen: dict[torch.Tensor, list[slice]]) -> None:
         """Step runs that are in memory, with their gradients times `factor`."""
