@@ -215,9 +215,9 @@ def test_older_zero_keys(old):
 def test_older_offload_switches(old):
     assert load_config({"zero_optimization": {old: False}}).model_dump() == load_config({}).model_dump()
     section = {"cpu_offload": "offload_optimizer"}.get(old, "offload_param")
-    assert load_config({"zero_optimization": {old: True, "stage": 3}}).zero_optimization.model_dump()[section] == (
-        load_config({"zero_optimization": {section: {"device": "cpu"}, "stage": 3}}).zero_optimization.model_dump()[section]
-    )
+    by_either_name = [{"stage": 3, old: True}, {"stage": 3, section: {"device": "cpu"}}]
+    loaded = [load_config({"zero_optimization": zero}).zero_optimization.model_dump() for zero in by_either_name]
+    assert loaded[0] == loaded[1] and loaded[0][section]["device"] == "cpu"
     assert only_fault({"zero_optimization": {old: True}}).startswith(f"zero_optimization.{old} = true: ")  # no stage
     assert f'zero_optimization.{old} = "yes"' in only_fault({"zero_optimization": {old: "yes"}})
 
@@ -337,6 +337,17 @@ FAULTS = [
         {"zero_optimization": {"stage": 1, "offload_optimizer": {"device": "nvme"}}},
         "zero_optimization.offload_optimizer.nvme_path",
         ["is needed"],
+    ),
+    (
+        {
+            "zero_optimization": {
+                "stage": 3,
+                "offload_param": {"device": "nvme", "nvme_path": "/a"},
+                "offload_optimizer": {"device": "nvme", "nvme_path": "/b"},
+            }
+        },
+        "zero_optimization.offload_param.nvme_path",
+        ["one directory in both"],
     ),
     ({"comms_logger": {"enabled": True, "prof_all": False}}, "comms_logger.prof_ops", ["nothing would be recorded"]),
     (

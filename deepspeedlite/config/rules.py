@@ -37,6 +37,10 @@ def _nvme_without_path(section: OffloadParam | OffloadOptimizer) -> bool:
     return section.device == "nvme" and not section.nvme_path
 
 
+def _two_drives(params: OffloadParam, states: OffloadOptimizer) -> bool:
+    return params.device == states.device == "nvme" and params.nvme_path != states.nvme_path
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         ("fp16.enabled", "bf16.enabled"),
@@ -129,6 +133,12 @@ RULES: tuple[Rule, ...] = (
         lambda c: _nvme_without_path(c.zero_optimization.offload_optimizer),
         'is needed when device is "nvme"',
         "give a directory on the drive",
+    ),
+    Rule(
+        ("zero_optimization.offload_param.nvme_path", "zero_optimization.offload_optimizer.nvme_path"),
+        lambda c: _two_drives(c.zero_optimization.offload_param, c.zero_optimization.offload_optimizer),
+        "is another directory than offload_optimizer's; a rank keeps all it offloads in one file",
+        "name one directory in both; to use several drives, join them (RAID 0, or a striped logical volume)",
     ),
     Rule(
         (

@@ -3,8 +3,8 @@
 [Note: freed memory goes back]
 glibc serves blocks below a threshold from heaps, and raises the threshold, up to 32 MiB, when larger blocks are freed.
 Values, gradients and states that come and go in many sizes then leave holes: of a model with 340 MiB in use it held
-2.3 GiB. Who offloads to a disk does so for want of memory, so the threshold is fixed there: larger blocks are mapped one
-by one, and are the system's again when they are freed.
+2.3 GiB. Who offloads to a disk does so for want of memory, so the threshold is fixed there: larger blocks are mapped
+one by one, and are the system's again when they are freed.
 """
 
 from __future__ import annotations
