@@ -6,6 +6,9 @@
 #             TORCH_INDEX a package index to take that torch from          (the CPU builds' own, where it answers)
 #             RANKS       how many processes `make demo` trains with       (2)
 #             ACCEL, OPS, ARCHS  what `make wheel` compiles: see docs/ops.md
+#             CUDA, ROCM  which version's image `make image-cuda` and `image-rocm` build  (13.0 and 7.1)
+#             BASE, IMAGE_ARGS   another base image, and more options of `python -m env build`
+#             HOSTFILE    the machines of `make install-hosts`
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -17,16 +20,22 @@ PEER_PYTHON ?=
 ACCEL ?= cpu
 OPS ?=
 ARCHS ?=
+CUDA ?= 13.0
+ROCM ?= 7.1
+BASE ?=
+IMAGE_ARGS ?=
+HOSTFILE ?=
 
 BIN := $(VENV)/bin
 TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format typecheck wheel bench venv-examples venv-dev clean
+.PHONY: help demo test test-fast test-images test-wheels test-cluster lint format typecheck wheel bench ops report
+.PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-11s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 demo:  ## train the CIFAR-10 tutorial on 2 local ranks, from a bare clone
 	$(TIMED) "make demo" $(MAKE) --no-print-directory demo-here
@@ -36,6 +45,17 @@ test:  ## run the whole test suite
 
 test-fast:  ## run the quick tests of every part, in under three minutes
 	$(TIMED) "make test-fast" $(MAKE) --no-print-directory test-here MARKS='-m "not slow"'
+
+test-images:  ## run the tests of images and of clusters of containers (needs a Docker engine)
+	$(TIMED) "make test-images" env DSL_TEST_GPU_IMAGES=1 $(MAKE) --no-print-directory test-here \
+		PYTEST_ARGS="tests/test_env.py tests/test_images.py tests/test_images_gpu.py"
+
+test-wheels:  ## run the tests of compiled ops and wheels (with nvcc and hipcc, those for GPUs too)
+	$(TIMED) "make test-wheels" $(MAKE) --no-print-directory test-here PYTEST_ARGS="tests/test_op_builder.py tests/test_wheel.py"
+
+test-cluster:  ## run the tests on many hosts, which namespaces make (needs root, iproute2, sshd; Slurm, MPI and pdsh for all)
+	$(TIMED) "make test-cluster" $(MAKE) --no-print-directory test-here \
+		PYTEST_ARGS="tests/test_cluster_bed.py tests/test_launcher_cluster.py tests/test_install.py tests/test_ssh.py"
 
 .PHONY: demo-here test-here
 demo-here: venv-examples
@@ -58,9 +78,35 @@ format: venv-dev  ## rewrite the sources in the house style
 wheel: venv-dev  ## compile the ops into a wheel in dist/ (ACCEL=cpu|cuda|rocm, OPS="cpu_adam ...", ARCHS="8.0;9.0+PTX")
 	@$(BIN)/python tools/make_wheel.py --accel "$(ACCEL)" --ops "$(OPS)" --archs "$(ARCHS)"
 
+release-check: venv-dev  ## build sdist and wheels, install each in fresh environments, and try it (a Docker engine is of use)
+	$(TIMED) "make release-check" $(BIN)/python tools/release_check.py
+
 bench: venv-dev  ## measure import and step times (PEER_PYTHON: an environment with the real DeepSpeed)
 	@$(BIN)/python benchmarks/import_time.py $(if $(PEER_PYTHON),--peer-python $(PEER_PYTHON))
 	@$(BIN)/python benchmarks/step_time.py
+
+image-cpu: venv-dev  ## build and try the image for machines without GPUs (needs a Docker engine; see docs/images.md)
+	@$(call BUILD_IMAGE,cpu)
+
+image-cuda: venv-dev  ## build and try the image for NVIDIA GPUs (needs a Docker engine, 25 GB and no GPU)
+	@$(call BUILD_IMAGE,cuda-$(CUDA))
+
+image-rocm: venv-dev  ## build and try the image for AMD GPUs (needs a Docker engine, 60 GB and no GPU)
+	@$(call BUILD_IMAGE,rocm-$(ROCM))
+
+BUILD_IMAGE = $(BIN)/python -m env build $(1) $(if $(BASE),--base "$(BASE)") $(if $(ARCHS),--archs "$(ARCHS)") \
+	$(if $(OPS),--ops "$(OPS)") $(if $(TORCH_SPEC),--torch-spec "$(TORCH_SPEC)") \
+	$(if $(TORCH_INDEX),--torch-index "$(TORCH_INDEX)") $(IMAGE_ARGS)
+
+ops: venv-dev  ## compile every op that this machine can, into the checkout (needs a C++ compiler; nvcc or hipcc for GPUs)
+	@DS_BUILD_OPS=1 $(BIN)/python -W ignore setup.py --quiet build_ext --inplace
+
+report: venv-examples  ## say what this machine offers for training, and what is wrong
+	@$(BIN)/dslite_report
+
+install-hosts:  ## install the wheel here and on the machines of HOSTFILE (needs ssh without passwords; PYTHON says where to)
+	@[ -n "$(HOSTFILE)" ] || { echo "make install-hosts: name the machines: make install-hosts HOSTFILE=hosts" >&2; exit 2; }
+	@./install.sh -H "$(HOSTFILE)"
 
 clean:  ## remove what these commands made, the downloaded data excepted
 	@rm -rf "$(VENV)" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache

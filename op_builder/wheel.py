@@ -142,7 +142,9 @@ def _record(wanted: list[Build]) -> Record:
 
 
 def _git_hash() -> str:
-    """The commit, with -dirty where files differ from it."""
+    """The commit, with -dirty where files differ from it; $DSL_GIT_HASH where an image is built, which has no .git."""
+    if named := os.environ.get("DSL_GIT_HASH"):
+        return named
     root = csrc().resolve().parent
     command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
     if not (root / ".git").exists():  # an sdist, perhaps inside another repository

@@ -2,7 +2,7 @@
 
 All is done in a temporary folder, so nothing but the wheel is left. No GPU and no GPU build of torch is needed: the
 kernels are compiled by nvcc or hipcc, and their bindings use torch's stable ABI. The version gets a label such as +cpu,
-+cu130 or +rocm5.2, unless DS_BUILD_STRING is set.
++cu130 or +rocm5.2, unless DS_BUILD_STRING is set. Images are built with --keep, --compile-only and --untagged.
 """
 
 from __future__ import annotations
@@ -35,11 +35,18 @@ def main() -> None:
     parser.add_argument(
         "--plain", action="store_true", help="compile only what DS_BUILD_* ask for, without a label and a manylinux tag"
     )
+    parser.add_argument("--untagged", action="store_true", help="without a manylinux tag: for this system alone")
+    parser.add_argument("--keep", type=Path, help="keep what is compiled in this folder, for ninja to use again")
+    parser.add_argument("--compile-only", action="store_true", help="with --keep: stop before the wheel")
     chosen = parser.parse_args()
     chosen.out = chosen.out.absolute()
     environment = dict(os.environ) if chosen.plain else settings(chosen)
     with tempfile.TemporaryDirectory(prefix="dsl-wheel-") as scratch:
-        print(build(Path(scratch), chosen.out, environment, tagged=not chosen.plain))
+        kept = chosen.keep.absolute() if chosen.keep else Path(scratch, "build")
+        if chosen.compile_only:
+            return setup(Path(scratch), ["build_ext", "--build-temp", str(kept), "--build-lib", scratch], environment)
+        print(build(Path(scratch), kept, chosen.out, environment, tagged=not (chosen.plain or chosen.untagged)))
+    return None
 
 
 def settings(chosen: argparse.Namespace) -> dict[str, str]:
@@ -48,7 +55,8 @@ def settings(chosen: argparse.Namespace) -> dict[str, str]:
     if chosen.archs and chosen.accel in ARCHS_VARIABLE:
         environment[ARCHS_VARIABLE[chosen.accel]] = chosen.archs
     os.environ.update(environment)
-    ops = chosen.ops.replace(",", " ").split() or [spec.name for spec in OPS.values() if not spec.pending]
+    every = [] if os.environ.get("DS_BUILD_OPS") == "0" else [spec.name for spec in OPS.values() if not spec.pending]
+    ops = chosen.ops.replace(",", " ").split() or every
     if unknown := [name for name in ops if name not in OPS]:
         sys.exit(f"error: there is no op {unknown[0]}; the ops are {', '.join(OPS)}")
     environment |= {OPS[name].flag: "1" for name in ops}
@@ -67,11 +75,17 @@ def label(accelerator: str) -> str:
     return f"+cu{gpu.version.replace('.', '')}" if gpu.kind == "cuda" else f"+rocm{gpu.version}"
 
 
-def build(scratch: Path, out: Path, environment: dict[str, str], tagged: bool = True) -> Path:
+def setup(scratch: Path, commands: list[str], environment: dict[str, str]) -> None:
+    """Run setup.py, which leaves its metadata in `scratch`."""
+    first = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "egg_info", "--egg-base", str(scratch)]
+    run([*first, *commands], environment)
+
+
+def build(scratch: Path, objects: Path, out: Path, environment: dict[str, str], tagged: bool = True) -> Path:
     """Run setup.py and, for the manylinux tag, auditwheel; returns the wheel."""
-    folders = ["--build-base", str(scratch / "build")], ["--bdist-dir", str(scratch / "bdist")]
-    setup = [sys.executable, "-W", "ignore", "setup.py", "--quiet", "egg_info", "--egg-base", str(scratch)]
-    run([*setup, "build", *folders[0], "bdist_wheel", *folders[1], "--dist-dir", str(scratch / "plain")], environment)
+    folders = ["--build-base", str(scratch / "build"), "build_ext", "--build-temp", str(objects)]
+    wheel = ["bdist_wheel", "--bdist-dir", str(scratch / "bdist"), "--dist-dir", str(scratch / "plain")]
+    setup(scratch, ["build", *folders, *wheel], environment)
     [plain] = (scratch / "plain").glob("*.whl")
     out.mkdir(parents=True, exist_ok=True)
     if not tagged:

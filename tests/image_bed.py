@@ -1,0 +1,157 @@
+"""What the tests of images stand on: a Docker engine, a base image of Debian packages, torch's wheel, the tool.
+
+`needs_engine()` skips by name where something is missing. All images that a session makes descend from its base, by
+which they are found and removed at its end. DSL_TEST_BASE names a base image to use instead of making one (it is kept,
+and so is what was built on it, for the next session's cache).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def needs_engine() -> Any:
+    """The SDK's client; skips where there is no engine, or nothing to make a base image with."""
+    pytest.importorskip("docker", reason="needs the docker SDK (make venv-dev)")
+    from env.engine import connect
+    from env.errors import ImageError
+
+    try:
+        client = connect()
+    except ImageError as error:
+        pytest.skip(f"needs a Docker engine: {error}")
+    if "DSL_TEST_BASE" not in os.environ:
+        missing = [tool for tool in ("mmdebstrap", "docker") if shutil.which(tool) is None]
+        if missing or os.geteuid():
+            pytest.skip(f"needs {' and '.join(missing) or 'root'} to make a base image, or DSL_TEST_BASE=IMAGE")
+    return client
+
+
+def make_base(tag: str, *arguments: str) -> None:
+    """tools/local_base.sh; skips where the mirror of packages cannot be reached."""
+    done = subprocess.run([ROOT / "tools" / "local_base.sh", tag, *arguments], capture_output=True, text=True)
+    if done.returncode and re.search(r"Could not (connect|resolve)|Failed to fetch|Unable to fetch", done.stderr):
+        pytest.skip(f"needs a mirror of Debian packages: {done.stderr.strip().splitlines()[-1]}")
+    assert done.returncode == 0, done.stderr
+
+
+def torch_wheel(folder: Path) -> str:
+    """Put the wheel of this environment's torch, a build for the CPU, into `folder`; its specifier."""
+    version = importlib.metadata.version("torch")
+    if "+cpu" not in version:
+        pytest.skip(f"needs the CPU build of torch, whose wheel is small; here is {version}")
+    pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
+    for index in ([], ["--index-url", "https://download.pytorch.org/whl/cpu"]):
+        if subprocess.run([*pip, *index, f"torch=={version}"], capture_output=True).returncode == 0:
+            return f"torch=={version}"
+    pytest.skip(f"needs the wheel of torch {version}: no index that pip knows has it")
+
+
+@contextlib.contextmanager
+def images_removed_after(client: Any, base: str) -> Iterator[None]:
+    """Remove `base` and all images that were made from it, whatever became of the tests."""
+    root = client.images.get(base).id
+    try:
+        yield
+    finally:
+        for container in client.containers.list(all=True):
+            with contextlib.suppress(Exception):
+                if root in _ancestors(client, container.attrs["Image"]):
+                    container.remove(force=True, v=True)
+        while doomed := [image for image in client.images.list(all=True) if root in _ancestors(client, image.id)]:
+            parents = {image.attrs["Parent"] for image in doomed}
+            for image in (image for image in doomed if image.id not in parents):
+                client.images.remove(image.id, force=True)
+
+
+def _ancestors(client: Any, image: str) -> set[str]:
+    """The image, and all that it was made from."""
+    found = set()
+    while image:
+        found.add(image)
+        image = client.api.inspect_image(image)["Parent"]
+    return found
+
+
+def env(*arguments: object, cwd: Path = ROOT, fails: bool = False, timeout: float = 600, **variables: str) -> str:
+    """`python -m env ...` of a checkout, to its end; what it printed."""
+    command = [sys.executable, "-m", "env", *map(str, arguments)]
+    environment = {**os.environ, "PYTHONPATH": str(cwd), **variables}
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=timeout)
+    assert bool(done.returncode) is fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def copy_of_checkout(folder: Path) -> Path:
+    """The files that an image is built from, to be changed."""
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", "lib", ".*cache", "*.whl"
+    )
+    for name in ("env", "op_builder", "csrc", "tools", "deepspeedlite", "examples"):
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+    for name in (
+        "setup.py",
+        "pyproject.toml",
+        "README.md",
+        "LICENSE",
+        "Dockerfile.cuda",
+        "Dockerfile.rocm",
+        ".dockerignore",
+    ):
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+class Image(NamedTuple):
+    """The image of this session, how it was asked for, and what the tool printed."""
+
+    client: Any
+    tag: str
+    said: str
+    options: tuple[str, ...]
+
+    def run(self, *command: str, docker: tuple[str, ...] = (), fails: bool = False) -> str:
+        """`docker run --rm`, as users do it; stdout and stderr."""
+        whole = ["docker", "run", "--rm", *docker, self.tag, *command]
+        done = subprocess.run(whole, capture_output=True, text=True, timeout=300)
+        assert bool(done.returncode) is fails, done.stdout + done.stderr
+        return done.stdout + done.stderr
+
+
+@contextlib.contextmanager
+def built(name: str, wheels: Path, make_bases: Callable[[str], Sequence[str]], *more: str) -> Iterator[Image]:
+    """Build an environment by the tool, and remove everything at the end.
+
+    `make_bases` makes base images in the repository whose name it gets, and returns the tool's options for them.
+    """
+    client = needs_engine()
+    spec = torch_wheel(wheels)
+    repository = f"dsl-test-{uuid.uuid4().hex[:8]}"
+    bases = make_bases(repository)
+    options = (*bases, "--wheels", str(wheels), "--torch-spec", spec, "--repository", repository, *more)
+    with contextlib.ExitStack() as stack:
+        for base in {base for base in bases[1::2] if base.startswith(repository)}:
+            stack.enter_context(images_removed_after(client, base))
+        stack.callback(_untag, client, repository)
+        yield Image(client, f"{repository}:{name}", env("build", name, *options), options)
+
+
+def _untag(client: Any, repository: str) -> None:
+    for each in client.images.list(repository):
+        for tag in each.tags:
+            if tag.startswith(f"{repository}:") and not tag.endswith(("base", "devel")):
+                client.images.remove(tag)

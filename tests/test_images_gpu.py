@@ -1,0 +1,76 @@
+"""The images for GPUs, built where there is none: with nvcc and hipcc of this machine's kind, and a torch for the CPU.
+
+Their bases alone have gigabytes, so these run only where DSL_TEST_GPU_IMAGES=1 asks for them: `make test-images` does.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from image_bed import Image, built, make_base
+
+from deepspeedlite.ops.op_builder import OPS
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.images,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(
+        os.environ.get("DSL_TEST_GPU_IMAGES") != "1", reason="needs DSL_TEST_GPU_IMAGES=1: takes minutes"
+    ),
+]
+ON_GPU = [spec.name for spec in OPS.values() if spec.gpu and not spec.pending]
+
+
+@pytest.fixture(scope="module")
+def cuda(tmp_path_factory) -> Iterator[Image]:
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    wrapper = Path(shutil.which("nvcc"))
+    toolkit = re.search(r"(/\S+)/bin/nvcc", wrapper.read_text(errors="ignore")[:200])
+    home = Path(toolkit[1]) if toolkit else wrapper.resolve().parent.parent
+
+    def bases(repository: str) -> list[str]:
+        copy = f"copy-in {home} /usr/local"
+        make_base(f"{repository}:devel", "g++", copy, f'chroot "$1" ln -s {home.name} /usr/local/cuda')
+        make_base(f"{repository}:base")
+        return ["--base", f"{repository}:devel", "--run-base", f"{repository}:base"]
+
+    options = ("--archs", "8.0;9.0", "--verbose")
+    with built("cuda-13.0", tmp_path_factory.mktemp("wheels"), bases, *options) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def rocm(tmp_path_factory) -> Iterator[Image]:
+    def bases(repository: str) -> list[str]:
+        make_base(f"{repository}:devel", "g++,hipcc")
+        make_base(f"{repository}:base", "libamdhip64-5")
+        return ["--base", f"{repository}:devel", "--run-base", f"{repository}:base"]
+
+    with built("rocm-6.4", tmp_path_factory.mktemp("wheels"), bases, "--archs", "gfx90a", "--verbose") as made:
+        yield made
+
+
+def test_the_cuda_image_has_code_for_every_gpu_asked_for_and_works_on_the_cpu(cuda):
+    for name in ON_GPU:
+        assert re.search(rf"^ +{name}.so +sm_80 sm_90$", cuda.said, re.MULTILINE), "cuobjdump, inside the build"
+        assert re.search(rf"^ok  op {name} ", cuda.said, re.MULTILINE)
+    assert re.search(r"^ok  what is inside .*\+cpu, \d+ ops for 8.0 9.0", cuda.said, re.MULTILINE)
+    labels = cuda.client.images.get(cuda.tag).labels
+    assert labels["org.deepspeedlite.archs"] == "8.0;9.0"
+    assert labels["org.deepspeedlite.torch"].endswith("+cpu"), "the label says that its torch is for the CPU"
+    assert "no NVIDIA driver answers" in cuda.run("report", "--only", "disk")
+
+
+def test_the_rocm_image_has_code_for_every_gpu_asked_for_and_works_on_the_cpu(rocm):
+    for name in ON_GPU:
+        assert re.search(rf"^ +{name}.so +gfx90a$", rocm.said, re.MULTILINE)
+        assert re.search(rf"^ok  op {name} ", rocm.said, re.MULTILINE)
+    labels = rocm.client.images.get(rocm.tag).labels
+    assert (labels["org.deepspeedlite.accelerator"], labels["org.deepspeedlite.archs"]) == ("rocm", "gfx90a")
