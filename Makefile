@@ -88,10 +88,10 @@ bench: venv-dev  ## measure import and step times (PEER_PYTHON: an environment w
 image-cpu: venv-dev  ## build and try the image for machines without GPUs (needs a Docker engine; see docs/images.md)
 	@$(call BUILD_IMAGE,cpu)
 
-image-cuda: venv-dev  ## build and try the image for NVIDIA GPUs (needs a Docker engine, 25 GB and no GPU)
+image-cuda: venv-dev  ## build and try the image for NVIDIA GPUs (needs a Docker engine, 27 GB of its disk, and no GPU)
 	@$(call BUILD_IMAGE,cuda-$(CUDA))
 
-image-rocm: venv-dev  ## build and try the image for AMD GPUs (needs a Docker engine, 60 GB and no GPU)
+image-rocm: venv-dev  ## build and try the image for AMD GPUs (needs a Docker engine, 64 GB of its disk, and no GPU)
 	@$(call BUILD_IMAGE,rocm-$(ROCM))
 
 BUILD_IMAGE = $(BIN)/python -m env build $(1) $(if $(BASE),--base "$(BASE)") $(if $(ARCHS),--archs "$(ARCHS)") \

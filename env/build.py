@@ -15,7 +15,8 @@ from env.engine import explain
 from env.errors import ImageError
 
 LAST_LINES = 20
-NEEDED_BYTES = {"cpu": 6 << 30, "cuda": 25 << 30, "rocm": 60 << 30}
+TORCH_BYTES = {"cpu": 4 << 30, "cuda": 15 << 30, "rocm": 30 << 30}  # twice, and what is compiled
+BASE_BYTES = {"cpu": 1 << 30, "cuda": 10 << 30, "rocm": 30 << 30}  # where they must be pulled
 _STEP = re.compile(r"Step (\d+)/(\d+) : (.*)", re.DOTALL)
 _WORTH_A_LINE = ("FROM", "RUN", "COPY")
 _ESCAPES = re.compile(r"\x1b\[[0-9;]*[A-Za-z]")
@@ -51,16 +52,19 @@ class Built:
     cached_steps: int
 
 
-def check_space(client: Any, accelerator: str) -> None:
+def check_space(client: Any, arguments: Mapping[str, str], bases_here: bool) -> None:
     """Raises ImageError where the engine's disk, if it is this machine's, has less room than such an image takes."""
     root = Path(client.info().get("DockerRootDir", ""))
     if not root.is_dir():
         return
+    accelerator = arguments["ACCELERATOR"]
+    needed = TORCH_BYTES["cpu" if "+cpu" in arguments["TORCH_SPEC"] else accelerator]
+    needed += 0 if bases_here else BASE_BYTES[accelerator]
     free = shutil.disk_usage(root).free
-    if free < NEEDED_BYTES[accelerator]:
+    if free < needed:
         raise ImageError(
-            f"{root} has {free / 1e9:.1f} GB left, and a {accelerator} image takes up to "
-            f"{NEEDED_BYTES[accelerator] / 1e9:.0f} GB while it is built: docker system prune -a frees what is unused"
+            f"{root} has {free / 1e9:.1f} GB left, and building such an image takes up to {needed / 1e9:.0f} GB: "
+            "docker system prune -a frees what is unused"
         )
 
 

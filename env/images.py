@@ -97,7 +97,7 @@ def make(name: str, choice: Choice, show: Show) -> Made:
     environment = load(name)
     given = arguments(environment, choice)
     client = connect()
-    check_space(client, environment.accelerator)
+    check_space(client, given, all(is_here(client, given[name]) for name in ("BASE_IMAGE", "RUNTIME_IMAGE")))
     show(f"building {name} from {given['BASE_IMAGE']}, to run on {given['RUNTIME_IMAGE']}, {given['TORCH_SPEC']}")
     with context.pack(environment.dockerfile, choice.wheels) as packed:
         options = {"labels": environment.labels, "nocache": choice.no_cache}
@@ -164,11 +164,21 @@ def why_not(client: Any, image: str) -> str:
     """Why an image is to be had neither here nor from its registry; "" if it is."""
     import docker
 
+    if is_here(client, image):
+        return ""
+    try:
+        client.api.inspect_distribution(image)
+    except docker.errors.APIError as error:
+        return f"{image} is not here, and its registry says: {str(error.explanation or error).strip()}"
+    return ""
+
+
+def is_here(client: Any, image: str) -> bool:
+    """Whether the engine has it."""
+    import docker
+
     try:
         client.images.get(image)
     except docker.errors.ImageNotFound:
-        try:
-            client.api.inspect_distribution(image)
-        except docker.errors.APIError as error:
-            return f"{image} is not here, and its registry says: {str(error.explanation or error).strip()}"
-    return ""
+        return False
+    return True

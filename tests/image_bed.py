@@ -68,22 +68,21 @@ def images_removed_after(client: Any, base: str) -> Iterator[None]:
     try:
         yield
     finally:
-        for container in client.containers.list(all=True):
-            with contextlib.suppress(Exception):
-                if root in _ancestors(client, container.attrs["Image"]):
-                    container.remove(force=True, v=True)
-        while doomed := [image for image in client.images.list(all=True) if root in _ancestors(client, image.id)]:
-            parents = {image.attrs["Parent"] for image in doomed}
-            for image in (image for image in doomed if image.id not in parents):
-                client.images.remove(image.id, force=True)
+        for container in client.containers.list(all=True, ignore_removed=True):
+            if container.attrs["Image"] in _made_from(client, root):
+                container.remove(force=True, v=True)
+        # Removing an image removes what it was made from, as far as nothing else needs that.
+        while doomed := _made_from(client, root):
+            for image in doomed.keys() - set(doomed.values()):
+                client.images.remove(image, force=True)
 
 
-def _ancestors(client: Any, image: str) -> set[str]:
-    """The image, and all that it was made from."""
-    found = set()
-    while image:
-        found.add(image)
-        image = client.api.inspect_image(image)["Parent"]
+def _made_from(client: Any, root: str) -> dict[str, str]:
+    """The image and all that were made from it, with what each was made from."""
+    parent = {image["Id"]: image["ParentId"] for image in client.api.images(all=True)}
+    found = {root: parent[root]} if root in parent else {}
+    while more := {image: of for image, of in parent.items() if of in found and image not in found}:
+        found |= more
     return found
 
 

@@ -7,11 +7,13 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -207,20 +209,17 @@ def test_no_engine_and_no_permission_are_told_with_the_remedy(tmp_path):
     )
 
 
-def test_too_little_space_is_told_before_anything_is_built(tmp_path):
+def test_too_little_space_is_told_before_anything_is_built(tmp_path, monkeypatch):
     class Engine:
         def info(self) -> dict[str, str]:
             return {"DockerRootDir": str(tmp_path)}
 
-    check_space(Engine(), "cpu") if os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize > 7 << 30 else None
-    from env import build
-
-    build.NEEDED_BYTES["cpu"], before = 1 << 60, build.NEEDED_BYTES["cpu"]
-    try:
-        with pytest.raises(ImageError, match=r"GB left, and a cpu image takes up to .* docker system prune"):
-            check_space(Engine(), "cpu")
-    finally:
-        build.NEEDED_BYTES["cpu"] = before
+    wanted = {"ACCELERATOR": "cuda", "TORCH_SPEC": "torch==2.13.0"}
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=20 << 30))
+    check_space(Engine(), wanted, bases_here=True)
+    with pytest.raises(ImageError, match=r"has 21.5 GB left, and .* takes up to 27 GB: docker system prune"):
+        check_space(Engine(), wanted, bases_here=False)
+    check_space(Engine(), {**wanted, "TORCH_SPEC": "torch==2.13.0+cpu"}, bases_here=False)
 
 
 # --- what the build stage checks --------------------------------------------------------------------------------------

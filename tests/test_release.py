@@ -56,12 +56,11 @@ def test_a_failing_command_is_told_with_its_last_lines(release_check):
 def test_make_help_lists_every_target_with_a_line():
     text = (ROOT / "Makefile").read_text()
     told = set(re.findall(r"^([a-z-]+):.*## \S", text, re.MULTILINE))
-    wanted = (
-        "demo test test-fast test-images test-wheels test-cluster lint format typecheck bench wheel ops report clean"
-    )
-    assert {
-        *wanted.split(),
-        *["image-cpu", "image-cuda", "image-rocm", "install-hosts", "release-check", "help"],
-    } <= told
+    wanted = {
+        *("demo", "test", "test-fast", "test-images", "test-wheels", "test-cluster", "lint", "format", "typecheck"),
+        *("bench", "wheel", "image-cpu", "image-cuda", "image-rocm", "ops", "report", "install-hosts", "release-check"),
+        *("clean", "help"),
+    }
+    assert wanted <= told
     phony = set(" ".join(re.findall(r"^\.PHONY: (.*)", text, re.MULTILINE)).split())
     assert told <= phony
