@@ -12,7 +12,7 @@ import argparse
 import json
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from deepspeedlite.errors import ConfigError
 
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 GIB = 1 << 30
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a parameter, and of its gradient
 MASTER_BYTES, MOMENTS_BYTES = 4, 8
+PINNED_FACTOR = 1.5  # torch takes page-locked memory in powers of two
+Number = TypeVar("Number", int, float)
 # Where the optimizer's states are, where the parameters are, and the lowest stage that can do it. Listed from the
 # least traffic per step to the most: over no bus, over the host's, over the drive's.
 OFFLOADS = {
@@ -224,7 +226,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--gpus", type=int, help="GPUs, or ranks, per node (default 1; with --fit those that there are)")
     add("--nodes", type=int, default=1, help="nodes (default 1)")
     add("--dtype", choices=WEIGHT_BYTES, default="bf16", help="what the model computes in (default bf16)")
-    add("--buffer_factor", type=float, default=1.5, help="multiplies host memory, for buffers (default 1.5)")
+    add(
+        "--buffer_factor",
+        type=float,
+        help="multiplies host memory, for buffers (default 1.5; 1 for --fit without GPUs)",
+    )
     add("--gpu_memory", type=float, metavar="GIB", default=math.inf, help="name the way with least traffic that fits")
     add("--host_memory", type=float, metavar="GIB", default=math.inf, help="the same for a host's memory")
     add("--json", action="store_true", help="print bytes as JSON")
@@ -244,7 +250,8 @@ def _parser() -> argparse.ArgumentParser:
 def _estimate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.params is None or args.largest_layer is None:
         parser.error("the following arguments are required: --params and --largest_layer, or else --fit")
-    setup = Setup(args.params, args.largest_layer, _or(args.gpus, 1), args.nodes, args.dtype, args.buffer_factor)
+    gpus, factor = _or(args.gpus, 1), _or(args.buffer_factor, PINNED_FACTOR)
+    setup = Setup(args.params, args.largest_layer, gpus, args.nodes, args.dtype, factor)
     ways = all_ways(setup)
     gpu_limit, host_limit = args.gpu_memory * GIB, args.host_memory * GIB
     fit = next((way for way in ways if way.gpu_total_bytes <= gpu_limit and way.host_bytes <= host_limit), None)
@@ -264,7 +271,7 @@ def _fit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
 
     if args.params is not None or args.largest_layer is not None:
         parser.error("--fit looks for the number of parameters: leave out --params and --largest_layer")
-    shape = _or(args.gpus, 1), args.nodes, args.dtype, args.buffer_factor, args.layers, args.tokens
+    shape = _or(args.gpus, 1), args.nodes, args.dtype, _or(args.buffer_factor, 1), args.layers, args.tokens
     training = fit.Training(*shape, exchange_rate=1e9 * (1 if args.exchange_rate is None else args.exchange_rate))
     training.check()  # before measuring, which takes seconds
     found = machine.measure(args.dtype, args.path)
@@ -274,13 +281,15 @@ def _fit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         disk_bytes=_gib(args.disk, found.disk_bytes),
     )
     training = training._replace(gpus=_or(args.gpus, found.gpus or 1))
+    if found.gpus:
+        training = training._replace(buffer_factor=_or(args.buffer_factor, PINNED_FACTOR))
     if args.exchange_rate is None:
         training = training._replace(exchange_rate=found.bus_rate / (1 if found.gpus else training.gpus))
     fits = fit.fit_all(training, found)
     print(fit.to_json(training, found, fits)) if args.json else fit.print_table(training, found, fits)
 
 
-def _or(value: int | None, default: int) -> int:
+def _or(value: Number | None, default: Number) -> Number:
     return default if value is None else value
 
 
