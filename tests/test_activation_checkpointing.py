@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import gc
 from collections.abc import Callable
 from typing import Any
@@ -111,6 +112,7 @@ def test_sharded_inputs():
 
 
 LAYERS, NUMEL = 8, 2 << 20  # 8 MiB an input
+M_MMAP_THRESHOLD = -3  # of glibc's mallopt: from how many bytes on what is freed goes back to the system at once
 
 
 def held_bytes(run: Callable[..., Any]) -> int:
@@ -129,6 +131,7 @@ def held_bytes(run: Callable[..., Any]) -> int:
 @distributed(2)
 def test_memory():
     """A layer keeps its input alone instead of three tensors; sharded over two ranks, half of it."""
+    assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20), "else freed memory is kept, and taken again unseen"
     held_bytes(plainly)  # the first run allocates what stays
     plain = held_bytes(plainly)
     checkpointing.configure(Mpu())

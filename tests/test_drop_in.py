@@ -217,6 +217,22 @@ def test_a_name_that_nobody_has_is_an_ordinary_error():
         importlib.import_module("deepspeedlite.runtime.no_such_module")
 
 
+def test_no_module_takes_the_place_of_a_name_that_ours_use():
+    """Python puts an imported module into its parent, whatever had that name there."""
+    code = """
+import importlib
+from deepspeedlite.drop_in.modules import MODULES
+for path in filter(None, MODULES):
+    parent, _, name = f"deepspeedlite.{path}".rpartition(".")
+    parent = importlib.import_module(parent)
+    before = vars(parent).get(name)
+    importlib.import_module(f"deepspeedlite.{path}")
+    if before is not None and before is not vars(parent)[name]:
+        print(path)
+"""
+    assert run(code) == ""
+
+
 def test_names_may_be_replaced():
     """As transformers replaces a constructor's wrapper around zero.Init, and puts it back."""
     from deepspeedlite.runtime.zero import partition_parameters as pp

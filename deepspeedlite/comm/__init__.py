@@ -11,8 +11,8 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from torch import cuda  # not torch: importing DeepSpeed's module comm.torch puts that in the name's place
 from torch.distributed import ProcessGroup, ReduceOp
 
 from deepspeedlite.comm.collectives import (
@@ -132,8 +132,8 @@ def get_local_rank() -> int:
         return max(0, int(os.environ["LOCAL_RANK"]))
     told = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     world = discover_world(told)
-    if world.world_size == 1 and is_initialized() and torch.cuda.is_initialized():
-        return torch.cuda.current_device()
+    if world.world_size == 1 and is_initialized() and cuda.is_initialized():
+        return cuda.current_device()
     return world.local_rank
 
 
