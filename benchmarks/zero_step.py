@@ -43,6 +43,7 @@ PATIENCE_S = 600.0  # for one answer; DeepSpeed compiles an extension when it fi
 MAX_IDLE_SHARE, MIN_FREE_MIB = 0.1, 1024.0  # beyond these a run is warned about; a share is of one core
 MIN_WARM_UP_STEPS = 4  # DeepSpeed's stage 3 and ours learn the order of use in the first ones
 
+ON_CPU = {"offload_optimizer": {"device": "cpu"}}
 AS_FSDP2 = {"stage3_max_reuse_distance": 0, "stage3_param_persistence_threshold": 0}
 
 
@@ -63,6 +64,8 @@ CONTENDERS = {
     "lite3": Contender("deepspeedlite stage 3, reuse distance 0", "lite", {"stage": 3, **AS_FSDP2}),
     "lite3-default": Contender("deepspeedlite stage 3, default", "lite", {"stage": 3}),
     **{f"ds{stage}": Contender(f"DeepSpeed stage {stage}", "deepspeed", {"stage": stage}) for stage in (1, 2)},
+    "lite2-cpu": Contender("deepspeedlite stage 2, optimizer on CPU", "lite", {"stage": 2, **ON_CPU}),
+    "ds2-cpu": Contender("DeepSpeed stage 2, optimizer on CPU", "deepspeed", {"stage": 2, **ON_CPU}),
     "ds3": Contender("DeepSpeed stage 3, reuse distance 0", "deepspeed", {"stage": 3, **AS_FSDP2}),
     "ds3-no-prefetch": Contender(
         "DeepSpeed stage 3, reuse distance 0, no prefetch",
@@ -74,7 +77,14 @@ CONTENDERS = {
         for stage in (1, 2, 3)
     },
 }
-LEFT_OUT = ("lite0", "ds1-default", "ds2-default", "ds3-no-prefetch")  # unless --only names them
+LEFT_OUT = (
+    "lite0",
+    "lite2-cpu",
+    "ds2-cpu",
+    "ds1-default",
+    "ds2-default",
+    "ds3-no-prefetch",
+)  # unless --only names them
 
 
 class Limit(NamedTuple):
@@ -106,6 +116,9 @@ DEFAULT_LIMITS = [  # the same with the default settings of both; stages 1 and 2
     Limit("lite3-default", "peak memory", "ds3-default", 1.0),
     Limit("lite3-default", "peak memory", "fsdp2-default", 1.0),
 ]
+
+
+OFFLOAD_LIMITS = [Limit("lite2-cpu", "time", "lite2", 1.1), Limit("lite2-cpu", "time", "ds2-cpu", 0.7)]
 
 
 class WorkerError(RuntimeError):
@@ -353,6 +366,8 @@ def report(args: argparse.Namespace, found: dict[str, Found], least_free_mib: fl
     print_table(title, head, rows)
     print_notes(args, found, least_free_mib)
     print_limits("Limits:", LIMITS, found)
+    if "lite2-cpu" in found:
+        print_limits("Offloading to the CPU, on CPU ranks:", OFFLOAD_LIMITS, found)
     print_limits("The same with the default settings of both:", DEFAULT_LIMITS, found)
 
 

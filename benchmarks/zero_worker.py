@@ -25,6 +25,8 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from training import (
+    ADAMW,
+    BETAS,
     GPT,
     Batch,
     GPTConfig,
@@ -178,11 +180,15 @@ def make_lite(model: GPT, job: Job) -> Training:
 
 
 def make_deepspeed(model: GPT, job: Job) -> Training:
-    """The real DeepSpeed with torch's fused AdamW as the client's optimizer (its own cpu_adam is no faster)."""
+    """The real DeepSpeed with torch's fused AdamW as the client's optimizer: its own cpu_adam is no faster."""
     import deepspeed
 
     config = engine_config(job.options, job.bf16, job.accumulation)
-    optimizer = fused_adamw(model.parameters())
+    optimizer = None
+    if "offload_optimizer" in job.options:  # which its own Adam alone steps
+        config["optimizer"] = {"type": "AdamW", "params": {**ADAMW, "betas": list(BETAS)}}
+    else:
+        optimizer = fused_adamw(model.parameters())
     engine = deepspeed.initialize(
         model=model, model_parameters=model.parameters(), optimizer=optimizer, config=config, dist_init_required=False
     )[0]

@@ -15,8 +15,8 @@ SHAPES = st.lists(st.integers(0, 70), min_size=0, max_size=3).map(tuple)
 ENTRIES = st.lists(st.tuples(SHAPES, st.integers(0, 3)), max_size=12)
 
 
-def layout_of(entries, shard_count):
-    return FlatLayout([(f"p{i}", shape, group) for i, (shape, group) in enumerate(entries)], shard_count)
+def layout_of(entries, shard_count, run_numel=None):
+    return FlatLayout([(f"p{i}", shape, group) for i, (shape, group) in enumerate(entries)], shard_count, run_numel)
 
 
 @given(ENTRIES, st.integers(1, 9))
@@ -42,14 +42,15 @@ def test_shards_tile_the_buffer(entries, shard_count):
     assert {stop - start for start, stop in edges} == {layout.shard_numel}
 
 
-@given(ENTRIES, st.integers(1, 9))
-def test_runs_hold_every_element_of_their_group_once(entries, shard_count):
-    layout = layout_of(entries, shard_count)
+@given(ENTRIES, st.integers(1, 9), st.none() | st.integers(0, 9000))
+def test_runs_hold_every_element_of_their_group_once(entries, shard_count, run_numel):
+    layout = layout_of(entries, shard_count, run_numel)
     owner = [None] * layout.numel
     for index in range(shard_count):
         start, stop = layout.shard(index)
         for run in layout.runs(index):
             assert start <= run.start < run.stop <= stop
+            assert run_numel is None or run.numel <= max(run_numel, ALIGN_NUMEL)
             for element in range(run.start, run.stop):
                 assert owner[element] is None
                 owner[element] = run.group
@@ -76,3 +77,16 @@ def test_segments_rebuild_every_parameter(entries, shard_count):
 def test_a_layout_needs_a_shard():
     with pytest.raises(ValueError, match="shard_count"):
         FlatLayout([], 0)
+
+
+@pytest.mark.parametrize(
+    "numel, run_numel, lengths",
+    [
+        (4_196_352, 4_718_592, [4_196_352]),  # a weight of 2048 x 2048 and its bias
+        (8_392_704, 4_718_592, [4_198_400, 4_194_304]),  # two of them: no small one is left over
+        (1000, 300, [256, 256, 256, 256]),
+        (100, 0, [64, 64]),
+    ],
+)
+def test_pieces_of_runs_are_alike(numel, run_numel, lengths):
+    assert [run.numel for run in FlatLayout([("a", (numel,), 0)], 1, run_numel).runs()] == lengths

@@ -19,10 +19,9 @@ from deepspeedlite.memory.home import DiskHome, Home, HostHome, SlotPool
 from deepspeedlite.memory.placement import Placement, Tier
 from deepspeedlite.memory.ring import Ring
 
-# Elements of a run that passes through the ring as one: large enough for the disk, small enough to keep several of.
-TILE_NUMEL = 1 << 22
-_PAGE_NUMEL = 4096  # pieces that are multiples of it begin at pages of the disk, whatever the dtype
-_SMALLEST_NUMEL = 64
+# Elements of a run that passes through the ring as one: large enough for the disk, small enough to keep several of, and
+# a little more than a power of two, so that a weight of that size and its bias are one.
+TILE_NUMEL = (1 << 22) + (1 << 19)
 _M_MMAP_THRESHOLD, _MAPPED_NBYTES = -3, 1 << 20  # glibc's number, from malloc.h
 
 
@@ -64,9 +63,7 @@ class Offload:
         """At how many elements runs are cut; None where they need not be."""
         if self.placement.states is Tier.DEVICE and self.placement.params is Tier.DEVICE:
             return None
-        numel = max(1, min(self.means.sub_group_numel, TILE_NUMEL))
-        unit = _PAGE_NUMEL if numel >= _PAGE_NUMEL else _SMALLEST_NUMEL
-        return -(-numel // unit) * unit
+        return min(self.means.sub_group_numel, TILE_NUMEL)
 
     def home(self, shard: torch.Tensor) -> Home | None:
         """Where a shard of sharded parameters lives; None: it stays where it is."""

@@ -18,6 +18,7 @@ from math import prod
 from typing import NamedTuple
 
 ALIGN_NUMEL = 64
+_PAGE_NUMEL = 4096  # pieces that are multiples of it begin at pages of a disk, whatever the dtype
 
 
 class Slot(NamedTuple):
@@ -63,8 +64,8 @@ def _padded(numel: int, multiple: int) -> int:
 class FlatLayout:
     """The places of parameters `(name, shape, optimizer group)` in one buffer cut into `shard_count` equal shards.
 
-    Slots are ordered by group, and inside a group as given. `run_numel`: runs are cut where a shard's elements reach
-    multiples of it.
+    Slots are ordered by group, and inside a group as given. With `run_numel`, runs are cut into pieces of so
+    many elements at most, or of `ALIGN_NUMEL`.
     """
 
     def __init__(
@@ -101,7 +102,7 @@ class FlatLayout:
     def runs(self, index: int = 0) -> list[Run]:
         """The non-empty runs of shard `index`: one per optimizer group that reaches into it, or its pieces."""
         start, stop = self.shard(index)
-        step = self._run_numel or max(1, self.shard_numel)
+        step = self._piece_numel()
         edges = range(start, stop, step)
         cut = (
             Run(span.group, max(span.start, edge), min(span.stop, edge + step, stop))
@@ -109,6 +110,15 @@ class FlatLayout:
             for edge in edges
         )
         return [run for run in cut if run.numel > 0]
+
+    def _piece_numel(self) -> int:
+        """The elements between two cuts: equal pieces, of no more than `run_numel`, rather than a small last one."""
+        if self._run_numel is None or self.shard_numel == 0:
+            return max(1, self.shard_numel)
+        multiple = _PAGE_NUMEL if self._run_numel >= _PAGE_NUMEL else ALIGN_NUMEL
+        most = max(multiple, self._run_numel // multiple * multiple)
+        count = -(-self.shard_numel // most)
+        return _padded(-(-self.shard_numel // count), multiple)
 
     def segments(self, run: Run) -> list[Segment]:
         """The parts of parameters inside a run, in order; gaps belong to none."""

@@ -143,8 +143,8 @@ class ZeroOptimization(Section):
     zenflow: ZenFlow | None = key(None, "ZenFlow; null: off.", feature="zenflow")
     sub_group_size: Int = key(
         1_000_000_000,
-        "Most elements of a rank's shards that the optimizer steps at a time; of 16-bit gradients, and where something "
-        "is offloaded, 4 Mi at most.",
+        "Most elements of a rank's shards that the optimizer steps at a time; of 16-bit gradients 4 Mi at most, and "
+        "where something is offloaded 4.5 Mi.",
         ge=0,
         feature="core",
     )
