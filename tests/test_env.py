@@ -268,3 +268,21 @@ def test_a_wheel_without_a_gpu_that_was_asked_for_stops_the_build(cuobjdump, tmp
         done = subprocess.run([*check, "--archs", archs], capture_output=True, text=True)
         assert done.returncode == int(bool(missing)), done.stderr
         assert re.search(missing, done.stderr)
+
+
+@pytest.mark.slow
+def test_the_same_sources_make_the_same_wheel_to_the_byte(tmp_path):
+    """Whatever the folder of compiled objects and the time of day: what images promise by SOURCE_DATE_EPOCH."""
+    if shutil.which("c++") is None:
+        pytest.skip("needs a C++ compiler")
+    make = [sys.executable, ROOT / "tools" / "make_wheel.py", "--ops", "cpu_adam", "--untagged"]
+    made = []
+    for number in range(2):
+        out = tmp_path / f"out{number}"
+        options = ["--keep", tmp_path / f"objects{number}", "--out", out]
+        subprocess.run(
+            [*make, *options], check=True, capture_output=True, env={**os.environ, "SOURCE_DATE_EPOCH": "1700000000"}
+        )
+        [wheel] = out.glob("*.whl")
+        made.append(wheel.read_bytes())
+    assert made[0] == made[1]

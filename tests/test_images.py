@@ -290,7 +290,16 @@ def test_a_container_that_is_killed_ends_the_training_with_its_name(image, clust
         )
 
 
-# --- push -------------------------------------------------------------------------------------------------------------
+# --- the engine and registries ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to be somebody else")
+def test_who_may_not_use_the_engine_is_told_how_to_be_let():
+    """By a process that was root until everything was imported: others may not be able to read the environment."""
+    needs_engine()
+    code = "import os; from env.engine import connect; connect(); os.setgroups([]); os.setuid(65534); connect()"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert re.search(r"no Docker engine answers at .*; you may not use it: sudo usermod -aG docker", done.stderr)
 
 
 @pytest.fixture

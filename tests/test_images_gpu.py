@@ -1,4 +1,4 @@
-"""The images for GPUs, built where there is none: with nvcc and hipcc of this machine's kind, and a torch for the CPU.
+"""The images for GPUs, built where there is none, with nvcc and hipcc and a torch for the CPU; and one with a compiler.
 
 Their bases alone have gigabytes, so these run only where DSL_TEST_GPU_IMAGES=1 asks for them: `make test-images` does.
 """
@@ -55,6 +55,25 @@ def rocm(tmp_path_factory) -> Iterator[Image]:
 
     with built("rocm-6.4", tmp_path_factory.mktemp("wheels"), bases, "--archs", "gfx90a", "--verbose") as made:
         yield made
+
+
+@pytest.fixture(scope="module")
+def jit(tmp_path_factory) -> Iterator[Image]:
+    def bases(repository: str) -> list[str]:
+        make_base(f"{repository}:base")
+        return ["--base", f"{repository}:base"]
+
+    with built("cpu", tmp_path_factory.mktemp("wheels"), bases, "--with-jit", "--ops", "utils") as made:
+        yield made
+
+
+def test_an_image_with_a_compiler_compiles_what_its_wheel_does_not_bring(jit):
+    assert re.search(r"^ok  compiler .*c\+\+ .*; compiled \S+/cpu_adam-\w+.so", jit.said, re.MULTILINE), jit.said
+    assert re.search(r"^ok  op utils", jit.said, re.MULTILINE) and "op cpu_lion" not in jit.said
+    assert (
+        "cpu: tagged" in jit.said
+        and jit.client.images.get(f"{jit.tag}-jit").labels["org.deepspeedlite.with-jit"] == "1"
+    )
 
 
 def test_the_cuda_image_has_code_for_every_gpu_asked_for_and_works_on_the_cpu(cuda):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import os
 import re
+import subprocess
+import sys
 import tarfile
 from pathlib import Path
 from types import ModuleType
@@ -44,6 +47,15 @@ def test_an_sdist_with_stray_or_missing_files_is_refused(change, message, releas
     else:
         with pytest.raises(release_check.CheckError, match=re.escape(message)):
             release_check.contents(made)
+
+
+@pytest.mark.slow
+def test_a_wheel_of_this_checkout_has_nothing_stray(release_check, tmp_path):
+    environment = {**os.environ, "DS_BUILD_OPS": "0"}
+    command = [sys.executable, ROOT / "tools" / "make_wheel.py", "--untagged", "--out", tmp_path]
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    [made] = tmp_path.glob("*.whl")
+    assert "0 libraries of ops" in release_check.contents(made)
 
 
 def test_a_failing_command_is_told_with_its_last_lines(release_check):

@@ -50,12 +50,14 @@ def main() -> None:
 
 def check_contents(names: list[str]) -> list[str]:
     """What is in the wheel and should not be, or should be and is not."""
-    info = next(name.split("/")[0] + "/" for name in names if ".dist-info/" in name)
+    info = next(f"{folder}/" for folder, *_ in (name.split("/") for name in names) if folder.endswith(".dist-info"))
     faults = [f"{name} does not belong in a wheel" for name in names if not name.startswith((PACKAGE, info))]
     faults += [
         f"{name} is no file of a package"
         for name in names
-        if name.startswith(PACKAGE) and not name.endswith(KINDS) and not name.endswith("/")
+        if name.startswith(PACKAGE)
+        and not name.endswith(("/", *KINDS))
+        and ".dist-info/" not in name  # drop_in has one
     ]
     wanted = [f"{info}licenses/LICENSE", f"{PACKAGE}ops/op_builder/spec.py", f"{PACKAGE}ops/csrc/common/isa.h"]
     return faults + [f"{name} is missing" for name in wanted if name not in names]
