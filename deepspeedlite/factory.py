@@ -465,5 +465,5 @@ def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
         f"training {trained_numel / 1e6:.2f} M parameters in {str(dtype).removeprefix('torch.')} on "
         f"{parts.group.size} x {parts.device.name}, ZeRO stage {parts.plan.stage}, {optimizer}, "
         f"batch {parts.batch.train} = {parts.batch.micro} x {parts.batch.accumulation} x {parts.group.size}"
-        + (f", {parts.offload.placement}" if str(parts.offload.placement) else "")
+        + (f", {parts.offload}" if str(parts.offload) else "")
     )

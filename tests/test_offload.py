@@ -22,6 +22,7 @@ from deepspeedlite.memory import asleep
 from deepspeedlite.memory.asleep import OffloadStateTypeEnum
 from deepspeedlite.memory.disk import Disk
 from deepspeedlite.memory.home import HostHome
+from deepspeedlite.memory.host import HostMemory
 from deepspeedlite.memory.offload import Means, Offload
 from deepspeedlite.memory.parcel import Parcel
 from deepspeedlite.memory.placement import Placement, Tier
@@ -171,24 +172,37 @@ def test_groups_frozen_parameters_and_later_ones(tmp_path):
 
 @distributed(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_shards_in_host_memory(dtype):
-    """As on a GPU, where a shard's home and the memory it is gathered from are two."""
-    both = {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}
-    with engine_of(config(3, dtype)) as engine:
-        losses, states = train(engine), everything(engine)
-    with (
-        patch.object(Offload, "home", lambda self, shard: HostHome(shard)),
-        engine_of(config(3, dtype, **both)) as engine,
-    ):
-        assert all(unit.home is not None for unit in engine._schedule.units if unit.sharded)
-        assert train(engine) == losses
-        assert_same(everything(engine), states)
-        with deepspeedlite.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
-            for param in engine.module.parameters() if dist.get_rank() == 0 else ():
-                param.data.add_(1.0)
-        values = engine.module_state_dict()
-        for name, _ in engine.module.named_parameters():
-            assert torch.equal(values[name], states[f"weight {name}"] + 1.0)
+def test_states_in_host_memory_that_is_not_the_devices(dtype, tmp_path):
+    """As on a GPU: shards, masters and gradients have copies in the one memory and in the other."""
+    apart = patch.object(Offload, "is_apart", lambda self, device: True)
+    for stage in (1, 2, 3):
+        with engine_of(config(stage, dtype)) as engine:
+            losses, states = train(engine), everything(engine)
+        for name, sections in placements(tmp_path).items():
+            if stage < 3 and "offload_param" in sections:
+                continue
+            with apart, engine_of(config(stage, dtype, **sections)) as engine:
+                runs = engine.optimizer._runs
+                homes = [unit.home for unit in engine._schedule.units if unit.sharded]
+                assert all(isinstance(home, HostHome) for home in homes) == (name == "both on cpu" or not homes)
+                assert any(run.staged is not None for run in runs) == ("offload_optimizer" in sections)
+                assert train(engine) == losses, (stage, name)
+                assert_same(everything(engine), states)
+                with deepspeedlite.zero.GatheredParameters(list(engine.module.parameters()), modifier_rank=0):
+                    for param in engine.module.parameters() if dist.get_rank() == 0 else ():
+                        param.data.add_(1.0)
+                values = engine.module_state_dict()
+                for weight, _ in engine.module.named_parameters():
+                    assert torch.equal(values[weight], states[f"weight {weight}"] + 1.0)
+
+
+def test_memory_that_cannot_be_page_locked_is_pageable(caplog):
+    memory = HostMemory(pinned=True)
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU, for which memory can be page-locked")
+    assert memory.empty(10, torch.float32).shape == (10,) and memory.pinned_nbytes == 0
+    assert not memory.pinned
+    assert "cannot be page-locked beyond 0.00 GiB" in caplog.text
 
 
 # --- what else touches the states -------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import Protocol
 import torch
 
 from deepspeedlite.memory.disk import Disk, Region, Slot, Stored, padded
+from deepspeedlite.memory.host import HostMemory
 
 
 class Home(Protocol):
@@ -44,12 +45,11 @@ class Home(Protocol):
 
 
 class HostHome:
-    """The host's memory, page-locked where the shard is a GPU's."""
+    """The host's memory."""
 
-    def __init__(self, shard: torch.Tensor, pinned: bool = True) -> None:
+    def __init__(self, shard: torch.Tensor, memory: HostMemory) -> None:
         self._shard, self._device = shard, shard.device
-        pinned = pinned and shard.device.type == "cuda"
-        self._host = torch.empty(shard.shape, dtype=shard.dtype, pin_memory=pinned)
+        self._host = memory.empty(shard.numel(), shard.dtype)
         self.keep()
         self.close()
 

@@ -16,6 +16,7 @@ import torch
 
 from deepspeedlite.memory.disk import Disk
 from deepspeedlite.memory.home import DiskHome, Home, HostHome, SlotPool
+from deepspeedlite.memory.host import HostMemory
 from deepspeedlite.memory.placement import Placement, Tier
 from deepspeedlite.memory.ring import Ring
 
@@ -49,6 +50,7 @@ class Offload:
 
     def __post_init__(self) -> None:
         self.ring: Ring | None = None
+        self.host = HostMemory(self.means.pinned)
         self._pool: SlotPool | None = None
         self._in_cpu_numel = 0
         self._seen_numel = self._taken_numel = 0
@@ -57,6 +59,10 @@ class Offload:
             self.ring = Ring(self.disk, self.means.slots, self.means.read_ahead, self.means.write_behind)
             if self.placement.params is Tier.NVME:
                 self._pool = SlotPool(self.disk, max(1, self.means.param_slots))
+
+    def __str__(self) -> str:
+        pinned = self.host.pinned_nbytes
+        return str(self.placement) + (f", {pinned / 2**30:.2f} GiB of host memory page-locked" if pinned else "")
 
     @property
     def run_numel(self) -> int | None:
@@ -73,7 +79,11 @@ class Offload:
             tier = Tier.CPU
         if tier is Tier.NVME and self._pool is not None:
             return DiskHome(shard, self._pool)
-        return HostHome(shard, self.means.pinned) if tier is Tier.CPU and shard.device.type != "cpu" else None
+        return HostHome(shard, self.host) if tier is Tier.CPU and self.is_apart(shard.device) else None
+
+    def is_apart(self, device: torch.device) -> bool:
+        """Whether a device's memory is another one than the host's."""
+        return device.type != "cpu"
 
     def takes_states(self, numel: int) -> bool:
         """Whether the states of a run, of so many elements, are among the share that is offloaded."""
@@ -86,9 +96,9 @@ class Offload:
 
     def grads(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for a shard of averaged gradients, all zeros."""
-        if self.placement.grads is Tier.DEVICE or device.type == "cpu":
+        if self.placement.grads is Tier.DEVICE or not self.is_apart(device):
             return torch.zeros(numel, dtype=dtype, device=device)
-        return torch.zeros(numel, dtype=dtype, pin_memory=self.means.pinned)
+        return self.host.empty(numel, dtype).zero_()
 
     def close(self) -> None:
         """Give the disk its space back."""

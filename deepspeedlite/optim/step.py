@@ -50,16 +50,26 @@ class SteppedRun(NamedTuple):
     values: torch.Tensor
     grads: torch.Tensor
     parcel: Parcel | None = None  # what of it is on the disk between steps
-
-    @property
-    def is_apart(self) -> bool:
-        """Whether the step happens in another memory than the one that the model's values are in."""
-        return self.master.device != self.values.device
+    staged: torch.Tensor | None = None  # host memory that the device's values are copied from, if they are apart
 
     def in_one_pass(self) -> OnePassUpdate:
         """The update that reads and writes all three at once."""
-        copy = None if self.master is self.values or self.is_apart else self.values
-        return OnePassUpdate(self.master, self.grads.to(self.master.device), copy)
+        copy = self.values if self.staged is None else self.staged
+        copy_apart = copy.device != self.master.device  # states on the device, values offloaded: see `send`
+        return OnePassUpdate(
+            self.master, self.grads.to(self.master.device), None if copy is self.master or copy_apart else copy
+        )
+
+    def send(self, updated: bool = True) -> None:
+        """Give the model the master's values; `updated`: where a one-pass update could, it has."""
+        if self.master is self.values:
+            return
+        if self.staged is not None:
+            if not updated and self.staged is not self.master:
+                self.staged.copy_(self.master)
+            self.values.copy_(self.staged, non_blocking=True)
+        elif not updated or self.values.device != self.master.device:
+            self.values.copy_(self.master)
 
 
 @dataclass
@@ -158,15 +168,20 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _offloaded(self, unit: ShardUnit, run: Run, values: torch.Tensor, grads: torch.Tensor) -> SteppedRun:
         """A run whose states may belong to those that are offloaded."""
-        away = self._offload.takes_states(run.numel)
-        device = torch.device("cpu") if away else unit.device
-        if self._are_precise(unit) and values.device == device:
-            master = values
+        away, staged = self._offload.takes_states(run.numel), None
+        start, _ = unit.layout.shard(unit.index)
+        shard = unit.shard[run.start - start : run.stop - start]
+        dtype = shard.dtype if self._are_precise(unit) else torch.float32
+        apart = unit.home is None and self._offload.is_apart(unit.device)  # the values are the device's
+        if not away:
+            device = unit.device
+            master = values if dtype == shard.dtype and values.device == device else shard.to(device, dtype, copy=True)
+        elif apart:
+            master = self._offload.host.empty(run.numel, dtype).copy_(shard)
+            staged = master if dtype == shard.dtype else self._offload.host.empty(run.numel, shard.dtype)
         else:
-            start, _ = unit.layout.shard(unit.index)
-            shard = unit.shard[run.start - start : run.stop - start]
-            master = shard.to(device, shard.dtype if self._are_precise(unit) else torch.float32, copy=True)
-        return self._stepped(unit, run, SteppedRun(master, values, grads), away)
+            master = values if dtype == shard.dtype else shard.to("cpu", dtype, copy=True)
+        return self._stepped(unit, run, SteppedRun(master, values, grads, staged=staged), away)
 
     def _stepped(self, unit: ShardUnit, cut: Run, run: SteppedRun, away: bool) -> SteppedRun:
         """The run with its parcel, if anything of it lives on the disk."""
@@ -348,8 +363,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self.optimizer.hand_over([run.in_one_pass() for run in sub_group], factor)
             self.optimizer.step()
             for run in sub_group:
-                if run.is_apart:
-                    run.values.copy_(run.master, non_blocking=True)
+                run.send()
             return
         self._load_grads(sub_group, factor)
         kept = self._copy_parts(frozen, sub_group) if frozen else []
@@ -416,17 +430,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _load_grads(sub_group: list[SteppedRun], factor: float) -> None:
-        for master, _, grads, _ in sub_group:
+        for master, _, grads, *_ in sub_group:
             master.grad = grads.to(master.device, master.dtype)  # the gradients themselves where the dtypes agree
             if factor != 1.0:
                 master.grad.mul_(factor)
 
     @staticmethod
     def _store_values(sub_group: list[SteppedRun]) -> None:
-        for master, values, *_ in sub_group:
-            master.grad = None
-            if master is not values:
-                values.copy_(master)
+        for run in sub_group:
+            run.master.grad = None
+            run.send(updated=False)
 
     def refresh_masters(self) -> None:
         """Take the model's present values as the masters', after they were loaded from outside."""
@@ -435,7 +448,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @staticmethod
     @torch.no_grad()
     def _refresh(runs: Sequence[SteppedRun]) -> None:
-        for master, values, _, parcel in runs:
+        for master, values, _, parcel, _ in runs:
             if master is not values:
                 with nullcontext() if parcel is None else parcel.in_memory(write=True):
                     master.copy_(values)
