@@ -21,11 +21,9 @@ from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.device import pick_device
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
-from deepspeedlite.errors import ConfigError, DistributedError, OffloadError, OptimizerError, UnsupportedError
+from deepspeedlite.errors import ConfigError, DistributedError, OptimizerError, UnsupportedError
 from deepspeedlite.log import log_dist, log_once, logger
-from deepspeedlite.memory.disk import Disk
-from deepspeedlite.memory.offload import Means, Offload
-from deepspeedlite.memory.placement import Placement, Tier
+from deepspeedlite.memory.offload import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
@@ -92,6 +90,7 @@ def initialize(
     Raises:
         ConfigError: the configuration is missing or wrong; every fault is listed.
         OptimizerError: the optimizer or schedule cannot be made or used.
+        OffloadError: a rank's disk cannot be used, or has no room.
         DistributedError: the ranks do not meet, or their models differ.
     """
     source = _config_source(args, config, config_params)
@@ -185,7 +184,7 @@ def _build_parts(
     named = name_parameters(model, param_groups)
     trained = [entry for entry in named if entry.param.requires_grad]
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
-    offload = _make_offload(settings, group)
+    offload = make_offload(settings, group)
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
     lodging = Lodging(offload.home, offload.grads, run_numel)
@@ -252,40 +251,6 @@ def _make_schedule(
         ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
     )
     return schedule, frozen_values, parameters
-
-
-def _make_offload(settings: DeepSpeedConfig, group: Group) -> Offload:
-    """What is offloaded, with this rank's file on the disk where it needs one.
-
-    Raises:
-        OffloadError: on every rank, if the disk of one cannot be used.
-    """
-    zero = settings.zero_optimization
-    placement = Placement.from_config(zero)
-    states, params = zero.offload_optimizer, zero.offload_param
-    means = Means(
-        pinned=states.pin_memory if placement.states is not Tier.DEVICE else params.pin_memory,
-        ratio=states.ratio,
-        sub_group_numel=zero.sub_group_size,
-        slots=states.buffer_count,
-        read_ahead=states.pipeline_read is not False,
-        write_behind=states.pipeline_write is not False,
-        param_slots=params.buffer_count,
-        max_in_cpu_numel=params.max_in_cpu,
-    )
-    if not placement.uses_disk:
-        return Offload(placement, means)
-    offload, problem = None, ""
-    try:
-        path = states.nvme_path if placement.states is Tier.NVME else params.nvme_path
-        aio = settings.aio.model_dump(exclude={"use_gds"})
-        offload = Offload(placement, means, Disk(str(path), aio, means.pinned))
-    except OffloadError as error:
-        problem = str(error)
-    problems = [(rank, told) for rank, told in enumerate(group.all_gather_objects(problem)) if told]
-    if offload is None or problems:
-        raise OffloadError(f"rank {problems[0][0]}: {problems[0][1]}")
-    return offload
 
 
 def _step_settings(settings: DeepSpeedConfig, precision: Precision, offload: Offload) -> StepSettings:

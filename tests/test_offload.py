@@ -6,6 +6,8 @@ tests put them there although the "device" has them too.
 
 from __future__ import annotations
 
+import gc
+import os
 from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
@@ -21,7 +23,7 @@ from deepspeedlite.errors import ConfigError, EngineStateError, OffloadError, Un
 from deepspeedlite.memory import asleep
 from deepspeedlite.memory.asleep import OffloadStateTypeEnum
 from deepspeedlite.memory.disk import Disk
-from deepspeedlite.memory.home import HostHome
+from deepspeedlite.memory.home import DiskHome, HostHome
 from deepspeedlite.memory.host import HostMemory
 from deepspeedlite.memory.offload import Means, Offload
 from deepspeedlite.memory.parcel import Parcel
@@ -35,6 +37,7 @@ from deepspeedlite.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
+from deepspeedlite.zero.values import owner_of
 
 DTYPES = {
     "fp32": {},
@@ -194,6 +197,40 @@ def test_states_in_host_memory_that_is_not_the_devices(dtype, tmp_path):
                 values = engine.module_state_dict()
                 for weight, _ in engine.module.named_parameters():
                     assert torch.equal(values[weight], states[f"weight {weight}"] + 1.0)
+
+
+@distributed(2)
+def test_models_are_built_where_their_parameters_will_live(tmp_path):
+    """zero.Init puts shards on the disk; `initialize` takes them over unit by unit, and the first file goes."""
+    settings = config(3, "bf16", **placements(tmp_path)["both on nvme"])
+
+    def built() -> torch.nn.Module:
+        torch.manual_seed(3)
+        return torch.nn.Sequential(torch.nn.Linear(31, 67), torch.nn.Tanh(), torch.nn.Linear(67, 31))
+
+    def three_steps(model: torch.nn.Module) -> list[float]:
+        with engine_of(settings, model) as engine:
+            losses = []
+            for step in range(3):
+                x = torch.randn(4, 31, generator=torch.Generator().manual_seed(step)).bfloat16()
+                loss = engine(x).float().square().mean()
+                engine.backward(loss)
+                engine.step()
+                losses.append(loss.item())
+            return losses
+
+    expected = three_steps(built())
+    files = set(os.listdir("/proc/self/fd"))
+    with deepspeedlite.zero.Init(config_dict_or_path=settings):
+        model = built()
+    homes = [owner.home for owner in {id(o): o for o in map(owner_of, model.parameters())}.values()]
+    assert any(isinstance(home, DiskHome) for home in homes)
+    del homes
+    assert three_steps(model) == expected
+    gc.collect()
+    folder = Path("/proc/self/fd")
+    left = [os.readlink(file) for file in folder.iterdir() if file.name not in files and file.is_symlink()]
+    assert not [name for name in left if str(tmp_path) in name]
 
 
 def test_memory_that_cannot_be_page_locked_is_pageable(caplog):

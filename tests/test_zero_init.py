@@ -125,6 +125,8 @@ def test_nested_contexts_disabled_ones_and_what_is_left_behind():
         fifth = torch.nn.Linear(4, 4)
     assert fifth.weight.numel() == 16
     with pytest.raises(UnsupportedError, match="remote_device"):
+        Init(remote_device="tape")
+    with pytest.raises(ConfigError, match=r"needs zero_optimization\.offload_param\.nvme_path"):
         Init(remote_device="nvme")
 
 

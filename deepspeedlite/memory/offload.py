@@ -14,6 +14,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from deepspeedlite.comm import Group
+from deepspeedlite.config import DeepSpeedConfig
+from deepspeedlite.errors import OffloadError
 from deepspeedlite.memory.disk import Disk
 from deepspeedlite.memory.home import DiskHome, Home, HostHome, SlotPool
 from deepspeedlite.memory.host import HostMemory
@@ -104,6 +107,39 @@ class Offload:
         """Give the disk its space back."""
         if self.disk is not None:
             self.disk.close()
+
+
+def make_offload(settings: DeepSpeedConfig, group: Group, placement: Placement | None = None) -> Offload:
+    """What a configuration offloads, or what `placement` says, with this rank's file on the disk where it needs one.
+
+    Raises:
+        OffloadError: on every rank, if the disk of one cannot be used.
+    """
+    zero = settings.zero_optimization
+    placement = placement or Placement.from_config(zero)
+    states, params = zero.offload_optimizer, zero.offload_param
+    means = Means(
+        pinned=states.pin_memory if placement.states is not Tier.DEVICE else params.pin_memory,
+        ratio=states.ratio,
+        sub_group_numel=zero.sub_group_size,
+        slots=states.buffer_count,
+        read_ahead=states.pipeline_read is not False,
+        write_behind=states.pipeline_write is not False,
+        param_slots=params.buffer_count,
+        max_in_cpu_numel=params.max_in_cpu,
+    )
+    if not placement.uses_disk:
+        return Offload(placement, means)
+    offload, problem = None, ""
+    try:
+        path = states.nvme_path if placement.states is Tier.NVME else params.nvme_path
+        offload = Offload(placement, means, Disk(str(path), settings.aio.model_dump(exclude={"use_gds"}), means.pinned))
+    except OffloadError as error:
+        problem = str(error)
+    problems = [(rank, told) for rank, told in enumerate(group.all_gather_objects(problem)) if told]
+    if offload is None or problems:
+        raise OffloadError(f"rank {problems[0][0]}: {problems[0][1]}")
+    return offload
 
 
 def _give_freed_memory_back() -> None:

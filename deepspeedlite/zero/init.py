@@ -28,9 +28,11 @@ import torch
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group
-from deepspeedlite.config import load_config
+from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.device import pick_device
-from deepspeedlite.errors import EngineStateError, UnsupportedError
+from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.memory.offload import make_offload
+from deepspeedlite.memory.placement import Placement, Tier
 from deepspeedlite.zero.hooks import register_external_parameter
 from deepspeedlite.zero.values import FlatValues, owner_of, owners_of
 from deepspeedlite.zero.wrap import NamedParameter
@@ -46,8 +48,9 @@ class Init:
         module: shard this module's parameters at once.
         data_parallel_group: the ranks to shard over; all of them by default.
         mem_efficient_linear: taken for compatibility; nothing here needs it.
-        remote_device: None or "none"; "cpu" and "nvme" are offloading.
-        pin_memory: taken for compatibility; has its meaning with offloading.
+        remote_device: where shards live while nobody gathers them: "none", "cpu", or "nvme", which needs the
+            configuration's `offload_param`. What that section says if None.
+        pin_memory: taken for compatibility; the configuration says it.
         config_dict_or_path: the configuration: its 16-bit section is the default of `dtype`, and with a stage below 3
             nothing is sharded.
         config: an older name of `config_dict_or_path`.
@@ -59,7 +62,9 @@ class Init:
     `reset_parameters`; values differing between ranks are replaced by rank 0's.
 
     Raises:
-        UnsupportedError: `remote_device` is not in this release, or a meta module has no `reset_parameters`.
+        UnsupportedError: `remote_device` is unknown, or a meta module has no `reset_parameters`.
+        ConfigError: "nvme" without a configuration that says where.
+        OffloadError: the disk cannot be used, or has no room.
     """
 
     def __init__(
@@ -75,8 +80,6 @@ class Init:
         dtype: torch.dtype | None = None,
         mpu: Any = None,
     ) -> None:
-        if remote_device not in (None, "none", "cuda"):
-            raise UnsupportedError(f"zero.Init(remote_device={remote_device!r}): offloading is not in this release")
         self.enabled = enabled
         self.dtype = dtype
         source = config_dict_or_path if config_dict_or_path is not None else config
@@ -86,11 +89,12 @@ class Init:
         group = data_parallel_group if mpu is None else mpu.get_data_parallel_group()
         self.group = group if isinstance(group, Group) else Group(group)
         self.device = pick_device(comm.get_local_rank()).torch_device
+        settings = load_config({}) if source is None else load_config(source, world_size=self.group.size)
         if source is not None:
-            settings = load_config(source, world_size=self.group.size)
             half = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
             self.dtype = dtype or half
             self.enabled = settings.zero_optimization.stage == 3
+        self._offload = make_offload(settings, self.group, _placement(settings, remote_device))
         self._built: list[weakref.ref[torch.nn.Module]] = []
         if self.enabled and module is not None:
             self.shard(module)
@@ -131,7 +135,7 @@ class Init:
                     entry = NamedParameter(f"{name}.{key}" if name else key, param, 0)
                     by_dtype.setdefault(param.dtype, []).append(entry)
             for entries in by_dtype.values():
-                FlatValues(entries, self.group, sharded=True)
+                FlatValues(entries, self.group, sharded=True, home=self._offload.home)
 
     def _materialise(self, module: torch.nn.Module) -> None:
         reset = getattr(module, "reset_parameters", None) or getattr(module, "_reset_parameters", None)
@@ -145,6 +149,17 @@ class Init:
                 fresh = torch.empty_like(param, device=self.device)
                 module._parameters[key] = torch.nn.Parameter(fresh, requires_grad=param.requires_grad)
         reset()
+
+
+def _placement(settings: DeepSpeedConfig, remote_device: str | None) -> Placement:
+    """Where shards live; nothing else is placed here."""
+    section = settings.zero_optimization.offload_param
+    device = section.device if remote_device is None else {"cuda": "none"}.get(remote_device, remote_device)
+    if device not in ("none", "cpu", "nvme"):
+        raise UnsupportedError(f"zero.Init(remote_device={remote_device!r}): use none, cpu or nvme")
+    if device == "nvme" and not section.nvme_path:
+        raise ConfigError('zero.Init(remote_device="nvme") needs zero_optimization.offload_param.nvme_path')
+    return Placement(params=Tier(device))
 
 
 def _wrap_module() -> None:
