@@ -231,7 +231,14 @@ MODULES: Mapping[str, Names] = {
         "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroConfig="ZeroOptimization"
     )
     | at("compat.zero", "ZeroStageEnum"),
-    "runtime.zero.offload_config": at("compat.zero", "OffloadDeviceEnum"),
+    "runtime.zero.offload_config": at("compat.zero", "OffloadDeviceEnum")
+    | at("memory.asleep", "OffloadStateTypeEnum")
+    | renamed(
+        "config.sections.zero",
+        "a section of DeepSpeedConfig",
+        DeepSpeedZeroOffloadParamConfig="OffloadParam",
+        DeepSpeedZeroOffloadOptimizerConfig="OffloadOptimizer",
+    ),
     "runtime.zero.utils": at("compat.zero", "is_zero_param ZeRORuntimeException")
     | no("optim.registry.check_flat_compatible says why an optimizer cannot be sharded", "is_zero_supported_optimizer"),
     "runtime.zero.stage3": at("compat.optimizers", "DeepSpeedZeroOptimizer_Stage3", _ONE_OPTIMIZER)
