@@ -486,6 +486,9 @@ done = here / "steps"
 begin = int(done.read_text()) if done.exists() else 0
 restart = os.environ.get("TORCHELASTIC_RESTART_COUNT")
 print("begin", begin, "world", world, "restart", restart, os.uname().nodename, flush=True)
+(here / f"begun-{restart}-{rank}").touch()
+while len(list(here.glob(f"begun-{restart}-*"))) < world:  # nobody reads what rank 0 writes from here on
+    time.sleep(0.01)
 for step in range(begin, 20):
     time.sleep(0.05)
     if step == 5 and begin == 0:
