@@ -79,6 +79,15 @@ def test_ranks_without_gpus_share_the_hosts_memory(stage, offload, rank, host):
     assert found.params == pytest.approx(1000 * G / (2 * rank + host), rel=1e-3) and found.full == "host"
 
 
+@pytest.mark.parametrize("on, disk", [(GPUS, 12), (CPUS, 8)])
+def test_fp32_needs_masters_where_the_step_is_elsewhere_than_the_parameters(on, disk):
+    training = ONE_TOKEN._replace(dtype="fp32")
+    found = fit_of(3, "nvme_optimizer", training, on._replace(disk_bytes=120_000))
+    assert found.params == 120_000 // disk and found.full == "disk"
+    _, step_s = step_parts(G, 3, "nvme_optimizer", training, on)
+    assert step_s["disk"] == pytest.approx(disk / 4 + disk / 2)
+
+
 def test_the_buffer_factor_is_the_hosts():
     assert fit_of(3, "cpu_all", ONE_TOKEN._replace(buffer_factor=2.0)).params == pytest.approx(1000 * G / 32, rel=1e-3)
 

@@ -11,6 +11,7 @@ storages that are resized to nothing and back included. Their running sum is wha
 from __future__ import annotations
 
 import gc
+import os
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
@@ -27,7 +28,8 @@ from torch.autograd.profiler import profile, record_function
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.hostlink import HostLink, link_of
-from deepspeedlite.zero.estimate import model_states_bytes
+from deepspeedlite.memory.disk import Disk, Slot
+from deepspeedlite.zero.estimate import model_states_bytes, ways_of
 from deepspeedlite.zero.fit import Training, fit_all
 from deepspeedlite.zero.layout import FlatLayout
 from deepspeedlite.zero.machine import Machine
@@ -326,6 +328,36 @@ def test_the_estimate_is_right(stage, dtype, world_size):
     fits = fit_all(Training(world_size, 1, dtype, 1, LAYERS, LENGTH, 1), host)
     largest = next(fit.params for fit in fits if fit.states[:2] == (stage, "none"))
     assert_within(largest, PARAMS, f"the largest model at stage {stage}, {dtype}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["bf16", "fp32"])
+@pytest.mark.parametrize("stage, offload", [way for way in ways_of() if way[1] != "none"])
+@distributed(world_size=2)
+def test_the_estimate_is_right_for_every_offload(stage, offload, dtype, world_size, tmp_path):
+    """In memory and on the disk. On CPU ranks a GPU's memory is the host's, and fp32 needs no masters for the step."""
+    tier, what = offload.split("_")
+    section = {"device": tier} if tier == "cpu" else {"device": tier, "nvme_path": str(tmp_path), "buffer_count": 1}
+    sections = {"offload_optimizer": section}
+    if what == "all":
+        sections["offload_param"] = {**section, "max_in_cpu": 0}
+    engine, phases = train(config(stage, dtype, **sections), steps=2)
+    estimate = model_states_bytes(PARAMS, BLOCK, gpus=world_size, dtype=dtype, stage=stage, offload=offload)
+    expected = {"memory": estimate.gpu_bytes + estimate.host_bytes / world_size, "disk": estimate.nvme_bytes}
+    if dtype == "fp32" and what == "optimizer":
+        expected["memory" if tier == "cpu" else "disk"] -= FP32_BYTES * PARAMS / (world_size if tier == "cpu" else 1)
+    disk = engine.optimizer._offload.disk
+    found = {"memory": phases["idle 1"].after - slots_bytes(disk)}
+    found["disk"] = 512 * os.stat(disk.path).st_blocks * world_size if disk else 0
+    for where, nbytes in expected.items():
+        assert abs(found[where] - nbytes) <= 0.02 * nbytes, (where, found, expected)
+
+
+def slots_bytes(disk: Disk | None) -> int:
+    """What the slots of a disk have for tensors that pass through them: buffers, and no states."""
+    gc.collect()
+    slots = [item for item in gc.get_objects() if type(item) is Slot and item._disk is disk]
+    return sum(slot._memory.untyped_storage().nbytes() for slot in slots)
 
 
 @pytest.mark.slow

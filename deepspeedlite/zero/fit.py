@@ -94,7 +94,8 @@ def fit_all(training: Training, machine: Machine) -> list[Fit]:
 
 def _fit(stage: int, offload: str, training: Training, machine: Machine) -> Fit:
     def full(params: int) -> str:
-        needs = _needs(_states(params, stage, offload, training), activation_bytes(params, training), training, machine)
+        states = _states(params, stage, offload, training, machine)
+        needs = _needs(states, activation_bytes(params, training), training, machine)
         return next((tier for tier, (need, room) in needs.items() if need > room), "")
 
     fits, too_many = 0, 1
@@ -103,15 +104,23 @@ def _fit(stage: int, offload: str, training: Training, machine: Machine) -> Fit:
     while too_many - fits > 1:
         middle = (fits + too_many) // 2
         fits, too_many = (fits, middle) if full(middle) else (middle, too_many)
-    states = _states(max(fits, 1), stage, offload, training)
+    states = _states(max(fits, 1), stage, offload, training, machine)
     passes_s, step_s = step_parts(fits, stage, offload, training, machine)
     return Fit(states, fits, activation_bytes(fits, training), full(too_many), passes_s, step_s)
 
 
-def _states(params: int, stage: int, offload: str, training: Training) -> ModelStates:
+def _states(params: int, stage: int, offload: str, training: Training, machine: Machine) -> ModelStates:
     layer = math.ceil(params / training.layers)
     gpus, nodes, dtype, factor = training[:4]
-    return model_states_bytes(params, layer, gpus, nodes, dtype, stage, offload, factor)
+    states = model_states_bytes(params, layer, gpus, nodes, dtype, stage, offload, factor)
+    spared = (MASTER_BYTES - _master_bytes(offload, training, machine)) * params // nodes
+    return states._replace(nvme_bytes=states.nvme_bytes - spared) if offload == "nvme_optimizer" else states
+
+
+def _master_bytes(offload: str, training: Training, machine: Machine) -> int:
+    """Of a parameter. fp32 needs a master where it is stepped elsewhere than it is: the CPU steps what is offloaded."""
+    optimizer_on, params_on, _ = OFFLOADS[offload]
+    return 0 if training.dtype == "fp32" and (params_on == optimizer_on or not machine.gpus) else MASTER_BYTES
 
 
 def activation_bytes(params: int, training: Training) -> int:
@@ -140,8 +149,7 @@ def step_parts(
     sharing = 1 if machine.gpus else gpus  # ranks that share one device's rates: those of a host without GPUs
     weight = params * WEIGHT_BYTES[training.dtype]  # bytes: of all parameters, and of all gradients
     shard = weight / ranks  # bytes of a rank
-    master = 0 if training.dtype == "fp32" and params_on == optimizer_on else MASTER_BYTES
-    optimizer = (master + MOMENTS_BYTES) * params / (ranks if stage else 1)
+    optimizer = (_master_bytes(offload, training, machine) + MOMENTS_BYTES) * params / (ranks if stage else 1)
     stepped = 2 * optimizer + 2 * weight / (ranks if stage else 1)  # read and written; the gradient and the parameter
     fetches = 2 * shard if params_on != "gpu" else 0  # for the forward and for the backward pass
     leaves = shard if optimizer_on != "gpu" else 0  # the gradient
