@@ -31,7 +31,7 @@ TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-images test-wheels test-cluster lint format typecheck wheel bench ops report
+.PHONY: help demo test test-fast test-clients test-images test-wheels test-cluster lint format typecheck wheel bench ops report
 .PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
@@ -57,7 +57,13 @@ test-cluster:  ## run the tests on many hosts, which namespaces make (needs root
 	$(TIMED) "make test-cluster" $(MAKE) --no-print-directory test-here \
 		PYTEST_ARGS="tests/test_cluster_bed.py tests/test_launcher_cluster.py tests/test_install.py tests/test_ssh.py"
 
-.PHONY: demo-here test-here
+test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT and TRL, in an environment of their own
+	$(TIMED) "make test-clients" $(MAKE) --no-print-directory clients-here VENV=$(VENV)-clients
+
+.PHONY: demo-here test-here clients-here
+clients-here: $(VENV)/.ready-clients
+	@$(BIN)/python -m pytest -p no:cacheprovider tests/clients $(PYTEST_ARGS)
+
 demo-here: venv-examples
 	@$(BIN)/deepspeedlite --num_gpus $(RANKS) examples/cifar10/train.py \
 		--deepspeed_config examples/cifar10/ds_config.json --min_accuracy usual

@@ -27,8 +27,14 @@ start = time.perf_counter()
 {statement}
 print("\\nimport_ms", (time.perf_counter() - start) * 1e3, torch.__version__)
 """
+STAND_IN = ROOT / "deepspeedlite" / "drop_in" / "stand_in"
 OURS = {
     "import deepspeedlite": "import deepspeedlite",
+    "import deepspeed (the stand-in)": f"import sys; sys.path.insert(0, {str(STAND_IN)!r}); import deepspeed",
+    "import deepspeed (the stand-in); deepspeed.initialize, zero, comm, accelerator": (
+        f"import sys; sys.path.insert(0, {str(STAND_IN)!r}); import deepspeed; "
+        "deepspeed.initialize, deepspeed.zero.Init, deepspeed.comm.all_reduce, deepspeed.accelerator.get_accelerator"
+    ),
     "import deepspeedlite; deepspeedlite.initialize": "import deepspeedlite; deepspeedlite.initialize",
 }
 PEER = {"import deepspeed": "import deepspeed"}

@@ -30,6 +30,7 @@ from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.watch import StepWatch
+from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.plan import ShardingPlan
@@ -196,6 +197,8 @@ def _build_parts(
         wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
         positions = {id(param): position for group in param_groups for position, param in enumerate(group)}
         wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
+        if plan.shard_params:
+            wrapped.parameter_offload = ParameterOffload(model)  # type: ignore[attr-defined]
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
     return EngineParts(
@@ -247,6 +250,8 @@ def _make_schedule(
     frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
     _broadcast_rest(model, group)
+    if plan.shard_params:
+        describe_whole(model.parameters())
     parameters = (
         ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
     )

@@ -13,7 +13,7 @@ import torch
 from deepspeedlite.runtime import utils
 from deepspeedlite.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from harness import distributed
-from models import tied_model
+from models import tied_model, tokens
 
 import deepspeedlite
 from deepspeedlite.accelerator import DeepSpeedAccelerator, get_accelerator
@@ -246,3 +246,40 @@ def test_optimizer_classes_tell_stages_apart():
     assert not isinstance(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), kinds[1:])
     with pytest.raises(UnsupportedError, match="initialize"):
         DeepSpeedZeroOptimizer()
+
+
+@distributed(2)
+def test_generation_in_the_middle_of_stage_3():
+    """What TRL does to the engine: hooks off, as many passes as each rank likes, hooks on, and training goes on."""
+
+    def train(generate: bool) -> list[float]:
+        config = {
+            "train_micro_batch_size_per_gpu": 4,
+            "optimizer": {"type": "Adam", "params": {"lr": 1e-2}},
+            "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 100},
+        }
+        engine, *_ = deepspeedlite.initialize(model=tied_model(0), config=config)
+        rank, losses = torch.distributed.get_rank(), []
+        for step in range(4):
+            loss = engine(*tokens(step, 0, rank))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+            if generate and step == 1:
+                with deepspeedlite.zero.GatheredParameters(engine.parameters()), torch.no_grad():
+                    offload = engine.optimizer.parameter_offload
+                    external = offload.module.ds_external_parameters()
+                    for _, param in (*offload.module.named_parameters(), *external):
+                        assert param.ds_status.name == "AVAILABLE" and param.ds_numel == param.numel() > 0
+                        param.ds_active_sub_modules.clear()
+                    for hook in (*offload.forward_hooks, *offload.backward_hooks):
+                        hook.remove()
+                    for _ in range(1 + 2 * rank):  # no collective may be needed
+                        engine.module(*tokens(9, 0, rank))
+                    if not offload.param_coordinator.is_invalid_trace():
+                        offload.param_coordinator._invalidate_trace()
+                    offload._register_deepspeed_module(offload.module)
+        engine.destroy()
+        return losses
+
+    assert train(generate=True) == train(generate=False)

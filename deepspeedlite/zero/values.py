@@ -344,6 +344,11 @@ def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
 
 
+def next_id() -> int:
+    """A number for a parameter's `ds_id`, in this process once."""
+    return next(_IDS)
+
+
 def owners_of(params: Iterable[torch.Tensor]) -> list[FlatValues]:
     """The distinct owners of parameters, in order."""
     found = dict.fromkeys(owner_of(param) for param in params)

@@ -1,0 +1,142 @@
+"""What the client scripts share: how one is told what to do, a tiny model and its data, and what it reports.
+
+A script is run by `drive.py`, one process a rank, with a job as JSON. It never says which `deepspeed` it runs on: the
+stand-in, the real one, and none differ in the environment and in the job's `engine` alone.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if os.environ.get("DSL_CLIENTS_PEER"):  # the real DeepSpeed, from another environment's packages
+    sys.path.append(os.environ["DSL_CLIENTS_PEER"])
+
+import torch
+
+JOB: dict[str, Any] = json.loads(os.environ["DSL_CLIENTS_JOB"])
+RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+VOCABULARY, LENGTH, BATCH = 64, 16, 4
+torch.set_num_threads(1)
+
+
+def engine_config(**more: Any) -> dict[str, Any]:
+    """The configuration of the job's stage, for DeepSpeed and for us alike."""
+    stage = JOB["stage"]
+    config: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": BATCH,
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 100},
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 1000,
+    }
+    if stage == 3:
+        config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    if JOB.get("bf16"):
+        config["bf16"] = {"enabled": True}
+    return {**config, **more}
+
+
+def gpt2(**more: Any) -> Any:
+    """A GPT-2 of two layers, the same on every rank."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": LENGTH, "vocab_size": VOCABULARY}
+    drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=0, eos_token_id=0, **more))
+
+
+def meet() -> dict[str, Any]:
+    """Arguments of transformers' TrainingArguments that train on CPU ranks, with or without DeepSpeed.
+
+    Left to itself Accelerate finds no backend for CPU ranks of DeepSpeed, and every rank then thinks that it is alone.
+    """
+    if JOB["engine"] == "none":
+        return {"use_cpu": True, "ddp_backend": "gloo"}
+    from accelerate import PartialState
+
+    os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
+    assert PartialState(backend="gloo").num_processes == WORLD
+    return {"accelerator_config": {"use_configured_state": True}}
+
+
+class Tiny(torch.nn.Module):
+    """A language model of torch's own layers, whose values are made where the layers are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(VOCABULARY, 32)
+        self.blocks = torch.nn.ModuleList(
+            torch.nn.Sequential(
+                torch.nn.LayerNorm(32), torch.nn.Linear(32, 128), torch.nn.GELU(), torch.nn.Linear(128, 32)
+            )
+            for _ in range(2)
+        )
+        self.head = torch.nn.Linear(32, VOCABULARY)
+
+    def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The loss of predicting each token's next one."""
+        hidden = self.embedding(input_ids)
+        for block in self.blocks:
+            hidden = hidden + block(hidden)
+        logits = self.head(hidden[:, :-1]).float()
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+
+
+def tiny() -> Tiny:
+    """One, the same on every rank."""
+    torch.manual_seed(0)
+    return Tiny()
+
+
+class Tokens(torch.utils.data.Dataset):
+    """Sequences of tokens, each following from its first."""
+
+    def __init__(self, count: int = 256) -> None:
+        start = torch.randint(0, VOCABULARY, (count, 1), generator=torch.Generator().manual_seed(1))
+        self.ids = (start + torch.arange(LENGTH) * (1 + start % 3)) % VOCABULARY
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.ids[index], "labels": self.ids[index]}
+
+
+def peak_rss_bytes() -> int:
+    """The most memory that this process had so far."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Clock:
+    """Times the steps between the first two and the last."""
+
+    def __init__(self) -> None:
+        self.marks: list[float] = []
+
+    def step(self) -> None:
+        """One step is over."""
+        self.marks.append(time.perf_counter())
+
+    @property
+    def step_ms(self) -> float:
+        """The median step."""
+        gaps = sorted(b - a for a, b in zip(self.marks[1:], self.marks[2:]))
+        return gaps[len(gaps) // 2] * 1e3 if gaps else 0.0
+
+
+def report(model: torch.nn.Module, **values: Any) -> None:
+    """Hand the results to the test. Called once by every rank, with the model that was really called."""
+    engines = [part for part in (model, *model.modules()) if type(part).__name__ == "DeepSpeedEngine"]
+    engines += [getattr(model, "_forward_module", None)] * (not engines)  # Fabric's wrapper
+    engine = next((e for e in engines if type(e).__name__ == "DeepSpeedEngine"), None)
+    where = "none" if engine is None else f"{type(engine).__module__} stage {engine.zero_optimization_stage()}"
+    answer = {"engine": where, "peak_rss_bytes": peak_rss_bytes(), **values}
+    Path(JOB["out"], f"rank{RANK}.json").write_text(json.dumps(answer))

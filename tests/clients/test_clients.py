@@ -1,0 +1,129 @@
+"""Clients of DeepSpeed on deepspeedlite: losses of their own data parallelism, checkpoints, resuming, saved models.
+
+`make test-clients` runs these in an environment with the clients' packages; elsewhere they skip by name. Each training
+is two processes of a script, see drive.py. With DSL_PEER_PYTHON the same scripts run on the real DeepSpeed too, and
+losses are compared with its.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drive import run
+
+CLIENTS = {
+    "trainer": ("transformers", "accelerate"),
+    "accelerate": ("transformers", "accelerate"),
+    "lightning": ("lightning",),
+    "fabric": ("lightning",),
+    "peft": ("transformers", "accelerate", "peft"),
+    "trl": ("transformers", "accelerate", "trl", "datasets"),
+}
+STEPS = 6
+pytestmark = [pytest.mark.clients, pytest.mark.slow, pytest.mark.timeout(900)]
+
+
+def need(client: str) -> None:
+    missing = [name for name in CLIENTS[client] if importlib.util.find_spec(name) is None]
+    if missing:
+        pytest.skip(f"needs {', '.join(missing)}: make test-clients makes an environment that has them")
+
+
+@pytest.fixture(scope="module")
+def without() -> Any:
+    """The losses of a client's own data parallelism, once for each."""
+    found: dict[str, dict[str, Any]] = {}
+
+    def give(client: str) -> dict[str, Any]:
+        if client not in found:
+            found[client] = run(client, "none", stage=0, steps=STEPS)
+        return found[client]
+
+    return give
+
+
+def close(ours: list[float], theirs: list[float], relative: float) -> None:
+    assert len(ours) == len(theirs) and ours == pytest.approx(theirs, rel=relative)
+
+
+@pytest.mark.parametrize("client, stage", [
+    *((client, stage) for client in ("trainer", "accelerate", "lightning", "fabric") for stage in range(4)),
+    ("peft", 3), ("trl", 2), ("trl", 3),
+])  # fmt: skip
+def test_losses_are_those_without_deepspeed(client, stage, without):
+    need(client)
+    ours, plain = run(client, "lite", stage=stage, steps=STEPS), without(client)
+    close(ours["losses"], plain["losses"], 2e-5)
+    for what in ("evaluated", "reloaded", "generated", "unwrapped"):
+        if isinstance(plain.get(what), float):
+            assert ours[what] == pytest.approx(plain[what], rel=2e-5)
+        else:
+            assert ours.get(what) == plain.get(what)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("client", ["trainer", "accelerate", "lightning", "fabric"])
+def test_a_resumed_run_equals_the_uninterrupted_one(client, stage, tmp_path):
+    """Through the client's own checkpoint, in files where it looks for them. Lightning's equals its own resumed run."""
+    need(client)
+    half = STEPS // 2
+    where = tmp_path / "state.ckpt"
+    if client == "trainer":
+        first = run(client, "lite", stage=stage, steps=STEPS, ds_optimizer=True, dir=str(tmp_path), save_steps=half)
+        resume = tmp_path / f"checkpoint-{half}"
+        assert (resume / "latest").read_text() == f"global_step{half}"
+        assert (resume / f"global_step{half}" / "manifest.json").is_file()
+        again = run(
+            client, "lite", stage=stage, steps=STEPS, ds_optimizer=True, dir=str(tmp_path / "b"), resume=str(resume)
+        )
+    else:
+        first = run(client, "lite", stage=stage, steps=STEPS, save_at=half, save=str(where))
+        again = run(client, "lite", stage=stage, steps=STEPS, save_at=half, resume=str(where))
+    if client == "lightning":  # which draws its second epoch's data anew when it resumes: what it does by itself counts
+        ddp = str(tmp_path / "ddp.ckpt")
+        run(client, "none", stage=0, steps=STEPS, save_at=half, save=ddp)
+        first = run(client, "none", stage=0, steps=STEPS, save_at=half, resume=ddp)
+    close(again["losses"][-half:], first["losses"][-half:], 2e-5 if client == "lightning" else 1e-6)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_saved_models_are_whole(stage, tmp_path):
+    """The Trainer's model and PEFT's adapter, saved from a sharded run, are those of a run without DeepSpeed."""
+    need("peft")
+    from safetensors.torch import load_file
+
+    for client, name in (("trainer", "model.safetensors"), ("peft", "adapter_model.safetensors")):
+        files = []
+        for engine in ("none", "lite"):
+            folder = tmp_path / client / engine
+            run(client, engine, stage=stage, steps=3, save_model=str(folder))
+            files.append(load_file(Path(folder, name)))
+        assert files[0].keys() == files[1].keys()
+        for key, value in files[0].items():
+            assert files[1][key].shape == value.shape
+            assert (files[1][key] - value).abs().max() < 2e-4, key
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_accumulation_and_bf16(stage):
+    """Accelerate counts micro-batches itself and tells the engine; in bf16 the losses stay within its precision."""
+    need("accelerate")
+    plain = run("accelerate", "none", stage=0, steps=STEPS, accumulation=2)
+    close(run("accelerate", "lite", stage=stage, steps=STEPS, accumulation=2)["losses"], plain["losses"], 2e-5)
+    close(run("fabric", "lite", stage=stage, steps=STEPS, bf16=True)["losses"],
+          run("fabric", "none", stage=0, steps=STEPS)["losses"], 2e-2)  # fmt: skip
+
+
+@pytest.mark.parametrize("client, stage", [("trainer", 2), ("accelerate", 3), ("fabric", 3), ("lightning", 1)])
+def test_losses_are_the_real_deepspeed_s(client, stage):
+    """And no slower, and in no more memory, as far as steps of milliseconds can tell: see benchmarks/."""
+    need(client)
+    if "DSL_PEER_PYTHON" not in os.environ:
+        pytest.skip("needs the real DeepSpeed: set DSL_PEER_PYTHON to the Python of an environment that has it")
+    ours, theirs = (run(client, engine, stage=stage, steps=STEPS) for engine in ("lite", "peer"))
+    close(ours["losses"], theirs["losses"], 2e-5)
+    assert ours["peak_rss_bytes"] <= 1.02 * theirs["peak_rss_bytes"]
