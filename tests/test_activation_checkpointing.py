@@ -128,6 +128,7 @@ def held_bytes(run: Callable[..., Any]) -> int:
     return held
 
 
+@pytest.mark.slow
 @distributed(2)
 def test_memory():
     """A layer keeps its input alone instead of three tensors; sharded over two ranks, half of it."""

@@ -74,6 +74,7 @@ def test_the_import_is_light():
     assert not loaded & {"torch", "numpy", "pydantic", "rich"}
 
 
+@pytest.mark.slow_unless(method="spawn")
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_children_have_the_name(method, tmp_path):
     script = tmp_path / "main.py"

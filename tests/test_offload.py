@@ -134,6 +134,7 @@ def test_every_placement_trains_as_none_does(dtype, tmp_path):
                 assert_same(everything(engine), states)
 
 
+@pytest.mark.slow_unless(optimizer="Lion")
 @distributed(2, timeout_s=120)
 @pytest.mark.parametrize("optimizer", ["SGD", "Lamb", "Adagrad", "Lion", "RMSprop"])
 def test_every_optimizer_may_be_offloaded(optimizer, tmp_path):
@@ -173,6 +174,7 @@ def test_groups_frozen_parameters_and_later_ones(tmp_path):
         assert_same(found, states)
 
 
+@pytest.mark.slow_unless(dtype="bf16")
 @distributed(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_states_in_host_memory_that_is_not_the_devices(dtype, tmp_path):
@@ -245,6 +247,7 @@ def test_memory_that_cannot_be_page_locked_is_pageable(caplog):
 # --- what else touches the states -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(dtype="bf16")
 @distributed(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_states_are_read_and_written_where_they_are(dtype, tmp_path):
