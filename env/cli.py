@@ -53,6 +53,7 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--base", default="", metavar="IMAGE", help="build on this image (the environment's)")
         each.add_argument("--run-base", default="", metavar="IMAGE", help="run on this image (that of --base)")
     many = command("matrix", _matrix, "build every environment whose base images can be had here, side by side")
+    many.add_argument("names", nargs="*", metavar="NAME", help="which (all)")
     many.add_argument("--base", action="append", default=[], metavar="NAME=IMAGE", help="base for one; repeatable")
     many.add_argument("--run-base", action="append", default=[], metavar="NAME=IMAGE", help="repeatable")
     many.add_argument("--at-once", type=int, default=2, metavar="N", help="builds at once (2)")
@@ -133,7 +134,7 @@ def _matrix(args: argparse.Namespace) -> int:
     def choice_of(name: str) -> Choice:
         return replace(choice, base=bases.get(name, ""), run_base=run_bases.get(name, ""))
 
-    all_made = make_all(choice_of, max(1, min(args.at_once, os.cpu_count() or 1)), say)
+    all_made = make_all(args.names or names(), choice_of, max(1, min(args.at_once, os.cpu_count() or 1)), say)
     print("\n" + show.matrix(all_made))
     return int(any(made.built and not made.tags for made in all_made) or not any(made.tags for made in all_made))
 

@@ -47,7 +47,7 @@ def _known_op(name: str) -> str:
     ops = buildable_ops()
     if name not in ops:
         near = get_close_matches(name, ops, 1)
-        raise ValueError(f"is no op{f'; did you mean {near[0]}?' if near else ''} The ops are {', '.join(ops)}")
+        raise ValueError(f"is no op{f'; did you mean {near[0]}?' if near else '.'} The ops are {', '.join(ops)}")
     return name
 
 
@@ -149,7 +149,7 @@ def load(name: str) -> Environment:
         path = Path(name)
     if not path.is_file():
         near = get_close_matches(name, names(), 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
+        hint = f"; did you mean {near[0]}?" if near else "."
         raise ImageError(f"there is no environment {name}{hint} They are {', '.join(names())}")
     return read(path)
 

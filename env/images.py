@@ -11,7 +11,7 @@ from typing import Any
 from env import context
 from env.build import Built, Show, build, check_space
 from env.engine import connect, explain
-from env.environment import Environment, load, names
+from env.environment import Environment, load
 from env.errors import ImageError
 from env.verify import Checked, Expected, Layer, layers, verify
 
@@ -140,8 +140,8 @@ def push(client: Any, tag: str, show: Show) -> None:
 # --- many -------------------------------------------------------------------------------------------------------------
 
 
-def make_all(choice_of: Callable[[str], Choice], at_once: int, show: Show) -> list[Made]:
-    """Every environment whose base images can be had here; the others are listed with the reason."""
+def make_all(chosen: Sequence[str], choice_of: Callable[[str], Choice], at_once: int, show: Show) -> list[Made]:
+    """Those environments whose base images can be had here; the others are listed with the reason."""
     client = connect()
 
     def one(name: str) -> Made:
@@ -157,7 +157,7 @@ def make_all(choice_of: Callable[[str], Choice], at_once: int, show: Show) -> li
             return Made(name, problem=next(iter(str(error).splitlines()), "failed"), built=Built("", 0, 0, 0))
 
     with ThreadPoolExecutor(max_workers=at_once) as pool:
-        return list(pool.map(one, names()))
+        return list(pool.map(one, chosen))
 
 
 def why_not(client: Any, image: str) -> str:
