@@ -114,7 +114,7 @@ def _labels(labels: dict[str, str], expected: Expected) -> tuple[bool, str]:
 
 
 def _compiler(container: Any, with_jit: bool) -> tuple[bool, str]:
-    _, out, _ = output_in(container, ["sh", "-c", f"command -v {_COMPILERS}"])
+    _, out, _ = output_in(container, ["sh", "-c", f"for each in {_COMPILERS}; do command -v $each; done"])
     found = " ".join(path.rpartition("/")[2] for path in out.split())
     if not with_jit:
         return not found, f"none, as WITH_JIT is not set{f'; but there is {found}' if found else ''}"

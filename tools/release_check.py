@@ -211,7 +211,7 @@ def in_container(piece: Path, image: str) -> str:
     there = f"{pip} && PYTHONPATH={site} python /opt/deepspeedlite/image/selftest.py --json"
     mounted = ["--network=none", "--volume", f"{piece.parent}:/release:ro", "--entrypoint", "sh"]
     piece.parent.chmod(0o755)
-    command = ["docker", "run", "--rm", *mounted, image, "-c", f'! command -v cc g++ && {there} "$@"', "sh"]
+    command = ["docker", "run", "--rm", *mounted, image, "-c", f'! command -v cc && ! command -v g++ && {there} "$@"', "sh"]
     return selftest(command)
 
 
