@@ -117,7 +117,7 @@ def _compiler(container: Any, with_jit: bool) -> tuple[bool, str]:
     _, out, _ = output_in(container, ["sh", "-c", f"for each in {_COMPILERS}; do command -v $each; done"])
     found = " ".join(path.rpartition("/")[2] for path in out.split())
     if not with_jit:
-        return not found, f"none, as WITH_JIT is not set{f'; but there is {found}' if found else ''}"
+        return not found, f"there is {found}, which only --with-jit allows" if found else "none"
     code = (
         "from deepspeedlite.ops.op_builder import jit, OPS, built; jit.prebuilt = lambda *_: None; "
         "from deepspeedlite.ops import load; load('cpu_adam'); print(built(OPS['cpu_adam']))"

@@ -211,8 +211,8 @@ def in_container(piece: Path, image: str) -> str:
     there = f"{pip} && PYTHONPATH={site} python /opt/deepspeedlite/image/selftest.py --json"
     mounted = ["--network=none", "--volume", f"{piece.parent}:/release:ro", "--entrypoint", "sh"]
     piece.parent.chmod(0o755)
-    command = ["docker", "run", "--rm", *mounted, image, "-c", f'! command -v cc && ! command -v g++ && {there} "$@"', "sh"]
-    return selftest(command)
+    script = f'! command -v cc && ! command -v g++ && {there} "$@"'
+    return selftest(["docker", "run", "--rm", *mounted, image, "-c", script, "sh"])
 
 
 if __name__ == "__main__":
