@@ -29,6 +29,7 @@ from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
+from deepspeedlite.utils import groups
 from deepspeedlite.watch import StepWatch
 from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
@@ -106,6 +107,8 @@ def initialize(
         log_dist("configuration: " + json.dumps(settings.raw, indent=2, default=str))
     parts = _build_parts(settings, group, model, optimizer, model_parameters, lr_scheduler)
     parts.mpu, parts.collate_fn = mpu, collate_fn
+    if mpu is not None:
+        groups.initialize(mpu=mpu)  # what `utils.groups` answers from
     engine = DeepSpeedEngine(model, parts)
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)

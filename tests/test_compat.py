@@ -118,6 +118,27 @@ def test_groups():
         groups.initialize()
 
 
+@distributed(2)
+def test_groups_are_those_of_the_engines_mpu():
+    """As with DeepSpeed, `initialize(mpu=...)` is enough."""
+
+    class DataParallel:
+        def get_data_parallel_group(self):
+            return torch.distributed.group.WORLD
+
+        def get_data_parallel_rank(self):
+            return 41
+
+    config = {"train_micro_batch_size_per_gpu": 1}
+    engine, *_ = deepspeedlite.initialize(model=torch.nn.Linear(2, 2), config=config, mpu=DataParallel())
+    try:
+        assert groups._get_data_parallel_rank() == 41
+        assert groups._get_data_parallel_group() is torch.distributed.group.WORLD
+    finally:
+        engine.destroy()
+        groups.initialize()
+
+
 def test_the_accelerator(monkeypatch):
     """One object; on this machine's device each method answers with what torch says."""
     accelerator = get_accelerator()

@@ -33,7 +33,7 @@ page does not name is internal to it. The keys of the configuration have a [refe
 
 `make test-clients` trains small models with these, two CPU ranks each, without an edit to the client:
 
-| client | tested |
+| client | what the tests cover |
 | --- | --- |
 | transformers' Trainer 5.23 | stages 0 to 3, its or DeepSpeed's optimizer, checkpoints, resuming, whole models saved |
 | Accelerate 1.15 | stages 0 to 3, accumulation, `save_state` and `load_state`, `unwrap_model`, `get_state_dict` |
@@ -45,6 +45,8 @@ Losses are those of the client's own data parallelism to 2e-5, and a resumed run
 (Lightning's those that its own data parallelism resumes with); with DSL_PEER_PYTHON losses are compared with the real
 DeepSpeed's too. On CPU ranks the clients themselves need help, of which `tests/clients/` has an example each:
 Accelerate must be told `gloo`, and Lightning demands a GPU.
+Of these tests, those at stages 0 and 3 were run one by one as they were written; all of them together, on one commit,
+have not been.
 
 Lightning's `convert_zero_checkpoint_to_fp32_state_dict` opens DeepSpeed's own files, which are not written here:
 `python -m deepspeedlite.checkpoint to_fp32` does its work.
