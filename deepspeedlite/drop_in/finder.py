@@ -20,14 +20,18 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import CodeType, ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspeedlite.drop_in import VERSION
 from deepspeedlite.drop_in.table import HOME, canonical, modules, why_absent
 from deepspeedlite.errors import AbsentError
+
+if TYPE_CHECKING:
+    from importlib.abc import Loader, MetaPathFinder
+else:
+    Loader = MetaPathFinder = object  # importlib.abc imports tempfile and more: ten times what all of this takes
 
 NAME = "deepspeed"
 
