@@ -147,10 +147,8 @@ def test_the_accelerator(monkeypatch):
     cpu = DeepSpeedAccelerator("cpu")
     assert (cpu.device_name(), cpu.device_name(1), cpu.current_device_name()) == ("cpu", "cpu", "cpu")
     assert cpu.communication_backend_name() == "gloo" and cpu.is_available() and cpu.is_synchronized_device()
-    assert (
-        cpu.memory_allocated() > 1 << 20
-        and cpu.max_memory_allocated() >= cpu.memory_stats()["allocated_bytes.all.peak"]
-    )
+    peak = cpu.memory_stats()["allocated_bytes.all.peak"]  # asked for first: it may grow between the two
+    assert cpu.memory_allocated() > 1 << 20 and cpu.max_memory_allocated() >= peak
     assert cpu.total_memory() > cpu.available_memory() > 0
     state = cpu.get_rng_state()
     first = torch.rand(3)
