@@ -240,7 +240,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
         self._check_trained(optimizer)
-        self._saver.wait_until_read()
         optimizer.step()
         self.global_steps += 1
         self.global_samples += self._batch.train

@@ -314,6 +314,19 @@ def test_checkpoints_from_and_to_offloaded_runs(dtype, tmp_path):
 
 
 @distributed(1)
+def test_what_is_changed_during_a_save_in_the_background_is_not_in_it(tmp_path):
+    settings = {**config(3, "bf16", **placements(tmp_path)["both on nvme"]), "checkpoint": {"async_save": True}}
+    with engine_of(settings) as engine:
+        train(engine, range(1))
+        states = everything(engine)
+        engine.save_checkpoint(str(tmp_path / "out"))
+        for param in engine.module.parameters():
+            safe_set_full_fp32_param(param, torch.zeros(param.ds_shape))
+        engine.load_checkpoint(str(tmp_path / "out"))
+        assert_same(everything(engine), states)
+
+
+@distributed(1)
 def test_an_engine_that_only_evaluates_may_have_its_parameters_on_a_disk(tmp_path):
     expected = tied_model()(*tokens(0, 0, 0))
     settings = config(3, **placements(tmp_path)["parameters on nvme"])

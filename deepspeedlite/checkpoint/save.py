@@ -124,9 +124,8 @@ class Saver:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._host: dict[str, torch.Tensor] = {}
-        # Set unless a save in the background still reads what the next step will change on the disk.
+        # Of the disk that offloading uses: cleared while a save in the background reads what is there.
         self._has_read = threading.Event()
-        self._has_read.set()
 
     def save(
         self,
@@ -178,10 +177,6 @@ class Saver:
         if failure is not None:
             _UNHEARD.remove(failure)
             raise failure
-
-    def wait_until_read(self) -> None:
-        """Wait until a save in the background has read what is on the disk; before anything changes it."""
-        self._has_read.wait()
 
     def _agreed(self, tags: list[str]) -> str:
         if len(set(tags)) > 1 and self._settings.tag_validation != "ignore":
@@ -240,7 +235,7 @@ class Saver:
     def _snapshot(self, part: RankPart) -> None:
         """Copy to host memory that is kept for the next save: pinned where there is a GPU to copy from.
 
-        What is on the disk is read while the training goes on, up to its next step: see `wait_until_read`.
+        What is on the disk is read while the training goes on, until it is to change: see `Disk.has_been_read`.
         """
         copies: dict[str, torch.Tensor] = {}
         stored: dict[str, Stored] = {}
@@ -260,6 +255,7 @@ class Saver:
             torch.cuda.synchronize()
         self._host, part.tensors = copies, {**copies, **stored}
         if stored:
+            self._has_read = next(iter(stored.values())).disk.has_been_read
             self._has_read.clear()
 
     def _in_background(self, *arguments: Any) -> None:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import errno
 import os
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -60,6 +61,9 @@ class Disk:
         self.locked = locked
         self._aio = dict(aio or {})
         self.nbytes = 0
+        # Not set while a checkpoint in the background reads what is here: writes wait for it.
+        self.has_been_read = threading.Event()
+        self.has_been_read.set()
         self._file = _open_unnamed(self.directory)  # closed, and thereby gone, with the last slot that moves its bytes
         self._spare: Slot | None = None
 
@@ -188,6 +192,7 @@ class Slot:
 
     def write(self, memory: torch.Tensor, region: Region) -> None:
         """Start writing the memory to the file; it must not change before `wait`."""
+        self._disk.has_been_read.wait()
         self._submit(self._handle.async_pwrite, memory, region)
 
     def _submit(self, how: Any, memory: torch.Tensor, region: Region) -> None:
