@@ -19,7 +19,7 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.errors import ConfigError, EngineStateError, OffloadError, UnsupportedError
+from deepspeedlite.errors import CheckpointError, ConfigError, EngineStateError, OffloadError, UnsupportedError
 from deepspeedlite.memory import asleep
 from deepspeedlite.memory.asleep import OffloadStateTypeEnum
 from deepspeedlite.memory.disk import Disk
@@ -324,6 +324,17 @@ def test_what_is_changed_during_a_save_in_the_background_is_not_in_it(tmp_path):
             safe_set_full_fp32_param(param, torch.zeros(param.ds_shape))
         engine.load_checkpoint(str(tmp_path / "out"))
         assert_same(everything(engine), states)
+
+
+@distributed(2)
+def test_a_save_that_one_rank_cannot_begin_stops_nobody(tmp_path):
+    settings = {**config(3, "bf16", **placements(tmp_path)["both on nvme"]), "checkpoint": {"async_save": True}}
+    with engine_of(settings) as engine:
+        train(engine, range(1))
+        unfit = {"mine": object()} if dist.get_rank() == 0 else {}  # rank 0 alone writes it, and cannot
+        with pytest.raises(CheckpointError):
+            engine.save_checkpoint(str(tmp_path / "out"), client_state=unfit)
+        train(engine, range(1, 2))
 
 
 @distributed(1)

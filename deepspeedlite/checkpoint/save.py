@@ -152,7 +152,11 @@ class Saver:
             if self._settings.async_save:
                 self._snapshot(part)
 
-        self._ranks.each(what, collect)
+        try:
+            self._ranks.each(what, collect)
+        except BaseException:  # another rank's: nothing will read what this one wanted to be read
+            self._has_read.set()
+            raise
         manifest = collected[0]
         manifest.tag = tag
         writer = TagWriter(save_dir, tag, self._settings.fsync)
