@@ -40,6 +40,7 @@ from deepspeedlite.watch import StepReport, StepWatch
 from deepspeedlite.weights import GivesWeights
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.replica import Replica
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, owner_of
@@ -54,7 +55,7 @@ class EngineParts:
     config: DeepSpeedConfig
     batch: BatchSizes
     device: Device
-    group: Group
+    group: Group  # data parallel
     plan: ShardingPlan
     precision: Precision
     scaler: LossScaler
@@ -65,6 +66,7 @@ class EngineParts:
     parameters: ParameterSchedule | None = None  # where parameters are sharded
     frozen: Sequence[FlatValues] = ()  # sharded values that are not trained
     offload: Offload = field(default_factory=Offload)
+    replica: Replica = field(default_factory=Replica)  # the ranks that hold one copy of the model together
     mpu: Any = None
     collate_fn: Callable[..., Any] | None = None
 

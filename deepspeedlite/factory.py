@@ -35,6 +35,7 @@ from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.replica import Replica, groups_of
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
 from deepspeedlite.zero.values import FlatValues, full_shape, owner_of
@@ -79,7 +80,8 @@ def initialize(
         training_data: a dataset; the returned loader gives each rank its part.
         lr_scheduler: a schedule, or a callable that makes one from the optimizer; the configuration's if None.
         distributed_port: port of rank 0 for start-ups that do not name one.
-        mpu: a Megatron-style object whose data-parallel group gradients are averaged over.
+        mpu: a Megatron-style object whose data-parallel and model-parallel groups are honoured; see
+            `zero.replica.groups_of`.
         dist_init_required: False: torch.distributed must be initialised already; None: initialise it if it is not.
         collate_fn: for the loader of `training_data`.
         config: path, dict or base64 of the JSON configuration.
@@ -99,13 +101,14 @@ def initialize(
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    group = _data_parallel_group(mpu, mesh_param)
+    group, replica = groups_of(mpu)
+    _check_mesh(group, mesh_param)
     settings = load_config(source, world_size=group.size)
     if settings.comms_logger.enabled:
         comm.comms_logger.configure(settings.comms_logger)
     if settings.dump_state:
         log_dist("configuration: " + json.dumps(settings.raw, indent=2, default=str))
-    parts = _build_parts(settings, group, model, optimizer, model_parameters, lr_scheduler)
+    parts = _build_parts(settings, group, replica, model, optimizer, model_parameters, lr_scheduler)
     parts.mpu, parts.collate_fn = mpu, collate_fn
     if mpu is not None:
         groups.initialize(mpu=mpu)  # what `utils.groups` answers from
@@ -144,28 +147,19 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
     return first
 
 
-def _data_parallel_group(mpu: Any, mesh_param: Sequence[int] | None) -> Group:
+def _check_mesh(group: Group, mesh_param: Sequence[int] | None) -> None:
     if mesh_param is not None and len(mesh_param) > 1 and mesh_param[1] != 1:
         raise UnsupportedError(
             f"mesh_param={tuple(mesh_param)}: sequence parallelism is not in this release; use (world, 1)"
         )
-    if mpu is None:
-        group = Group()
-    else:
-        if getattr(mpu, "get_model_parallel_world_size", lambda: 1)() > 1:
-            raise UnsupportedError(
-                "mpu with a model-parallel size over 1 is not in this release: gradient norms and overflow would have "
-                "to be taken over its group. Its data-parallel group is honoured"
-            )
-        group = Group(mpu.get_data_parallel_group())
     if mesh_param is not None and mesh_param[0] != group.size:
         raise ConfigError(f"mesh_param={tuple(mesh_param)} does not match the {group.size} data-parallel ranks")
-    return group
 
 
 def _build_parts(
     settings: DeepSpeedConfig,
     group: Group,
+    replica: Replica,
     model: torch.nn.Module,
     optimizer: Any,
     model_parameters: Parameters | None,
@@ -188,11 +182,11 @@ def _build_parts(
     named = name_parameters(model, param_groups)
     trained = [entry for entry in named if entry.param.requires_grad]
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
-    offload = make_offload(settings, group)
+    offload = make_offload(settings, Group())
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
     lodging = Lodging(offload.home, offload.grads, run_numel)
-    schedule, frozen, parameters = _make_schedule(settings, plan, group, model, trained, precision, lodging)
+    schedule, frozen, parameters = _make_schedule(settings, plan, group, replica, model, trained, precision, lodging)
     scaler = make_loss_scaler(settings, precision)
     wrapped = None
     if base is not None:
@@ -219,6 +213,7 @@ def _build_parts(
         parameters=parameters,
         frozen=frozen,
         offload=offload,
+        replica=replica,
     )
 
 
@@ -226,6 +221,7 @@ def _make_schedule(
     settings: DeepSpeedConfig,
     plan: ShardingPlan,
     group: Group,
+    replica: Replica,
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
     precision: Precision,
@@ -249,6 +245,7 @@ def _make_schedule(
         grad_dtype=precision.grad_dtype,
         overlap=zero.overlap_comm is not False,
         lodging=lodging,
+        replica=replica,
     )
     frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]

@@ -121,6 +121,16 @@ class Group:
         self.tags = itertools.count(1)
         """Numbers for collectives that must not be mixed up; ranks that take them in the same order get the same."""
 
+    @classmethod
+    def alone(cls, logger: CommsLogger | None = None) -> Group:
+        """This process alone, whatever the world is: nothing is communicated."""
+        group = cls.__new__(cls)
+        group.process_group, group.logger = None, comms_logger if logger is None else logger
+        group.rank, group.size, group.backend = 0, 1, "none"
+        group.ranks = [dist.get_rank() if dist.is_initialized() else 0]
+        group.tags = itertools.count(1)
+        return group
+
     @property
     def averages(self) -> bool:
         """Whether the backend itself can average (`ReduceOp.AVG`)."""

@@ -18,6 +18,7 @@ from deepspeedlite.comm import Group
 from deepspeedlite.errors import ConfigError, UnsupportedError
 from deepspeedlite.log import log_dist, log_once, logger
 from deepspeedlite.profiling.memory import current_device, memory_breakdown
+from deepspeedlite.zero.replica import is_model_parallel_parameter
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -99,11 +100,6 @@ def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------
-
-
-def is_model_parallel_parameter(p: torch.Tensor) -> bool:
-    """Whether a parameter is one rank's piece of a tensor-parallel one, as Megatron marks it."""
-    return bool(getattr(p, "model_parallel", False) or getattr(p, "tensor_model_parallel", False))
 
 
 def clip_grad_norm_(

@@ -13,7 +13,7 @@ optimizer leaves zeros there. No torch in this file: it is plain integers, teste
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -127,4 +127,21 @@ class FlatLayout:
             start, stop = max(slot.start, run.start), min(slot.stop, run.stop)
             if start < stop:
                 found.append(Segment(slot, start - run.start, stop - run.start))
+        return found
+
+    def spans(self, index: int, wanted: Collection[str]) -> list[tuple[int, int]]:
+        """The elements of the parameters named, in the coordinates of shard `index`: the fewest ranges, with gaps.
+
+        All of the shard is one range, whoever is wanted of all; a range begins or ends only beside what is not.
+        """
+        begin, end = self.shard(index)
+        edges = [slot.start for slot in self.slots[1:]]
+        found: list[tuple[int, int]] = []
+        for slot, start, stop in zip(self.slots, [0, *edges], [*edges, self.numel]):
+            start, stop = max(start, begin) - begin, min(stop, end) - begin
+            if slot.name not in wanted or start >= stop:
+                continue
+            if found and found[-1][1] == start:
+                start = found.pop()[0]
+            found.append((start, stop))
         return found

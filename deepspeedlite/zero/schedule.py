@@ -19,6 +19,7 @@ import torch
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
 from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.replica import Replica
 from deepspeedlite.zero.unit import GradState, Lodging, ReducePolicy, ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -35,6 +36,7 @@ class GradientSchedule:
         grad_dtype: dtype in which gradients accumulate; each parameter's own if None.
         overlap: launch a unit as soon as it is complete rather than at the end of the pass.
         lodging: where the units' states are kept.
+        replica: the ranks whose gradients are one model's, for its norm and its overflow.
     """
 
     def __init__(
@@ -46,8 +48,10 @@ class GradientSchedule:
         grad_dtype: torch.dtype | None = None,
         overlap: bool = True,
         lodging: Lodging | None = None,
+        replica: Replica | None = None,
     ) -> None:
         self._lodging = lodging
+        self.replica = replica or Replica()
         self.plan = plan or ShardingPlan()
         self.group: Group = policy.group
         self._overlap = overlap
@@ -64,6 +68,7 @@ class GradientSchedule:
         self.on_pass_end: Callable[[], None] = lambda: None
         self._policy, self._grad_dtype = policy, grad_dtype
         self.units: list[ShardUnit] = []
+        self._counted: list[list[slice]] = []  # per unit: what of this rank's shard the model's norm takes from here
         for bucket, sharded in buckets:
             self._add_unit(bucket, sharded)
 
@@ -78,6 +83,8 @@ class GradientSchedule:
         )
         unit.on_complete, unit.is_nested = self._launch_complete, self._is_nested
         unit.on_unannounced = lambda: self.on_unannounced()
+        counted = {slot.name for slot, param in unit.slots if self.replica.counts(param)}
+        self._counted.append([slice(*span) for span in unit.layout.spans(unit.index, counted)])
         self.units.append(unit)
 
     def add_units(self, buckets: Sequence[Sequence[NamedParameter]]) -> list[ShardUnit]:
@@ -166,34 +173,40 @@ class GradientSchedule:
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """The 2-norm of all gradients as the buffers hold them: a 0-dim tensor, fp32 (fp64 for fp64 gradients).
+        """The 2-norm of the model's gradients as the buffers hold them: a 0-dim tensor, fp32 (fp64 for fp64 gradients).
 
-        Collective where gradients are sharded.
+        Collective where gradients are sharded, and over the replica.
         """
         norms = [
             torch.linalg.vector_norm(piece, dtype=_norm_dtype(unit))
-            for unit in self.units
-            if unit.numel
-            for piece in _norm_pieces(unit.grad_shard)
+            for unit, counted in zip(self.units, self._counted)
+            for span in counted
+            for piece in _norm_pieces(unit.grad_shard[span])
         ]
         dtype = norms[0].dtype if norms else torch.float32
         device = self.units[0].device if self.units else None
         total = torch.zeros((), dtype=dtype, device=device)
         if norms:
             total = torch.linalg.vector_norm(torch.stack([norm.to(total.device, dtype) for norm in norms]))
-        if self.plan.shard_optimizer:
+        for group in self._norm_groups():
             total = total.square()
-            self.group.all_reduce(total)
+            group.all_reduce(total)
             total = total.sqrt()
         return total
 
+    def _norm_groups(self) -> list[Group]:
+        """Over which ranks the squares of norms are summed, one group after another."""
+        groups = [self.group] if self.plan.shard_optimizer else []
+        return groups + [self.replica.group] * (self.replica.group.size > 1)
+
     def overflowed(self) -> list[str]:
-        """Names of the parameters whose gradients are not finite. Collective where gradients are sharded."""
+        """Names, as in checkpoints, of the model's parameters with gradients that are not finite. As `grad_norm`."""
         mine = [name for unit in self.units for name in unit.overflowed()]
-        if not self.plan.shard_optimizer:
-            return mine
-        everyone = {name for names in self.group.all_gather_objects(mine) for name in names}
-        return [slot.name for unit in self.units for slot in unit.layout.slots if slot.name in everyone]
+        if self.plan.shard_optimizer:
+            everyone = {name for names in self.group.all_gather_objects(mine) for name in names}
+            mine = [slot.name for unit in self.units for slot in unit.layout.slots if slot.name in everyone]
+        parts = self.replica.group.all_gather_objects([self.replica.name_prefix + name for name in mine])
+        return list(dict.fromkeys(name for names in parts for name in names))
 
     def share_values(self, in_flight_numel: int) -> None:
         """After a step wrote this rank's shards: make values that stay whole equal on all ranks again.

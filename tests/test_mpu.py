@@ -1,0 +1,236 @@
+"""Model parallelism by an mpu object: two-way tensor parallel x two-way data parallel against one unsharded process."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.distributed as dist
+from harness import distributed
+from tensor_parallel import Grid, NewMpu, OldMpu, batch, parallel_model, piece_of, whole_model
+
+import deepspeedlite
+from deepspeedlite.errors import DistributedError
+from deepspeedlite.utils import groups
+from deepspeedlite.zero import GatheredParameters
+from deepspeedlite.zero.layout import FlatLayout
+from deepspeedlite.zero.replica import groups_of
+
+HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
+CLIP = 0.25
+DTYPES = {
+    "fp32": ({}, None, 2e-6),
+    "bf16": ({"bf16": {"enabled": True}}, torch.bfloat16, 2e-2),
+    "fp16": ({"fp16": {"enabled": True, "initial_scale_power": 8}}, torch.float16, 2e-3),
+}
+
+
+def config(stage: int, dtype: str = "fp32", accumulation: int = 1, **more) -> dict:
+    return {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": CLIP,
+        "optimizer": {"type": "SGD", "params": dict(HYPER)},
+        "zero_optimization": {
+            "stage": stage,
+            "reduce_bucket_size": 200,
+            "stage3_param_persistence_threshold": 8,
+            "stage3_max_reuse_distance": 0,
+        },
+        **DTYPES[dtype][0],
+        **more,
+    }
+
+
+class Unsharded:
+    """The whole model on one process: fp32 masters beside a model in the precision asked for."""
+
+    def __init__(self, dtype: torch.dtype | None, seed: int = 0) -> None:
+        self.model = whole_model(seed)
+        self.masters = [param.detach().clone() for param in self.model.parameters()]
+        self.optimizer = torch.optim.SGD(self.masters, **HYPER)
+        self.dtype = dtype
+        self.model.to(dtype)
+
+    def step(self, step: int, accumulation: int, ranks: int) -> tuple[float, float]:
+        """The mean loss, and the gradients' norm before clipping."""
+        share = 1.0 / (accumulation * ranks)
+        total = 0.0
+        self.model.zero_grad()
+        for micro in range(accumulation):
+            for rank in range(ranks):
+                x, y = batch(step, micro, rank)
+                loss = self.model(x.to(self.dtype), y)
+                loss.backward()
+                total += loss.item() * share
+        for master, param in zip(self.masters, self.model.parameters()):
+            master.grad = param.grad.float() * share
+        norm = torch.nn.utils.clip_grad_norm_(self.masters, CLIP)
+        self.optimizer.step()
+        with torch.no_grad():
+            for master, param in zip(self.masters, self.model.parameters()):
+                param.copy_(master)
+        return total, norm.item()
+
+
+def engine_of(model, settings: dict, mpu, **more):
+    engine, *_ = deepspeedlite.initialize(model=model, config=settings, mpu=mpu, **more)
+    groups.initialize()  # the next test of this process has other groups
+    return engine
+
+
+def take_step(engine, step: int, accumulation: int = 1, dtype: torch.dtype | None = None) -> float:
+    """One step on this rank's data; the mean loss of all."""
+    total = torch.zeros(())
+    group = engine.mpu.get_data_parallel_group()
+    for micro in range(accumulation):
+        x, y = batch(step, micro, dist.get_rank(group))
+        loss = engine(x.to(dtype), y)
+        engine.backward(loss)
+        engine.step()
+        total += loss.detach() / accumulation
+    dist.all_reduce(total, group=group)
+    return total.item() / dist.get_world_size(group)
+
+
+def assert_trained_alike(engine, reference: Unsharded, grid: Grid, tolerance: float) -> None:
+    whole = dict(reference.model.named_parameters())
+    with GatheredParameters(list(engine.module.parameters())):
+        for name, param in engine.module.named_parameters():
+            expected = piece_of(name, whole[name], grid.rank, grid.size)
+            torch.testing.assert_close(param, expected, atol=tolerance, rtol=tolerance, msg=lambda m: f"{name}: {m}")  # noqa: B023
+
+
+def everywhere(value: object) -> list:
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@pytest.mark.slow_unless(stage=(0, 3), dtype=("fp32", "fp16"))
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@distributed(4)
+def test_the_trajectory_is_the_unsharded_ones(stage, dtype, accumulation):
+    grid = Grid()
+    _, torch_dtype, tolerance = DTYPES[dtype]
+    mpu = (OldMpu if stage % 2 else NewMpu)(grid)
+    engine = engine_of(parallel_model(grid), config(stage, dtype, accumulation), mpu)
+    assert engine.train_batch_size() == 4 * accumulation * 2
+    reference = Unsharded(torch_dtype)
+    for step in range(5):
+        expected_loss, expected_norm = reference.step(step, accumulation, 2)
+        assert take_step(engine, step, accumulation, torch_dtype) == pytest.approx(expected_loss, rel=tolerance)
+        norm = engine.get_global_grad_norm()
+        assert norm == pytest.approx(expected_norm, rel=tolerance) and norm > 2 * CLIP
+        assert len(set(everywhere(norm))) == 1
+    assert_trained_alike(engine, reference, grid, tolerance)
+
+
+@pytest.mark.slow_unless(stage=(0, 2))
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@distributed(4)
+def test_an_overflow_on_one_model_parallel_rank_is_everyones(stage):
+    """Of a piece that rank 1 alone has; its loss stays finite, so that no other rank's gradients show it."""
+    grid = Grid()
+    model = parallel_model(grid)
+    engine = engine_of(model, config(stage, "fp16"), OldMpu(grid))
+    take_step(engine, 0, dtype=torch.float16)
+    with GatheredParameters(list(model.parameters())):
+        before = [param.detach().clone() for param in model.parameters()]
+    spoil = model.up.bias.register_hook(lambda grad: grad * float("inf")) if dist.get_rank() == 1 else None
+    take_step(engine, 1, dtype=torch.float16)
+    assert everywhere((engine.skipped_steps, engine.loss_scale, engine.was_step_applied())) == [(1, 256.0, False)] * 4
+    with GatheredParameters(list(model.parameters())):
+        assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
+    if spoil is not None:
+        spoil.remove()
+    take_step(engine, 2, dtype=torch.float16)
+    assert everywhere((engine.skipped_steps, engine.was_step_applied())) == [(1, True)] * 4
+
+
+@distributed(4)
+def test_a_copy_of_what_another_rank_holds_counts_nowhere():
+    """As of layers that are tied over pipeline stages: here of the head, which rank 0 of each replica counts."""
+    grid = Grid()
+    model = parallel_model(grid)
+    if grid.rank == 0:
+        model.head.weight.ds_pipe_replicated = True
+    engine = engine_of(model, config(1), NewMpu(grid))
+    take_step(engine, 0)
+    whole = whole_model()
+    (sum(whole(*batch(0, 0, rank)) for rank in range(2)) / 2).backward()
+    grads = [param.grad.norm() for name, param in whole.named_parameters() if name != "head.weight"]
+    assert engine.get_global_grad_norm() == pytest.approx(torch.stack(grads).norm().item(), rel=2e-6)
+
+
+class Partly(NewMpu):
+    """Without some methods, or with others in their place."""
+
+    def __init__(self, grid: Grid, without: tuple[str, ...] = (), **instead) -> None:
+        super().__init__(grid)
+        self.without, self.instead = without, instead
+
+    def __getattribute__(self, name: str):
+        if name.startswith("get_") and name in self.instead:
+            return lambda: self.instead[name]
+        if name.startswith("get_") and name in self.without:
+            raise AttributeError(name)
+        return super().__getattribute__(name)
+
+
+@distributed(4)
+def test_an_mpu_that_cannot_be_used_is_told_on_every_rank():
+    grid = Grid()
+    world = dist.group.WORLD
+    model, tensor = "get_model_parallel_group", "get_tensor_model_parallel_group"
+    lacking = [
+        (Partly(grid, ("get_data_parallel_group",)), r"has no method get_data_parallel_group\(\)"),
+        (Partly(grid, (tensor,)), rf"has no method {model}\(\) or {tensor}\(\)"),
+        (
+            Partly(grid, (tensor,), get_pipeline_model_parallel_world_size=2, get_model_parallel_group=grid.model),
+            rf"has no method {tensor}\(\) or get_slice_parallel_group",
+        ),
+        (Partly(grid, get_data_parallel_group=world), r"do not make up the world of 4 ranks.*\[0, 1, 2, 3\]"),
+        (Partly(grid, get_tensor_model_parallel_group=grid.data), "do not make up the world"),
+        (Partly(grid, get_tensor_model_parallel_world_size=1, get_model_parallel_group=None), "do not make up the"),
+        (
+            Partly(
+                grid,
+                get_pipeline_model_parallel_world_size=2,
+                get_model_parallel_group=grid.model,
+                get_tensor_model_parallel_group=grid.data,
+            ),
+            "tensor-parallel group .* is no part of",
+        ),
+    ]
+    for mpu, told in lacking:
+        with pytest.raises(DistributedError, match=told):
+            groups_of(mpu)
+    mine = dist.new_group([2, 3])
+    with pytest.raises(DistributedError, match=r"rank 0: rank 0 is not in the group that its own mpu.get_data_par"):
+        groups_of(Partly(grid, get_data_parallel_group=mine))
+    group, replica = groups_of(Partly(grid, ("get_tensor_model_parallel_group",), get_model_parallel_group=grid.model))
+    assert (group.size, replica.group.size, replica.tensor.size, replica.part, replica.parts) == (2, 2, 2, grid.rank, 2)
+    group, replica = groups_of(None)
+    assert (group.size, replica.group.size, replica.group.ranks, replica.name_prefix) == (4, 1, [dist.get_rank()], "")
+
+
+@pytest.mark.parametrize("shards", [1, 2, 3])
+def test_spans_are_the_fewest_ranges_of_what_is_wanted(shards):
+    layout = FlatLayout([("a", (70,), 0), ("b", (64,), 0), ("c", (3,), 1), ("d", (200,), 1)], shards)
+    whole = [[(0, layout.shard_numel)]] * shards
+    assert [layout.spans(index, {"a", "b", "c", "d"}) for index in range(shards)] == whole
+    assert not any(layout.spans(index, ()) for index in range(shards))
+    for wanted in ({"a"}, {"b", "c"}, {"a", "d"}, {"d"}):
+        covered = set()
+        for index in range(shards):
+            found = layout.spans(index, wanted)
+            assert all(stop < start for (_, stop), (start, _) in itertools.pairwise(found))
+            begin, _ = layout.shard(index)
+            covered |= {begin + i for start, stop in found for i in range(start, stop)}
+        slots = {slot.name: set(range(slot.start, slot.stop)) for slot in layout.slots}
+        assert set().union(*(slots[name] for name in wanted)) <= covered
+        assert not covered & set().union(*(own for name, own in slots.items() if name not in wanted))
