@@ -115,7 +115,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
             names = {id(param): name for name, param in module.named_parameters()}
             self.optimizer.name_of = lambda param: names.get(id(param))
         self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
-        ranks = Ranks(parts.group)
+        ranks = Ranks()
         self._saver, self._loader = Saver(self, ranks), Loader(self, ranks)
         self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
 

@@ -100,7 +100,13 @@ class GivesWeights:
         return self._parts.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
-        return consolidated_state_dict(self.module, self._parts.group, exclude_frozen_parameters)
+        """The weights on the first rank of each part of the model that keeps its own names; see `zero.replica`."""
+        group, replica = self._parts.group, self._parts.replica
+        state = consolidated_state_dict(self.module, group, exclude_frozen_parameters)
+        if state is None or replica.parts == replica.group.size:
+            return state
+        held = replica.group.gather_objects(state)
+        return {name: weight for part in reversed(held) for name, weight in part.items()} if held else None
 
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False
@@ -122,6 +128,8 @@ class GivesWeights:
     ) -> bool:
         """Write the weights, in the dtype that the model computes in, to one file that `torch.load` reads. Collective.
 
+        Model-parallel ranks write a file each, with `mp_rank_00_` and so on before its name.
+
         Returns:
             whether they were written: at stage 3 only where `stage3_gather_16bit_weights_on_model_save` is true.
         """
@@ -131,13 +139,15 @@ class GivesWeights:
             )
             return False
         state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-        problem: str | None = None
+        replica = self._parts.replica
+        path = Path(save_dir) / f"{replica.name_prefix.replace('.', '_')}{save_filename}"
+        problem = ""
         if state is not None:
             try:
-                write_weights(state, Path(save_dir) / save_filename)
+                write_weights(state, path)
             except OSError as error:
-                problem = str(error)
-        problem = self._parts.group.broadcast_object(problem)
-        if problem:
-            raise EngineStateError(f"save_16bit_model could not write {Path(save_dir) / save_filename}: {problem}")
+                problem = f"{path}: {error}"
+        problems = replica.group.all_gather_objects(self._parts.group.broadcast_object(problem))
+        if any(problems):
+            raise EngineStateError(f"save_16bit_model could not write {next(filter(None, problems))}")
         return True

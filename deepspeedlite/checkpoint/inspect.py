@@ -63,7 +63,8 @@ def describe(reader: Reader) -> dict[str, Any]:
 def _describe_run(reader: Reader) -> dict[str, Any]:
     manifest = reader.manifest
     run = {"path": str(reader.path), "tag": manifest.tag, "global_steps": manifest.global_steps}
-    return {**run, "stage": manifest.stage, "world_size": manifest.world_size}
+    ranks = {"world_size": manifest.world_size, "model_parallel": manifest.model_parallel}
+    return {**run, "stage": manifest.stage, **ranks}
 
 
 def _describe_parameter(reader: Reader, parameter: Parameter) -> dict[str, Any]:
@@ -105,7 +106,8 @@ def _inspect(args: argparse.Namespace) -> int:
 
 
 def _run_in_words(run: dict[str, Any]) -> str:
-    return f"step {run['global_steps']}, ZeRO stage {run['stage']}, world size {run['world_size']}"
+    split = f", model-parallel size {run['model_parallel']}" if run["model_parallel"] > 1 else ""
+    return f"step {run['global_steps']}, ZeRO stage {run['stage']}, world size {run['world_size']}{split}"
 
 
 def _row_of(parameter: dict[str, Any], files: Sequence[str]) -> tuple[str, ...]:

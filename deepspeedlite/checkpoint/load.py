@@ -6,7 +6,7 @@ Files are verified, each by one rank, and the model is compared with the manifes
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -66,7 +66,9 @@ class Loader:
             reader = opened[0]
             files = list(reader.manifest.files)
             self._ranks.each(what, lambda: reader.verify(files[self._ranks.rank :: self._ranks.size]))
-            self._ranks.each(what, lambda: self._check(reader, options))
+            told = self._ranks.each(what, lambda: self._match(reader))
+            foreign = self._ranks.first(what, lambda: _foreign(reader, told))
+            self._ranks.each(what, lambda: self._check(reader, foreign, options))
             self._ranks.each(what, lambda: self._restore(reader, options))
             client_state = reader.state("client_state") or {}
         finally:
@@ -84,10 +86,17 @@ class Loader:
 
     # --- before anything is changed -------------------------------------------------------------------------------
 
-    def _check(self, reader: Reader, options: LoadOptions) -> None:
-        engine, manifest = self._engine, reader.manifest
+    def _match(self, reader: Reader) -> set[str]:
+        """Find this rank's parameters in the checkpoint; their names, from the first of those ranks that hold them."""
+        engine, manifest, replica = self._engine, reader.manifest, self._engine._parts.replica
         if any(owner.holds for owner in owners(engine)):
             raise CheckpointError("load_checkpoint inside GatheredParameters or a forward pass; leave it first")
+        if manifest.model_parallel != replica.parts:
+            raise CheckpointError(
+                f"the checkpoint is of model-parallel size {manifest.model_parallel} and this run of {replica.parts}: "
+                "what was saved of a parameter are the pieces of that many ranks; start as many per model (the number "
+                "of models may differ)"
+            )
         self._names: dict[str, Parameter] = {}
         self.mismatches = []
         entries, self._buffers = parameters_of(engine)
@@ -100,10 +109,12 @@ class Loader:
                 self.mismatches.append(f"{entry.name} has shape {entry.shape}, in the checkpoint {found.shape}")
             else:
                 self._names[entry.name] = found
-        mine = {name for entry in entries for name in (entry.name, *entry.tied)}
-        for parameter in manifest.parameters:
-            if not mine & {parameter.name, *parameter.tied}:
-                self.mismatches.append(f"{parameter.name} is in the checkpoint and not in the model")
+        if engine._parts.group.rank != 0:
+            return set()
+        return {name for entry in entries for name in (entry.name, *entry.tied)}
+
+    def _check(self, reader: Reader, foreign: list[str], options: LoadOptions) -> None:
+        self.mismatches += [f"{name} is in the checkpoint and not in the model" for name in foreign]
         if self.mismatches:
             listed = "\n  ".join(self.mismatches)
             if options.strict and options.custom_load_fn is None:
@@ -194,9 +205,11 @@ class Loader:
 
     def _load_by(self, custom_load_fn: Callable[..., Any], reader: Reader) -> None:
         weights = {}
+        prefix = self._engine._parts.replica.name_prefix
         for parameter in reader.manifest.parameters:
-            weight = reader.read(parameter, WEIGHT).view(parameter.shape)
-            weights.update(dict.fromkeys((parameter.name, *parameter.tied), weight))
+            if parameter.name.startswith(prefix):
+                weight = reader.read(parameter, WEIGHT).view(parameter.shape)
+                weights.update({name.removeprefix(prefix): weight for name in (parameter.name, *parameter.tied)})
         for owner in owners(self._engine):
             owner.hold()
         custom_load_fn(src=weights, dst=self._engine.module)
@@ -228,6 +241,12 @@ class Loader:
                     self._buffers[name].copy_(buffer)
         elif saved_rngs and self._ranks.rank == 0:
             logger.info("random numbers go on anew: the checkpoint was saved by %d ranks", len(saved_rngs))
+
+
+def _foreign(reader: Reader, told: Sequence[set[str]]) -> list[str]:
+    """What of the checkpoint no rank has, by the names that they told of."""
+    known = set().union(*told)
+    return [p.name for p in reader.manifest.parameters if not known & {p.name, *p.tied}]
 
 
 def restore_rng(state: dict[str, Any]) -> None:

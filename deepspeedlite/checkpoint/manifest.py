@@ -74,6 +74,7 @@ class Manifest:
     stage: int = 0
     global_steps: int = 0
     frozen_excluded: bool = False
+    model_parallel: int = 1  # ranks that each have parameters of their own, named mp_rank_00.* and so on if several
     optimizer: str | None = None  # class name
     param_groups: list[dict[str, Any]] = field(default_factory=list)
     # engine (counters), config, lr_scheduler, loss_scaler, dataloader, rng (a list, one per rank), client_state

@@ -58,11 +58,18 @@ def _parts(layout: FlatLayout, run: Any) -> list[Part]:
 
 
 def flats_of(engine: Any, change: bool = False) -> Iterator[Flat]:
-    """This rank's flats of all parameters.
+    """This rank's flats of all parameters, under their names in checkpoints.
 
     With `change` the caller writes to them: every tensor is then in memory until the next flat is asked for, and
     `master` is the key of its states in the optimizer.
     """
+    prefix = engine._parts.replica.name_prefix
+    for flat in _flats(engine, change):
+        flat.parts = [part._replace(name=prefix + part.name) for part in flat.parts]
+        yield flat
+
+
+def _flats(engine: Any, change: bool) -> Iterator[Flat]:
     parts = engine._parts
     for unit in parts.schedule.units:
         yield from _of_unit(unit, parts.optimizer.state if parts.optimizer is not None else {}, change)
@@ -110,7 +117,16 @@ def _of_unit(unit: ShardUnit, states: Mapping[torch.Tensor, dict[str, Any]], cha
 
 
 def parameters_of(engine: Any, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
-    """All parameters and persistent buffers, and the buffers' tensors by name."""
+    """This rank's parameters and persistent buffers, and the buffers' tensors, under their names in checkpoints."""
+    entries, buffers = _named(engine)
+    prefix = engine._parts.replica.name_prefix
+    for entry in entries:
+        entry.name, entry.tied = prefix + entry.name, [prefix + name for name in entry.tied]
+    kept = [entry for entry in entries if entry.trainable or entry.buffer or not exclude_frozen]
+    return kept, {prefix + name: buffer for name, buffer in buffers.items()}
+
+
+def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
     module = engine.module
     names: dict[int, list[str]] = {}
     entries: dict[str, Parameter] = {}
@@ -128,8 +144,6 @@ def parameters_of(engine: Any, exclude_frozen: bool = False) -> tuple[list[Param
             dtype = str(param.dtype).removeprefix("torch.")
             entry = entries.setdefault(known, Parameter(known, slot.shape, dtype, param.requires_grad))
             entry.group, entry.position = slot.group, positions.get(known)
-    if exclude_frozen:
-        entries = {name: entry for name, entry in entries.items() if entry.trainable}
     buffers: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
     for path, part in module.named_modules(remove_duplicate=False):

@@ -26,6 +26,7 @@ from deepspeedlite.checkpoint.model import Flat, flats_of, parameters_of
 from deepspeedlite.checkpoint.tag import TagWriter, check_tag
 from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
 from deepspeedlite.checkpoint.together import Ranks
+from deepspeedlite.checkpoint.union import Holding, unite
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
 from deepspeedlite.memory.disk import Stored
@@ -140,15 +141,23 @@ class Saver:
         self._ranks.meet("save_checkpoint")
         asked = f"global_step{self._engine.global_steps}" if tag is None else tag
         part = RankPart(f"rank_{self._ranks.rank:05d}.safetensors")
-        tags = self._ranks.each("save_checkpoint", lambda: check_tag(asked))
-        tag, first_buffers = self._ranks.first(
-            "save_checkpoint", lambda: (self._agreed(tags), checksums(parameters_of(self._engine)[1]))
-        )
+        told = self._ranks.each("save_checkpoint", lambda: (check_tag(asked), self._holding(exclude_frozen)))
+        entries: list[Parameter] = []  # of all ranks together, on rank 0
+
+        def agree() -> tuple[str, dict[str, int], dict[int, set[str]]]:
+            united = unite([holding for _, holding in told if holding is not None])
+            entries.extend(united.entries)
+            return self._agreed([tag for tag, _ in told]), united.checksums, united.left_out
+
+        tag, first_buffers, left_out = self._ranks.first("save_checkpoint", agree)
+        elsewhere = left_out.get(self._engine._parts.group.ranks[0], set())
         what = f"saving checkpoint {tag} to {save_dir}"
         collected: list[Manifest] = []
 
         def collect() -> None:
-            collected.append(self._collect(part, client_state, exclude_frozen, first_buffers))
+            collected.append(self._collect(part, exclude_frozen, first_buffers, elsewhere))
+            if self._ranks.rank == 0:
+                self._describe_run(collected[0], part, client_state or {})
             if self._settings.async_save:
                 self._snapshot(part)
 
@@ -158,7 +167,7 @@ class Saver:
             self._has_read.set()
             raise
         manifest = collected[0]
-        manifest.tag = tag
+        manifest.tag, manifest.parameters = tag, entries
         writer = TagWriter(save_dir, tag, self._settings.fsync)
         if not self._settings.async_save:
             self._finish(writer, part, manifest, save_latest, what)
@@ -190,31 +199,39 @@ class Saver:
             logger.warning("the ranks save under different tags (%s); rank 0's is taken", shown)
         return tags[0]
 
+    def _holding(self, exclude_frozen: bool) -> Holding | None:
+        """What this rank's data-parallel group holds, as its first rank tells."""
+        group = self._engine._parts.group
+        if group.rank != 0:
+            return None
+        entries, buffers = parameters_of(self._engine, exclude_frozen)
+        return Holding(group.ranks[0], entries, checksums(buffers))
+
     def _collect(
-        self, part: RankPart, client_state: dict[str, Any] | None, exclude_frozen: bool, first_buffers: dict[str, int]
+        self, part: RankPart, exclude_frozen: bool, first_buffers: dict[str, int], elsewhere: set[str]
     ) -> Manifest:
-        engine, rank, size = self._engine, self._ranks.rank, self._ranks.size
+        """Put into `part` what this rank writes: its share of what its data-parallel group writes, and its own."""
+        engine, group, replica = self._engine, self._engine._parts.group, self._engine._parts.replica
         for unit in engine._parts.schedule.units:
             unit.verify_attached()
-        if engine._schedule.has_grads and rank == 0:
+        if engine._schedule.has_grads and self._ranks.rank == 0:
             logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
         entries, buffers = parameters_of(engine, exclude_frozen)
-        wanted = {entry.name for entry in entries}
+        wanted = {entry.name for entry in entries} - elsewhere
         for number, flat in enumerate(flats_of(engine)):
             flat.parts = [piece for piece in flat.parts if piece.name in wanted]
             if flat.parts:
-                part.add_flat(number, flat, rank, size)
-        manifest = Manifest(entries, {}, "", size, engine.zero_optimization_stage(), engine.global_steps)
+                part.add_flat(number, flat, group.rank, group.size)
+        manifest = Manifest([], {}, "", self._ranks.size, engine.zero_optimization_stage(), engine.global_steps)
+        manifest.model_parallel = replica.parts
         manifest.frozen_excluded = exclude_frozen
         own = {name: buffers[name] for name, crc in checksums(buffers).items() if crc != first_buffers.get(name)}
         manifest.state["rng"] = encode({**rng_state(), "buffers": own}, "what is this rank's own", part.add_tensor)
-        if rank != 0:
-            return manifest
         for name, buffer in buffers.items():
-            part.tensors[f"buffer.{name}"] = buffer.detach().reshape(-1)
-            piece = Piece(part.file, f"buffer.{name}", 0, 0, buffer.numel())
-            part.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
-        self._describe_run(manifest, part, client_state or {})
+            if group.rank == 0 and name in wanted:
+                part.tensors[f"buffer.{name}"] = buffer.detach().reshape(-1)
+                piece = Piece(part.file, f"buffer.{name}", 0, 0, buffer.numel())
+                part.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
         return manifest
 
     def _describe_run(self, manifest: Manifest, part: RankPart, client_state: dict[str, Any]) -> None:

@@ -75,6 +75,11 @@ def export_to_deepspeed(
     if out.exists():
         raise CheckpointError(f"{out} exists already; name a new folder")
     manifest = reader.manifest
+    if manifest.model_parallel > 1:
+        raise CheckpointError(
+            f"{reader.path} is of model-parallel size {manifest.model_parallel}: an export of the pieces of "
+            "tensor-parallel parameters is not in this release; to_fp32 gives each rank's weights by its own names"
+        )
     stage = manifest.stage if stage is None else stage
     export = _Export(reader, stage, manifest.world_size if world_size is None else world_size)
     files = list(export.files())

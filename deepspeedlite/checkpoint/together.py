@@ -15,7 +15,7 @@ import torch.distributed as dist
 from deepspeedlite import comm
 from deepspeedlite.checkpoint.tensors import bytes_of
 from deepspeedlite.comm import Group, whereabouts
-from deepspeedlite.errors import CheckpointError, UnsupportedError
+from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
 
 _T = TypeVar("_T")
@@ -32,8 +32,8 @@ class Ranks:
     notice rank 0's. Around a ring, some would wait for ranks that live and have failed.
     """
 
-    def __init__(self, group: Group) -> None:
-        self._all = group
+    def __init__(self) -> None:
+        self._all = Group()
         self._own: dist.ProcessGroup | None = None
 
     @property
@@ -52,10 +52,6 @@ class Ranks:
         Raises:
             CheckpointError: after `DEEPSPEED_TIMEOUT`, naming the ranks that did not come.
         """
-        if comm.get_world_size() != self.size:
-            raise UnsupportedError(
-                "checkpoints of a part of the ranks (model parallelism by mpu) are not in this release"
-            )
         if self.size == 1:
             return
         world = dist.group.WORLD

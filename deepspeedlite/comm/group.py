@@ -239,6 +239,14 @@ class Group:
         dist.all_gather_object(gathered, obj, self.process_group)
         return gathered
 
+    def gather_objects(self, obj: _T, dst: int = 0) -> list[_T]:
+        """Every rank's object, in rank order, on rank `dst` of this group; an empty list elsewhere."""
+        if self.size == 1:
+            return [obj]
+        gathered: list[Any] | None = [None] * self.size if self.rank == dst else None
+        dist.gather_object(obj, gathered, group=self.process_group, group_dst=dst)
+        return gathered or []
+
     def broadcast_object(self, obj: _T, src: int = 0) -> _T:
         """The object that rank `src` of this group passed; what other ranks pass is ignored."""
         if self.size == 1:

@@ -349,7 +349,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if ring is None or disk is None or not ring.written_nbytes or self._has_told_wear:
             return
         self._has_told_wear = True
-        ranks = self._schedule.group.size
+        ranks = self._schedule.group.size * self._schedule.replica.group.size
         nbytes = ring.written_nbytes * ranks
         log_dist(
             f"every step writes {nbytes / 2**30:.3g} GiB to {disk.directory} ({ranks} x this rank's): a drive that is "
