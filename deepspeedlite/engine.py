@@ -71,7 +71,7 @@ class EngineParts:
     collate_fn: Callable[..., Any] | None = None
 
 
-def _widen(loss: torch.Tensor) -> torch.Tensor:
+def widen(loss: torch.Tensor) -> torch.Tensor:
     """The loss in a dtype that a loss scale does not push out of range."""
     return loss.float() if loss.dtype.itemsize < 4 else loss
 
@@ -98,6 +98,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
         if self._gathering is not None:
             self._schedule.on_pass_end = self._gathering.end_backward
         self._scaler = parts.scaler
+        self._casts_inputs = parts.precision.cast_inputs
         self._watch = parts.watch
         self.micro_steps = 0
         self.global_steps = 0
@@ -140,7 +141,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
         if recording and self.optimizer is not None:
             self.optimizer.train_thawed()
         watched = self._watch.forward_pass(self.global_steps, self.training and recording)
-        if precision.cast_inputs and precision.model_dtype is not None:
+        if self._casts_inputs and precision.model_dtype is not None:
             inputs = cast_floating(inputs, precision.model_dtype)
             kwargs = cast_floating(kwargs, precision.model_dtype)
         if self._gathering is not None:
@@ -174,24 +175,31 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
         self._check_loss(loss)
         share = 1.0 / self._batch.accumulation if scale_wrt_gas else 1.0
         self._watch.saw_loss(loss)
+        factor = share * self._scaler.scale
+        self._run_backward([widen(loss) * factor if factor != 1.0 else loss], None, retain_graph)
+        return loss.detach() * share if share != 1.0 else loss.detach()
+
+    def _run_backward(
+        self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor] | None, retain_graph: bool = False
+    ) -> None:
+        """A backward pass from tensors that carry loss scale and share of the batch, or from their gradients."""
         with self._watch.phase("backward"):
             self._loss_is_scaled = True
             self._begin_backward()
             try:
-                factor = share * self._scaler.scale
-                (_widen(loss) * factor if factor != 1.0 else loss).backward(retain_graph=retain_graph)
+                if tensors:
+                    torch.autograd.backward(tensors, grads, retain_graph=retain_graph)
             except BaseException:
                 self._abandon_backward()
                 raise
             self._end_backward()
-        return loss.detach() * share if share != 1.0 else loss.detach()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss as `engine.scale(loss).backward()` needs it: its share of the batch times the loss scale."""
         self._check_loss(loss)
         self._watch.saw_loss(loss)
         self._loss_is_scaled = True
-        return _widen(loss) * (self._scaler.scale / self._batch.accumulation)
+        return widen(loss) * (self._scaler.scale / self._batch.accumulation)
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
         """On an accumulation boundary update the parameters, step the schedule and clear the gradients.

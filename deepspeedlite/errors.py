@@ -56,5 +56,9 @@ class LaunchError(DeepSpeedLiteError, RuntimeError):
     """The launcher could not start the ranks."""
 
 
+class PipelineError(DeepSpeedLiteError, RuntimeError):
+    """A pipeline was called as one cannot be, or a stage was to pass on what a pipeline cannot carry, or failed."""
+
+
 class AbsentError(DeepSpeedLiteError, ImportError):
     """A module or name of DeepSpeed's that is not here. The message says why, and what to use instead."""

@@ -9,8 +9,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import sys
 from argparse import ArgumentParser
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -28,6 +30,8 @@ from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
+from deepspeedlite.pipe.engine import PipelineEngine
+from deepspeedlite.pipe.module import PipelineModule, ties_of
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.utils import groups
 from deepspeedlite.watch import StepWatch
@@ -101,7 +105,7 @@ def initialize(
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
-    group, replica = groups_of(mpu)
+    mpu, group, replica = _groups(model, mpu)
     _check_mesh(group, mesh_param)
     settings = load_config(source, world_size=group.size)
     if settings.comms_logger.enabled:
@@ -112,7 +116,7 @@ def initialize(
     parts.mpu, parts.collate_fn = mpu, collate_fn
     if mpu is not None:
         groups.initialize(mpu=mpu)  # what `utils.groups` answers from
-    engine = DeepSpeedEngine(model, parts)
+    engine = PipelineEngine(model, parts) if isinstance(model, PipelineModule) else DeepSpeedEngine(model, parts)
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data)
     _log_summary(engine, parts)
@@ -147,6 +151,17 @@ def _config_source(args: Any, config: Any, config_params: Any) -> Any:
     return first
 
 
+def _groups(model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
+    """The mpu, which a pipeline brings itself, and its groups."""
+    if not isinstance(model, PipelineModule):
+        return mpu, *groups_of(mpu)
+    if mpu is not None:
+        raise ConfigError("a PipelineModule has its own mpu, by its topology: leave mpu= out of initialize")
+    group, replica = groups_of(model.mpu())
+    # Stages name their layers by their places in the whole model: in a checkpoint only tensors' parts are kept apart.
+    return model.mpu(), group, replace(replica, part=replica.tensor.rank, parts=replica.tensor.size)
+
+
 def _check_mesh(group: Group, mesh_param: Sequence[int] | None) -> None:
     if mesh_param is not None and len(mesh_param) > 1 and mesh_param[1] != 1:
         raise UnsupportedError(
@@ -167,6 +182,8 @@ def _build_parts(
 ) -> EngineParts:
     batch = settings.batch(group.size)
     plan = ShardingPlan.from_stage(settings.zero_optimization.stage)
+    if isinstance(model, PipelineModule):
+        model.configure(settings.pipeline.activation_checkpoint_interval, plan.shard_params)
     precision = make_precision(settings)
     device = pick_device(comm.get_local_rank())
     device.make_current()
@@ -247,6 +264,8 @@ def _make_schedule(
         lodging=lodging,
         replica=replica,
     )
+    for unit in schedule.units:
+        unit.twins = next((tie.group for tie in ties_of(model) if tie.holds(unit.params[0])), None)
     frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
     _broadcast_rest(model, group)
@@ -285,7 +304,12 @@ def _make_buckets(
 ) -> tuple[list[tuple[list[NamedParameter], bool]], list[list[NamedParameter]]]:
     """The parameters of each unit in launch order with whether its values are sharded; those of each frozen one."""
     if not plan.shard_params:
-        return [(bucket, False) for bucket in reverse_buckets(trained, zero.reduce_bucket_size)], []
+        apart = [[entry for entry in trained if tie.holds(entry.param)] for tie in ties_of(model)]
+        tied = {entry.name for entries in apart for entry in entries}
+        rest = [entry for entry in trained if entry.name not in tied]
+        buckets = [(bucket, False) for bucket in reverse_buckets(rest, zero.reduce_bucket_size)]
+        # Alike on every stage that has a copy, so that the copies' gradients can be added up.
+        return buckets + [(bucket, False) for entries in apart for bucket in reverse_buckets(entries, sys.maxsize)], []
     everyone = [*trained, *frozen_parameters(model, trained)]
     held = {id(param) for param in model.parameters()}
     persistent, sharded = split_persistent(

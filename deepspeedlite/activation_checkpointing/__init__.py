@@ -229,7 +229,8 @@ def _model_parallel_rank() -> int:
 
 def _model_parallel_group(mpu: Any) -> Group | None:
     method = getattr(mpu, "get_tensor_model_parallel_group", None) or getattr(mpu, "get_model_parallel_group", None)
-    return None if method is None else Group(method())
+    group = None if method is None else method()  # None: nothing is sharded over ranks
+    return None if group is None else Group(group)
 
 
 def __getattr__(name: str) -> Any:

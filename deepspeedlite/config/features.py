@@ -53,7 +53,8 @@ FEATURES: dict[str, Feature] = {
     "activation_checkpointing": SUPPORTED,
     "contiguous_checkpoints": Feature("hint", "changes nothing: the allocator keeps memory whole"),
     # parallelism
-    "pipeline": _later("pipeline parallelism is", "remove the section"),
+    "pipeline": SUPPORTED,
+    "pipeline_tuning": Feature("hint", "changes nothing: the PipelineModule decides it"),
     "tensor_parallel": _later("tensor parallelism is", "set autotp_size to 0"),
     "expert_parallel": _later("expert parallelism is", "set enabled to false"),
     "sequence_parallel": _later("sequence parallelism is", "remove the key"),

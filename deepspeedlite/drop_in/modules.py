@@ -10,7 +10,8 @@ from collections.abc import Mapping
 
 from deepspeedlite.drop_in.entry import Names, at, no, renamed
 
-_NO_PIPELINE = "pipeline parallelism is not in this release; torch.distributed.pipelining has schedules"
+_NO_DUALPIPE = "DualPipeV is not in this release; PipelineModule has the 1F1B and GPipe schedules"
+_ORDER = "the order of passes is a list, made by deepspeedlite.pipe.order; PipelineModule(schedule=) chooses one"
 _NO_MOE = "expert parallelism and its layers are not in this release; models that bring their own experts train"
 _NO_INFERENCE = "inference engines are not in this release; use the trained module itself, or vLLM"
 _NO_TENSOR = "tensor parallelism is not in this release; torch.distributed.tensor.parallel shards modules"
@@ -27,6 +28,8 @@ _MADE = (
     "made by initialize; its methods take what DeepSpeed's take, but for module_state_dict's destination, prefix and "
     "keep_vars, and what compile takes for DeepCompile"
 )
+_PIPELINE = "also takes schedule=; ties all parameters of a tied module; see docs/pipeline.md"
+_PIPELINE_ENGINE = "made by initialize; refuses stage 3; ends a batch that some rank has no data for on all ranks"
 _INIT = "takes nothing of ZeRO++ (quantized weights, hierarchical groups), nor tensor_overrides"
 
 _SAFE = (
@@ -60,8 +63,9 @@ _COLLECTIVES = (
 # Modules of which nothing is here, and all below them.
 ABSENT_MODULES: Mapping[str, str] = {
     "moe": _NO_MOE,
-    "pipe": _NO_PIPELINE,
-    "runtime.pipe": _NO_PIPELINE,
+    "runtime.pipe.schedule": _ORDER,
+    "runtime.pipe.p2p": _INTERNAL,
+    "runtime.pipe.dualpipev": _NO_DUALPIPE,
     "inference": _NO_INFERENCE,
     "module_inject": f"{_NO_INFERENCE}; {_NO_TENSOR}",
     "model_implementations": _NO_INFERENCE,
@@ -140,7 +144,9 @@ MODULES: Mapping[str, Names] = {
     | no(_NO_INFERENCE, "init_inference default_inference_config InferenceEngine DeepSpeedInferenceConfig")
     | no(_NO_INFERENCE, "replace_transformer_layer DeepSpeedHybridEngine")
     | no(_NO_TENSOR, "tp_model_init set_autotp_mode")
-    | no(_NO_PIPELINE, "PipelineModule PipelineEngine DualPipeVModule DualPipeVEngine")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | at("pipe.engine", "PipelineEngine", _PIPELINE_ENGINE)
+    | no(_NO_DUALPIPE, "DualPipeVModule DualPipeVEngine")
     | no(_NO_KERNELS, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig")
     | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
     | no("resolved when heads are split, which is not in this release", "resolve_per_head_muon_after_sharding")
@@ -192,7 +198,8 @@ MODULES: Mapping[str, Names] = {
     | at("profiling.memory", "see_memory_usage")
     | no("optimizer.overflow says whether the last step overflowed", "CheckOverflow")
     | no("engine.get_global_grad_norm()", "get_flattened_grad_norm get_grad_zeros get_weight_norm")
-    | no(_NO_PIPELINE, "partition_uniform partition_balanced prefix_sum_inc PartitionedTensor call_to_str")
+    | at("pipe.partition", "partition_uniform partition_balanced")
+    | no(_INTERNAL, "prefix_sum_inc PartitionedTensor call_to_str")
     | no(_NO_MOE, "get_norm_with_moe_layers get_norm_with_moe_layers_fast"),
     "runtime.compiler": at("compat.helpers", "is_compile_supported")
     | no("use torch.compiler.disable", "disable enable lazy_disable"),
@@ -209,6 +216,21 @@ MODULES: Mapping[str, Names] = {
         "a section of DeepSpeedConfig",
         DeepSpeedActivationCheckpointingConfig="ActivationCheckpointing",
     ),
+    # --- pipelines ----------------------------------------------------------------------------------------------------
+    "pipe": at("pipe", "LayerSpec TiedLayerSpec")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | no(_NO_DUALPIPE, "DualPipeVModule"),
+    "runtime.pipe": at("pipe", "LayerSpec TiedLayerSpec")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | at("pipe.topology", "ProcessTopology"),
+    "runtime.pipe.module": at("pipe", "LayerSpec TiedLayerSpec")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | at("errors", "PipelineError"),
+    "runtime.pipe.engine": at("pipe.engine", "PipelineEngine", _PIPELINE_ENGINE),
+    "runtime.pipe.topology": at(
+        "pipe.topology", "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology"
+    )
+    | at("pipe.topology", "PipelineParallelGrid", "takes a topology; its groups are those of all ranks"),
     # --- ZeRO ---------------------------------------------------------------------------------------------------------
     "runtime.zero": at("zero", "GatheredParameters register_external_parameter ZeroParamStatus")
     | at("zero", "Init", _INIT)

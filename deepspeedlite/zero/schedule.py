@@ -153,6 +153,8 @@ class GradientSchedule:
                 if self.plan.shard_grads:
                     unit.wait_for_reduce()
         self._wait()
+        for unit in self.units:
+            unit.sum_over_twins()
 
     def _wait(self) -> None:
         for unit in self.units:

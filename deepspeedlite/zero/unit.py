@@ -153,6 +153,8 @@ class ShardUnit(FlatValues):
         self.stepper: Stepper | None = None
         self.masters: Sequence[torch.Tensor] = ()
         self.parcels: Sequence[Parcel | None] = ()  # what of each run is on a disk
+        # Ranks that hold the same parameters for another part of the model, and a gradient of their own for them.
+        self.twins: Group | None = None
         label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
         self._reduce_call: dict[str, Any] = {"label": label, "tag": tag}
         self._reduction: Any = None
@@ -390,6 +392,19 @@ class ShardUnit(FlatValues):
         if self._frees:
             self._drop_grads()
             self._filled = [False] * len(self.params)
+
+    @torch.no_grad()
+    def sum_over_twins(self) -> None:
+        """Add the averages of the parts of the model that use these parameters too. Collective over `twins`.
+
+        Their units have the same layout, so that it is enough to add each rank's shard.
+        """
+        if self.twins is None:
+            return
+        there = self.grad_shard.to(self.device)
+        self.twins.all_reduce(there, label=self._reduce_call["label"])
+        if there is not self.grad_shard:
+            self.grad_shard.copy_(there)
 
     def clear(self) -> None:
         """Forget the gradients. Nothing is written: the next window's first copy overwrites them."""

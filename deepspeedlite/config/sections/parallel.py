@@ -108,13 +108,13 @@ class Pipeline(Section):
 
     FEATURE = "pipeline"
 
-    stages: Literal["auto"] | Int = key("auto", "Number of stages.")
-    partition: Text = key("best", "How layers are spread over them.")
-    seed_layers: Flag = key(False, "Seed every layer on its own.")
+    stages: Literal["auto"] | Int = key("auto", "Number of stages.", feature="pipeline_tuning")
+    partition: Text = key("best", "How layers are spread over them.", feature="pipeline_tuning")
+    seed_layers: Flag = key(False, "Seed every layer on its own.", feature="pipeline_tuning")
     activation_checkpoint_interval: Int = key(0, "Layers between checkpoints; 0: none.", ge=0)
-    pipe_partitioned: Flag = key(True, "Send activations sharded.")
-    grad_partitioned: Flag = key(True, "Send gradients sharded.")
-    use_reentrant: Flag | None = key(None, "Use torch's reentrant checkpoint.")
+    pipe_partitioned: Flag = key(True, "Send activations sharded.", feature="pipeline_tuning")
+    grad_partitioned: Flag = key(True, "Send gradients sharded.", feature="pipeline_tuning")
+    use_reentrant: Flag | None = key(None, "Use torch's reentrant checkpoint.", feature="pipeline_tuning")
 
 
 class HybridEngine(Section):

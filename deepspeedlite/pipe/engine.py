@@ -1,0 +1,290 @@
+"""The engine of a PipelineModule: `train_batch` and `eval_batch` pass micro-batches through the stages.
+
+Every rank follows its stage's order of passes (`order.py`). What is left to the base engine: gradients that accumulate
+over the micro-batches and are averaged over the replicas in the last one's backward pass, the step, and checkpoints.
+
+[Note: batches are fetched before the first pass]
+The first stage reads inputs and the last one labels, each from its own iterator. Were one of them, or one replica, to
+find its iterator empty in the middle of a batch, the others would wait for it for good. So both fetch all micro-batches
+first, and all ranks agree that they have them; a StopIteration or an error is then raised on every rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NoReturn
+
+import torch
+
+from deepspeedlite.comm import Group
+from deepspeedlite.compat.helpers import move_to_device
+from deepspeedlite.data import RepeatingLoader
+from deepspeedlite.engine import DeepSpeedEngine, EngineParts, widen
+from deepspeedlite.errors import PipelineError
+from deepspeedlite.pipe.channel import Mail
+from deepspeedlite.pipe.module import PipelineModule
+
+_READY, _EXHAUSTED, _FAILED = 0, 1, 2
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """Trains a PipelineModule. Made by `initialize`."""
+
+    module: PipelineModule
+
+    def __init__(self, module: PipelineModule, parts: EngineParts) -> None:
+        super().__init__(module, parts)
+        self.grid = module.mpu()
+        self.num_stages, self.stage_id = module.num_stages, module.stage_id
+        self._casts_inputs = parts.precision.cast_inputs and self.is_first_stage()
+        self._pipe = Group(self.grid.get_pipe_parallel_group())
+        self._mail = Mail(self.grid, self.device, module.order, module.dynamic_shape)
+        self._batches: Iterator[Any] | None = None
+        self._split: Callable[[Any], Any] = lambda batch: batch
+
+    # --- what a script calls ----------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """Train on one batch: `gradient_accumulation_steps` micro-batches through all stages, then a step.
+
+        Args:
+            data_iter: gives (inputs, labels) of a micro-batch, each a tensor or a tuple of tensors. Read by the first
+                and the last stage alone. If None: what `set_dataiterator` was given, or the loader of `initialize`.
+
+        Returns:
+            the loss, averaged over micro-batches and replicas: a 0-dim fp32 tensor, the same on every rank.
+
+        Raises:
+            StopIteration: the iterator ended before the batch was complete, on some rank; nothing was trained.
+            PipelineError: a batch, or what a stage returns, is not what a pipeline can carry.
+        """
+        self._check_alive("train_batch")
+        self.module.train()
+        count = self.micro_batches
+        batches = self._fetch(data_iter, count)
+        self._mail.begin_batch(count)
+        losses: list[torch.Tensor] = []
+        held: dict[int, tuple[Any, Any]] = {}
+        for kind, index in self.module.order(self.num_stages, self.stage_id, count):
+            if kind == "forward":
+                inputs, output, loss = self._forward_micro_batch(batches[index], training=True)
+                held[index] = inputs, output if loss is None else loss
+                losses += [] if loss is None else [loss.detach()]
+                continue
+            self._backward_micro_batch(*held.pop(index))
+            if index < count - 1:
+                super().step()
+        self._mail.end_batch()
+        mean = self._mean(losses)
+        self._watch.saw_loss(mean)
+        super().step()
+        return mean
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any] | None = None,
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Evaluate one batch, without gradients and with the module in eval mode.
+
+        Args:
+            data_iter: as of `train_batch`.
+            return_logits: also return the last stage's outputs, joined along their first dimension; None elsewhere.
+            compute_loss: run the loss function; else the result is what the last layer returns.
+            reduce_output: `avg`: the mean over micro-batches and replicas; None: the last stage's list of results.
+            bcast_loss: give the mean loss to every stage; else only the last one has it, and others None.
+            num_micro_batches: how many; as in training if None.
+
+        Returns:
+            the result, or (result, logits).
+        """
+        self._check_alive("eval_batch")
+        if reduce_output not in ("avg", None):
+            raise PipelineError(f"eval_batch(reduce_output={reduce_output!r}): use 'avg' or None")
+        count = self.micro_batches if num_micro_batches is None else num_micro_batches
+        batches = self._fetch(data_iter, count)
+        self._mail.begin_batch(count)
+        was_training = self.module.training
+        self.module.eval()
+        outputs, results = [], []
+        try:
+            with torch.no_grad():
+                for batch in batches:
+                    _, output, loss = self._forward_micro_batch(batch, training=False, compute_loss=compute_loss)
+                    if self.is_last_stage():
+                        outputs.append(output)
+                        results.append(output if loss is None else loss)
+        finally:
+            self.module.train(was_training)
+        self._mail.end_batch()
+        result = self._reduced(results, compute_loss and bcast_loss) if reduce_output else results or None
+        return (result, _joined(outputs)) if return_logits else result
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+        """Read batches from this iterator where `train_batch` and `eval_batch` are given none."""
+        self._batches = iterator
+
+    def set_dataloader(self, loader: Iterable[Any]) -> None:
+        """Read batches from this loader, over and over."""
+        self._batches = iter(RepeatingLoader(loader))
+
+    def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
+        """Make (inputs, labels) of what the iterator gives by `fn`."""
+        self._split = fn
+
+    def reset_activation_shape(self) -> None:
+        """For scripts that call it between batches of other shapes: each batch's shapes are found out anew here."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a batch."""
+        return self.gradient_accumulation_steps()
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank reads inputs."""
+        return self.stage_id == 0
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank computes the loss."""
+        return self.stage_id == self.num_stages - 1
+
+    @property
+    def is_pipe_parallel(self) -> bool:
+        """Whether there is more than one stage."""
+        return self.num_stages > 1
+
+    @property
+    def is_data_parallel(self) -> bool:
+        """Whether there is more than one replica."""
+        return self.grid.data_parallel_size > 1
+
+    @property
+    def is_model_parallel(self) -> bool:
+        """Whether a stage's tensors are divided too."""
+        return self.grid.slice_parallel_size > 1
+
+    def forward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `PipelineError`: passes are run by `train_batch` and `eval_batch`."""
+        self._refuse("forward")
+
+    def backward(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `PipelineError`: passes are run by `train_batch`."""
+        self._refuse("backward")
+
+    def step(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """Raises `PipelineError`: the step is part of `train_batch`."""
+        self._refuse("step")
+
+    @staticmethod
+    def _refuse(what: str) -> NoReturn:
+        raise PipelineError(f"engine.{what}() of a pipeline: call engine.train_batch or engine.eval_batch instead")
+
+    # --- batches ------------------------------------------------------------------------------------------------------
+
+    def _fetch(self, data_iter: Iterator[Any] | None, count: int) -> list[Any]:
+        """This stage's micro-batches, when all ranks have theirs; None for each on stages that read none."""
+        batches: list[Any] = [None] * count
+        state, failure = _READY, None
+        if self.is_first_stage() or self.is_last_stage():
+            try:
+                iterator = self._iterator(data_iter)
+                batches = [self._checked(self._split(next(iterator))) for _ in range(count)]
+            except StopIteration:
+                state = _EXHAUSTED
+            except Exception as error:  # whatever a user's loader may raise
+                state, failure = _FAILED, error
+        flag = torch.tensor([state])
+        self.grid.everyone.all_reduce(flag, "max")
+        worst = int(flag)
+        if worst == _EXHAUSTED:
+            raise StopIteration("the batches ended before a pipeline batch was complete; nothing was trained")
+        if worst == _FAILED:
+            self.grid.agree(failure)
+        return batches
+
+    def _iterator(self, data_iter: Iterator[Any] | None) -> Iterator[Any]:
+        if data_iter is not None:
+            if not hasattr(data_iter, "__next__"):
+                raise PipelineError(
+                    f"a pipeline reads from an iterator, not a {type(data_iter).__name__}: give iter(it)"
+                )
+            return data_iter
+        if self._batches is None:
+            if self.training_dataloader is None:
+                raise PipelineError("no batches: give train_batch an iterator, or initialize training_data=")
+            self.set_dataloader(self.training_dataloader)
+        assert self._batches is not None
+        return self._batches
+
+    @staticmethod
+    def _checked(batch: Any) -> tuple[Any, Any]:
+        if not isinstance(batch, (tuple, list)) or len(batch) != 2:
+            raise PipelineError(
+                f"a pipeline's batch is (inputs, labels), not a {type(batch).__name__}; engine.set_batch_fn makes it so"
+            )
+        inputs, labels = batch
+        return tuple(inputs) if isinstance(inputs, list) else inputs, labels
+
+    # --- passes -------------------------------------------------------------------------------------------------------
+
+    def _forward_micro_batch(
+        self, batch: Any, training: bool, compute_loss: bool = True
+    ) -> tuple[Any, Any, torch.Tensor | None]:
+        """One forward pass of this stage: its inputs, its output, and the loss if it is the last stage's to compute."""
+        if self.is_first_stage():
+            inputs = move_to_device(batch[0], self.device)
+        else:
+            inputs = self._mail.receive_activation(training)
+        output = super().forward(inputs)
+        if not self.is_last_stage():
+            self._mail.send_activation(output, training)
+            return inputs, output, None
+        if self.module.loss_fn is None or not compute_loss:
+            return inputs, output, output if training else None
+        labels = move_to_device(batch[1], self.device)
+        with self._parts.precision.autocast(self.device.type):
+            return inputs, output, self.module.loss_fn(output, labels)
+
+    def _backward_micro_batch(self, inputs: Any, result: Any) -> None:
+        """One backward pass of this stage, from the loss or from what the next stage sends."""
+        if self.is_last_stage():
+            self._check_loss(result)
+            self._run_backward([widen(result) * (self._scaler.scale / self._batch.accumulation)], None)
+        else:
+            grads = self._mail.receive_gradients()
+            self._run_backward([tensor for tensor in _tensors(result) if tensor.requires_grad], grads)
+        if not self.is_first_stage():
+            self._mail.send_gradients(_tensors(inputs))
+
+    # --- results ----------------------------------------------------------------------------------------------------
+
+    def _mean(self, losses: list[torch.Tensor]) -> torch.Tensor:
+        """The mean of the last stage's losses over micro-batches and replicas, on every rank."""
+        mean = torch.stack(losses).float().mean() if losses else torch.zeros((), device=self.device)
+        if self.is_last_stage():
+            self._parts.group.all_reduce(mean, "avg")
+        self._pipe.broadcast(mean, src=self.num_stages - 1)
+        return mean
+
+    def _reduced(self, results: list[torch.Tensor], everywhere: bool) -> torch.Tensor | None:
+        if everywhere:
+            return self._mean(results)
+        if not results:
+            return None
+        mean = torch.stack(results).float().mean(0)
+        self._parts.group.all_reduce(mean, "avg")
+        return mean
+
+
+def _tensors(message: Any) -> tuple[torch.Tensor, ...]:
+    return message if isinstance(message, tuple) else (message,)
+
+
+def _joined(outputs: list[Any]) -> Any:
+    if not outputs or not isinstance(outputs[0], torch.Tensor):
+        return outputs or None
+    return torch.cat(outputs) if outputs[0].dim() else torch.stack(outputs)
