@@ -108,6 +108,8 @@ def initialize(
     mpu, group, replica = _groups(model, mpu)
     _check_mesh(group, mesh_param)
     settings = load_config(source, world_size=group.size)
+    if isinstance(model, PipelineModule):
+        model.configure(settings.pipeline.activation_checkpoint_interval, settings.zero_optimization.stage == 3)
     if settings.comms_logger.enabled:
         comm.comms_logger.configure(settings.comms_logger)
     if settings.dump_state:
@@ -182,8 +184,6 @@ def _build_parts(
 ) -> EngineParts:
     batch = settings.batch(group.size)
     plan = ShardingPlan.from_stage(settings.zero_optimization.stage)
-    if isinstance(model, PipelineModule):
-        model.configure(settings.pipeline.activation_checkpoint_interval, plan.shard_params)
     precision = make_precision(settings)
     device = pick_device(comm.get_local_rank())
     device.make_current()
@@ -452,12 +452,14 @@ def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
 
 
 def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
-    trained_numel = sum(slot.numel for unit in parts.schedule.units for slot in unit.layout.slots)
+    slots = [slot for unit in parts.schedule.units for slot, param in unit.slots if parts.replica.counts(param)]
+    trained_numel = sum(parts.replica.group.all_gather_objects(sum(slot.numel for slot in slots)))
+    ranks = " x ".join(str(size) for size in (parts.replica.group.size, parts.group.size) if size > 1) or "1"
     dtype = parts.precision.model_dtype or parts.precision.autocast_dtype or torch.float32
     optimizer = type(parts.optimizer.optimizer).__name__ if parts.optimizer is not None else "no optimizer"
     log_dist(
         f"training {trained_numel / 1e6:.2f} M parameters in {str(dtype).removeprefix('torch.')} on "
-        f"{parts.group.size} x {parts.device.name}, ZeRO stage {parts.plan.stage}, {optimizer}, "
+        f"{ranks} x {parts.device.name}, ZeRO stage {parts.plan.stage}, {optimizer}, "
         f"batch {parts.batch.train} = {parts.batch.micro} x {parts.batch.accumulation} x {parts.group.size}"
         + (f", {parts.offload}" if str(parts.offload) else "")
     )

@@ -27,6 +27,7 @@ WIDE_SIGNATURES = {
     "factory.py:initialize",
     "init.py:init_distributed",
     "data.py:build_dataloader",
+    "module.py:__init__",  # PipelineModule
     "lamb.py:__init__",
     "adam.py:__init__",
     "adam.py:fused_adam_in_torch",
