@@ -6,7 +6,6 @@ group, batch sizes, device and precision, optimizer, units and step, schedule, l
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import sys
@@ -23,7 +22,7 @@ from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.device import pick_device
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
-from deepspeedlite.errors import ConfigError, DistributedError, OptimizerError, UnsupportedError
+from deepspeedlite.errors import ConfigError, OptimizerError, UnsupportedError
 from deepspeedlite.log import log_dist, log_once, logger
 from deepspeedlite.memory.offload import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
@@ -35,6 +34,7 @@ from deepspeedlite.pipe.module import PipelineModule, ties_of
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.utils import groups
 from deepspeedlite.watch import StepWatch
+from deepspeedlite.zero.agree import all_state, check_init_group, check_same_model, warn_of_unmarked
 from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
@@ -42,7 +42,7 @@ from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica, groups_of
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
-from deepspeedlite.zero.values import FlatValues, full_shape, owner_of
+from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.wrap import (
     FROZEN,
     NamedParameter,
@@ -187,7 +187,9 @@ def _build_parts(
     precision = make_precision(settings)
     device = pick_device(comm.get_local_rank())
     device.make_current()
-    _check_same_model(model, group)
+    check_same_model(model, group)
+    check_init_group(model, group)
+    warn_of_unmarked(model, replica)
     if plan.shard_params:
         _refuse_compiled(model)
     model.to(device.torch_device)
@@ -420,30 +422,10 @@ def _warn_left_out(model: torch.nn.Module, trained: set[int], base: torch.optim.
         )
 
 
-def _check_same_model(model: torch.nn.Module, group: Group) -> None:
-    """Raise on every rank if the ranks' models differ in a parameter's or buffer's name, shape or dtype."""
-    mine = [f"{name} {tuple(full_shape(t))} {t.dtype}" for name, t in _all_state(model)]
-    digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
-    digests = group.all_gather_objects(digest)
-    if len(set(digests)) == 1:
-        return
-    everyone: list[list[str]] = group.all_gather_objects(mine)
-    other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
-    ours, theirs = set(everyone[0]), set(everyone[other])
-    raise DistributedError(
-        f"the model of rank {other} differs from rank 0's: only rank 0 has {sorted(ours - theirs)[:3]}, "
-        f"only rank {other} has {sorted(theirs - ours)[:3]} (or the order differs); build the same model on every rank"
-    )
-
-
-def _all_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 @torch.no_grad()
 def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
     """Give every rank rank 0's buffers, and those parameters that lie in no flat values, which have seen to theirs."""
-    for _, tensor in _all_state(model):
+    for _, tensor in all_state(model):
         if owner_of(tensor) is None and tensor.numel() > 0:
             whole = tensor.data.contiguous()
             group.broadcast(whole, src=0)

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 import torch
 import torch.distributed as dist
 from harness import distributed
-from tensor_parallel import Grid, NewMpu, OldMpu, batch, parallel_model, piece_of, whole_model
+from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, parallel_model, piece_of, whole_model
 
 import deepspeedlite
-from deepspeedlite.errors import DistributedError
-from deepspeedlite.utils import groups
-from deepspeedlite.zero import GatheredParameters
+from deepspeedlite import checkpointing
+from deepspeedlite.errors import DistributedError, LossScaleError, OptimizerError, UnsupportedError
+from deepspeedlite.log import logger
+from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.utils import groups, safe_get_full_fp32_param
+from deepspeedlite.zero import GatheredParameters, Init
 from deepspeedlite.zero.layout import FlatLayout
 from deepspeedlite.zero.replica import groups_of
 
@@ -234,3 +238,167 @@ def test_spans_are_the_fewest_ranges_of_what_is_wanted(shards):
         slots = {slot.name: set(range(slot.start, slot.stop)) for slot in layout.slots}
         assert set().union(*(slots[name] for name in wanted)) <= covered
         assert not covered & set().union(*(own for name, own in slots.items() if name not in wanted))
+
+
+@pytest.mark.slow_unless(stage=(2,))
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@distributed(4)
+def test_lambs_norms_are_those_of_whole_parameters(stage):
+    """Steps are clamped nowhere, so a wrong norm of a piece would scale every step of it."""
+    grid = Grid()
+    lamb = {"lr": 0.02, "weight_decay": 0.01, "max_coeff": 100.0, "min_coeff": 1e-3}
+    settings = config(stage, optimizer={"type": "Lamb", "params": lamb})
+    engine = engine_of(parallel_model(grid), settings, OldMpu(grid))
+    reference = Unsharded(None)
+    reference.optimizer = FusedLamb(reference.masters, **lamb)
+    for step in range(4):
+        reference.step(step, 1, 2)
+        take_step(engine, step)
+    assert_trained_alike(engine, reference, grid, 5e-6)
+
+
+@distributed(4)
+def test_lamb_refuses_pieces_that_would_be_stepped_apart():
+    grid = Grid()
+    settings = config(1, optimizer={"type": "Lamb", "params": {"lr": 0.02}})
+    model = parallel_model(grid)
+    model.up.bias.model_parallel = grid.rank == 0
+    with pytest.raises(OptimizerError, match="pieces of one size"):
+        engine_of(model, settings, OldMpu(grid))
+    groups.initialize()
+
+
+OFFLOADS = {
+    "optimizer": lambda path: {"offload_optimizer": {"device": "cpu"}},
+    "nvme": lambda path: {
+        "offload_optimizer": {"device": "nvme", "nvme_path": path},
+        "offload_param": {"device": "nvme", "nvme_path": path},
+    },
+}
+
+
+@pytest.mark.slow_unless(kind="nvme")
+@pytest.mark.parametrize("kind", OFFLOADS)
+@distributed(4)
+def test_offloaded_states_give_the_same_trajectory(tmp_path, kind):
+    grid = Grid()
+    found = []
+    for offload in ({}, OFFLOADS[kind](str(tmp_path))):
+        settings = config(3, "bf16", optimizer={"type": "AdamW", "params": {"lr": 0.01}})
+        settings["zero_optimization"] |= offload
+        engine = engine_of(parallel_model(grid), settings, OldMpu(grid))
+        losses = [take_step(engine, step, dtype=torch.bfloat16) for step in range(3)]
+        found.append((*losses, engine.get_global_grad_norm()))
+        engine.destroy()
+    assert found[0] == found[1] and len(set(everywhere(found[1]))) == 1
+
+
+@pytest.mark.parametrize("given", [True, False])
+@distributed(4)
+def test_models_built_sharded_belong_to_the_groups_of_the_mpu(given):
+    grid = Grid()
+    mpu = OldMpu(grid)
+    if not given:
+        with Init():
+            model = Mlp(grid.model)
+        with pytest.raises(UnsupportedError, match=r"bias over ranks \[0, 1, 2, 3\].*give zero.Init\(mpu="):
+            engine_of(model, config(3), mpu)
+        return
+    model = parallel_model(grid, context=Init(config_dict_or_path=config(3), mpu=mpu))
+    engine = engine_of(model, config(3), mpu)
+    with GatheredParameters(list(model.parameters())):
+        for name, value in whole_model().named_parameters():
+            assert torch.equal(model.get_parameter(name), piece_of(name, value, grid.rank, 2)), name
+    reference = Unsharded(None)
+    for step in range(2):
+        expected, _ = reference.step(step, 1, 2)
+        assert take_step(engine, step) == pytest.approx(expected, rel=2e-6)
+    name, param = next((n, p) for n, p in model.named_parameters() if n == "down.weight")
+    whole = dict(reference.model.named_parameters())[name]
+    torch.testing.assert_close(safe_get_full_fp32_param(param), piece_of(name, whole, grid.rank, 2))
+
+
+@distributed(4)
+def test_a_diverged_run_is_named_alike_on_all_ranks():
+    grid = Grid()
+    model = parallel_model(grid)
+    engine = engine_of(
+        model, config(2, fp16={"enabled": True, "initial_scale_power": 0, "hysteresis": 1}), OldMpu(grid)
+    )
+    if dist.get_rank() == 1:
+        model.up.bias.register_hook(lambda grad: grad * float("nan"))
+    with pytest.raises(LossScaleError, match=r"belong to: mp_rank_01.up.bias\. "):
+        take_step(engine, 0, dtype=torch.float16)
+
+
+@distributed(4)
+def test_data_is_given_by_data_parallel_rank_and_accumulates_without_averaging():
+    grid = Grid()
+    data = torch.utils.data.TensorDataset(torch.arange(32.0).repeat(7, 1).t(), torch.zeros(32, 7))
+    engine, _, loader, _ = deepspeedlite.initialize(
+        model=parallel_model(grid), config=config(1, accumulation=2), mpu=NewMpu(grid), training_data=data
+    )
+    groups.initialize()
+    drawn = [x[:, 0].tolist() for x, _ in loader]
+    assert len(loader) == 4 and len(set(map(str, everywhere(drawn)))) == 2
+    own, other = (everywhere(drawn)[rank] for rank in dist.get_process_group_ranks(grid.model))
+    assert own == other
+    assert sorted(number for part in everywhere(drawn)[::2] for few in part for number in few) == list(range(32))
+    with engine.no_sync():
+        engine.backward(engine(*batch(0, 0, dist.get_rank(grid.data))))
+    engine.step()
+    engine.backward(engine(*batch(0, 1, dist.get_rank(grid.data))))
+    engine.step()
+    _, norm = Unsharded(None).step(0, 2, 2)
+    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=2e-6)
+
+
+@distributed(4)
+def test_pieces_that_nobody_has_marked_are_told_of(tmp_path):
+    grid = Grid()
+    model = parallel_model(grid)
+    del model.up.weight.model_parallel
+    model.up.bias.model_parallel = False
+    told = logging.FileHandler(tmp_path / f"log{dist.get_rank()}")
+    logger.addHandler(told)
+    try:
+        engine_of(model, config(0), OldMpu(grid))
+    finally:
+        logger.removeHandler(told)
+        told.close()
+    text = (tmp_path / f"log{dist.get_rank()}").read_text()
+    assert ("not marked as pieces" in text and "from one rank: up.weight, up.bias;" in text) == (grid.rank == 0)
+
+
+class Checkpointed(torch.nn.Module):
+    """The MLP twice, recomputed; what is kept of its inputs is a part on each model-parallel rank."""
+
+    def __init__(self, mlp: Mlp) -> None:
+        super().__init__()
+        self.mlp = mlp
+
+    def forward(self, x, y):
+        hidden = checkpointing.checkpoint(lambda x: torch.tanh(self.mlp.head(x)), x)
+        return checkpointing.checkpoint(self.mlp, hidden, y)
+
+
+class Twice(Checkpointed):
+    """The same without recomputation."""
+
+    def forward(self, x, y):
+        return self.mlp(torch.tanh(self.mlp.head(x)), y)
+
+
+@pytest.mark.parametrize("partition", [False, True])
+@distributed(4)
+def test_activation_checkpointing_within_such_an_engine(partition):
+    grid = Grid()
+    model = Checkpointed(parallel_model(grid))
+    mpu = NewMpu(grid)
+    checkpointing.configure(mpu, partition_activations=partition)
+    engine = engine_of(model, config(2), mpu)
+    plain = engine_of(Twice(parallel_model(grid)), config(2), mpu)
+    for step in range(3):
+        assert take_step(engine, step) == pytest.approx(take_step(plain, step), rel=1e-6)
+        assert engine.get_global_grad_norm() == pytest.approx(plain.get_global_grad_norm(), rel=1e-6)
+    checkpointing.configure(None)

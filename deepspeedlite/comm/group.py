@@ -136,6 +136,11 @@ class Group:
         """Whether the backend itself can average (`ReduceOp.AVG`)."""
         return "nccl" in self.backend
 
+    @property
+    def device(self) -> torch.device:
+        """Where tensors that no other one decides about must be, to be communicated."""
+        return torch.device("cuda", torch.cuda.current_device()) if "nccl" in self.backend else torch.device("cpu")
+
     # `label` says in an error what was to be moved. `tag` tells apart, on gloo, collectives that must not be mixed up
     # when ranks are out of step: messages of different tags never meet.
 
@@ -259,7 +264,7 @@ class Group:
         """Return when every rank has come here."""
         if self.size == 1:
             return
-        devices = [torch.cuda.current_device()] if "nccl" in self.backend else None
+        devices = [self.device.index] if "nccl" in self.backend else None
         self._run("barrier", None, False, lambda: self._kept(dist.barrier, device_ids=devices))
 
     def _run(

@@ -18,7 +18,8 @@ from deepspeedlite.comm import Group
 from deepspeedlite.errors import ConfigError, UnsupportedError
 from deepspeedlite.log import log_dist, log_once, logger
 from deepspeedlite.profiling.memory import current_device, memory_breakdown
-from deepspeedlite.zero.replica import is_model_parallel_parameter
+from deepspeedlite.zero.replica import Replica, replica_of
+from deepspeedlite.zero.replica import is_model_parallel_parameter as is_model_parallel_parameter
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -112,13 +113,10 @@ def clip_grad_norm_(
     """
     listed = [parameters] if isinstance(parameters, torch.Tensor) else list(parameters)
     with_grad = [param for param in listed if param.grad is not None]
-    counted = [
-        param.grad
-        for param in with_grad
-        if mpu is None or mpu.get_model_parallel_rank() == 0 or is_model_parallel_parameter(param)
-    ]
+    replica = Replica() if mpu is None else replica_of(mpu)
+    counted = [param.grad for param in with_grad if replica.counts(param)]
     device = with_grad[0].grad.device if with_grad else current_device().torch_device  # type: ignore[union-attr]
-    total = _total_norm([grad for grad in counted if grad is not None], float(norm_type), mpu, device)
+    total = _total_norm([grad for grad in counted if grad is not None], float(norm_type), replica.group, device)
     scale = float(max_norm) / (total + 1e-6)
     for param in with_grad:
         assert param.grad is not None
@@ -126,17 +124,14 @@ def clip_grad_norm_(
     return total
 
 
-def _total_norm(tensors: Sequence[torch.Tensor], norm_type: float, mpu: Any, device: torch.device) -> torch.Tensor:
-    group = Group(mpu.get_model_parallel_group()) if mpu is not None else None
+def _total_norm(tensors: Sequence[torch.Tensor], norm_type: float, group: Group, device: torch.device) -> torch.Tensor:
     norms = [torch.linalg.vector_norm(tensor.detach().float(), norm_type).to(device) for tensor in tensors]
     if math.isinf(norm_type):
         total = torch.stack(norms).max() if norms else torch.zeros((), device=device)
-        if group is not None:
-            group.all_reduce(total, "max")
+        group.all_reduce(total, "max")
         return total
     total = torch.stack(norms).pow(norm_type).sum() if norms else torch.zeros((), device=device)
-    if group is not None:
-        group.all_reduce(total, "sum")
+    group.all_reduce(total, "sum")
     return total.pow(1.0 / norm_type)
 
 
@@ -159,7 +154,8 @@ def get_global_norm_of_tensors(
         )
     listed = list(input_tensors)
     device = listed[0].device if listed else current_device().torch_device
-    return _total_norm(listed, float(norm_type), mpu, device)
+    group = Group.alone() if mpu is None else replica_of(mpu).group
+    return _total_norm(listed, float(norm_type), group, device)
 
 
 def clip_tensors_by_global_norm(

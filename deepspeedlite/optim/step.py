@@ -30,6 +30,7 @@ from deepspeedlite.memory.placement import Tier
 from deepspeedlite.memory.ring import run_through
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
+from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.schedule import GradientSchedule
@@ -150,7 +151,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._runs += runs
         self._sub_groups = self._cut_sub_groups()
         if isinstance(self.optimizer, FusedLamb):
-            self._tell_segments(self.optimizer)
+            tell_segments(self.optimizer, self._schedule, [len(runs) for runs in self._sub_groups])
 
     @torch.no_grad()
     def _runs_of(self, unit: ShardUnit) -> list[SteppedRun]:
@@ -205,30 +206,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if region is not None:
             parcel.settle_in(VALUES, region)
         return run._replace(parcel=parcel)
-
-    def _tell_segments(self, lamb: FusedLamb) -> None:
-        """LAMB's norms are those of whole parameters, wherever their pieces are."""
-        units = self._schedule.units
-        numbers = {slot.name: i for i, slot in enumerate(slot for unit in units for slot in unit.layout.slots)}
-        segments = {
-            run.master: [(s.start, s.stop, numbers[s.slot.name]) for s in unit.layout.segments(cut)]
-            for unit, runs in zip(units, self._runs_of_units)
-            for (cut, _, _), run in zip(unit.runs(), runs)
-        }
-        numels = {
-            run.master: cut.numel
-            for unit, runs in zip(units, self._runs_of_units)
-            for (cut, _, _), run in zip(unit.runs(), runs)
-        }
-        reduce = self._sum_over_ranks if self._schedule.plan.shard_optimizer else None
-        lamb.set_segments(segments, len(numbers), reduce, numels)
-
-    def _sum_over_ranks(self, squares: torch.Tensor) -> None:
-        device = self._schedule.units[0].device  # a rank without runs has no tensor to tell it
-        there = squares.to(device)
-        self._schedule.group.all_reduce(there)
-        if there is not squares:
-            squares.copy_(there)
 
     @torch.no_grad()
     def _adopt_state(self, unit: ShardUnit, run: Run, master: torch.Tensor) -> None:

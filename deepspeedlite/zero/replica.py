@@ -84,23 +84,32 @@ def groups_of(mpu: Any) -> tuple[Group, Replica]:
     return found[0]
 
 
-def _read(mpu: Any) -> tuple[Group, Replica]:
-    data = _group(mpu, _DATA) or Group()
+def replica_of(mpu: Any) -> Replica:
+    """The replica that a Megatron-style object tells of.
+
+    Raises:
+        DistributedError: a method is missing, or its groups contradict each other.
+    """
     model = _group(mpu, _MODEL, needed=_model_size(mpu) > 1) or Group.alone()
     stages = _size(mpu, _PIPELINE_SIZES)
     tensor = (_group(mpu, _TENSOR) or Group.alone()) if stages > 1 else model
-    world = Group()
+    if not set(tensor.ranks) <= set(model.ranks):
+        raise DistributedError(
+            f"the mpu's tensor-parallel group {tensor.ranks} is no part of its model-parallel group {model.ranks}"
+        )
+    return Replica(model, tensor, part=model.rank, parts=model.size)
+
+
+def _read(mpu: Any) -> tuple[Group, Replica]:
+    data, replica = _group(mpu, _DATA) or Group(), replica_of(mpu)
+    model, world = replica.group, Group()
     if set(data.ranks) & set(model.ranks) != {world.rank} or data.size * model.size != world.size:
         raise DistributedError(
             f"the mpu's groups do not make up the world of {world.size} ranks: the data-parallel group is {data.ranks} "
             f"and the model-parallel group {model.ranks}; data-parallel size x model-parallel size must be the world "
             "size, and this rank alone in both (context, sequence and expert parallelism are not in this release)"
         )
-    if not set(tensor.ranks) <= set(model.ranks):
-        raise DistributedError(
-            f"the mpu's tensor-parallel group {tensor.ranks} is no part of its model-parallel group {model.ranks}"
-        )
-    return data, Replica(model, tensor, part=model.rank, parts=model.size)
+    return data, replica
 
 
 def _group(mpu: Any, methods: Sequence[str], needed: bool = True) -> Group | None:

@@ -175,9 +175,10 @@ class GradientSchedule:
 
     @torch.no_grad()
     def grad_norm(self) -> torch.Tensor:
-        """The 2-norm of the model's gradients as the buffers hold them: a 0-dim tensor, fp32 (fp64 for fp64 gradients).
+        """The 2-norm of the model's gradients as the buffers hold them: a 0-dim tensor.
 
-        Collective where gradients are sharded, and over the replica.
+        fp32, or fp64 where gradients are, and where ranks hold a model together. Collective where gradients are
+        sharded, and over the replica.
         """
         norms = [
             torch.linalg.vector_norm(piece, dtype=_norm_dtype(unit))
@@ -185,21 +186,16 @@ class GradientSchedule:
             for span in counted
             for piece in _norm_pieces(unit.grad_shard[span])
         ]
-        dtype = norms[0].dtype if norms else torch.float32
-        device = self.units[0].device if self.units else None
+        dtype = _norm_dtype(self.units[0]) if self.units else torch.float32
+        device = self.units[0].device if self.units else self.replica.group.device
         total = torch.zeros((), dtype=dtype, device=device)
         if norms:
             total = torch.linalg.vector_norm(torch.stack([norm.to(total.device, dtype) for norm in norms]))
-        for group in self._norm_groups():
-            total = total.square()
-            group.all_reduce(total)
-            total = total.sqrt()
+        if self.plan.shard_optimizer:
+            total = _norm_of_all(total, self.group)
+        if self.replica.group.size > 1:
+            total = _norm_of_all(total.double(), self.replica.group)
         return total
-
-    def _norm_groups(self) -> list[Group]:
-        """Over which ranks the squares of norms are summed, one group after another."""
-        groups = [self.group] if self.plan.shard_optimizer else []
-        return groups + [self.replica.group] * (self.replica.group.size > 1)
 
     def overflowed(self) -> list[str]:
         """Names, as in checkpoints, of the model's parameters with gradients that are not finite. As `grad_norm`."""
@@ -232,6 +228,12 @@ class GradientSchedule:
         """Remove all hooks from the parameters."""
         for unit in self.units:
             unit.close()
+
+
+def _norm_of_all(norm: torch.Tensor, group: Group) -> torch.Tensor:
+    total = norm.square()
+    group.all_reduce(total)
+    return total.sqrt()
 
 
 def _norm_pieces(grads: torch.Tensor) -> Sequence[torch.Tensor]:
