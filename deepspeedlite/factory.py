@@ -34,7 +34,7 @@ from deepspeedlite.pipe.module import PipelineModule, ties_of
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.utils import groups
 from deepspeedlite.watch import StepWatch
-from deepspeedlite.zero.agree import all_state, check_init_group, check_same_model, warn_of_unmarked
+from deepspeedlite.zero.agree import all_state, check_model
 from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
@@ -187,9 +187,7 @@ def _build_parts(
     precision = make_precision(settings)
     device = pick_device(comm.get_local_rank())
     device.make_current()
-    check_same_model(model, group)
-    check_init_group(model, group)
-    warn_of_unmarked(model, replica)
+    check_model(model, group, replica)
     if plan.shard_params:
         _refuse_compiled(model)
     model.to(device.torch_device)

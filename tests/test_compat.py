@@ -99,6 +99,7 @@ def test_norms_over_model_parallel_ranks():
 @distributed(2)
 def test_groups():
     """Without an mpu all ranks are data parallel; with one it answers."""
+    groups.initialize()  # forgets the groups of tests before
     assert groups._get_data_parallel_world_size() == groups._get_sequence_data_parallel_world_size() == 2
     assert (groups._get_sequence_parallel_world_size(), groups._get_model_parallel_world_size()) == (1, 1)
     assert groups.get_data_parallel_rank() == torch.distributed.get_rank()

@@ -30,6 +30,7 @@ _MADE = (
 )
 _PIPELINE = "also takes schedule=; ties all parameters of a tied module; see docs/pipeline.md"
 _PIPELINE_ENGINE = "made by initialize; refuses stage 3; ends a batch that some rank has no data for on all ranks"
+_MPU = "an mpu may have data, tensor and pipeline parallel groups, no others; see docs/model-parallelism.md"
 _INIT = "takes nothing of ZeRO++ (quantized weights, hierarchical groups), nor tensor_overrides"
 
 _SAFE = (
@@ -130,7 +131,8 @@ ABSENT_MODULES: Mapping[str, str] = {
 }
 
 MODULES: Mapping[str, Names] = {
-    "": at("factory", "initialize add_config_arguments")
+    "": at("factory", "initialize", _MPU)
+    | at("factory", "add_config_arguments")
     | at("comm", "init_distributed")
     | at("engine", "DeepSpeedEngine", _MADE)
     | at("utils", "log_dist logger OnDevice")

@@ -20,8 +20,19 @@ def all_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(), *model.named_buffers()]
 
 
-def check_same_model(model: torch.nn.Module, group: Group) -> None:
-    """Raise `DistributedError` on every rank if models differ in a parameter's or buffer's name, shape or dtype."""
+def check_model(model: torch.nn.Module, group: Group, replica: Replica) -> None:
+    """Compare the ranks' models. Collective over both groups.
+
+    Raises:
+        DistributedError: models of the data-parallel group differ in a parameter's or buffer's name, shape or dtype.
+        UnsupportedError: `zero.Init` has sharded parameters over other ranks than those.
+    """
+    _check_same_model(model, group)
+    _check_init_group(model, group)
+    _warn_of_unmarked(model, replica)
+
+
+def _check_same_model(model: torch.nn.Module, group: Group) -> None:
     mine = [f"{name} {tuple(full_shape(t))} {t.dtype}" for name, t in all_state(model)]
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     digests = group.all_gather_objects(digest)
@@ -37,8 +48,7 @@ def check_same_model(model: torch.nn.Module, group: Group) -> None:
     )
 
 
-def check_init_group(model: torch.nn.Module, group: Group) -> None:
-    """Raise `UnsupportedError` if `zero.Init` has sharded parameters over other ranks than those that train them."""
+def _check_init_group(model: torch.nn.Module, group: Group) -> None:
     for name, param in model.named_parameters():
         owner = owner_of(param)
         if owner is not None and owner.group.ranks != group.ranks:
@@ -49,8 +59,8 @@ def check_init_group(model: torch.nn.Module, group: Group) -> None:
 
 
 @torch.no_grad()
-def warn_of_unmarked(model: torch.nn.Module, replica: Replica) -> None:
-    """Warn of parameters that are taken for copies of what all tensor-parallel ranks hold, and are none. Collective.
+def _warn_of_unmarked(model: torch.nn.Module, replica: Replica) -> None:
+    """Warn of parameters that are taken for copies of what all tensor-parallel ranks hold, and are none.
 
     A piece of a split parameter that nobody has marked would be counted from one rank only, in every norm.
     """
