@@ -83,7 +83,7 @@ def build(checkout: Path, *options: str) -> str:
 def numbers(said: str) -> dict[str, float]:
     """The times and sizes in what the tool printed."""
     patterns = {
-        "build_s": r"^built in ([\d.]+) s, \d+ of",
+        "build_s": r"^built in ([\d.]+) s by",
         "cached": r"(\d+) of \d+ steps from the cache",
         "steps": r"\d+ of (\d+) steps from the cache",
         "verify_s": r"verified in ([\d.]+) s",

@@ -11,6 +11,7 @@ import re
 import subprocess
 import tarfile
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO
 
@@ -18,8 +19,11 @@ from env.environment import ROOT
 from env.errors import ImageError
 
 
-def pack(dockerfile: str, wheels: Path | None) -> IO[bytes]:
-    """The context as a tar file; `wheels` is a folder whose wheels go along in place of those in env/wheels."""
+def pack(dockerfile: str, wheels: Path | None, rewrite: Callable[[str], str] = str) -> IO[bytes]:
+    """The context as a tar file; `wheels` is a folder whose wheels go along in place of those in env/wheels.
+
+    `rewrite` makes the Dockerfile that is sent from the one in the checkout.
+    """
     from docker.utils.build import exclude_paths
 
     patterns = [line for line in (ROOT / ".dockerignore").read_text().split("\n") if line and line[0] != "#"]
@@ -31,7 +35,12 @@ def pack(dockerfile: str, wheels: Path | None) -> IO[bytes]:
     packed = tempfile.TemporaryFile()  # noqa: SIM115  (the caller's to close)
     with tarfile.open(fileobj=packed, mode="w", format=tarfile.GNU_FORMAT) as tar:
         for name in chosen:
-            tar.add(ROOT / name, arcname=name, recursive=False, filter=_alike)
+            if name != dockerfile:
+                tar.add(ROOT / name, arcname=name, recursive=False, filter=_alike)
+        text = rewrite((ROOT / dockerfile).read_text()).encode()
+        entry = tarfile.TarInfo(dockerfile)
+        entry.size = len(text)
+        tar.addfile(_alike(entry), io.BytesIO(text))
         for wheel in sorted(wheels.glob("*.whl")) if wheels else ():
             tar.add(wheel, arcname=f"env/wheels/{wheel.name}", filter=_alike)
     packed.seek(0)

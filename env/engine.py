@@ -49,6 +49,10 @@ def explain(text: str) -> str:
             "the registry or package index cannot be reached from the engine: see its network and proxies; for a base"
             " image without a registry see tools/local_base.sh, for torch without an index --wheels",
         ),
+        (
+            ("no active session",),
+            "this engine's BuildKit wants a client of its own: DOCKER_BUILDKIT=0 in front takes the classic builder",
+        ),
         (("Temporary failure resolving",), "the engine's containers have no name server: see its network and proxies"),
         (
             ("No matching distribution found",),

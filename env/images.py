@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from env import context
-from env.build import Built, Show, build, check_space
+from env.build import Built, build, check_space
 from env.engine import connect, explain
 from env.environment import Environment, load
 from env.errors import ImageError
+from env.steps import Show
 from env.verify import Checked, Expected, Layer, layers, verify
 
 
@@ -99,11 +100,12 @@ def make(name: str, choice: Choice, show: Show) -> Made:
     client = connect()
     check_space(client, given, all(is_here(client, given[name]) for name in ("BASE_IMAGE", "RUNTIME_IMAGE")))
     show(f"building {name} from {given['BASE_IMAGE']}, to run on {given['RUNTIME_IMAGE']}, {given['TORCH_SPEC']}")
-    with context.pack(environment.dockerfile, choice.wheels) as packed:
-        options = {"labels": environment.labels, "nocache": choice.no_cache}
-        how: dict[str, Any] = {"options": options, "show": show, "verbose": choice.verbose}
-        built = build(client, packed, environment.dockerfile, given, **how)
-    show(f"built in {built.seconds:.1f} s, {built.cached_steps} of {built.steps} steps from the cache; verifying")
+    for image in dict.fromkeys([given["BASE_IMAGE"], given["RUNTIME_IMAGE"]]):
+        pull(client, image, show)
+    how: dict[str, Any] = {"no_cache": choice.no_cache, "show": show, "verbose": choice.verbose}
+    built = build(client, environment, given, choice.wheels, **how)
+    of = f"{built.cached_steps} of {built.steps} steps from the cache"
+    show(f"built in {built.seconds:.1f} s by {built.builder}, {of}; verifying")
     made = Made(name, built=built, layers=layers(client, built.image))
     made.checked, made.facts = verify(client, built.image, Expected(environment, given, choice.with_jit))
     made.verify_s = sum(row.seconds for row in made.checked)
@@ -120,6 +122,23 @@ def make(name: str, choice: Choice, show: Show) -> Made:
         for tag in made.tags:
             push(client, tag, show)
     return made
+
+
+def pull(client: Any, image: str, show: Show) -> None:
+    """Get a base image that is not here.
+
+    Raises:
+        ImageError: its registry does not have it, or cannot be reached.
+    """
+    import docker
+
+    if is_here(client, image):
+        return
+    show(f"pulling {image}")
+    try:
+        client.images.pull(image)
+    except docker.errors.APIError as error:
+        raise ImageError(explain(f"{image} cannot be pulled: {str(error.explanation or error).strip()}")) from error
 
 
 def push(client: Any, tag: str, show: Show) -> None:

@@ -75,9 +75,10 @@ def layers(client: Any, image: str) -> list[Layer]:
 
 
 def _instruction(made_by: str) -> str:
-    text = made_by.split("#(nop)")[-1].replace("/bin/bash -euo pipefail -c", "RUN")
+    text = made_by.split("#(nop)")[-1].removesuffix("# buildkit").replace("/bin/bash -euo pipefail -c", "RUN")
+    text = text.removeprefix("RUN ") if " RUN " in text else text  # BuildKit's own, before the build's arguments
     if text.startswith("|"):  # the build's arguments, which come before the command
-        text = "RUN" + text.partition("RUN")[2]
+        text = "RUN " + text.partition(" RUN ")[2]
     text = " ".join(text.split()) or "the base image"
     return text if len(text) <= 80 else text[:77] + "..."
 

@@ -77,6 +77,24 @@ def images_removed_after(client: Any, base: str) -> Iterator[None]:
                 client.images.remove(image, force=True)
 
 
+@contextlib.contextmanager
+def build_cache_removed_after(client: Any) -> Iterator[None]:
+    """Remove what BuildKit has put into its cache meanwhile."""
+
+    def cached() -> set[str]:
+        return {entry["ID"] for entry in client.df()["BuildCache"] or ()}
+
+    before = cached()
+    try:
+        yield
+    finally:
+        left: set[str] = set()
+        while (more := cached() - before) != left:  # only what nothing else stands on can go
+            left = more
+            for entry in left:
+                client.api.prune_builds(filters={"id": entry}, all=True)
+
+
 def _made_from(client: Any, root: str) -> dict[str, str]:
     """The image and all that were made from it, with what each was made from."""
     parent = {image["Id"]: image["ParentId"] for image in client.api.images(all=True)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import difflib
 import io
 import json
@@ -19,10 +20,12 @@ import pytest
 
 yaml = pytest.importorskip("yaml", reason="needs pyyaml (make venv-dev)")
 
-from env.build import check_space, follow  # noqa: E402
+from env import buildkit  # noqa: E402
+from env.build import check_space  # noqa: E402
 from env.environment import check_constraints, load, names, read  # noqa: E402
 from env.errors import ImageError  # noqa: E402
 from env.images import Choice, arguments  # noqa: E402
+from env.steps import follow  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = (ROOT / "env" / "cpu.yaml").read_text()
@@ -53,7 +56,7 @@ def test_every_argument_is_one_of_its_dockerfile(name):
     declared = set(re.findall(r"^ARG (\w+)", (ROOT / load(name).dockerfile).read_text(), re.MULTILINE))
     given = set(arguments(load(name), Choice(torch_spec="torch==2.13.0+cpu", max_jobs="2")))
     assert given <= declared
-    assert declared - given <= {"DS_BUILD_OPS"}
+    assert declared - given <= {"DS_BUILD_OPS", "PIP_NO_CACHE_DIR"}
 
 
 FAULTS = [
@@ -101,6 +104,12 @@ def test_list_and_show():
     shown = json.loads(env("show", "rocm-7.1", "--archs", "gfx90a"))
     assert (shown["dockerfile"], shown["PYTORCH_ROCM_ARCH"]) == ("Dockerfile.rocm", "gfx90a")
     assert "did you mean cuda-13.0?" in env("show", "cuda-13", fails=True)
+
+
+def test_a_python_without_what_the_tool_needs_is_told_where_to_get_it():
+    command = [sys.executable, "-S", "-m", "env", "list"]  # -S: without site-packages
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1 and re.search(r"has no (yaml|pydantic): make venv-dev, then \. \.venv", done.stderr)
 
 
 def test_a_base_of_ones_own_brings_its_own_python():
@@ -220,6 +229,82 @@ def test_too_little_space_is_told_before_anything_is_built(tmp_path, monkeypatch
     with pytest.raises(ImageError, match=r"has 21.5 GB left, and .* takes up to 27 GB: docker system prune"):
         check_space(Engine(), wanted, bases_here=False)
     check_space(Engine(), {**wanted, "TORCH_SPEC": "torch==2.13.0+cpu"}, bases_here=False)
+
+
+# --- BuildKit ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["cuda", "rocm"])
+def test_the_classic_builder_sees_no_mounts_and_buildkit_all_of_them(kind):
+    text = (ROOT / f"Dockerfile.{kind}").read_text()
+    assert "--mount" not in re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+    sent = buildkit.with_mounts(text)
+    mount = "--mount=type=cache,target=/root/.cache/pip"
+    assert len(re.findall(rf"^RUN {mount} .*pip", sent.replace("\\\n", ""), re.MULTILINE)) == text.count(mount) == 3
+    assert "# buildkit:" not in re.sub(r"^# .*`# buildkit:`.*$", "", sent, flags=re.MULTILINE), "none was left"
+
+
+def trace(*parts: tuple[int, dict[int, object]]) -> dict[str, str]:
+    """A message of BuildKit's, encoded as its protocol has it; all of it is shorter than 128 bytes."""
+
+    def encoded(number: int, value: object) -> bytes:
+        if isinstance(value, int):
+            return bytes([number << 3, value])
+        data = value.encode() if isinstance(value, str) else b"".join(encoded(*item) for item in value.items())
+        return bytes([number << 3 | 2, len(data)]) + data
+
+    packed = b"".join(encoded(number, value) for number, value in parts)
+    return {"id": "moby.buildkit.trace", "aux": base64.b64encode(packed).decode()}
+
+
+def vertex(digest: str, name: str, **more: object) -> tuple[int, dict[int, object]]:
+    numbers = {"cached": 4, "started": 5, "completed": 6, "error": 7}
+    return 1, {1: digest, 3: name, **{numbers[key]: value for key, value in more.items()}}
+
+
+TIME: dict[int, object] = {1: 100, 2: 7}
+
+
+def test_buildkits_steps_are_lines_that_come_when_each_ends():
+    said: list[str] = []
+    make, copy = "[wheel  1/12] RUN --mount=type=cache,target=/c make", "[run 2/9] COPY a b"
+    messages = [
+        trace(vertex("i", "[internal] load metadata", started=TIME, completed=TIME)),
+        trace(vertex("a", make), vertex("b", copy)),
+        trace(vertex("a", make, started=TIME), vertex("b", copy, cached=1, started=TIME, completed=TIME)),
+        trace((3, {1: "a", 2: TIME, 3: 1, 4: "\x1b[1mhello\n"})),
+        *[trace(vertex("a", make, started=TIME, completed=TIME))] * 2,
+        {"id": "moby.image.id", "aux": {"ID": "sha256:1"}},
+    ]
+    image, steps = buildkit.follow(messages, said.append, verbose=True)
+    assert image == "sha256:1" and sorted(step.cached for step in steps) == [False, True]
+    lines = ["[run 2/9] cached COPY a b", " hello", "[wheel 1/12] 0.0 s RUN make"]
+    assert [re.sub(r" +", " ", line) for line in said] == lines
+
+
+def test_of_buildkits_steps_the_one_that_failed_is_told_and_not_those_that_were_stopped():
+    problem = "process x did not complete successfully: exit code: 7"
+    messages = [
+        trace(vertex("a", "[x 1/2] RUN y", started=TIME), vertex("b", "[z 1/2] RUN w", started=TIME)),
+        trace((3, {1: "a", 4: "the reason"})),
+        trace(vertex("a", "[x 1/2] RUN y", started=TIME, completed=TIME, error=problem)),
+        trace(vertex("b", "[z 1/2] RUN w", started=TIME, completed=TIME, error="context canceled")),
+        {"error": problem},
+    ]
+    with pytest.raises(ImageError, match=r"^step 1 of 2 of stage x failed: RUN y\n    the reason\nexit status 7$"):
+        buildkit.follow(messages, lambda line: None)
+    with pytest.raises(ImageError, match="DOCKER_BUILDKIT=0"):
+        buildkit.follow([{"error": "failed to solve: no active sessions"}], lambda line: None)
+
+
+@pytest.mark.parametrize(
+    ("asked", "engine", "by_buildkit"), [("", "2", True), ("", "1", False), ("0", "2", False), ("1", "1", True)]
+)
+def test_which_builder_it_is_follows_dockers_own_rule(asked, engine, by_buildkit, monkeypatch):
+    monkeypatch.setenv("DOCKER_BUILDKIT", asked)
+    answer = SimpleNamespace(headers={"Builder-Version": engine})
+    api = SimpleNamespace(base_url="http://engine", get=lambda url: answer if url == "http://engine/_ping" else None)
+    assert buildkit.wanted(SimpleNamespace(api=api)) is by_buildkit
 
 
 # --- what the build stage checks --------------------------------------------------------------------------------------

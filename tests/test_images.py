@@ -16,16 +16,20 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from conftest import hear_signals
-from image_bed import ROOT, Image, built, copy_of_checkout, env, make_base, needs_engine
+from image_bed import ROOT, Image, build_cache_removed_after, built, copy_of_checkout, env, make_base, needs_engine
 
 from deepspeedlite.ops.op_builder import OPS
+from env import buildkit
+from env.context import archive
 from env.errors import ImageError
 from env.images import push, why_not
 
+docker = pytest.importorskip("docker", reason="needs the docker SDK (make venv-dev)")
 pytestmark = [pytest.mark.slow, pytest.mark.images, pytest.mark.timeout(900)]
 EXAMPLE = "/opt/deepspeedlite/examples/cifar10"
 
@@ -103,7 +107,44 @@ def test_the_matrix_builds_what_can_be_had_and_says_why_the_rest_cannot(image):
                 image.client.images.remove(tag)
 
 
-# --- docker run -------------------------------------------------------------------------------------------------------
+BUILDKIT = """
+ARG BASE
+FROM ${BASE} AS first
+USER 0
+ARG WORD
+# buildkit: --mount=type=cache,target=/kept
+RUN echo $WORD >>/kept/log && cat /kept/log
+FROM ${BASE}
+COPY --from=first /etc/hostname /tmp/
+USER 0
+# buildkit: --mount=type=cache,target=/kept
+RUN cat /kept/log && ! grep third /kept/log
+"""
+
+
+def test_buildkit_builds_with_caches_that_outlive_a_build_and_tells_of_the_step_that_fails(image):
+    """Spoken to as by the tool, without a client of its own. The whole image: test_images_gpu.py."""
+    said: list[str] = []
+
+    def run(word: str) -> Any:
+        sent = archive({"Dockerfile": (buildkit.with_mounts(BUILDKIT).encode(), 0o644)}, 0)
+        options = {"buildargs": {"BASE": image.tag, "WORD": word}, "labels": {"a.word": word}, "nocache": True}
+        stream = buildkit.messages(image.client, io.BytesIO(sent), "Dockerfile", options)
+        return image.client.images.get(buildkit.follow(stream, said.append, verbose=True)[0])
+
+    with build_cache_removed_after(image.client):
+        for number, word in enumerate(["first", "second"], 1):
+            made = run(word)
+            assert made.labels["a.word"] == word
+            image.client.images.remove(made.id)
+            assert re.findall(r"^ +first$", "\n".join(said), re.MULTILINE) == ["    first"] * 2 * number, said
+        with pytest.raises(ImageError, match=r"step 3 of 3 .*failed: RUN cat(.*\n)+ +third\nexit status 1"):
+            run("third")
+        with pytest.raises(docker.errors.APIError, match="parse"):
+            list(buildkit.messages(image.client, io.BytesIO(b""), "Dockerfile", {"buildargs": "?"}))
+
+
+# --- docker run -------------------------------------------------------------------------------------------------
 
 
 def test_it_reports_at_once_whether_it_works_here(image):

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from image_bed import Image, built, make_base
+from image_bed import Image, build_cache_removed_after, built, make_base, needs_engine
 
 from deepspeedlite.ops.op_builder import OPS
 
@@ -65,6 +65,23 @@ def jit(tmp_path_factory) -> Iterator[Image]:
 
     with built("cpu", tmp_path_factory.mktemp("wheels"), bases, "--with-jit", "--ops", "utils") as made:
         yield made
+
+
+def test_the_whole_image_is_built_by_buildkit_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("DOCKER_BUILDKIT", "1")
+
+    def bases(repository: str) -> list[str]:
+        make_base(f"{repository}:base")
+        return ["--base", f"{repository}:base"]
+
+    with build_cache_removed_after(needs_engine()), built("cpu", tmp_path, bases, "--ops", "utils") as made:
+        assert re.search(r"^\[wheel 8/12\] +\S+ s  RUN mkdir deepspeedlite/ops", made.said, re.MULTILINE), made.said
+        assert re.search(r"^built in \S+ s by BuildKit", made.said, re.MULTILINE)
+        assert re.search(r"^[\d.]+ MB +RUN \[ .* apt-get update", made.said, re.MULTILINE), "layers tell what made them"
+        assert "ok  training" in made.said and "cpu: tagged" in made.said
+        assert float(re.search(r"([\d.]+) times torch's own", made.said)[1]) <= 1.3
+        mounts = [entry for entry in made.client.df()["BuildCache"] if entry["Type"] == "exec.cachemount"]
+        assert [entry for entry in mounts if "/root/.cache/pip" in entry["Description"] and entry["UsageCount"] >= 3]
 
 
 def test_an_image_with_a_compiler_compiles_what_its_wheel_does_not_bring(jit):
