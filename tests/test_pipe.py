@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -396,3 +399,35 @@ def test_partition_methods():
     assert module.stage_owner(0) == 0 and module.stage_owner(5) == 1
     with pytest.raises(ConfigError, match="no layer 6"):
         module.stage_owner(6)
+
+
+DYING = """
+import os, sys
+sys.path.insert(0, {tests!r})
+from test_pipe import MICRO_BATCHES, batches, pipeline, layers
+engine = pipeline(layers(tied=False), 3)
+data = batches(0, MICRO_BATCHES)
+engine.train_batch(data)
+if engine.stage_id == 1:
+    passes = []
+    def die(*_):
+        passes.append(None)
+        if len(passes) == 2:
+            {death}
+    next(engine.module.parameters()).register_hook(die)
+engine.train_batch(data)
+"""
+
+
+@pytest.mark.parametrize("death, said", [
+    ("os.kill(os.getpid(), 9)", "rank 1 failed first: killed by SIGKILL"),
+    ("raise ArithmeticError('in the middle')", "ArithmeticError: in the middle"),
+])  # fmt: skip
+def test_a_stage_that_dies_in_the_middle_of_a_batch_ends_the_others(death, said, tmp_path):
+    """The stages before and after it are in the middle of passes of their own; the launcher says who was first."""
+    script = tmp_path / "dying.py"
+    script.write_text(DYING.format(tests=str(Path(__file__).parent), death=death))
+    launcher = [sys.executable, "-m", "deepspeedlite.launcher", "--num_gpus", "3", str(script)]
+    done = subprocess.run(launcher, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
+    assert done.returncode != 0
+    assert said in done.stderr + done.stdout and "rank 1 failed first" in done.stderr + done.stdout

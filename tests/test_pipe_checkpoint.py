@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import distributed
 from pipe_models import Sequential, batches, layers, loss_fn
 from test_pipe import MICRO_BATCHES, assert_copies_are_equal, config, pipeline
@@ -60,6 +61,12 @@ def test_the_weights_saved_are_the_model_s(tmp_path):
     with torch.no_grad():
         expected = sum(loss_fn(model(x), y) for x, y in (next(data), next(data))) / 2
     torch.testing.assert_close(found, expected)
+    assert engine.save_16bit_model(str(tmp_path))  # of all stages, in one file
+    dist.barrier()
+    saved = torch.load(tmp_path / "pytorch_model.bin", weights_only=True)
+    assert saved.keys() == model.state_dict().keys()
+    for name, weight in model.state_dict().items():
+        torch.testing.assert_close(saved[name], weight)
 
 
 @distributed(4)
