@@ -95,6 +95,7 @@ def time_help() -> float:
 def run(command: list[str]) -> subprocess.CompletedProcess[str]:
     """Run to the end from the repository's root; a failure shows what the process said."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its .pyc files, and so has the peer
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")

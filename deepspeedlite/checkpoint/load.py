@@ -14,7 +14,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from deepspeedlite.checkpoint.deepspeed import open_tag
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.model import Flat, flats_of, owners, parameters_of
 from deepspeedlite.checkpoint.reader import Reader
@@ -59,6 +58,8 @@ class Loader:
                 "no checkpoint in %s%s: nothing was loaded", load_dir, "" if tag is None else f" under {tag}"
             )
             return None, {}
+        from deepspeedlite.checkpoint.deepspeed import open_tag  # what a training that loads nothing need not wait for
+
         what = f"loading checkpoint {path}"
         opened: list[Reader] = []
         try:

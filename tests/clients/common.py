@@ -20,7 +20,10 @@ import torch
 
 JOB: dict[str, Any] = json.loads(os.environ["DSL_CLIENTS_JOB"])
 RANK, WORLD = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-VOCABULARY, LENGTH, BATCH = 64, 16, 4
+SIZE: dict[str, int] = JOB.get("size", {})  # a benchmark's is larger
+VOCABULARY, LENGTH, BATCH = SIZE.get("vocabulary", 64), SIZE.get("length", 16), SIZE.get("batch", 4)
+WIDTH, LAYERS, HEADS = SIZE.get("width", 32), SIZE.get("layers", 2), SIZE.get("heads", 2)
+LEARNING_RATE = 1e-3 if SIZE else 1e-2
 torch.set_num_threads(1)
 
 
@@ -42,11 +45,11 @@ def engine_config(**more: Any) -> dict[str, Any]:
 
 
 def gpt2(**more: Any) -> Any:
-    """A GPT-2 of two layers, the same on every rank."""
+    """A GPT-2, the same on every rank."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": LENGTH, "vocab_size": VOCABULARY}
+    sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": LENGTH, "vocab_size": VOCABULARY}
     drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=0, eos_token_id=0, **more))
 
@@ -57,12 +60,13 @@ def meet() -> dict[str, Any]:
     Left to itself Accelerate finds no backend for CPU ranks of DeepSpeed, and every rank then thinks that it is alone.
     """
     if JOB["engine"] == "none":
-        return {"use_cpu": True, "ddp_backend": "gloo"}
+        return {"use_cpu": True, "ddp_backend": "gloo", "bf16": JOB.get("bf16", False)}
     from accelerate import PartialState
 
     os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
     assert PartialState(backend="gloo").num_processes == WORLD
-    return {"accelerator_config": {"use_configured_state": True}}
+    bf16 = JOB.get("bf16", False)  # for which transformers wants a GPU, or to hear that there is none
+    return {"accelerator_config": {"use_configured_state": True}, "bf16": bf16, "use_cpu": bf16}
 
 
 class Tiny(torch.nn.Module):
@@ -70,14 +74,17 @@ class Tiny(torch.nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.embedding = torch.nn.Embedding(VOCABULARY, 32)
+        self.embedding = torch.nn.Embedding(VOCABULARY, WIDTH)
         self.blocks = torch.nn.ModuleList(
             torch.nn.Sequential(
-                torch.nn.LayerNorm(32), torch.nn.Linear(32, 128), torch.nn.GELU(), torch.nn.Linear(128, 32)
+                torch.nn.LayerNorm(WIDTH),
+                torch.nn.Linear(WIDTH, 4 * WIDTH),
+                torch.nn.GELU(),
+                torch.nn.Linear(4 * WIDTH, WIDTH),
             )
-            for _ in range(2)
+            for _ in range(LAYERS)
         )
-        self.head = torch.nn.Linear(32, VOCABULARY)
+        self.head = torch.nn.Linear(WIDTH, VOCABULARY)
 
     def forward(self, input_ids: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """The loss of predicting each token's next one."""
@@ -109,16 +116,16 @@ class Tokens(torch.utils.data.Dataset):
 
 
 def peak_rss_bytes() -> int:
-    """The most memory that this process had so far."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The most memory that this process had so far; `ru_maxrss` would count its parent's before it was started."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
 
 
 class Clock:
-    """Times the steps between the first two and the last."""
+    """Times the training from its making on, its set-up with it, and the steps between the first two and the last."""
 
     def __init__(self) -> None:
+        self.started = time.perf_counter()
         self.marks: list[float] = []
 
     def step(self) -> None:
@@ -131,12 +138,18 @@ class Clock:
         gaps = sorted(b - a for a, b in zip(self.marks[1:], self.marks[2:]))
         return gaps[len(gaps) // 2] * 1e3 if gaps else 0.0
 
+    @property
+    def train_s(self) -> float:
+        """From the beginning of its set-up to the end of the last step."""
+        return self.marks[-1] - self.started
 
-def report(model: torch.nn.Module, **values: Any) -> None:
+
+def report(model: torch.nn.Module, clock: Clock, **values: Any) -> None:
     """Hand the results to the test. Called once by every rank, with the model that was really called."""
     engines = [part for part in (model, *model.modules()) if type(part).__name__ == "DeepSpeedEngine"]
     engines += [getattr(model, "_forward_module", None)] * (not engines)  # Fabric's wrapper
     engine = next((e for e in engines if type(e).__name__ == "DeepSpeedEngine"), None)
     where = "none" if engine is None else f"{type(engine).__module__} stage {engine.zero_optimization_stage()}"
-    answer = {"engine": where, "peak_rss_bytes": peak_rss_bytes(), **values}
+    times = {"step_ms": clock.step_ms, "train_s": clock.train_s}
+    answer = {"engine": where, "peak_rss_bytes": peak_rss_bytes(), **times, **values}
     Path(JOB["out"], f"rank{RANK}.json").write_text(json.dumps(answer))

@@ -72,7 +72,7 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
 
 
 def run(client: str, engine: str, world: int = 2, **job: Any) -> dict[str, Any]:
-    """Run `run_CLIENT.py` on `world` ranks; the report of rank 0, with every rank's losses."""
+    """Run `run_CLIENT.py` on `world` ranks; rank 0's report, with every rank's losses and the larger one's peak."""
     with tempfile.TemporaryDirectory() as out, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -101,13 +101,16 @@ def run(client: str, engine: str, world: int = 2, **job: Any) -> dict[str, Any]:
             for rank in ranks:
                 rank.kill()
                 rank.wait()
+            for left in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):  # DeepSpeed's
+                left.unlink(missing_ok=True)
         said = "\n".join(f"--- rank {r}\n{log.read_text()[-9000:]}" for r, log in enumerate(logs))
         assert codes == [0] * world, f"{client} on {engine} with {job}: exit statuses {codes}\n{said}"
         reports = [json.loads(Path(out, f"rank{rank}.json").read_text()) for rank in range(world)]
         module = {"lite": "deepspeedlite.engine", "peer": "deepspeed.runtime.engine", "none": "none"}[engine]
         expected = module if engine == "none" else f"{module} stage {job['stage']}"
         assert reports[0]["engine"] == expected, f"the client called {reports[0]['engine']}, not {expected}"
-        return {**reports[0], "by_rank": [each["losses"] for each in reports]}
+        peak_bytes = max(each["peak_rss_bytes"] for each in reports)
+        return {**reports[0], "by_rank": [each["losses"] for each in reports], "peak_rss_bytes": peak_bytes}
 
 
 if __name__ == "__main__":

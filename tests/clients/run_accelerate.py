@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from common import BATCH, JOB, RANK, Clock, Tokens, engine_config, gpt2, report
+from common import BATCH, JOB, LEARNING_RATE, RANK, Clock, Tokens, engine_config, gpt2, report
 
 
 def main() -> None:
@@ -11,7 +11,7 @@ def main() -> None:
     from accelerate import Accelerator, DeepSpeedPlugin
     from accelerate.utils import InitProcessGroupKwargs
 
-    accumulation = JOB.get("accumulation", 1)
+    clock, accumulation = Clock(), JOB.get("accumulation", 1)
     more = {}
     if JOB["engine"] != "none":
         config = engine_config(gradient_accumulation_steps=accumulation, zero_allow_untested_optimizer=True)
@@ -24,7 +24,7 @@ def main() -> None:
         **more,
     )
     model = gpt2()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
     loader = torch.utils.data.DataLoader(Tokens(), batch_size=BATCH)
     model, optimizer, loader, schedule = accelerator.prepare(model, optimizer, loader, schedule)
@@ -32,7 +32,7 @@ def main() -> None:
     if JOB.get("resume"):
         accelerator.load_state(JOB["resume"])
         start = JOB["save_at"]
-    losses, clock = [], Clock()
+    losses = []
     batches = list(loader)
     for step in range(start, JOB["steps"]):
         with accelerator.accumulate(model):
@@ -55,7 +55,7 @@ def main() -> None:
     if RANK == 0:
         total = {name: value.double().abs().sum().item() for name, value in state.items()}
     unwrapped = type(accelerator.unwrap_model(model)).__name__
-    report(model, losses=losses, evaluated=evaluated, weights=total, unwrapped=unwrapped, step_ms=clock.step_ms)
+    report(model, clock, losses=losses, evaluated=evaluated, weights=total, unwrapped=unwrapped)
 
 
 main()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import lightning.fabric.strategies.deepspeed as strategy_module
 import torch
-from common import BATCH, JOB, RANK, Clock, Tokens, engine_config, report, tiny
+from common import BATCH, JOB, LEARNING_RATE, RANK, Clock, Tokens, engine_config, report, tiny
 from lightning.fabric import Fabric
 from lightning.fabric.accelerators import CPUAccelerator
 from lightning.fabric.strategies import DDPStrategy, DeepSpeedStrategy
@@ -25,17 +25,17 @@ class OnCpu(DeepSpeedStrategy):
 
 def main() -> None:
     """Train `steps`; save after `save_at`, or go on from there."""
-    config = engine_config(zero_allow_untested_optimizer=True)
+    clock, config = Clock(), engine_config(zero_allow_untested_optimizer=True)
     strategy = "ddp" if JOB["engine"] == "none" else OnCpu(config=config, process_group_backend="gloo")
     precision = "bf16-true" if JOB.get("bf16") else "32-true"
     fabric = Fabric(accelerator="cpu", devices=2, strategy=strategy, precision=precision)
     fabric.launch()
     with fabric.init_module():
         model = tiny()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE)
     model, optimizer = fabric.setup(model, optimizer)
     loader = fabric.setup_dataloaders(torch.utils.data.DataLoader(Tokens(), batch_size=BATCH, shuffle=False))
-    losses, clock, batches = [], Clock(), list(loader)
+    losses, batches = [], list(loader)
     start = 0
     if JOB.get("resume"):
         rest = fabric.load(JOB["resume"], {"model": model, "optimizer": optimizer})
@@ -51,7 +51,7 @@ def main() -> None:
         clock.step()
         if step + 1 == JOB.get("save_at") and JOB.get("save"):
             fabric.save(JOB["save"], {"model": model, "optimizer": optimizer, "step": step + 1})
-    report(model, losses=losses, step_ms=clock.step_ms)
+    report(model, clock, losses=losses)
 
 
 main()

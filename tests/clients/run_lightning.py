@@ -5,7 +5,7 @@ from __future__ import annotations
 import lightning
 import lightning.pytorch.strategies.deepspeed as strategy_module
 import torch
-from common import BATCH, JOB, RANK, Clock, Tokens, engine_config, report, tiny
+from common import BATCH, JOB, LEARNING_RATE, RANK, Clock, Tokens, engine_config, report, tiny
 from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.strategies import DeepSpeedStrategy
 from lightning.pytorch.strategies.ddp import DDPStrategy
@@ -48,7 +48,7 @@ class Module(lightning.LightningModule):
         clock.step()
 
     def configure_optimizers(self) -> dict[str, object]:
-        optimizer = torch.optim.AdamW(self.parameters(), lr=1e-2)
+        optimizer = torch.optim.AdamW(self.parameters(), lr=LEARNING_RATE)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 / (1 + 0.1 * step))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
@@ -79,7 +79,7 @@ def main() -> None:
     loader = torch.utils.data.DataLoader(Tokens(), batch_size=BATCH, shuffle=False)
     module = Module()
     trainer.fit(module, loader, ckpt_path=JOB.get("resume"))
-    report(trainer.strategy.model, losses=losses, step_ms=clock.step_ms, rank=RANK)
+    report(trainer.strategy.model, clock, losses=losses, rank=RANK)
 
 
 class Save(lightning.Callback):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import BATCH, JOB, RANK, Clock, Tokens, engine_config, gpt2, meet, report
+from common import BATCH, JOB, LEARNING_RATE, RANK, Clock, Tokens, engine_config, gpt2, meet, report
 
 
 def main() -> None:
@@ -25,7 +25,7 @@ def main() -> None:
         output_dir=JOB["dir"],
         per_device_train_batch_size=BATCH,
         max_steps=JOB["steps"],
-        learning_rate=1e-2,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         logging_steps=1,
         save_steps=JOB.get("save_steps", 1000),
@@ -49,7 +49,7 @@ def main() -> None:
         if RANK == 0:
             again = PeftModel.from_pretrained(gpt2(), JOB["save_model"])
             reloaded = sum(v.double().abs().sum().item() for n, v in again.named_parameters() if "lora" in n)
-    report(trainer.model_wrapped, losses=losses, reloaded=reloaded, step_ms=clock.step_ms)
+    report(trainer.model_wrapped, clock, losses=losses, reloaded=reloaded)
 
 
 main()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from common import BATCH, JOB, Clock, Tokens, engine_config, gpt2, meet, report
+from common import BATCH, JOB, LEARNING_RATE, Clock, Tokens, engine_config, gpt2, meet, report
 
 
 def main() -> None:
@@ -54,7 +54,7 @@ def main() -> None:
         per_device_train_batch_size=BATCH,
         gradient_accumulation_steps=JOB.get("accumulation", 1),
         max_steps=JOB["steps"],
-        learning_rate=1e-2,
+        learning_rate=LEARNING_RATE,
         warmup_steps=2,
         lr_scheduler_type="linear",
         logging_steps=1,
@@ -73,7 +73,7 @@ def main() -> None:
     norms = [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row]
     if JOB.get("save_model"):
         trainer.save_model(JOB["save_model"])
-    report(trainer.model_wrapped, losses=losses, norms=norms, step_ms=clock.step_ms)
+    report(trainer.model_wrapped, clock, losses=losses, norms=norms)
 
 
 main()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from common import BATCH, JOB, LENGTH, VOCABULARY, Clock, Tokens, engine_config, gpt2, meet, report
+from common import BATCH, JOB, LEARNING_RATE, LENGTH, VOCABULARY, Clock, Tokens, engine_config, gpt2, meet, report
 
 
 def tokenizer() -> object:
@@ -46,11 +46,10 @@ def main() -> None:
         output_dir=JOB["dir"],
         per_device_train_batch_size=BATCH,
         max_steps=JOB["steps"],
-        learning_rate=1e-2,
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         logging_steps=1,
         save_strategy="no",
-        bf16=False,
         gradient_checkpointing=JOB.get("gradient_checkpointing", False),
         max_length=LENGTH,
         **meet(),
@@ -71,7 +70,7 @@ def main() -> None:
     )
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    report(trainer.model_wrapped, losses=losses, generated=generated, step_ms=clock.step_ms)
+    report(trainer.model_wrapped, clock, losses=losses, generated=generated)
 
 
 main()
