@@ -27,6 +27,7 @@ from deepspeedlite.checkpoint.load import Loader, LoadOptions
 from deepspeedlite.checkpoint.save import Saver
 from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.comm import Group
+from deepspeedlite.compat.answers import ABSENT, Answers
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
 from deepspeedlite.data import build_dataloader
 from deepspeedlite.device import Device
@@ -76,7 +77,7 @@ def widen(loss: torch.Tensor) -> torch.Tensor:
     return loss.float() if loss.dtype.itemsize < 4 else loss
 
 
-class DeepSpeedEngine(torch.nn.Module, GivesWeights):
+class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
     """A model with its optimizer, precision, accumulation and data-parallel average. Made by `initialize`.
 
     Attributes that the engine does not have are looked up on the wrapped `module`.
@@ -127,6 +128,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is not None and hasattr(module, name):
                 return getattr(module, name)
+            if name in ABSENT:
+                raise AttributeError(f"DeepSpeedEngine has no {name}: {ABSENT[name]}") from None
             raise
 
     # --- the training loop ----------------------------------------------------------------------------------------
@@ -268,7 +271,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
             self.skipped_steps,
             self.get_lr(),
             self.get_mom(),
-            self.loss_scale,
+            self._scaler.scale,
             norm,
         )
 
@@ -362,11 +365,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights):
     def config(self) -> dict[str, Any]:
         """The configuration as it was given."""
         return self._parts.config.raw
-
-    @property
-    def loss_scale(self) -> float:
-        """The factor on the loss now in force; 1 where gradients are not scaled."""
-        return self._scaler.scale
 
     def was_step_applied(self) -> bool:
         """Whether the last `step()` updated the parameters: a boundary that did not overflow."""

@@ -123,6 +123,10 @@ class GivesWeights:
             )
         return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
 
+    def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
+        """An older name of `save_16bit_model`."""
+        return self.save_16bit_model(save_dir, save_filename)
+
     def save_16bit_model(
         self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
     ) -> bool:

@@ -14,6 +14,7 @@ from models import tied_model, tokens
 from torch.utils.checkpoint import checkpoint
 
 import deepspeedlite
+from deepspeedlite.compat.answers import OFF, SETTINGS
 from deepspeedlite.errors import (
     ConfigError,
     DistributedError,
@@ -367,7 +368,7 @@ def test_overflow_on_one_rank_skips_the_step_on_every_rank():
     before, lr = engine.module.weight.detach().clone(), engine.get_lr()
     fp16_step(engine, value=6e4 if dist.get_rank() == 1 else 1.0)
     assert engine.skipped_steps == 1 and not engine.was_step_applied() and engine.optimizer.overflow
-    assert engine.loss_scale == 8.0 and engine.global_steps == 3
+    assert engine.optimizer.cur_scale == 8.0 and engine.global_steps == 3
     assert torch.equal(engine.module.weight, before) and engine.get_lr() == lr
     fp16_step(engine)
     assert engine.was_step_applied() and engine.get_lr() != lr
@@ -380,7 +381,7 @@ def test_the_scale_doubles_after_a_window():
     seen = []
     for _ in range(6):
         fp16_step(engine)
-        seen.append(engine.loss_scale)
+        seen.append(engine.optimizer.cur_scale)
     assert seen == [16, 32, 32, 64, 64, 128]
 
 
@@ -388,7 +389,7 @@ def test_the_scale_doubles_after_a_window():
 def test_overflow_at_the_smallest_scale_names_the_parameter():
     engine = fp16_engine(min_loss_scale=8)
     fp16_step(engine, value=6e4)
-    assert engine.loss_scale == 8
+    assert engine.optimizer.cur_scale == 8
     with pytest.raises(LossScaleError, match=r"min_loss_scale=8.*belong to: weight\."):
         fp16_step(engine, value=6e4)
 
@@ -664,3 +665,66 @@ def test_two_engines_in_one_process():
         critic.zero_grad()
         generator.step()
     assert generator.global_steps == critic.global_steps == 3
+
+
+# --- what scripts for DeepSpeed ask -----------------------------------------------------------------------------------
+
+
+@distributed(world_size=2)
+def test_answers_to_scripts():
+    """Every method that reads a setting answers, and those that say more say the truth of this run."""
+    engine = make(
+        linear(),
+        micro=3,
+        gradient_accumulation_steps=2,
+        zero_optimization={"stage": 2, "reduce_bucket_size": 1234},
+        bf16={"enabled": True},
+        communication_data_type="fp32",
+        scheduler={"type": "WarmupLR", "params": {"warmup_num_steps": 5}},
+        csv_monitor={"enabled": False},
+    )
+    for name in (*SETTINGS, *OFF.split()):
+        getattr(engine, name)()
+    assert engine.zero_reduce_bucket_size() == 1234 and engine.is_sanity_checks_enabled() is False
+    assert (engine.local_rank, engine.global_rank) == (dist.get_rank(), dist.get_rank())
+    assert (engine.world_size, engine.dp_world_size, engine.mp_world_size, engine.sequence_parallel_size) == (
+        2,
+        2,
+        1,
+        1,
+    )
+    assert engine.get_data_parallel_rank() == dist.get_rank() and engine.get_model_parallel_rank() == 0
+    assert dist.get_world_size(engine.data_parallel_group) == 2 and engine.dist_backend == "gloo"
+    assert engine.get_data_types() == (torch.bfloat16, torch.bfloat16)
+    assert engine.communication_data_type is torch.float32 and engine.postscale_gradients()
+    assert engine.optimizer_name() == "sgd" and engine.optimizer_params() == {"lr": 0.1}
+    assert engine.scheduler_name() == "WarmupLR" and engine.scheduler_params() == {"warmup_num_steps": 5}
+    assert engine.zero_optimization_partition_gradients() and not engine.zero_optimization_partition_weights()
+    assert not engine.zero_cpu_offload() and not engine.zero_use_cpu_optimizer() and engine.dynamic_loss_scale()
+    assert engine.basic_optimizer is engine.optimizer.optimizer and not engine.is_compiled
+    assert sorted(engine.param_names.values()) == ["bias", "weight"]
+    engine.monitor.write_events([("mine", 1.0, 1)])
+    assert engine.get_batch_info() == (12, 3, 2)
+    engine.set_train_micro_batch_size(5)
+    assert engine.train_batch_size() == 20 and engine.train_micro_batch_size_per_gpu() == 5
+    assert engine.checkpoint_tag_validation_enabled() and not engine.checkpoint_tag_validation_fail()
+    with pytest.raises(AttributeError, match="allreduce_gradients: gradients are averaged in the backward pass"):
+        engine.allreduce_gradients()
+
+
+@distributed(world_size=2)
+def test_whole_parameters_are_let_go_of():
+    """`empty_partition_cache` leaves a rank its shards alone, also of what was gathered ahead."""
+    model = torch.nn.Sequential(*(torch.nn.Linear(40, 40) for _ in range(3)))
+    engine = make(model, zero_optimization={"stage": 3, "stage3_param_persistence_threshold": 0})
+    loss = engine(torch.ones(2, 40)).sum()
+    engine.backward(loss)
+    engine.step()
+    engine(torch.ones(2, 40))
+
+    def held() -> int:
+        return sum(p.numel() > 0 and p.untyped_storage().size() > 0 for p in model.parameters())
+
+    assert held() > 0
+    engine.empty_partition_cache()
+    assert held() == 0

@@ -146,7 +146,10 @@ def test_an_overflow_on_one_model_parallel_rank_is_everyones(stage):
         before = [param.detach().clone() for param in model.parameters()]
     spoil = model.up.bias.register_hook(lambda grad: grad * float("inf")) if dist.get_rank() == 1 else None
     take_step(engine, 1, dtype=torch.float16)
-    assert everywhere((engine.skipped_steps, engine.loss_scale, engine.was_step_applied())) == [(1, 256.0, False)] * 4
+    assert (
+        everywhere((engine.skipped_steps, engine.optimizer.cur_scale, engine.was_step_applied()))
+        == [(1, 256.0, False)] * 4
+    )
     with GatheredParameters(list(model.parameters())):
         assert all(torch.equal(old, new) for old, new in zip(before, model.parameters()))
     if spoil is not None:

@@ -106,7 +106,7 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all():
     if engine.is_first_stage():
         hook = next(engine.module.parameters()).register_hook(lambda grad: grad * float("inf"))
     engine.train_batch(data)
-    assert engine.skipped_steps == 1 and not engine.was_step_applied() and engine.loss_scale == 128
+    assert engine.skipped_steps == 1 and not engine.was_step_applied() and engine.optimizer.cur_scale == 128
     assert all(torch.equal(was, now) for was, now in zip(before, engine.module.parameters()))
     if engine.is_first_stage():
         hook.remove()

@@ -26,7 +26,8 @@ _ONE_OPTIMIZER = "one class does all stages; isinstance tells them apart as in D
 
 _MADE = (
     "made by initialize; its methods take what DeepSpeed's take, but for module_state_dict's destination, prefix and "
-    "keep_vars, and what compile takes for DeepCompile"
+    "keep_vars, and what compile takes for DeepCompile; get_batch_info returns numbers; those that it has not, such as "
+    "allreduce_gradients, say why"
 )
 _PIPELINE = "also takes schedule=; ties all parameters of a tied module; see docs/pipeline.md"
 _PIPELINE_ENGINE = "made by initialize; refuses stage 3; ends a batch that some rank has no data for on all ranks"
