@@ -105,6 +105,7 @@ def initialize(
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    pick_device(comm.get_local_rank()).make_current()  # where NCCL talks about groups
     mpu, group, replica = _groups(model, mpu)
     _check_mesh(group, mesh_param)
     settings = load_config(source, world_size=group.size)

@@ -5,15 +5,12 @@ Of four ranks 0 and 1 hold one copy of the model, 2 and 3 the other; 0 and 2 ave
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-from deepspeedlite.zero import GatheredParameters
 
 WIDTH, HIDDEN, BATCH = 7, 18, 4
 
@@ -155,15 +152,18 @@ def piece_of(name: str, whole: Tensor, rank: int, parts: int) -> Tensor:
     return whole.chunk(parts, SPLIT[name])[rank] if name in SPLIT else whole
 
 
-def parallel_model(grid: Grid, seed: int = 0, context: Any = None) -> Mlp:
-    """This rank's part of `whole_model`, built in a context such as `zero.Init`."""
+def parallel_model(grid: Grid, seed: int = 0) -> Mlp:
+    """This rank's part of `whole_model`."""
+    model = Mlp(grid.model)
     whole = dict(whole_model(seed).named_parameters())
-    with context or nullcontext():
-        model = Mlp(grid.model)
-    first = dist.get_process_group_ranks(grid.data)[0]
-    with torch.no_grad(), GatheredParameters(list(model.parameters()), modifier_rank=first):
-        for name, param in model.named_parameters() if context is None or dist.get_rank() == first else ():
+    with torch.no_grad():
+        for name, param in model.named_parameters():
             param.copy_(piece_of(name, whole[name], grid.rank, grid.size))
+    return marked(model)
+
+
+def marked(model: Mlp) -> Mlp:
+    """The model, its parameters marked by Megatron's older and newer attribute."""
     model.up.weight.model_parallel = model.up.bias.model_parallel = True
     model.down.weight.tensor_model_parallel = True
     model.head.weight.tensor_model_parallel = False  # Megatron marks every parameter, one way or the other

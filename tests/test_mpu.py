@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import distributed
-from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, parallel_model, piece_of, whole_model
+from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, marked, parallel_model, piece_of, whole_model
 
 import deepspeedlite
 from deepspeedlite import checkpointing
-from deepspeedlite.errors import DistributedError, LossScaleError, OptimizerError, UnsupportedError
+from deepspeedlite.errors import DistributedError, LossScaleError, OptimizerError
 from deepspeedlite.log import logger
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.utils import groups, safe_get_full_fp32_param
@@ -304,11 +304,17 @@ def test_models_built_sharded_belong_to_the_groups_of_the_mpu(given):
     if not given:
         with Init():
             model = Mlp(grid.model)
-        with pytest.raises(UnsupportedError, match=r"bias over ranks \[0, 1, 2, 3\].*give zero.Init\(mpu="):
+        with pytest.raises(DistributedError, match=r"bias over ranks \[0, 1, 2, 3\].*give zero.Init\(mpu="):
             engine_of(model, config(3), mpu)
         return
-    model = parallel_model(grid, context=Init(config_dict_or_path=config(3), mpu=mpu))
-    engine = engine_of(model, config(3), mpu)
+    plain = parallel_model(grid)
+    with Init(config_dict_or_path=config(3), mpu=mpu):
+        model = Mlp(grid.model)
+    first = dist.get_process_group_ranks(grid.data)[0]
+    with GatheredParameters(list(model.parameters()), modifier_rank=first), torch.no_grad():
+        for name, param in plain.named_parameters() if dist.get_rank() == first else ():
+            model.get_parameter(name).copy_(param)
+    engine = engine_of(marked(model), config(3), mpu)
     with GatheredParameters(list(model.parameters())):
         for name, value in whole_model().named_parameters():
             assert torch.equal(model.get_parameter(name), piece_of(name, value, grid.rank, 2)), name
@@ -405,3 +411,15 @@ def test_activation_checkpointing_within_such_an_engine(partition):
         assert take_step(engine, step) == pytest.approx(take_step(plain, step), rel=1e-6)
         assert engine.get_global_grad_norm() == pytest.approx(plain.get_global_grad_norm(), rel=1e-6)
     checkpointing.configure(None)
+
+
+@distributed(4)
+def test_every_rank_hears_of_models_that_differ():
+    """Of ranks 1 and 3, which average their gradients; 0 and 2 would wait for them."""
+    grid = Grid()
+    model = parallel_model(grid)
+    if dist.get_rank() == 3:
+        model.head = torch.nn.Linear(7, 7, bias=False)
+    with pytest.raises(DistributedError, match=r"model of rank 3 differs from rank 1's.*head.bias"):
+        engine_of(model, config(0), NewMpu(grid))
+    groups.initialize()

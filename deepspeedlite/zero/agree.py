@@ -7,7 +7,7 @@ import hashlib
 import torch
 
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import DistributedError, UnsupportedError
+from deepspeedlite.errors import DistributedError
 from deepspeedlite.log import logger
 from deepspeedlite.zero.replica import Replica, is_model_parallel_parameter
 from deepspeedlite.zero.values import full_shape, owner_of
@@ -24,38 +24,42 @@ def check_model(model: torch.nn.Module, group: Group, replica: Replica) -> None:
     """Compare the ranks' models. Collective over both groups.
 
     Raises:
-        DistributedError: models of the data-parallel group differ in a parameter's or buffer's name, shape or dtype.
-        UnsupportedError: `zero.Init` has sharded parameters over other ranks than those.
+        DistributedError: models of a data-parallel group differ in a parameter's or buffer's name, shape or dtype, or
+            `zero.Init` has sharded parameters over other ranks than those; on every rank of the world the same.
     """
-    _check_same_model(model, group)
-    _check_init_group(model, group)
+    mine = _differences(model, group) or _sharded_elsewhere(model, group)
+    problems = [problem for problem in replica.group.all_gather_objects(mine) if problem]
+    if problems:
+        raise DistributedError(problems[0])
     _warn_of_unmarked(model, replica)
 
 
-def _check_same_model(model: torch.nn.Module, group: Group) -> None:
+def _differences(model: torch.nn.Module, group: Group) -> str:
+    """How models of the group's ranks differ, the same on all of them; empty if they do not."""
     mine = [f"{name} {tuple(full_shape(t))} {t.dtype}" for name, t in all_state(model)]
     digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
     digests = group.all_gather_objects(digest)
     if len(set(digests)) == 1:
-        return
+        return ""
     everyone: list[list[str]] = group.all_gather_objects(mine)
     other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
     ours, theirs = set(everyone[0]), set(everyone[other])
     first, second = group.ranks[0], group.ranks[other]
-    raise DistributedError(
+    return (
         f"the model of rank {second} differs from rank {first}'s: only rank {first} has {sorted(ours - theirs)[:3]}, "
         f"only rank {second} has {sorted(theirs - ours)[:3]} (or the order differs); build the same model on every rank"
     )
 
 
-def _check_init_group(model: torch.nn.Module, group: Group) -> None:
+def _sharded_elsewhere(model: torch.nn.Module, group: Group) -> str:
     for name, param in model.named_parameters():
         owner = owner_of(param)
         if owner is not None and owner.group.ranks != group.ranks:
-            raise UnsupportedError(
+            return (
                 f"zero.Init has sharded {name} over ranks {owner.group.ranks}, and the data-parallel group of "
                 f"initialize is {group.ranks}; give zero.Init(mpu=...) the same mpu"
             )
+    return ""
 
 
 @torch.no_grad()
