@@ -125,6 +125,10 @@ def test_one_manifest_names_every_piece_and_its_degree_is_kept(tmp_path):
     assert_same(everything(whole, ()), before)
     if dist.get_rank() == 0:
         _look_at_it_with_the_tools(tmp_path)
+        assert checkpoint_tool(["export", str(tmp_path / "b"), str(tmp_path / "deepspeeds")]) == 0
+    dist.barrier()
+    with pytest.raises(CheckpointError, match=r"model-parallel size 1 and this run of 2"):
+        engine.load_checkpoint(tmp_path / "deepspeeds")
 
 
 def _look_at_it_with_the_tools(folder) -> None:
