@@ -123,6 +123,9 @@ def test_the_trajectory_is_the_unsharded_ones(stage, dtype, accumulation):
     mpu = (OldMpu if stage % 2 else NewMpu)(grid)
     engine = engine_of(parallel_model(grid), config(stage, dtype, accumulation), mpu)
     assert engine.train_batch_size() == 4 * accumulation * 2
+    assert (engine.world_size, engine.dp_world_size, engine.mp_world_size) == (4, 2, 2)
+    assert (engine.get_data_parallel_rank(), engine.get_tensor_parallel_rank()) == divmod(dist.get_rank(), 2)
+    assert engine.data_parallel_group is grid.data and engine.get_model_parallel_rank() == grid.rank
     reference = Unsharded(torch_dtype)
     for step in range(5):
         expected_loss, expected_norm = reference.step(step, accumulation, 2)
@@ -221,6 +224,16 @@ def test_an_mpu_that_cannot_be_used_is_told_on_every_rank():
         groups_of(Partly(grid, get_data_parallel_group=mine))
     group, replica = groups_of(Partly(grid, ("get_tensor_model_parallel_group",), get_model_parallel_group=grid.model))
     assert (group.size, replica.group.size, replica.tensor.size, replica.part, replica.parts) == (2, 2, 2, grid.rank, 2)
+    alone, _ = dist.new_subgroups_by_enumeration([[rank] for rank in range(4)])
+    stages = Partly(
+        grid,
+        get_pipeline_model_parallel_world_size=2,
+        get_model_parallel_group=grid.model,
+        get_tensor_model_parallel_group=alone,
+    )
+    group, replica = groups_of(stages)
+    assert (replica.group.size, replica.tensor.size, replica.name_prefix) == (2, 1, f"mp_rank_0{grid.rank}.")
+    assert replica.counts(torch.ones(1))  # what a stage holds nobody else does
     group, replica = groups_of(None)
     assert (group.size, replica.group.size, replica.group.ranks, replica.name_prefix) == (4, 1, [dist.get_rank()], "")
 

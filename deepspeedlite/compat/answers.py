@@ -122,12 +122,12 @@ class Answers:
     @property
     def mp_world_size(self) -> int:
         """Ranks that hold a model together."""
-        return groups.get_model_parallel_world_size()
+        return self._parts.replica.group.size
 
     @property
     def data_parallel_group(self) -> Any:
         """The process group of `dp_world_size` ranks."""
-        return groups.get_data_parallel_group()
+        return self._parts.group.process_group or comm.get_world_group()
 
     seq_data_parallel_group = data_parallel_group
 
@@ -138,13 +138,15 @@ class Answers:
 
     def get_data_parallel_rank(self) -> int:
         """This rank among those of `data_parallel_group`."""
-        return groups.get_data_parallel_rank()
+        return self._parts.group.rank
 
     def get_model_parallel_rank(self) -> int:
         """This rank among those that hold a model together."""
-        return groups.get_model_parallel_rank()
+        return self._parts.replica.group.rank
 
-    get_tensor_parallel_rank = get_model_parallel_rank
+    def get_tensor_parallel_rank(self) -> int:
+        """This rank among those that hold a layer's tensors together."""
+        return self._parts.replica.tensor.rank
 
     def get_sequence_parallel_group(self) -> Any:
         """The ranks that share a sequence; KeyError where sequences are not shared."""
