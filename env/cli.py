@@ -52,10 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     for each in (shown, built):
         each.add_argument("--base", default="", metavar="IMAGE", help="build on this image (the environment's)")
         each.add_argument("--run-base", default="", metavar="IMAGE", help="run on this image (that of --base)")
+        each.add_argument("--archs", metavar="LIST", help='such as "8.0;9.0+PTX" or "gfx90a;gfx942"')
     many = command("matrix", _matrix, "build every environment whose base images can be had here, side by side")
     many.add_argument("names", nargs="*", metavar="NAME", help="which (all)")
     many.add_argument("--base", action="append", default=[], metavar="NAME=IMAGE", help="base for one; repeatable")
     many.add_argument("--run-base", action="append", default=[], metavar="NAME=IMAGE", help="repeatable")
+    many.add_argument("--archs", action="append", default=[], metavar="NAME=LIST", help="GPUs for one; repeatable")
     many.add_argument("--at-once", type=int, default=2, metavar="N", help="builds at once (2)")
     for each in (shown, built, many):
         _build_options(each)
@@ -67,7 +69,6 @@ def _build_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--python", default="", metavar="3.N", help="the distribution's python3.N (the environment's)")
     parser.add_argument("--torch-spec", default="", metavar="SPEC", help="such as torch==2.13.0+cpu")
     parser.add_argument("--torch-index", metavar="URL", help='an index for torch beside PyPI; "": none')
-    parser.add_argument("--archs", metavar="LIST", help='such as "8.0;9.0+PTX" or "gfx90a;gfx942"')
     parser.add_argument("--ops", default="", metavar="NAMES", help="compile only these, by spaces or commas")
     parser.add_argument("--max-jobs", default="", metavar="N", help="compilers at once (one per processor)")
     parser.add_argument("--wheels", type=Path, metavar="DIR", help="wheels to find before any index (env/wheels)")
@@ -127,12 +128,12 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _matrix(args: argparse.Namespace) -> int:
-    bases, run_bases = (_by_name(given) for given in (args.base, args.run_base))
-    args.base = args.run_base = ""
+    bases, run_bases, archs = (_by_name(given) for given in (args.base, args.run_base, args.archs))
+    args.base, args.run_base, args.archs = "", "", None
     choice = _choice(args)
 
     def choice_of(name: str) -> Choice:
-        return replace(choice, base=bases.get(name, ""), run_base=run_bases.get(name, ""))
+        return replace(choice, base=bases.get(name, ""), run_base=run_bases.get(name, ""), archs=archs.get(name))
 
     all_made = make_all(args.names or names(), choice_of, max(1, min(args.at_once, os.cpu_count() or 1)), say)
     print("\n" + show.matrix(all_made))
@@ -141,7 +142,7 @@ def _matrix(args: argparse.Namespace) -> int:
 
 def _by_name(given: Sequence[str]) -> dict[str, str]:
     pairs = [each.partition("=") for each in given]
-    for name, equals, image in pairs:
-        if not (equals and image) or name not in names():
-            raise ImageError(f"{name}{equals}{image}: write it as NAME=IMAGE; the names are {', '.join(names())}")
-    return {name: image for name, _, image in pairs}
+    for name, equals, value in pairs:
+        if not (equals and value) or name not in names():
+            raise ImageError(f"{name}{equals}{value}: write it as NAME=VALUE; the names are {', '.join(names())}")
+    return {name: value for name, _, value in pairs}

@@ -163,11 +163,12 @@ def built(name: str, wheels: Path, make_bases: Callable[[str], Sequence[str]], *
     with contextlib.ExitStack() as stack:
         for base in {base for base in bases[1::2] if base.startswith(repository)}:
             stack.enter_context(images_removed_after(client, base))
-        stack.callback(_untag, client, repository)
+        stack.callback(remove_tags, client, repository)
         yield Image(client, f"{repository}:{name}", env("build", name, *options), options)
 
 
-def _untag(client: Any, repository: str) -> None:
+def remove_tags(client: Any, repository: str) -> None:
+    """Those of a repository, but for bases; an image without any goes with its last one."""
     for each in client.images.list(repository):
         for tag in each.tags:
             if tag.startswith(f"{repository}:") and not tag.endswith(("base", "devel")):

@@ -112,6 +112,13 @@ def test_a_python_without_what_the_tool_needs_is_told_where_to_get_it():
     assert done.returncode == 1 and re.search(r"has no (yaml|pydantic): make venv-dev, then \. \.venv", done.stderr)
 
 
+def test_what_the_matrix_is_told_of_one_environment_names_it():
+    for option in ("--base", "--run-base", "--archs"):
+        for wrong in ("8.0", "cpu=", "no-such=9.0"):
+            said = env("matrix", option, wrong, fails=True)
+            assert f"{wrong}: write it as NAME=VALUE; the names are cpu, cuda-12.9" in said
+
+
 def test_a_base_of_ones_own_brings_its_own_python():
     given = arguments(load("cuda-13.0"), Choice(base="mine:1"))
     assert (given["BASE_IMAGE"], given["RUNTIME_IMAGE"], given["PYTHON_VERSION"]) == ("mine:1", "mine:1", "")

@@ -21,7 +21,17 @@ from typing import Any
 import pytest
 import torch
 from conftest import hear_signals
-from image_bed import ROOT, Image, build_cache_removed_after, built, copy_of_checkout, env, make_base, needs_engine
+from image_bed import (
+    ROOT,
+    Image,
+    build_cache_removed_after,
+    built,
+    copy_of_checkout,
+    env,
+    make_base,
+    needs_engine,
+    remove_tags,
+)
 
 from deepspeedlite.ops.op_builder import OPS
 from env import buildkit
@@ -101,10 +111,7 @@ def test_the_matrix_builds_what_can_be_had_and_says_why_the_rest_cannot(image):
     assert re.search(r"^cpu +ok +\d+ s +\d+ s +[\d,.]+ MB +\S+-m:[\d.]+-cpu$", said, re.MULTILINE), said
     why = r"left out: registry.invalid/none:1 is not here, and its registry says: \S"
     assert re.search(rf"^cuda-13.0 +- +{why}", said, re.MULTILINE), said
-    for made in image.client.images.list(f"{image.options[-1]}-m"):
-        for tag in made.tags:  # all of them: from the cache it is the session's own image
-            if tag.startswith(f"{image.options[-1]}-m:"):
-                image.client.images.remove(tag)
+    remove_tags(image.client, f"{image.options[-1]}-m")
 
 
 BUILDKIT = """

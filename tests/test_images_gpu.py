@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from image_bed import Image, build_cache_removed_after, built, make_base, needs_engine
+from image_bed import Image, build_cache_removed_after, built, env, make_base, needs_engine, remove_tags
 
 from deepspeedlite.ops.op_builder import OPS
 
@@ -102,6 +102,23 @@ def test_the_cuda_image_has_code_for_every_gpu_asked_for_and_works_on_the_cpu(cu
     assert labels["org.deepspeedlite.archs"] == "8.0;9.0"
     assert labels["org.deepspeedlite.torch"].endswith("+cpu"), "the label says that its torch is for the CPU"
     assert "no NVIDIA driver answers" in cuda.run("report", "--only", "disk")
+
+
+def test_the_matrix_builds_side_by_side(cuda):
+    """With other ops than before, so that both have something to compile."""
+    bases = ["--base", f"cuda-13.0={cuda.options[1]}", "--run-base", f"cuda-13.0={cuda.options[3]}"]
+    repository = f"{cuda.options[cuda.options.index('--repository') + 1]}-m"
+    wheels = cuda.options[4:8]
+    more = ["--archs", "cuda-13.0=9.0", "--ops", "utils,async_io", "--repository", repository]
+    try:
+        said = env("matrix", "cpu", "cuda-13.0", *bases, "--base", f"cpu={cuda.options[3]}", *wheels, *more)
+        begun = max(said.index(f"{name}: building") for name in ("cpu", "cuda-13.0"))
+        assert begun < min(said.index(f"{name}: built in") for name in ("cpu", "cuda-13.0")), said
+        for name in ("cpu", "cuda-13.0"):
+            assert re.search(rf"^{name} +ok +\d+ s +\d+ s +[\d,.]+ MB +{repository}:[\d.]+-{name}$", said, re.MULTILINE)
+        assert cuda.client.images.get(f"{repository}:cuda-13.0").labels["org.deepspeedlite.archs"] == "9.0"
+    finally:
+        remove_tags(cuda.client, repository)
 
 
 def test_the_rocm_image_has_code_for_every_gpu_asked_for_and_works_on_the_cpu(rocm):
