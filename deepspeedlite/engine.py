@@ -264,7 +264,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             self.lr_scheduler.step(**lr_kwargs)
 
     def _report(self) -> StepReport:
-        norm = self.get_global_grad_norm() if self._watch.monitor.enabled else None
+        norm = self.get_global_grad_norm() if self._watch.writes_norm else None
         return StepReport(
             self.global_steps,
             self.global_samples,

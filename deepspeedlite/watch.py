@@ -58,7 +58,10 @@ class StepWatch:
         self._memory = bool(config.memory_breakdown)
         self.timers = Timers(device, enabled=self._wall_clock)
         self.throughput = ThroughputTimer(batch_size, steps_per_output=self._every, device=device)
-        self.monitor = Monitor(config.tensorboard, config.wandb, config.csv_monitor, rank=rank)
+        sections = (config.tensorboard, config.wandb, config.csv_monitor)
+        self.monitor = Monitor(*sections, rank=rank)
+        # Taking a norm is a collective: all ranks take it, though rank 0 alone writes it down.
+        self.writes_norm = any(section is not None and section.enabled for section in sections)
         self._losses: list[torch.Tensor] = []
         self._flops_config = config.flops_profiler
         profiles = self._flops_config.enabled and rank == 0

@@ -436,3 +436,19 @@ def test_every_rank_hears_of_models_that_differ():
     with pytest.raises(DistributedError, match=r"model of rank 3 differs from rank 1's.*head.bias"):
         engine_of(model, config(0), NewMpu(grid))
     groups.initialize()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+@distributed(4)
+def test_rank_0_writes_the_norm_that_all_have_taken(tmp_path, stage):
+    """Without clipping nothing else takes it, and taking it is a collective."""
+    grid = Grid()
+    csv = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    engine = engine_of(parallel_model(grid), config(stage, csv_monitor=csv, gradient_clipping=0), OldMpu(grid))
+    for step in range(2):
+        take_step(engine, step)
+    norm = engine.get_global_grad_norm()
+    engine.destroy()
+    if dist.get_rank() == 0:
+        *_, last = (tmp_path / "job" / "Train_Samples_grad_norm.csv").read_text().splitlines()
+        assert float(last.split(",")[1]) == pytest.approx(norm, rel=1e-6)

@@ -130,9 +130,9 @@ class FlatLayout:
         return found
 
     def spans(self, index: int, wanted: Collection[str]) -> list[tuple[int, int]]:
-        """The elements of the parameters named, in the coordinates of shard `index`: the fewest ranges, with gaps.
+        """The elements of the parameters named, in the coordinates of shard `index`, in the fewest ranges.
 
-        All of the shard is one range, whoever is wanted of all; a range begins or ends only beside what is not.
+        Gaps between them are in the ranges; if all are wanted, the whole shard is one.
         """
         begin, end = self.shard(index)
         edges = [slot.start for slot in self.slots[1:]]

@@ -118,8 +118,9 @@ def _group(mpu: Any, methods: Sequence[str], needed: bool = True) -> Group | Non
     if method is None and not needed:
         return None
     if method is None:
+        whose = getattr(mpu, "__name__", type(mpu).__name__)  # Megatron's is a module
         raise DistributedError(
-            f"mpu ({type(mpu).__name__}) has no method {' or '.join(f'{name}()' for name in methods)}; see "
+            f"mpu ({whose}) has no method {' or '.join(f'{name}()' for name in methods)}; see "
             "docs/model-parallelism.md for what is asked of it"
         )
     group = getattr(mpu, method)()

@@ -232,7 +232,7 @@ class GradientSchedule:
 
 def _norm_of_all(norm: torch.Tensor, group: Group) -> torch.Tensor:
     total = norm.square()
-    group.all_reduce(total)
+    group.all_reduce(total, label="the gradients' norm")
     return total.sqrt()
 
 
