@@ -421,3 +421,14 @@ def test_gpt_learns_and_writes(tmp_path):
     assert before > 4.5 and after < 3.2
     assert re.search(r"step 40/40  loss [\d.]+  [\d,]+ tokens/s", done.stdout)
     assert "def " in done.stdout.split("-" * 80)[1]
+
+
+@pytest.mark.slow
+def test_gpt_learns_as_a_pipeline(tmp_path):
+    """Two stages of two replicas."""
+    config = ("--deepspeed_config", str(EXAMPLES / "gpt" / "ds_config.json"))
+    options = ("--steps", "40", "--micro_batches", "4", "--max_val_loss", "3.3")
+    done = launch(tmp_path, str(EXAMPLES / "gpt" / "train_pipeline.py"), *config, *options, ranks=4)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "stage 1: layers 3-6" in done.stdout + done.stderr
+    assert re.search(r"step 40/40  loss [\d.]+  [\d,]+ tokens/s", done.stdout)
