@@ -105,8 +105,13 @@ class GivesWeights:
         state = consolidated_state_dict(self.module, group, exclude_frozen_parameters)
         if state is None or replica.parts == replica.group.size:
             return state
-        held = replica.group.gather_objects(state)
-        return {name: weight for part in reversed(held) for name, weight in part.items()} if held else None
+        parts = replica.group.all_gather_objects(replica.part)
+        united = None
+        for part in range(replica.parts):
+            held = replica.group.gather_objects(state if part == replica.part else {}, dst=parts.index(part))
+            if held:
+                united = {name: weight for stage in reversed(held) for name, weight in stage.items()}
+        return united
 
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False

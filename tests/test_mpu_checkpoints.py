@@ -307,6 +307,24 @@ def test_weights_are_saved_by_model_parallel_rank_or_of_all_stages_together(tmp_
     assert set(torch.load(tmp_path / "stages.bin")) >= {f"layers.{i}.weight" for i in range(3)}
 
 
+@distributed(4)
+def test_weights_of_stages_whose_tensors_are_split(tmp_path):
+    """Two stages of two ranks each: a file per part of the tensors, with the layers of both stages."""
+    grid = Grid(4)
+    rank = dist.get_rank()
+    model = torch.nn.ModuleDict({"first" if rank < 2 else "second": torch.nn.Linear(3, 3)})
+    torch.nn.init.constant_(next(model.parameters()), float(rank))
+    engine = engine_of(model, adam(0), OldMpu(grid))
+    engine._parts.replica = replace(engine._parts.replica, part=rank % 2, parts=2)
+    assert engine.save_16bit_model(tmp_path)
+    found = torch.load(tmp_path / f"mp_rank_0{rank % 2}_pytorch_model.bin")
+    assert [found[f"{stage}.weight"][0, 0].item() for stage in ("first", "second")] == [rank % 2, rank % 2 + 2]
+    engine.save_checkpoint(tmp_path)
+    with Reader(tmp_path / "global_step0") as reader:
+        names = {f"mp_rank_0{part}.{stage}.weight" for part in range(2) for stage in ("first", "second")}
+        assert names == {name for name in reader.parameters if name.endswith("weight")}
+
+
 def test_the_union_of_what_ranks_hold():
     def held(*names: tuple[str, ...]) -> list[Parameter]:
         return [
