@@ -349,6 +349,25 @@ def test_outputs_that_nothing_depends_on_and_frozen_stages():
 
 
 @distributed(2)
+def test_a_stage_may_begin_in_place():
+    """As AlexNet's do, cut before a ReLU: the gradients are those of one stage."""
+    specs = [
+        LayerSpec(torch.nn.Linear, 4, 4),
+        LayerSpec(torch.nn.Linear, 4, 8),
+        LayerSpec(torch.nn.ReLU, inplace=True),
+        LayerSpec(torch.nn.Linear, 8, 1),
+    ]
+    data = [(torch.randn(4, 4, generator=torch.Generator().manual_seed(i)), torch.ones(4, 1)) for i in range(3)]
+    found = []
+    for cut in ({"num_stages": 1}, {"num_stages": 2, "partition_method": "uniform"}):
+        module = PipelineModule(specs, seed_layers=True, loss_fn=lambda out, y: (out - y).square().mean(), **cut)
+        engine = deepspeedlite.initialize(model=module, config=config())[0]
+        found.append([engine.train_batch(iter(data)).item() for _ in range(5)])
+        assert module.parts in ([0, 4], [0, 2, 4])
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
+
+
+@distributed(2)
 def test_without_a_loss_function_the_last_layer_is_the_loss():
     specs = [LayerSpec(torch.nn.Linear, 4, 4), LayerSpec(torch.nn.Linear, 4, 1), lambda out: out.square().mean()]
     engine = pipeline(specs, 2, loss_fn=None)

@@ -239,7 +239,8 @@ class PipelineEngine(DeepSpeedEngine):
             inputs = move_to_device(batch[0], self.device)
         else:
             inputs = self._mail.receive_activation(training)
-        output = super().forward(inputs)
+        given = tuple(map(_changeable, inputs)) if isinstance(inputs, tuple) else _changeable(inputs)
+        output = super().forward(given)
         if not self.is_last_stage():
             self._mail.send_activation(output, training)
             return inputs, output, None
@@ -278,6 +279,24 @@ class PipelineEngine(DeepSpeedEngine):
         mean = torch.stack(results).float().mean(0)
         self._parts.group.all_reduce(mean, "avg")
         return mean
+
+
+class _Alias(torch.autograd.Function):
+    """The same memory, as a tensor that autograd takes for another one."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: torch.Tensor) -> torch.Tensor:
+        alias = torch.empty(0, dtype=tensor.dtype, device=tensor.device)
+        return alias.set_(tensor.untyped_storage(), tensor.storage_offset(), tensor.size(), tensor.stride())
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> torch.Tensor:
+        return grad
+
+
+def _changeable(tensor: Any) -> Any:
+    """What a stage's first layer may change in place, such as nn.ReLU(inplace=True), which a leaf does not allow."""
+    return _Alias.apply(tensor) if isinstance(tensor, torch.Tensor) and tensor.requires_grad else tensor
 
 
 def _tensors(message: Any) -> tuple[torch.Tensor, ...]:
