@@ -16,15 +16,16 @@ WIDTH, HIDDEN, BATCH = 7, 18, 4
 
 
 class Grid:
-    """Groups of `parallel` neighbouring ranks, and across them: made once, by all ranks."""
+    """Groups of `parallel` ranks that hold a model, neighbours unless `apart`, and those across them."""
 
-    def __init__(self, parallel: int = 2) -> None:
+    def __init__(self, parallel: int = 2, apart: bool = False) -> None:
         world = dist.get_world_size()
-        models = [list(range(first, first + parallel)) for first in range(0, world, parallel)]
-        datas = [list(range(part, world, parallel)) for part in range(parallel)]
+        near = [list(range(first, first + parallel)) for first in range(0, world, parallel)]
+        far = [list(range(first, world, world // parallel)) for first in range(world // parallel)]
+        models = far if apart else near
         self.model, _ = dist.new_subgroups_by_enumeration(models)
-        self.data, _ = dist.new_subgroups_by_enumeration(datas)
-        self.size, self.rank = parallel, dist.get_rank() % parallel
+        self.data, _ = dist.new_subgroups_by_enumeration([list(ranks) for ranks in zip(*models)])
+        self.size, self.rank = parallel, dist.get_rank(self.model)
 
 
 class OldMpu:

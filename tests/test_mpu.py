@@ -13,6 +13,7 @@ from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, marked, parallel_m
 
 import deepspeedlite
 from deepspeedlite import checkpointing
+from deepspeedlite.compat.helpers import clip_grad_norm_
 from deepspeedlite.errors import DistributedError, LossScaleError, OptimizerError
 from deepspeedlite.log import logger
 from deepspeedlite.ops.lamb import FusedLamb
@@ -338,6 +339,19 @@ def test_models_built_sharded_belong_to_the_groups_of_the_mpu(given):
     name, param = next((n, p) for n, p in model.named_parameters() if n == "down.weight")
     whole = dict(reference.model.named_parameters())[name]
     torch.testing.assert_close(safe_get_full_fp32_param(param), piece_of(name, whole, grid.rank, 2))
+
+
+@distributed(2)
+def test_gradients_are_clipped_by_hand_with_an_mpu_of_either_age():
+    for kind in (OldMpu, NewMpu):
+        grid = Grid()
+        model, whole = parallel_model(grid), whole_model()
+        for loss in (model(*batch(0, 0, 0)), whole(*batch(0, 0, 0))):
+            loss.backward()
+        norm = clip_grad_norm_(model.parameters(), 0.1, mpu=kind(grid))
+        assert norm.item() == pytest.approx(torch.nn.utils.clip_grad_norm_(whole.parameters(), 0.1).item(), rel=2e-6)
+        for name, param in whole.named_parameters():
+            torch.testing.assert_close(model.get_parameter(name).grad, piece_of(name, param.grad, grid.rank, 2))
 
 
 @distributed(4)
