@@ -242,6 +242,15 @@ def test_a_busy_usual_port_is_replaced(monkeypatch: pytest.MonkeyPatch, busy_por
     assert job.choose_port(port) == (port, "")
 
 
+def test_a_picked_port_is_none_that_the_system_gives_to_others() -> None:
+    """It is rank 0's only seconds later: one that any connection may get by then would be lost on a busy machine."""
+    from deepspeedlite.launcher import job
+
+    first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    picked = {job.choose_port(0)[0] for _ in range(50)}
+    assert len(picked) > 40 and (first_given <= 10_000 or max(picked) < first_given)
+
+
 # Lean
 
 

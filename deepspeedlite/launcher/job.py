@@ -22,6 +22,7 @@ from deepspeedlite.gpus import Devices, find_devices
 from deepspeedlite.hostfile import numbers_in
 
 DEFAULT_PORT = 29500
+_LOWEST_PICKED = 10_000
 _VENV_TIMEOUT_S = 60.0
 
 
@@ -227,7 +228,8 @@ def parse_cores(text: str) -> list[int]:
 def choose_port(asked: int | None) -> tuple[int, str]:
     """A port of this machine for the ranks' meeting place, and a line to say when it is not the expected one.
 
-    Between this check and rank 0's start another program could take the port; port 0 makes that unlikely.
+    Between this check and rank 0's start another program could take the port; port 0 makes that unlikely, since a
+    port is picked that the system itself gives to nobody.
 
     Raises:
         LaunchError: the port that was asked for cannot be used.
@@ -237,12 +239,26 @@ def choose_port(asked: int | None) -> tuple[int, str]:
         return DEFAULT_PORT if asked is None else asked, ""
     if asked:
         raise LaunchError(f"--master_port {asked} {fault}; name another port, or 0 to have a free one picked")
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = int(probe.getsockname()[1])
+    port = _free_port()
     if asked == 0:
         return port, f"--master_port 0: port {port} is free and used"
     return port, f"the usual port {DEFAULT_PORT} {fault}: port {port} is used instead"
+
+
+def _free_port() -> int:
+    """One below those that connections and `bind(0)` get, where that can be: seconds go by until rank 0 uses it."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as given:
+            choice = int(given.read().split()[0]) - _LOWEST_PICKED
+    except (OSError, ValueError, IndexError):
+        choice = 0
+    for _ in range(20 if choice > 0 else 0):
+        port = _LOWEST_PICKED + int.from_bytes(os.urandom(4), "big") % choice
+        if not _port_fault(port):
+            return port
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        return int(probe.getsockname()[1])
 
 
 def _port_fault(port: int) -> str:
