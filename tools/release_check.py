@@ -5,8 +5,8 @@
 The source distribution, a wheel without compiled ops, made from it, and one with every op for the CPU. Of each the
 contents and the metadata (twine) are checked; each is installed into an environment of its own, where no compiler is on
 PATH, and there env_report must find nothing broken and the self-test of images must pass: imports, every op that it
-brings, 20 steps of training on 2 ranks. The wheels are also installed in a container of IMAGE (deepspeedlite:cpu),
-which has no compiler.
+brings, 20 steps of training on 2 ranks. Each is also installed in a container of IMAGE (deepspeedlite:cpu), which has
+no compiler.
 Exit status: 0, or 1 if something failed.
 """
 
@@ -39,7 +39,7 @@ class CheckError(Exception):
 def main() -> int:
     """Run every check; a line each."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--image", default="deepspeedlite:cpu", help="a built CPU image, to install the wheels in")
+    parser.add_argument("--image", default="deepspeedlite:cpu", help="a built CPU image, to install each in")
     parser.add_argument("--keep", type=Path, help="put what was built there, if all is well")
     chosen = parser.parse_args()
     failed = 0
@@ -51,7 +51,7 @@ def main() -> int:
                 verdict, said = "ok", check()
             except CheckError as error:
                 verdict, said, failed = "FAILED", str(error), failed + 1
-            print(f"{verdict:<7}{name:<44}{time.monotonic() - start_s:6.1f} s  {said}", flush=True)
+            print(f"{verdict:<7}{name:<48}{time.monotonic() - start_s:6.1f} s  {said}", flush=True)
         if chosen.keep and not failed:
             shutil.copytree(scratch / "out", chosen.keep, dirs_exist_ok=True)
     return int(failed > 0)
@@ -75,8 +75,7 @@ def checks(scratch: Path, image: str) -> Iterator[tuple[str, Callable[[], str]]]
             f"{kind}: self-test without a compiler",
             partial(selftest, [str(python), str(SELFTEST)], python.parent.parent),
         )
-        if piece.suffix == ".whl":
-            yield f"{kind}: in a container", partial(in_container, piece, image)
+        yield f"{kind}: in a container", partial(in_container, piece, image, scratch / "tools")
 
 
 def run(command: list[str], wanted: str = "", **options: object) -> str:
@@ -199,20 +198,27 @@ def without_compiler(home: Path) -> dict[str, str]:
     return {"PATH": "", "HOME": str(home), "TORCH_EXTENSIONS_DIR": str(home / "ops"), "PYTHONDONTWRITEBYTECODE": "1"}
 
 
-def in_container(piece: Path, image: str) -> str:
-    """In place of the image's own: there is no compiler in it, and no network."""
+def in_container(piece: Path, image: str, tools: Path) -> str:
+    """In place of the image's own: there is no compiler in it, and no network. `tools` is a folder for setuptools."""
     if (
         shutil.which("docker") is None
         or subprocess.run(["docker", "image", "inspect", image], capture_output=True).returncode
     ):
         return f"left out: there is no image {image}; make image-cpu makes it"
+    if not tools.exists():  # what the source distribution is built with
+        tools.mkdir()
+        for part in Path(sysconfig.get_path("purelib")).glob("setuptools*"):
+            shutil.copytree(part, tools / part.name)
+        shutil.copytree(Path(sysconfig.get_path("purelib"), "_distutils_hack"), tools / "_distutils_hack")
     site = "/tmp/released"
-    pip = f"pip install --quiet --no-deps --no-index --no-compile --target {site} /release/{piece.name}"
+    options = f"--no-deps --no-index --no-compile --no-build-isolation --target {site}"
+    pip = f"PYTHONPATH=/tools DS_BUILD_OPS=0 pip install --quiet {options} /release/{piece.name}"
     there = f"{pip} && PYTHONPATH={site} python /opt/deepspeedlite/image/selftest.py --json"
-    mounted = ["--network=none", "--volume", f"{piece.parent}:/release:ro", "--entrypoint", "sh"]
+    mounted = ["--network=none", "--volume", f"{piece.parent}:/release:ro", "--volume", f"{tools}:/tools:ro"]
+    tools.parent.chmod(0o755)
     piece.parent.chmod(0o755)
     script = f'! command -v cc && ! command -v g++ && {there} "$@"'
-    return selftest(["docker", "run", "--rm", *mounted, image, "-c", script, "sh"])
+    return selftest(["docker", "run", "--rm", *mounted, "--entrypoint", "sh", image, "-c", script, "sh"])
 
 
 if __name__ == "__main__":
