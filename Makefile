@@ -115,7 +115,7 @@ install-hosts:  ## install the wheel here and on the machines of HOSTFILE (needs
 	@./install.sh -H "$(HOSTFILE)"
 
 clean:  ## remove what these commands made, the downloaded data excepted
-	@rm -rf "$(VENV)" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf "$(VENV)" "$(VENV)-clients" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 venv-examples: $(VENV)/.ready-examples

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def layers(client: Any, image: str) -> list[Layer]:
 def _instruction(made_by: str) -> str:
     text = made_by.split("#(nop)")[-1].removesuffix("# buildkit").replace("/bin/bash -euo pipefail -c", "RUN")
     text = text.removeprefix("RUN ") if " RUN " in text else text  # BuildKit's own, before the build's arguments
+    text = re.sub(r":[0-9a-f]{64} in ", " in ", text)  # what was copied, as the classic builder names it
     if text.startswith("|"):  # the build's arguments, which come before the command
         text = "RUN " + text.partition(" RUN ")[2]
     text = " ".join(text.split()) or "the base image"
