@@ -57,7 +57,7 @@ test-cluster:  ## run the tests on many hosts, which namespaces make (needs root
 	$(TIMED) "make test-cluster" $(MAKE) --no-print-directory test-here \
 		PYTEST_ARGS="tests/test_cluster_bed.py tests/test_launcher_cluster.py tests/test_install.py tests/test_ssh.py"
 
-test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT and TRL, in an environment of their own
+test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT, TRL and Megatron core, in an environment of their own
 	$(TIMED) "make test-clients" $(MAKE) --no-print-directory clients-here VENV=$(VENV)-clients
 
 .PHONY: demo-here test-here clients-here

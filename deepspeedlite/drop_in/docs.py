@@ -40,6 +40,7 @@ page does not name is internal to it. The keys of the configuration have a [refe
 | Lightning 2.6 (Trainer and Fabric) | stages 0 to 3, modules built sharded, checkpoints and resuming, bf16 |
 | PEFT 0.21 | LoRA at stage 3, the adapter saved and loaded again |
 | TRL 1.16 | supervised fine-tuning at stages 2 and 3, with a generation in between |
+| Megatron core 0.16 | its groups as the mpu, its split linear layers on four ranks, stages 0 to 3, checkpoints |
 
 Losses are those of the client's own data parallelism to 2e-5, and a resumed run's are the uninterrupted one's to 1e-6
 (Lightning's those that its own data parallelism resumes with); with DSL_PEER_PYTHON losses are compared with the real
