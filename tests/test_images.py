@@ -176,6 +176,11 @@ def test_any_other_command_is_run_and_its_exit_status_is_kept(image):
     assert image.run("python", "-c", "print(6 * 7)").strip() == "42"
     assert subprocess.run(["docker", "run", "--rm", image.tag, "sh", "-c", "exit 7"]).returncode == 7
     assert "ok" in image.run("sh", "-c", "deepspeedlite-image health && echo ok")
+    said = image.run("--help")
+    assert re.search(r"^ +train \[options\] +the launcher", said, re.MULTILINE) and "set -" not in said
+    assert list(json.loads(image.run("--json", "--only", "disk", docker=("--shm-size=2g",)))["rows"][0])
+    done = subprocess.run(["docker", "run", "--rm", image.tag, "trian", "x.py"], capture_output=True, text=True)
+    assert done.returncode == 127 and "no mode and no command trian: see docker run IMAGE --help" in done.stderr
 
 
 NVIDIA_SMI = """#!/bin/sh

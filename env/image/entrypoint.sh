@@ -4,6 +4,7 @@
 #   train [options]     the launcher: train --num_gpus 2 script.py ...
 #   worker              sshd for a cluster, on port 2222, for the public keys that are mounted
 #   selftest [--json]   imports, every op on the CPU against torch, and a short training on 2 ranks
+#   --help              this list; any other option is for report
 #   anything else       is run as it is
 set -uo pipefail
 
@@ -69,7 +70,15 @@ health() { # a worker answers as sshd; anything else imports the package
 }
 
 mode=${1:-report}
-[ $# -eq 0 ] || shift
+case $mode in
+    -h | --help)
+        echo "docker run [options] IMAGE MODE ...; docs/images.md"
+        sed -n '3,/^set/s/^#/ /p' "${BASH_SOURCE[0]}"
+        exit 0
+        ;;
+    -*) mode=report ;;
+    *) [ $# -eq 0 ] || shift ;;
+esac
 case $mode in
     report)
         check_driver
@@ -84,5 +93,11 @@ case $mode in
     selftest) exec python "$here/selftest.py" "$@" ;;
     worker) worker ;;
     health) health ;;
-    *) exec "$mode" "$@" ;;
+    *)
+        command -v -- "$mode" >/dev/null || {
+            say "there is no mode and no command $mode: see docker run IMAGE --help"
+            exit 127
+        }
+        exec "$mode" "$@"
+        ;;
 esac
