@@ -27,7 +27,7 @@ from deepspeedlite.log import log_dist, log_once, logger
 from deepspeedlite.memory.offload import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
-from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible
+from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
 from deepspeedlite.pipe.engine import PipelineEngine
 from deepspeedlite.pipe.module import PipelineModule, ties_of
@@ -388,6 +388,7 @@ def _make_base_optimizer(
         raise OptimizerError(f"the optimizer callable returned {type(base).__name__}, not a torch optimizer")
     if settings.optimizer is not None:
         log_once(f"the optimizer passed to initialize ({type(base).__name__}) is used, not the configured one")
+    choose_fused(base)
     return base
 
 

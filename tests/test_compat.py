@@ -303,3 +303,56 @@ def test_generation_in_the_middle_of_stage_3():
         return losses
 
     assert train(generate=True) == train(generate=False)
+
+
+def test_a_configuration_of_one_s_own(tmp_path):
+    """`DeepSpeedConfig(dict)` checks, solves the batch, and has DeepSpeed's attributes."""
+    from deepspeedlite.runtime.config import DeepSpeedConfig
+    from deepspeedlite.runtime.constants import GRADIENT_ACCUMULATION_STEPS, TRAIN_BATCH_SIZE
+
+    given = {
+        TRAIN_BATCH_SIZE: 8,
+        GRADIENT_ACCUMULATION_STEPS: 2,
+        "fp16": {"enabled": True},
+        "zero_optimization": {"stage": 2},
+        "optimizer": {"type": "Lamb", "params": {"lr": 1.0}},
+        "csv_monitor": {"enabled": True},
+    }
+    config = deepspeedlite.DeepSpeedConfig(given)
+    assert isinstance(config, DeepSpeedConfig) and config._param_dict == given
+    assert (config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps) == (
+        8,
+        4,
+        2,
+    )
+    assert config.zero_enabled and config.zero_config.stage == config.zero_optimization_stage == 2
+    assert config.float16_config.enabled and not config.bfloat16_config.enabled and config.gradient_clipping == 1.0
+    assert (config.optimizer_name, config.optimizer_params, config.scheduler_name) == ("Lamb", {"lr": 1.0}, None)
+    assert config.monitor_config.enabled and config.monitor_config.csv_monitor.enabled
+    assert not hasattr(config, "no_such_thing")
+    mpu = namedtuple("mpu", "get_data_parallel_world_size")(lambda: 4)
+    assert DeepSpeedConfig(given, mpu).train_micro_batch_size_per_gpu == 1
+    with pytest.raises(ConfigError, match="train_bach_size"):
+        DeepSpeedConfig({"train_bach_size": 8})
+
+
+def test_a_monitor_of_one_s_own(tmp_path):
+    """Made without an engine, from a part of a configuration."""
+    from deepspeedlite.monitor.config import get_monitor_config
+
+    from deepspeedlite.monitor.monitor import MonitorMaster
+
+    config = {"anything": 1, "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "mine"}}
+    monitor = MonitorMaster(get_monitor_config(config))
+    assert monitor.enabled
+    monitor.write_events([("Train/x", 2.5, 7)])
+    monitor.close()
+    (file,) = (tmp_path / "mine").iterdir()
+    assert file.name == "Train_x.csv" and file.read_text().splitlines()[-1] == "7,2.5"
+    assert not MonitorMaster(get_monitor_config({})).enabled
+
+
+def test_names_at_the_top():
+    """What DeepSpeed's own package has beside its functions."""
+    assert deepspeedlite.dist is deepspeedlite.comm
+    assert deepspeedlite.version.startswith("0.19.8") and deepspeedlite.git_hash == deepspeedlite.__git_hash__

@@ -728,3 +728,35 @@ def test_whole_parameters_are_let_go_of():
     assert held() > 0
     engine.empty_partition_cache()
     assert held() == 0
+
+
+@distributed(world_size=1)
+def test_a_passed_optimizer_makes_no_temporaries_as_large_as_a_run():
+    """Torch's own Adam would; and it takes the same path."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Largest(TorchDispatchMode):
+        numel = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            if isinstance(out, torch.Tensor) and out._base is None and func._schema.name[-1] != "_":
+                self.numel = max(self.numel, out.numel())
+            return out
+
+    plain, model = (torch.nn.Sequential(*(linear(i, 50, 50) for i in range(4))) for _ in range(2))
+    theirs = torch.optim.AdamW(plain.parameters(), lr=0.01)
+    config = {"train_batch_size": 2, "gradient_clipping": 0}
+    mine = torch.optim.AdamW(model.parameters(), lr=0.01)
+    engine, *_ = deepspeedlite.initialize(model=model, config=config, optimizer=mine)
+    for step in range(3):
+        x = torch.randn(2, 50, generator=torch.Generator().manual_seed(step))
+        plain(x).sum().backward()
+        theirs.step()
+        theirs.zero_grad()
+        engine.backward(engine(x).sum())
+        with Largest() as largest:
+            engine.step()
+    assert largest.numel < 50 * 50
+    for ours, expected in zip(model.parameters(), plain.parameters()):
+        torch.testing.assert_close(ours, expected, rtol=1e-5, atol=1e-6)

@@ -14,7 +14,7 @@ from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion
 from deepspeedlite.optim import registry
-from deepspeedlite.optim.registry import UncorrectedAdam, build_optimizer, check_flat_compatible
+from deepspeedlite.optim.registry import UncorrectedAdam, build_optimizer, check_flat_compatible, choose_fused
 
 SHAPES = ((3, 4), (5,), (2, 2, 2), (1,))
 
@@ -407,3 +407,25 @@ def test_sparse_gradients_are_refused_by_name():
     for optimizer in (FusedLion(embedding.parameters()), FusedLamb(embedding.parameters())):
         with pytest.raises(UnsupportedError, match="sparse"):
             optimizer.step()
+
+
+@pytest.mark.parametrize(
+    "options, chosen",
+    [({}, True), ({"foreach": False}, None), ({"fused": False}, False), ({"lr": torch.tensor(0.1)}, None)],
+)
+def test_a_passed_optimizer_is_fused_where_its_maker_left_it_to_torch(options, chosen):
+    """Every group of it; not where it has states already, nor what has no such kernel or is a class of its own."""
+    params = [torch.nn.Parameter(torch.ones(3)) for _ in range(2)]
+    adam = torch.optim.AdamW([{"params": [p]} for p in params], **{"lr": 0.1, **options})
+    choose_fused(adam)
+    assert [group["fused"] for group in adam.param_groups] == [chosen, chosen]
+
+    class Mine(torch.optim.AdamW):
+        pass
+
+    stepped = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    params[0].grad = torch.ones(3)
+    stepped.step()
+    for other in (Mine(params, lr=0.1), stepped, torch.optim.RMSprop(params, lr=0.1)):
+        choose_fused(other)
+        assert not other.param_groups[0].get("fused")

@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from deepspeedlite import comm
 from deepspeedlite.comm.init import default_timeout
 from deepspeedlite.engine import ROUTE_TRAIN
 
@@ -15,6 +16,15 @@ DeepSpeedOptimizerCallable = Callable[[Iterable[Tensor] | dict[str, Iterable[Any
 DeepSpeedSchedulerCallable = Callable[[Optimizer], Any]
 
 ROUTE_EVAL, ROUTE_PREDICT, ROUTE_ENCODE = "eval", "predict", "encode"
+
+# Keys of a configuration, as scripts that read one of their own spell them.
+TRAIN_BATCH_SIZE, TRAIN_MICRO_BATCH_SIZE_PER_GPU = "train_batch_size", "train_micro_batch_size_per_gpu"
+GRADIENT_ACCUMULATION_STEPS, GRADIENT_CLIPPING = "gradient_accumulation_steps", "gradient_clipping"
+OPTIMIZER, SCHEDULER, TYPE, FP16, STEPS_PER_PRINT = "optimizer", "scheduler", "type", "fp16", "steps_per_print"
+COMMUNICATION_DATA_TYPE, WALL_CLOCK_BREAKDOWN = "communication_data_type", "wall_clock_breakdown"
+PRESCALE_GRADIENTS, GRADIENT_PREDIVIDE_FACTOR = "prescale_gradients", "gradient_predivide_factor"
+ZERO_ALLOW_UNTESTED_OPTIMIZER, DUMP_STATE = "zero_allow_untested_optimizer", "dump_state"
+MAX_GRAD_NORM, GLOBAL_RANK = "max_grad_norm", "global_rank"
 
 ADAM_OPTIMIZER, ADAMW_OPTIMIZER, ADAGRAD_OPTIMIZER = "adam", "adamw", "adagrad"
 LAMB_OPTIMIZER, LION_OPTIMIZER = "lamb", "lion"
@@ -34,4 +44,4 @@ DLTS_HOSTFILE = "/job/hostfile"
 PDSH_LAUNCHER, OPENMPI_LAUNCHER, MPICH_LAUNCHER = "pdsh", "openmpi", "mpich"
 IMPI_LAUNCHER, SLURM_LAUNCHER, MVAPICH_LAUNCHER = "impi", "slurm", "mvapich"
 
-__all__ = ["ROUTE_TRAIN"]
+__all__ = ["ROUTE_TRAIN", "comm"]

@@ -29,6 +29,7 @@ _MADE = (
     "keep_vars, and what compile takes for DeepCompile; get_batch_info returns numbers; those that it has not, such as "
     "allreduce_gradients, say why"
 )
+_CONFIG = "settings and sections under the configuration's own names, and a dozen of DeepSpeed's; read-only"
 _PIPELINE = "also takes schedule=; ties all parameters of a tied module; see docs/pipeline.md"
 _PIPELINE_ENGINE = "made by initialize; refuses stage 3; ends a batch that some rank has no data for on all ranks"
 _MPU = "an mpu may have data, tensor and pipeline parallel groups, no others; see docs/model-parallelism.md"
@@ -138,7 +139,10 @@ MODULES: Mapping[str, Names] = {
     | at("engine", "DeepSpeedEngine", _MADE)
     | at("utils", "log_dist logger OnDevice")
     | at("accelerator", "get_accelerator")
-    | at("config", "DeepSpeedConfig", "made by deepspeedlite.config.load_config(FILE or dict), and read-only")
+    | at("compat.config", "DeepSpeedConfig", _CONFIG)
+    | at("compat.version", "version git_hash git_branch")
+    | at("compat.names", "TORCH_DISTRIBUTED_DEFAULT_PORT")
+    | renamed("compat.names", dist="comm")
     | renamed("errors", DeepSpeedConfigError="ConfigError")
     | renamed("optim.step", _ONE_OPTIMIZER, DeepSpeedOptimizer="ShardedOptimizer")
     | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
@@ -166,9 +170,7 @@ MODULES: Mapping[str, Names] = {
     "runtime.fp16.loss_scaler": at("precision", "LossScaler", "static and dynamic in one, LossScaler(dynamic=True)")
     | no("use precision.LossScaler(dynamic=True); the configuration's fp16 section makes it", "DynamicLossScaler")
     | no("the engine makes it from the fp16 section", "CreateLossScaler LossScalerBase LossScaleConfig"),
-    "runtime.config": at(
-        "config", "DeepSpeedConfig", "made by deepspeedlite.config.load_config(FILE or dict), and read-only"
-    )
+    "runtime.config": at("compat.config", "DeepSpeedConfig", _CONFIG)
     | renamed("errors", DeepSpeedConfigError="ConfigError")
     | at("compat.names", "ADAM_OPTIMIZER ADAMW_OPTIMIZER ADAGRAD_OPTIMIZER LAMB_OPTIMIZER LION_OPTIMIZER")
     | no("write the dict and give it to initialize(config=...)", "DeepSpeedConfigWriter"),
@@ -176,7 +178,12 @@ MODULES: Mapping[str, Names] = {
         "config.base", "a pydantic model that rejects what it does not know", DeepSpeedConfigModel="Section"
     ),
     "runtime.constants": at("compat.names", "ROUTE_TRAIN ROUTE_EVAL ROUTE_PREDICT ROUTE_ENCODE")
-    | no("sections are attributes of deepspeedlite.config.DeepSpeedConfig", "TRAIN_BATCH_SIZE OPTIMIZER SCHEDULER"),
+    | at(
+        "compat.names",
+        "TRAIN_BATCH_SIZE TRAIN_MICRO_BATCH_SIZE_PER_GPU GRADIENT_ACCUMULATION_STEPS GRADIENT_CLIPPING OPTIMIZER "
+        "SCHEDULER TYPE FP16 STEPS_PER_PRINT COMMUNICATION_DATA_TYPE WALL_CLOCK_BREAKDOWN PRESCALE_GRADIENTS "
+        "GRADIENT_PREDIVIDE_FACTOR ZERO_ALLOW_UNTESTED_OPTIMIZER DUMP_STATE MAX_GRAD_NORM GLOBAL_RANK",
+    ),
     "runtime.dataloader": at("data", "RepeatingLoader")
     | at("data", "DeepSpeedDataLoader", "made by build_dataloader; its position can be saved"),
     "runtime.lr_schedules": at(
@@ -348,7 +355,19 @@ MODULES: Mapping[str, Names] = {
     "checkpoint.utils": at("compat.helpers", "clone_tensors_for_torch_save")
     | no("files are named by their manifest; see docs/checkpoint-format.md", "get_model_ckpt_name_for_rank")
     | no("files are named by their manifest; see docs/checkpoint-format.md", "get_zero_ckpt_name_for_rank"),
-    "monitor.monitor": no("made by the engine; deepspeedlite.monitor.Monitor writes events", "MonitorMaster"),
+    "monitor.monitor": at(
+        "monitor.monitor", "MonitorMaster Monitor", "a failing disk ends a monitor, not the training"
+    ),
+    "monitor.config": at("compat.config", "get_monitor_config")
+    | renamed("compat.config", "a tuple of the sections", DeepSpeedMonitorConfig="MonitorConfig")
+    | renamed(
+        "config.sections.monitors",
+        "a section of the configuration",
+        TensorBoardConfig="TensorBoard",
+        WandbConfig="Wandb",
+        CSVConfig="CsvMonitor",
+        CometConfig="Comet",
+    ),
     "profiling.flops_profiler": at("profiling", "FlopsProfiler get_model_profile"),
     "profiling.flops_profiler.profiler": at("profiling", "FlopsProfiler get_model_profile"),
 }

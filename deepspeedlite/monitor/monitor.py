@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 
+from deepspeedlite import comm
 from deepspeedlite.errors import UnsupportedError
 from deepspeedlite.log import logger
 from deepspeedlite.monitor.csv import CsvWriter
@@ -91,6 +93,14 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
+
+
+class MonitorMaster(Monitor):
+    """A `Monitor` of one's own, from what `monitor.config.get_monitor_config(dict)` returns. For any rank to make."""
+
+    def __init__(self, monitor_config: Any) -> None:
+        rank = comm.get_rank() if comm.is_initialized() else 0
+        super().__init__(monitor_config.tensorboard, monitor_config.wandb, monitor_config.csv_monitor, rank=rank)
 
 
 def _to_host(events: Sequence[Event]) -> list[Point]:

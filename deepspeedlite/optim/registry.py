@@ -238,6 +238,21 @@ def build_optimizer(type: str, params: Mapping[str, Any] | None, parameters: Ite
         raise OptimizerError(f"optimizer {type} cannot be built with optimizer.params {options}: {error}") from error
 
 
+def choose_fused(optimizer: Optimizer) -> None:
+    """Let a fresh torch optimizer step in one pass over memory where its maker left the choice to torch.
+
+    Without `fused` torch's Adam makes temporaries as large as the tensor it updates, and runs are large.
+    """
+    devices = _FUSED_ON.get(type(optimizer))
+    groups = optimizer.param_groups
+    if devices is None or optimizer.state or not _all_plain(groups, devices):
+        return
+    for group in groups:
+        left = group.get("fused") is None and group.get("foreach") is None
+        if left and not (group.get("capturable") or group.get("differentiable") or isinstance(group["lr"], Tensor)):
+            group["fused"] = True
+
+
 def check_flat_compatible(optimizer: Optimizer, allow_untested: bool = False) -> None:
     """Raise `UnsupportedError` if the optimizer would be wrong on flat runs.
 

@@ -96,9 +96,18 @@ class Tiny(torch.nn.Module):
 
 
 def tiny() -> Tiny:
-    """One, the same on every rank."""
+    """One, the same on every rank.
+
+    In bf16 it is built in bf16: under zero.Init the real DeepSpeed draws values in that type whatever is asked for, and
+    we as the layer does, which then casts. Lightning asks for nothing there.
+    """
     torch.manual_seed(0)
-    return Tiny()
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16 if JOB.get("bf16") else before)
+    try:
+        return Tiny()
+    finally:
+        torch.set_default_dtype(before)
 
 
 class Tokens(torch.utils.data.Dataset):

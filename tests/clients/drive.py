@@ -55,7 +55,7 @@ def environment(engine: str) -> dict[str, str]:
     if engine == "peer":
         values["DSL_CLIENTS_PEER"] = peer_packages()
         # It compiles an op at its start; a rank that is killed meanwhile leaves a lock that all later ones wait for.
-        values["TORCH_EXTENSIONS_DIR"] = ops_of_this_session().name
+        values.setdefault("TORCH_EXTENSIONS_DIR", ops_of_this_session().name)
         values["PATH"] = f"{Path(os.environ['DSL_PEER_PYTHON']).parent}:{values['PATH']}"
     return values
 
