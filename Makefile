@@ -8,7 +8,7 @@
 #             ACCEL, OPS, ARCHS  what `make wheel` compiles: see docs/ops.md
 #             CUDA, ROCM  which version's image `make image-cuda` and `image-rocm` build  (13.0 and 7.1)
 #             BASE, IMAGE_ARGS   another base image, and more options of `python -m env build`
-#             HOSTFILE    the machines of `make install-hosts`
+#             HOSTFILE, INSTALL_ARGS  the machines of `make install-hosts`, and more options of install.sh (-r for root)
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -25,6 +25,7 @@ ROCM ?= 7.1
 BASE ?=
 IMAGE_ARGS ?=
 HOSTFILE ?=
+INSTALL_ARGS ?=
 
 BIN := $(VENV)/bin
 TIMED := @bash tools/timed.sh
@@ -112,7 +113,7 @@ report: venv-examples  ## say what this machine offers for training, and what is
 
 install-hosts:  ## install the wheel here and on the machines of HOSTFILE (needs ssh without passwords; PYTHON says where to)
 	@[ -n "$(HOSTFILE)" ] || { echo "make install-hosts: name the machines: make install-hosts HOSTFILE=hosts" >&2; exit 2; }
-	@./install.sh -H "$(HOSTFILE)"
+	@./install.sh $(INSTALL_ARGS) -H "$(HOSTFILE)"
 
 clean:  ## remove what these commands made, the downloaded data excepted
 	@rm -rf "$(VENV)" "$(VENV)-clients" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -4,7 +4,7 @@
 #
 # It is Debian 12, slimmed as debian:bookworm-slim is, with the packages given. This machine's own CA certificates and its
 # /etc/pip.conf go along, so that apt and pip work in builds here and the Dockerfiles know nothing of it. With CUDA:
-#   tools/local_base.sh local/cuda-devel g++ "copy-in /usr/local/cuda-13.0 /usr/local"
+#   tools/local_base.sh local/cuda-devel g++ "copy-in /usr/local/cuda-13.0 /usr/local" 'chroot "$1" ln -s cuda-13.0 /usr/local/cuda'
 set -euo pipefail
 
 tag=${1:?usage: local_base.sh TAG [PACKAGE,PACKAGE...] [mmdebstrap hook...]}
