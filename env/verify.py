@@ -144,6 +144,8 @@ def _inside(container: Any, expected: Expected, facts: dict[str, Any]) -> tuple[
         wanted = []
     if missing := sorted(set(wanted) - set(facts["ops"])):
         faults.append(f"its wheel lacks {', '.join(missing)}")
+    if stray := sorted(set(facts["ops"]) - set(wanted)):
+        faults.append(f"its wheel has {', '.join(stray)}, which nobody asked for")
     record = facts["record"] or {"accelerator": accelerator, "archs": [], "git": expected.arguments["GIT_HASH"]}
     if record["git"] != expected.arguments["GIT_HASH"]:
         faults.append(f"its wheel is of commit {record['git']}")

@@ -60,6 +60,8 @@ def settings(chosen: argparse.Namespace) -> dict[str, str]:
     if unknown := [name for name in ops if name not in OPS]:
         sys.exit(f"error: there is no op {unknown[0]}; the ops are {', '.join(OPS)}")
     environment |= {OPS[name].flag: "1" for name in ops}
+    if chosen.ops:
+        environment["DS_BUILD_OPS"] = "0"  # or all others would be compiled too
     try:
         environment.setdefault("DS_BUILD_STRING", label(chosen.accel))
     except OpBuildError as error:
