@@ -61,6 +61,8 @@ def consolidated_state_dict(
         for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
             if name not in part._non_persistent_buffers_set:
                 state[prefix + name] = buffer.detach().to("cpu", copy=True)
+        if type(part).get_extra_state is not torch.nn.Module.get_extra_state:
+            state[f"{prefix}_extra_state"] = part.get_extra_state()
     return state
 
 

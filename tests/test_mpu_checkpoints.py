@@ -224,6 +224,41 @@ def _load(folder, rank: int) -> None:
     (folder / f"same{rank}").touch()
 
 
+class Scaled(torch.nn.Linear):
+    """A layer that keeps what is no buffer, as those of Transformer Engine keep their scales."""
+
+    seen: object = None
+
+    def get_extra_state(self):
+        return self.seen
+
+    def set_extra_state(self, state) -> None:
+        self.seen = state
+
+
+@distributed(4)
+def test_extra_states_of_modules_come_back_by_part(tmp_path):
+    grid = Grid()
+
+    def start(seed: int):
+        model = parallel_model(grid, seed)
+        model.head = Scaled(WIDTH, WIDTH)
+        return engine_of(model, adam(2), OldMpu(grid))
+
+    engine = start(0)
+    engine.module.head.seen = {"amax": torch.full((2,), float(grid.rank)), "calls": (3, None)}
+    engine.save_checkpoint(tmp_path, tag="t")
+    other = start(1)
+    other.load_checkpoint(tmp_path)
+    assert other.module.head.seen["calls"] == (3, None) and other.module.head.seen["amax"].tolist() == [grid.rank] * 2
+    assert engine.save_16bit_model(tmp_path)
+    whole = torch.load(tmp_path / f"mp_rank_0{grid.rank}_pytorch_model.bin")
+    other.module.load_state_dict(whole)
+    engine.module.head.seen = object()
+    with pytest.raises(CheckpointError, match=r"get_extra_state\(\) of mp_rank_0\d.head is a builtins.object"):
+        engine.save_checkpoint(tmp_path, tag="u")
+
+
 # --- stages of a pipeline: names that are unique but for what is tied -----------------------------------------------
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Parameter
-from deepspeedlite.checkpoint.model import Flat, flats_of, owners, parameters_of
+from deepspeedlite.checkpoint.model import Flat, flats_of, owners, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.save import COUNTERS, MACHINE_OPTIONS
 from deepspeedlite.checkpoint.tag import check_tag, find_tag_dir, read_latest
@@ -162,6 +162,10 @@ class Loader:
                 flat_buffer = torch.empty(buffer.numel(), dtype=buffer.dtype)
                 reader.read_into(self._names[name], WEIGHT, flat_buffer)
                 buffer.copy_(flat_buffer.view(buffer.shape))
+        extra = reader.manifest.state.get("extra_state") or {}
+        for name, module in with_extra_state(engine).items() if options.custom_load_fn is None else ():
+            if name in extra:
+                module.set_extra_state(reader.value(extra[name]))
         engine._schedule.share_values(engine._parts.config.zero_optimization.allgather_bucket_size)
         if engine.optimizer is not None:
             engine.optimizer.broken = ""

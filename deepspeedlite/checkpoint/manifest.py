@@ -77,7 +77,8 @@ class Manifest:
     model_parallel: int = 1  # ranks that each have parameters of their own, named mp_rank_00.* and so on if several
     optimizer: str | None = None  # class name
     param_groups: list[dict[str, Any]] = field(default_factory=list)
-    # engine (counters), config, lr_scheduler, loss_scaler, dataloader, rng (a list, one per rank), client_state
+    # engine (counters), config, lr_scheduler, loss_scaler, dataloader, rng (a list, one per rank), client_state,
+    # extra_state (of modules, by name)
     state: dict[str, Any] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:

@@ -160,6 +160,16 @@ def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
     return list(entries.values()), buffers
 
 
+def with_extra_state(engine: Any) -> dict[str, torch.nn.Module]:
+    """The modules that have a state besides parameters and buffers (`get_extra_state`), by name in checkpoints."""
+    prefix, plain = engine._parts.replica.name_prefix, torch.nn.Module.get_extra_state
+    return {
+        prefix + name: module
+        for name, module in engine.module.named_modules()
+        if type(module).get_extra_state is not plain
+    }
+
+
 def owners(engine: Any) -> list[FlatValues]:
     """Every owner of values, trained and frozen."""
     return [*engine._parts.schedule.units, *(frozen for frozen in engine._parts.frozen if frozen.slots)]

@@ -14,7 +14,7 @@ import random
 import sys
 import threading
 import zlib
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Manifest, Parameter, Piece, encode, merge_pieces
-from deepspeedlite.checkpoint.model import Flat, flats_of, parameters_of
+from deepspeedlite.checkpoint.model import Flat, flats_of, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.tag import TagWriter, check_tag
 from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
 from deepspeedlite.checkpoint.together import Ranks
@@ -59,6 +59,7 @@ class RankPart:
     tensors: dict[str, torch.Tensor | Stored] = field(default_factory=dict)
     pieces: dict[str, dict[str, list[Piece]]] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
+    extra: dict[str, Any] = field(default_factory=dict)  # of modules, encoded
 
     def add_tensor(self, tensor: torch.Tensor) -> list[str]:
         """A place for a tensor that belongs to no parameter."""
@@ -232,6 +233,8 @@ class Saver:
                 part.tensors[f"buffer.{name}"] = buffer.detach().reshape(-1)
                 piece = Piece(part.file, f"buffer.{name}", 0, 0, buffer.numel())
                 part.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
+        for name, module in with_extra_state(engine).items() if group.rank == 0 else ():
+            part.extra[name] = encode(module.get_extra_state(), f"get_extra_state() of {name}", part.add_tensor)
         return manifest
 
     def _describe_run(self, manifest: Manifest, part: RankPart, client_state: dict[str, Any]) -> None:
@@ -299,18 +302,19 @@ class Saver:
                     "removed what interrupted saves had left in %s: %s", writer.save_dir, ", ".join(leftovers)
                 )
 
-        def write() -> tuple[str, FileRecord, Any, Any, Any]:
+        def write() -> tuple[FileRecord, RankPart, Any]:
             record = writer.write(part.file, part.tensors)
             self._has_read.set()
-            return part.file, record, part.pieces, part.scalars, manifest.state["rng"]
+            return record, replace(part, tensors={}), manifest.state["rng"]
 
         def commit() -> None:
-            manifest.files = {file: record for file, record, *_ in told}
+            manifest.files = {part.file: record for record, part, _ in told}
             manifest.state["rng"] = [rng for *_, rng in told]
+            manifest.state["extra_state"] = {
+                name: value for _, part, _ in reversed(told) for name, value in part.extra.items()
+            }
             for entry in manifest.parameters:
-                _fill(
-                    entry, [(pieces.get(entry.name, {}), scalars.get(entry.name)) for _, _, pieces, scalars, _ in told]
-                )
+                _fill(entry, [(part.pieces.get(entry.name, {}), part.scalars.get(entry.name)) for _, part, _ in told])
             writer.commit(manifest, save_latest)
             if self._settings.keep_last:
                 writer.remove_older(self._settings.keep_last)
