@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.manifest import EXTRA_STATE
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import ConfigError, EngineStateError
 from deepspeedlite.log import logger
@@ -62,7 +63,7 @@ def consolidated_state_dict(
             if name not in part._non_persistent_buffers_set:
                 state[prefix + name] = buffer.detach().to("cpu", copy=True)
         if type(part).get_extra_state is not torch.nn.Module.get_extra_state:
-            state[f"{prefix}_extra_state"] = part.get_extra_state()
+            state[prefix + EXTRA_STATE] = part.get_extra_state()
     return state
 
 

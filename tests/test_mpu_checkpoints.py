@@ -23,6 +23,7 @@ from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import TagWriter, read_latest
 from deepspeedlite.checkpoint.union import Holding, unite
 from deepspeedlite.errors import CheckpointError, EngineStateError
+from deepspeedlite.utils import safe_get_full_fp32_param
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01}}
 STATES = ("exp_avg", "exp_avg_sq")
@@ -257,6 +258,28 @@ def test_extra_states_of_modules_come_back_by_part(tmp_path):
     engine.module.head.seen = object()
     with pytest.raises(CheckpointError, match=r"get_extra_state\(\) of mp_rank_0\d.head is a builtins.object"):
         engine.save_checkpoint(tmp_path, tag="u")
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+@distributed(2)
+def test_extra_states_go_through_deepspeeds_files(tmp_path, stage):
+    def start(seed: int):
+        model = whole_model(seed)
+        model.head = Scaled(WIDTH, WIDTH)
+        return deepspeedlite.initialize(model=model, config=adam(stage))[0]
+
+    engine = start(0)
+    engine.module.head.seen = {"amax": torch.arange(2.0), "calls": 3}
+    engine.save_checkpoint(tmp_path / "ours")
+    if dist.get_rank() == 0:
+        assert checkpoint_tool(["export", str(tmp_path / "ours"), str(tmp_path / "theirs")]) == 0
+        assert checkpoint_tool(["import", str(tmp_path / "theirs"), str(tmp_path / "again")]) == 0
+    dist.barrier()
+    for folder in ("theirs", "again"):
+        other = start(1)
+        other.load_checkpoint(tmp_path / folder)
+        assert other.module.head.seen["calls"] == 3 and other.module.head.seen["amax"].tolist() == [0, 1]
+        assert torch.equal(*(safe_get_full_fp32_param(e.module.up.weight) for e in (engine, other)))
 
 
 # --- stages of a pipeline: names that are unique but for what is tied -----------------------------------------------

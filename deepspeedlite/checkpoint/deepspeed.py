@@ -35,7 +35,7 @@ from deepspeedlite.checkpoint.deepspeed_states import (
     state_of,
     whole_states,
 )
-from deepspeedlite.checkpoint.manifest import FILE_NAME, MASTER, WEIGHT, Manifest, Parameter, Piece, encode
+from deepspeedlite.checkpoint.manifest import EXTRA_STATE, FILE_NAME, MASTER, WEIGHT, Manifest, Parameter, Piece, encode
 from deepspeedlite.checkpoint.pickles import load_inert, verify_zip
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.save import MACHINE_OPTIONS
@@ -138,6 +138,8 @@ class _Files:
         self._world = int(self._model["dp_world_size"])
         self._refuse_parallel_models()
         self._buffers = set(self._model["buffer_names"] or ())
+        module = self._model["module"]
+        self._extra = {name: module.pop(name) for name in list(module) if name.split(".")[-1] == EXTRA_STATE}
         self._entries = self._weights()
 
     def _load(self, name: str) -> dict[str, Any]:
@@ -219,19 +221,25 @@ class _Files:
             "lr_scheduler": encode(model.get("lr_scheduler"), "lr_scheduler", self._put_value),
             "loss_scaler": encode(self._loss_scale(stage), "loss_scaler", self._put_value),
             "config": self._config(),
-            "client_state": self._client_state(),
+            "extra_state": self._encoded(
+                {name.removesuffix(EXTRA_STATE).removesuffix("."): value for name, value in self._extra.items()},
+                "extra_state",
+            ),
+            "client_state": self._encoded(
+                {key: value for key, value in model.items() if key not in RESERVED}, "client_state"
+            ),
         }
         manifest.files = {name: FileRecord((self._path / name).stat().st_size, 0) for name in self.tensors}
         return manifest
 
-    def _client_state(self) -> dict[str, Any]:
+    def _encoded(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
+        """What of the values a checkpoint of ours can hold."""
         kept = {}
-        for key, value in self._model.items():
-            if key not in RESERVED:
-                try:
-                    kept[key] = encode(value, f"client_state[{key!r}]", self._put_value)
-                except CheckpointError as error:
-                    logger.warning("left out: %s", error)
+        for key, value in values.items():
+            try:
+                kept[key] = encode(value, f"{where}[{key!r}]", self._put_value)
+            except CheckpointError as error:
+                logger.warning("left out: %s", error)
         return kept
 
     def _config(self) -> dict[str, Any]:

@@ -29,7 +29,7 @@ from deepspeedlite.checkpoint.deepspeed_layout import (
     piece_numel,
     split_spans,
 )
-from deepspeedlite.checkpoint.manifest import DTYPES, MASTER, WEIGHT, Parameter
+from deepspeedlite.checkpoint.manifest import DTYPES, EXTRA_STATE, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.pickles import DynamicLossScaler, LossScaler, save_for_deepspeed
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import LATEST, check_tag, sync_dir
@@ -201,6 +201,8 @@ class _Export:
             else:
                 value = self._reader.read(p, WEIGHT).view(p.shape)
             module.update(dict.fromkeys((p.name, *p.tied), value))
+        for name, state in (self._reader.state("extra_state") or {}).items():
+            module[f"{name}.{EXTRA_STATE}" if name else EXTRA_STATE] = state
         return module
 
     def _frozen_fragment(self, p: Parameter, rank: int) -> torch.Tensor:
