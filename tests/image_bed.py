@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from env import buildkit
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -163,6 +165,8 @@ def built(name: str, wheels: Path, make_bases: Callable[[str], Sequence[str]], *
     with contextlib.ExitStack() as stack:
         for base in {base for base in bases[1::2] if base.startswith(repository)}:
             stack.enter_context(images_removed_after(client, base))
+        if buildkit.wanted(client) and "DSL_TEST_BASE" not in os.environ:
+            stack.enter_context(build_cache_removed_after(client))
         stack.callback(remove_tags, client, repository)
         yield Image(client, f"{repository}:{name}", env("build", name, *options), options)
 
