@@ -356,3 +356,18 @@ def test_names_at_the_top():
     """What DeepSpeed's own package has beside its functions."""
     assert deepspeedlite.dist is deepspeedlite.comm
     assert deepspeedlite.version.startswith("0.19.8") and deepspeedlite.git_hash == deepspeedlite.__git_hash__
+
+
+def test_copies_for_saving_keep_ties():
+    """Tied weights are one tensor in the copy as well; views of one storage that differ are not."""
+    from deepspeedlite.checkpoint.utils import clone_tensors_for_torch_save
+
+    flat = torch.arange(6.0)
+    model = {"a": flat[:4].view(2, 2), "tied": flat[:4].view(2, 2), "other": flat[:4], "none": flat[:0], "n": 3}
+    copy = clone_tensors_for_torch_save(model)
+    assert copy["a"] is copy["tied"] and copy["other"].data_ptr() != copy["a"].data_ptr() != flat.data_ptr()
+    assert copy["a"].untyped_storage().nbytes() == 16 and copy["n"] == 3 and copy["none"].numel() == 0
+    assert all(torch.equal(copy[key], model[key]) for key in ("a", "tied", "other"))
+    meta = clone_tensors_for_torch_save([torch.empty(2, device="meta"), torch.empty(2, device="meta")], "meta")
+    assert meta[0] is not meta[1]
+    assert [tensor.device.type for tensor in meta] == ["meta", "meta"]

@@ -96,8 +96,21 @@ def get_tensor_bytes(item: Any) -> int:
 
 
 def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
-    """Copies of tensors that are views of larger storages, which `torch.save` would write whole."""
-    return _map_tensors(item, lambda tensor: tensor.detach().to(device, copy=True))
+    """Copies of tensors that are views of larger storages, which `torch.save` would write whole.
+
+    Tied tensors stay tied: the same memory, seen alike, is copied once, and written once by those who look for it.
+    """
+    copies: dict[Any, torch.Tensor] = {}
+
+    def copy(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor.numel() == 0 or tensor.is_meta or tensor.layout is not torch.strided:
+            return tensor.detach().to(device, copy=True)
+        key = (tensor.device, tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride())
+        if key not in copies:
+            copies[key] = tensor.detach().to(device, copy=True)
+        return copies[key]
+
+    return _map_tensors(item, copy)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------

@@ -50,10 +50,11 @@ What was found, beside DeepSpeed {STANDS_IN_FOR} (DSL_PEER_PYTHON) and each clie
 | bf16 losses as with DeepSpeed, to 5e-3 | 0 to 3 | 0 to 3 | 0 to 3 | 0 to 3 | 3 | 2, 3 |
 | resumed as uninterrupted, fp32, to 1e-6 | 2, 3 | 2, 3 | 2, 3 | 2, 3 | | |
 
-- In bf16 our stage 0 is held against DeepSpeed's stage 1: its stage 0 keeps no fp32 masters in bf16, ours does. Against its
-  stage 0 the losses of six steps at a rate of 0.01 were 6e-3 apart.
-- In bf16 the real zero.Init draws values in 16 bits whatever the layer asks for; ours lets the layer draw, and casts. The first
-  loss of a model built in fp32 differs by that (by 5e-3 here); Lightning's and Fabric's tests build theirs in bf16.
+- In bf16 our stage 0 is held against DeepSpeed's stage 1: its stage 0 keeps no fp32 masters in bf16, ours does. Against
+  its stage 0 the losses of six steps at a rate of 0.01 were 6e-3 apart.
+- In bf16 the real zero.Init draws values in 16 bits whatever the layer asks for; ours lets the layer draw, and casts. A
+  model built in fp32 therefore starts elsewhere (the first loss by 5e-3 here); Lightning's and Fabric's tests build
+  theirs in bf16.
 - A run that Lightning resumes is held against what its own data parallelism resumes with, to 2e-5: it draws data anew.
 - On CPU ranks the clients themselves need help, of which `tests/clients/` has an example each: Accelerate must be told
   `gloo`; transformers takes `bf16=True` with `use_cpu=True` alone, and then needs `use_configured_state` lest it leave
