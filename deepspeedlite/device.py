@@ -7,9 +7,7 @@ no GPU.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,34 +67,6 @@ class Device:
             "reserved_bytes": stats.get("reserved_bytes.all.current", 0),
             "peak_reserved_bytes": stats.get("reserved_bytes.all.peak", 0),
         }
-
-
-_LARGE_PAGE_NBYTES = 1 << 21  # of x86-64, and of arm64 with pages of 4 KiB
-_MADV_HUGEPAGE = 14  # Linux's
-
-
-def use_large_pages(tensor: torch.Tensor) -> torch.Tensor:
-    """Ask the system for large pages under a CPU tensor that nothing has been written to yet; returns it.
-
-    Memory that comes and goes, as gathered parameters do, is given out page by page when it is first written. With
-    pages of 2 MiB instead of 4 KiB that takes a fraction of the time. Where the system has none nothing changes.
-    """
-    start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
-    start, stop = -(-start // _LARGE_PAGE_NBYTES) * _LARGE_PAGE_NBYTES, stop // _LARGE_PAGE_NBYTES * _LARGE_PAGE_NBYTES
-    if start < stop and tensor.device.type == "cpu" and _madvise is not None:
-        _madvise(start, stop - start, _MADV_HUGEPAGE)
-    return tensor
-
-
-def _find_madvise() -> Any:
-    if not sys.platform.startswith("linux"):
-        return None
-    function = ctypes.CDLL(None).madvise
-    function.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-    return function
-
-
-_madvise = _find_madvise()
 
 
 def pick_device(local_rank: int = 0) -> Device:

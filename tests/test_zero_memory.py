@@ -12,11 +12,9 @@ from __future__ import annotations
 
 import gc
 import os
-import re
 from bisect import bisect_left
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -30,9 +28,7 @@ from torch.autograd.profiler import profile, record_function
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.hostlink import HostLink, link_of
-from deepspeedlite.device import use_large_pages
 from deepspeedlite.memory.disk import Disk, Slot
-from deepspeedlite.zero import GatheredParameters
 from deepspeedlite.zero.estimate import model_states_bytes, ways_of
 from deepspeedlite.zero.fit import Training, fit_all
 from deepspeedlite.zero.layout import FlatLayout
@@ -411,30 +407,3 @@ def test_sub_group_size_bounds_the_fp32_gradients_of_a_step(blocks, world_size):
     last_unit = FP32_BYTES * max(unit.layout.shard_numel for unit in engine._schedule.units)
     found = phases["step 1"].peak - phases["idle 1"].after
     assert most - last_unit <= found <= (1 + TOLERANCE) * most
-
-
-def flags_at(address: int) -> list[str]:
-    """The kernel's flags of the mapping that an address lies in; none where it does not tell."""
-    flags: list[str] = []
-    inside = False
-    for line in Path("/proc/self/smaps").read_text().splitlines():
-        if found := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
-            inside = int(found[1], 16) <= address < int(found[2], 16)
-        elif inside and line.startswith("VmFlags:"):
-            flags = line.split()[1:]
-    return flags
-
-
-@distributed(world_size=1)
-def test_gathered_values_lie_in_large_pages():
-    """What is taken anew for every gather is advised to; small tensors are let be."""
-    if not Path("/sys/kernel/mm/transparent_hugepage").is_dir():
-        pytest.skip("needs a Linux kernel with transparent huge pages")
-    settings = {"train_batch_size": 1, "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW"}}
-    model = nn.Linear(2048, 2560)  # 20 MiB
-    deepspeedlite.initialize(model=model, config=settings)
-    for _ in range(2):
-        with GatheredParameters(model.weight):
-            assert "hg" in flags_at(model.weight.data_ptr() + (10 << 20))
-    for tensor in (torch.empty(3), torch.empty(0)):
-        assert use_large_pages(tensor) is tensor

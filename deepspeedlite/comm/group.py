@@ -29,7 +29,6 @@ import torch.distributed as dist
 from deepspeedlite.comm.hostlink import HostLink, link_of
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
 from deepspeedlite.comm.stall import LabelledWork, explained
-from deepspeedlite.device import use_large_pages
 from deepspeedlite.errors import DistributedError
 
 # torch 2.13 renamed both, and warns where the older names are used.
@@ -228,7 +227,7 @@ class Group:
         """
         link = self._connected() if self._may_share(device) and numel else None
         if link is None:
-            return use_large_pages(torch.empty(numel, dtype=dtype, device=device))
+            return torch.empty(numel, dtype=dtype, device=device)
         return link.lend(numel * dtype.itemsize).view(dtype)
 
     def settle(self, tensor: torch.Tensor) -> None:

@@ -42,7 +42,6 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
-from deepspeedlite.device import use_large_pages
 from deepspeedlite.errors import EngineStateError
 from deepspeedlite.memory.home import Home
 from deepspeedlite.zero.layout import FlatLayout, Slot
@@ -226,7 +225,6 @@ class FlatValues:
         if self.state is not ValueState.SHARDED:
             return
         self.values.untyped_storage().resize_(self._nbytes)
-        use_large_pages(self.values)
         if self.home is not None:
             self.home.open()
         self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, final=True, **self._call)
