@@ -460,5 +460,5 @@ def test_settings_choose_what_is_measured() -> None:
         group.broadcast(torch.ones(1))
         assert list(comm.comms_logger.stats) == [("broadcast < test_settings_choose_what_is_measured", 4)]
     finally:
-        comm.comms_logger.enabled = False
+        comm.configure(enabled=False, prof_all=True, prof_ops=[], debug=False)
         comm.comms_logger.reset()
