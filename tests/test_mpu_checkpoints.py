@@ -25,6 +25,8 @@ from deepspeedlite.checkpoint.union import Holding, unite
 from deepspeedlite.errors import CheckpointError, EngineStateError
 from deepspeedlite.utils import safe_get_full_fp32_param
 
+pytestmark = pytest.mark.slow
+
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01}}
 STATES = ("exp_avg", "exp_avg_sq")
 HALF = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}

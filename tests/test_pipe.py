@@ -438,6 +438,7 @@ engine.train_batch(data)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("death, said", [
     ("os.kill(os.getpid(), 9)", "rank 1 failed first: killed by SIGKILL"),
     ("raise ArithmeticError('in the middle')", "ArithmeticError: in the middle"),

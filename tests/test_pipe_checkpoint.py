@@ -15,6 +15,8 @@ from deepspeedlite.checkpoint.manifest import Manifest
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
+pytestmark = pytest.mark.slow
+
 
 def feed(engine: Any, steps: int) -> Any:
     """The batches after so many steps."""

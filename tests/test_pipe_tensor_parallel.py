@@ -16,6 +16,8 @@ import deepspeedlite
 from deepspeedlite.pipe import LayerSpec, PipelineModule
 from deepspeedlite.pipe.topology import PipeModelDataParallelTopology
 
+pytestmark = pytest.mark.slow
+
 WIDTH, HIDDEN, MICRO_BATCHES = 6, 12, 3
 HYPER = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
 
