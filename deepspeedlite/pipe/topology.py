@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import namedtuple
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import product
 from typing import Any
 
@@ -196,10 +196,6 @@ class PipelineParallelGrid:
         """The rank that is another stage of this replica; `kwargs` are coordinates that differ from this rank's."""
         place = {**self._topo.get_coord(self.global_rank)._asdict(), PIPE: stage_id, **kwargs}
         return self._topo.get_rank(**place)
-
-    def stages(self) -> Iterator[int]:
-        """The ranks of this replica's stages, first to last."""
-        return (self.stage_to_global(stage) for stage in range(self.pipe_parallel_size))
 
     # --- as an mpu --------------------------------------------------------------------------------------------------
 
