@@ -98,7 +98,7 @@ def configure(
     settings.group = _model_parallel_group(mpu_)
     if deepspeed_config is not None:
         world = Group(mpu_.get_data_parallel_group()).size if mpu_ is not None else Group().size
-        loaded = load_config(deepspeed_config, world_size=world)
+        loaded = load_config(deepspeed_config, world_size=world, peek=True)
         section = loaded.activation_checkpointing
         settings.partition, settings.on_host = section.partition_activations, section.cpu_checkpointing
         settings.contiguous, settings.number = section.contiguous_memory_optimization, section.number_checkpoints

@@ -283,7 +283,7 @@ def _configure_logger(config: Any) -> None:
     if isinstance(config, (str, os.PathLike, Mapping)):
         from deepspeedlite.config import load_config
 
-        config = load_config(config)
+        config = load_config(config, peek=True)
     section = getattr(config, "comms_logger", None)
     if section is None:
         raise ConfigError(f"config of type {type(config).__name__} has no comms_logger; pass a DeepSpeedConfig or dict")

@@ -26,8 +26,8 @@ def build_parser() -> argparse.ArgumentParser:
     check = commands.add_parser(
         "check",
         help="check a file: print OK and what it comes to, or every fault (exit status 1)",
-        description="Check a configuration file. Prints OK, the batch sizes and the keys that change nothing; or every "
-        "fault, one per line, with exit status 1.",
+        description="Check a configuration file. Prints OK, the batch sizes, the keys that are left for a client to "
+        'fill in ("auto") and those that change nothing; or every fault, one per line, with exit status 1.',
     )
     check.add_argument("file", help="path of the JSON file, or JSON in base64")
     check.add_argument(
@@ -65,19 +65,24 @@ def main(argv: list[str] | None = None) -> int:
 def check(source: str, world_size: int | None) -> int:
     """Print what a file comes to, or its faults."""
     try:
-        origin, config, faults = examine(source, world_size)
+        origin, config, faults = examine(source, world_size, peek=True)
         ranks = world_size or implied_world_size(config)
         sizes = (config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps)
-        if not faults and (problem := batch_problem(*sizes, ranks)) is not None:
+        filled_later = set(config.left_open) & set(NAMES)
+        if not faults and not filled_later and (problem := batch_problem(*sizes, ranks)) is not None:
             faults.append(Fault((), MISSING, problem))
         if faults:
             raise_faults(origin, faults)
     except ConfigError as error:
         print(error)
         return 1
-    batch = solve_batch(*sizes, ranks)
-    numbers = ", ".join(f"{name} {number}" for name, number in zip(NAMES, batch))
-    print(f"OK {origin}\nbatch on {ranks} rank{'s' if ranks > 1 else ''}: {numbers}")
+    print(f"OK {origin}")
+    if not filled_later:
+        batch = solve_batch(*sizes, ranks)
+        numbers = ", ".join(f"{name} {number}" for name, number in zip(NAMES, batch))
+        print(f"batch on {ranks} rank{'s' if ranks > 1 else ''}: {numbers}")
+    if config.left_open:
+        print(f'left for the client to fill in ("auto"): {", ".join(config.left_open)}')
     for hint in config.hints:
         print(f"hint: {hint}")
     return 0

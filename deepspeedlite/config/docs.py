@@ -21,9 +21,12 @@ contradict each other are errors, all reported at once with the key's path and t
 training: `python -m deepspeedlite.config check ds_config.json --world_size 8`.
 
 Values are taken as written. `true` is no number and `"1e5"` is no number; `5e8` is a whole number, since users write
-sizes that way. `null` for a section means that it is not given. `"auto"` is a placeholder which the Hugging Face
-Trainer and Accelerate fill in; left in a file it is an error. `Infinity`, which Python writes into JSON, is accepted
+sizes that way. `null` for a section means that it is not given. `Infinity`, which Python writes into JSON, is accepted
 for `steps_per_print`; `NaN` is accepted nowhere. Comments and trailing commas are not JSON.
+
+`"auto"` is a placeholder which the Hugging Face Trainer and Accelerate fill in. What reads a configuration before that
+(`zero.Init`, `init_distributed(config=)`, `checkpointing.configure`, `config check`) takes what it needs and leaves the
+rest open. Still there in `initialize` it is an error; under the name `deepspeed` it means the key's default, said once.
 
 Status of a key in this release:
 

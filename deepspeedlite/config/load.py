@@ -3,11 +3,18 @@
 Stages, each adding to one list of faults: read (source), older spellings (legacy), placeholders, types and unknown
 keys (pydantic), features of this release (features), contradictions (rules), the batch triangle (batch). A value at
 fault is taken out and the rest checked again, so no mistake hides another.
+
+[Note: "auto"]
+A client such as transformers' Trainer writes "auto" for what it will fill in before `initialize`. Whoever reads a
+configuration before that (`zero.Init`, `config check`) does so with `peek=True`: such a key is left open, neither right
+nor wrong. Where the values count, what is still "auto" is a fault under our own name. Under the name deepspeed it
+means the default, and unknown keys at the top level are passed over, as in DeepSpeed; both are said once.
 """
 
 from __future__ import annotations
 
 import functools
+import logging
 import math
 import os
 import typing
@@ -24,8 +31,10 @@ from deepspeedlite.config.legacy import RENAMED, Origin, modernise
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import read_source
+from deepspeedlite.drop_in.finder import stands_in
 from deepspeedlite.log import log_once
 
+AUTO = "auto"
 AUTO_REMEDY = (
     'give a value: "auto" is a placeholder that the Hugging Face Trainer or Accelerate replaces before it calls '
     "`initialize`"
@@ -54,13 +63,17 @@ class Examined(NamedTuple):
 
 
 def load_config(
-    source: str | os.PathLike | Mapping[str, Any] | DeepSpeedConfig, world_size: int | None = None
+    source: str | os.PathLike | Mapping[str, Any] | DeepSpeedConfig,
+    world_size: int | None = None,
+    *,
+    peek: bool = False,
 ) -> DeepSpeedConfig:
     """Read and check a configuration.
 
     Args:
         source: path of a JSON file, a dict (not changed), JSON in base64, or a configuration already loaded.
         world_size: data-parallel ranks; if given, the batch sizes are solved for it too.
+        peek: the configuration may not be filled in yet; what is "auto" is left open. See the note above.
 
     Raises:
         ConfigError: lists every fault, one per line, with the key's full path, its value and the remedy.
@@ -69,21 +82,28 @@ def load_config(
         if world_size is not None:
             source.batch(world_size)
         return source
-    origin, config, faults = examine(source, world_size)
+    origin, config, faults = examine(source, world_size, peek=peek, lenient=stands_in())
     if faults:
         raise_faults(origin, faults)
-    for hint in config.hints:
-        log_once(f"configuration: {hint}")
+    if not peek:
+        for hint in config.hints:
+            log_once(f"configuration: {hint}")
+        for line in config.passed_over:
+            log_once(f"configuration: {line}", logging.WARNING)
     return config
 
 
-def examine(source: Any, world_size: int | None = None) -> Examined:
-    """Do all of `load_config`'s work, and return faults instead of raising. Unreadable sources still raise."""
+def examine(source: Any, world_size: int | None = None, *, peek: bool = False, lenient: bool = False) -> Examined:
+    """Do all of `load_config`'s work, and return faults instead of raising. Unreadable sources still raise.
+
+    `lenient`: by DeepSpeed's rules for "auto" and for unknown keys at the top level, as under its name.
+    """
     origin, raw, faults = read_source(source)
     tree = typing.cast(dict[str, Any], copy_tree(raw))
     moved = modernise(tree, faults)
-    found = _Findings(moved, faults)
-    _placeholders(tree, DeepSpeedConfig, (), found)
+    found = _Findings(moved, faults, peek)
+    unknown = _take_unknown(tree) if lenient else []
+    _placeholders(tree, DeepSpeedConfig, (), found, peek or lenient)
     config = _validate(tree, found)
     hints: dict[str, list[str]] = {}
     _features(config, (), found, hints)
@@ -91,20 +111,34 @@ def examine(source: Any, world_size: int | None = None) -> Examined:
         _check_batch(config, world_size, found)
     for rule in RULES:
         paths = [tuple(name.split(".")) for name in rule.keys]
-        if not any(found.covers(path) for path in paths) and rule.broken(config):
+        if not any(found.covers(path) or path in found.open for path in paths) and rule.broken(config):
             found.add(paths[0], _value_at(tree, paths[0]), rule.problem, rule.remedy)
     config._raw = raw
     config._hints = tuple(f"{', '.join(keys)}: {note}" for note, keys in hints.items())
+    config._left_open = tuple(dotted(found.as_written(path)[0]) for path in found.open)
+    if config._left_open:
+        unknown.append(f'{", ".join(config._left_open)}: still "auto", so the default counts')
+    config._passed_over = tuple(unknown)
     return Examined(origin, config, faults)
+
+
+def _take_unknown(tree: dict[str, Any]) -> list[str]:
+    """Take the unknown keys out of the top level; a line about each."""
+    names = [name for name in tree if name not in DeepSpeedConfig.model_fields]
+    for name in names:
+        del tree[name]
+    return [f"{dotted((name,))}: unknown key, passed over; {_known_key((name,), DeepSpeedConfig)}" for name in names]
 
 
 class _Findings:
     """The faults so far, by path: knows which keys are already at fault, and how the user spelled each."""
 
-    def __init__(self, moved: dict[KeyPath, Origin], faults: list[Fault]) -> None:
+    def __init__(self, moved: dict[KeyPath, Origin], faults: list[Fault], peek: bool = False) -> None:
         self.moved = moved
         self.faults = faults
+        self.peek = peek
         self.paths: set[KeyPath] = set()
+        self.open: dict[KeyPath, None] = {}  # keys that are "auto" and may be, in the file's order
 
     def add(self, path: KeyPath, value: Any, problem: str, remedy: str = "") -> None:
         """Record a fault unless the key, or one that holds it, has one."""
@@ -127,21 +161,34 @@ class _Findings:
         return path, value
 
 
-def _placeholders(node: Any, model: type[Section] | None, path: KeyPath, found: _Findings) -> None:
-    """Take out "auto" where no key allows it, NaN in free-form objects, and null where a section may stand."""
+def _placeholders(node: Any, model: type[Section] | None, path: KeyPath, found: _Findings, may_be: bool) -> None:
+    """Take out "auto" where no key allows it, NaN in free-form objects, and null where a section may stand.
+
+    `may_be`: "auto" is left open, and no fault; so is a list that holds one.
+    """
     items = list(node.items()) if isinstance(node, dict) else list(enumerate(node))
     for name, value in items:
         where = (*path, name)
         field = model.model_fields.get(str(name)) if model is not None and isinstance(node, dict) else None
         inner = inner_section(field.annotation) if field is not None else model if isinstance(node, list) else None
-        if isinstance(value, str) and value == "auto" and not (field is not None and '"auto"' in kind_of(field)):
+        allowed = field is not None and '"auto"' in kind_of(field)
+        is_auto = isinstance(value, str) and value == AUTO
+        if (
+            may_be
+            and isinstance(node, dict)
+            and not allowed
+            and (is_auto or (isinstance(value, list) and AUTO in value))
+        ):
+            found.open[where] = None
+            del node[name]
+        elif is_auto and not allowed:
             found.add(where, value, "is not a value", AUTO_REMEDY)
         elif field is None and model is None and isinstance(value, float) and math.isnan(value):
             found.add(where, value, "is not a number", "give a number")
         elif value is None and field is not None and isinstance(default_of(field), Section):
             del node[name]
         elif isinstance(value, dict | list):
-            _placeholders(value, inner, where, found)
+            _placeholders(value, inner, where, found, may_be)
     for bad in [place for place in found.paths if place[:-1] == path and len(place) == len(path) + 1]:
         if isinstance(node, dict):
             node.pop(bad[-1], None)
@@ -182,6 +229,8 @@ def _explain(item: Any, tree: dict[str, Any], found: _Findings) -> KeyPath:
     if item["type"] == "extra_forbidden":
         found.add(where, value, "unknown key", _known_key(where, owner))
     elif item["type"] == "missing":
+        if found.peek and where in found.open:
+            return where[:-1]
         doc = field.description if field is not None else ""
         found.add(where, MISSING, "is not given", f"it names: {doc}")
         return where[:-1]
@@ -226,6 +275,9 @@ def _known_key(path: KeyPath, owner: type[Section]) -> str:
     match = nearest(name, known)
     if name in OTHER_NAMES and not parent:
         return OTHER_NAMES[name]
+    outer, _, inner = name.rpartition(".")
+    if outer and outer in _places().get(inner, ()):
+        return f"{inner} goes into the object {outer}, and a dot does not lead there"
     if len(elsewhere) == 1:
         return f"it belongs in {elsewhere[0]}" if elsewhere[0] else "it belongs at the top level"
     if match is not None:
@@ -323,7 +375,7 @@ def _section_features(
 
 def _check_batch(config: DeepSpeedConfig, world_size: int, found: _Findings) -> None:
     paths: list[KeyPath] = [(name,) for name in NAMES]
-    if any(found.covers(path) for path in paths):
+    if any(found.covers(path) for path in paths) or (found.peek and any(path in found.open for path in paths)):
         return
     problem = batch_problem(
         config.train_batch_size, config.train_micro_batch_size_per_gpu, config.gradient_accumulation_steps, world_size

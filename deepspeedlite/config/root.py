@@ -62,6 +62,8 @@ class DeepSpeedConfig(Section):
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
     _hints: tuple[str, ...] = PrivateAttr(default=())
+    _left_open: tuple[str, ...] = PrivateAttr(default=())
+    _passed_over: tuple[str, ...] = PrivateAttr(default=())
 
     train_batch_size: Int | None = key(None, "Samples per optimizer step over all ranks.", ge=1)
     train_micro_batch_size_per_gpu: Int | None = key(None, "Samples per forward pass on one rank.", ge=1)
@@ -174,6 +176,16 @@ class DeepSpeedConfig(Section):
     def hints(self) -> tuple[str, ...]:
         """One line per group of given keys that change nothing."""
         return self._hints
+
+    @property
+    def left_open(self) -> tuple[str, ...]:
+        """The keys that were still "auto" and had their defaults put in."""
+        return self._left_open
+
+    @property
+    def passed_over(self) -> tuple[str, ...]:
+        """A line on each thing that DeepSpeed lets pass in silence: unknown keys at the top level, what is "auto"."""
+        return self._passed_over
 
     def batch(self, world_size: int) -> BatchSizes:
         """The batch sizes for `world_size` data-parallel ranks; ConfigError if they do not come out."""

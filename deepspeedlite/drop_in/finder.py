@@ -72,6 +72,11 @@ def stand_in() -> None:
     sys.modules[NAME] = package
 
 
+def stands_in() -> bool:
+    """Whether this process goes by the name deepspeed: somebody has imported it, and it is ours."""
+    return NAME in sys.modules and sys.modules[NAME] is sys.modules.get(HOME)
+
+
 def serve() -> None:
     """Serve DeepSpeed's module paths below our own name. Called by the package's import."""
     if not any(isinstance(finder, Finder) and finder.root == HOME for finder in sys.meta_path):

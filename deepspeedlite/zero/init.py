@@ -89,7 +89,7 @@ class Init:
         group = data_parallel_group if mpu is None else mpu.get_data_parallel_group()
         self.group = group if isinstance(group, Group) else Group(group)
         self.device = pick_device(comm.get_local_rank()).torch_device
-        settings = load_config({}) if source is None else load_config(source, world_size=self.group.size)
+        settings = load_config({}) if source is None else load_config(source, world_size=self.group.size, peek=True)
         if source is not None:
             half = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
             self.dtype = dtype or half
