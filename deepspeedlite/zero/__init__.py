@@ -13,9 +13,9 @@ from deepspeedlite.drop_in.finder import name_of
 
 _LAZY = {
     "Init": "init",
-    "GatheredParameters": "init",
+    "GatheredParameters": "gathered",
     "register_external_parameter": "hooks",
-    "unwrap_model_for_generation": "init",
+    "unwrap_model_for_generation": "gathered",
     "ZeroParamStatus": "values",
     "estimate_zero2_model_states_mem_needs_all_live": "estimate",
     "estimate_zero2_model_states_mem_needs_all_cold": "estimate",

@@ -18,8 +18,7 @@ find an empty tensor: write them in `GatheredParameters`.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from os import PathLike
 from types import TracebackType
 from typing import Any
@@ -30,11 +29,10 @@ from deepspeedlite import comm
 from deepspeedlite.comm import Group
 from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.device import pick_device
-from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.errors import ConfigError, UnsupportedError
 from deepspeedlite.memory.offload import make_offload
 from deepspeedlite.memory.placement import Placement, Tier
-from deepspeedlite.zero.hooks import register_external_parameter
-from deepspeedlite.zero.values import FlatValues, owner_of, owners_of
+from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -193,88 +191,3 @@ def _unwrap_module() -> None:
 
 
 _ORIGINALS: dict[str, Callable[..., Any]] = {}
-
-
-class GatheredParameters:
-    """Parameters are whole in this context.
-
-    Args:
-        params: a parameter, or any iterable of them; those that are not sharded are left as they are.
-        modifier_rank: the global rank whose changes are kept and sent to all; None: nobody changes anything.
-        fwd_module: the parameters are read in this module's forward too: see `register_external_parameter`.
-        enabled: False makes the context do nothing.
-
-    Raises:
-        EngineStateError: a rank other than `modifier_rank` changed a parameter. The change is dropped.
-    """
-
-    def __init__(
-        self,
-        params: torch.Tensor | Iterable[torch.Tensor],
-        modifier_rank: int | None = None,
-        fwd_module: torch.nn.Module | None = None,
-        enabled: bool = True,
-    ) -> None:
-        listed = [params] if isinstance(params, torch.Tensor) else list(params)
-        self._params = [param for param in listed if owner_of(param) is not None] if enabled else []
-        self._owners = owners_of(self._params)
-        self._modifier = modifier_rank
-        self._before: dict[int, int] = {}
-        if fwd_module is not None:
-            for param in self._params:
-                register_external_parameter(fwd_module, param)
-
-    def __enter__(self) -> None:
-        for owner in self._owners:
-            owner.hold()
-        if self._modifier is None or self._modifier != comm.get_rank():
-            self._before = {index: _fingerprint(param) for index, param in enumerate(self._params)}
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
-        wrong = [i for i, before in self._before.items() if error is None and _fingerprint(self._params[i]) != before]
-        if error is None and self._modifier is not None:
-            self._spread()
-        for owner in self._owners:
-            owner.let_go()
-        if wrong:
-            owner = owners_of([self._params[wrong[0]]])[0]
-            raise EngineStateError(
-                f"parameter {owner.slot_of(self._params[wrong[0]]).name} was changed on rank {comm.get_rank()} inside "
-                f"GatheredParameters(modifier_rank={self._modifier}), and the change is dropped; pass the rank that "
-                "makes changes as modifier_rank, and make them on that rank only"
-            )
-
-    @torch.no_grad()
-    def _spread(self) -> None:
-        for param in self._params:
-            owner = owners_of([param])[0]
-            if self._modifier not in owner.group.ranks:
-                raise EngineStateError(
-                    f"GatheredParameters(modifier_rank={self._modifier}): the parameter is held by ranks "
-                    f"{owner.group.ranks}"
-                )
-            if param.numel():
-                owner.group.broadcast(param.data, src=owner.group.ranks.index(self._modifier))
-        for owner in self._owners:
-            owner.keep_changes()
-
-
-def _fingerprint(param: torch.Tensor) -> int:
-    """A number that changes, practically always, when any element does."""
-    if not param.numel():
-        return 0
-    bits = param.detach().flatten().view(_INTEGERS[param.element_size()])
-    return int(bits.sum(dtype=torch.int64))
-
-
-@contextmanager
-def unwrap_model_for_generation(model: Any, enabled: bool = True) -> Iterator[torch.nn.Module]:
-    """The module behind an engine with all its parameters whole, for many forward passes without training.
-
-    Args:
-        model: an engine, or a module.
-        enabled: False gives the module as it is.
-    """
-    module = getattr(model, "module", model)
-    with GatheredParameters(list(module.parameters()), enabled=enabled):
-        yield module

@@ -123,6 +123,8 @@ class FlatValues:
         first = self.params[0]
         self.dtype, self.device = first.dtype, first.device
         self.holds = 0
+        self.writes = 0
+        """How often all ranks were given new values from outside the optimizer."""
         # Called when values were written from outside the optimizer, which may keep copies of them.
         self.on_new_values: Callable[[], None] = lambda: None
         # Called with the elements that come to life (less than zero: are released) where values are sharded.
@@ -306,6 +308,7 @@ class FlatValues:
             self.settle()
             with self.shard_in_memory(write=True):
                 self.shard.copy_(self.values[start:stop])
+        self.writes += 1
         self.on_new_values()
 
     def verify_attached(self) -> None:
