@@ -26,6 +26,7 @@ from deepspeedlite.pipe.order import Order, before
 from deepspeedlite.pipe.topology import PipelineParallelGrid
 
 _HEADER_NBYTES = 4096
+_FAILED = b"null".ljust(_HEADER_NBYTES)  # in the place of an outline: no activation will come any more
 
 
 class Outline(NamedTuple):
@@ -59,8 +60,10 @@ class Outline(NamedTuple):
         return raw.ljust(_HEADER_NBYTES)
 
     @classmethod
-    def from_bytes(cls, raw: bytes) -> Outline:
-        """What `to_bytes` gave."""
+    def from_bytes(cls, raw: bytes) -> Outline | None:
+        """What `to_bytes` gave; None where the sender has failed."""
+        if raw == _FAILED:
+            return None
         is_tuple, tensors = json.loads(raw)
         return cls(is_tuple, tuple((dtype, tuple(shape), grad) for dtype, shape, grad in tensors))
 
@@ -165,10 +168,11 @@ class Mail:
 
     def begin_batch(self, micro_batches: int) -> None:
         """Micro-batches begin whose shapes may be others than before."""
-        self._micro_batches = micro_batches
+        self.micro_batches = micro_batches
         self._coming: Outline | None = None  # of activations that come
         self._going: list[Outline] = []  # of those that were sent
         self._taken = self._grads_posted = self._grads_taken = 0
+        self._is_cut_before = self._is_cut_behind = False  # whether no activation comes, or goes, any more
         order = self._order
         # Per message that comes: how many of those that went to the same neighbour have arrived.
         if self._stage > 0:
@@ -185,18 +189,23 @@ class Mail:
     # --- forward --------------------------------------------------------------------------------------------------
 
     def receive_activation(self, training: bool) -> Any:
-        """The next micro-batch's input; with `training`, what required grad there does so here, as a leaf."""
+        """The next micro-batch's input; with `training`, what required grad there does so here, as a leaf.
+
+        None if a stage before this one has failed.
+        """
         wire, previous = self._from_previous, self._to_previous
         assert wire is not None and previous is not None
-        if not wire.expects:
+        if not wire.expects and not self._is_cut_before:
             self._post_activation(wire)
+        if self._is_cut_before:
+            return None
         outline = self._coming
         assert outline is not None
         tensors = wire.take()
         if training:
             previous.let_go(self._read_by_previous[self._taken])
         self._taken += 1
-        if self._taken < self._micro_batches and not self._dynamic:
+        if self._taken < self.micro_batches and not self._dynamic:
             self._post_activation(wire)
         for tensor, (_, _, requires_grad) in zip(tensors, outline.tensors):
             tensor.requires_grad_(requires_grad and training)
@@ -209,25 +218,44 @@ class Mail:
             self._headers_in.post([header])
             self._headers_in.take()
             self._coming = Outline.from_bytes(header.numpy().tobytes())
-        wire.post(self._coming.room(self._device))
+        self._is_cut_before = self._coming is None
+        if self._coming is not None:
+            wire.post(self._coming.room(self._device))
 
-    def send_activation(self, output: Any, training: bool) -> None:
-        """Pass a micro-batch's output on. Without training nothing comes back, and two at most are under way.
+    def outline(self, output: Any) -> tuple[Outline, bytes]:
+        """What the next micro-batch's output consists of, and that in the bytes that announce it.
 
         Raises:
             PipelineError: it cannot be passed on, or has another shape than the first of the batch.
         """
-        wire, headers = self._to_next, self._headers_out
-        assert wire is not None and headers is not None
         outline = Outline.of(output, self._stage)
-        if not self._going or self._dynamic:
-            headers.send([torch.frombuffer(bytearray(outline.to_bytes()), dtype=torch.uint8)])
-        elif outline != self._going[0]:
+        if self._going and not self._dynamic and outline != self._going[0]:
             raise PipelineError(
                 f"the output of pipeline stage {self._stage} for micro-batch {len(self._going)} is "
                 f"{_described(outline)}, and that of micro-batch 0 was {_described(self._going[0])}; give all the same "
                 "shape, or make the PipelineModule with dynamic_shape=True"
             )
+        return outline, outline.to_bytes()
+
+    def send_activation(self, output: Any, described: tuple[Outline, bytes] | None, training: bool) -> None:
+        """Pass on a micro-batch's output, of which `described` is the `outline`; None if this stage has failed.
+
+        Without training nothing comes back, and two at most are under way.
+        """
+        wire, headers = self._to_next, self._headers_out
+        assert wire is not None and headers is not None
+        if self._is_cut_behind:
+            return
+        is_announced = not self._going or self._dynamic
+        self._is_cut_behind = described is None and is_announced
+        if is_announced:
+            header = _FAILED if described is None else described[1]
+            headers.send([torch.frombuffer(bytearray(header), dtype=torch.uint8)])
+        if self._is_cut_behind:
+            return
+        outline = self._going[0] if described is None else described[0]
+        if described is None:
+            output = tuple(tensor.zero_() for tensor in outline.room(self._device))
         self._going.append(outline)
         wire.send(output if isinstance(output, tuple) else (output,))
         if training:
@@ -245,8 +273,10 @@ class Mail:
             self._grads_posted += 1
 
     def receive_gradients(self) -> list[torch.Tensor]:
-        """Of the next micro-batch's outputs that require grad, in order."""
+        """Of the next micro-batch's outputs that require grad, in order; none of one that was not passed on."""
         assert self._from_next is not None and self._to_next is not None
+        if self._grads_taken == len(self._going):
+            return []
         grads = self._from_next.take()
         self._to_next.let_go(self._read_by_next[self._grads_taken])
         self._grads_taken += 1

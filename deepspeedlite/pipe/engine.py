@@ -6,12 +6,15 @@ over the micro-batches and are averaged over the replicas in the last one's back
 [Note: batches are fetched before the first pass]
 The first stage reads inputs and the last one labels, each from its own iterator. Were one of them, or one replica, to
 find its iterator empty in the middle of a batch, the others would wait for it for good. So both fetch all micro-batches
-first, and all ranks agree that they have them; a StopIteration or an error is then raised on every rank.
+first, and all ranks agree that they have them; a StopIteration or an error is then raised on every rank. What fails in
+the passes does so on every rank too (`fault.py`).
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any, NoReturn
 
 import torch
@@ -20,8 +23,9 @@ from deepspeedlite.comm import Group
 from deepspeedlite.compat.helpers import move_to_device
 from deepspeedlite.data import RepeatingLoader
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts, widen
-from deepspeedlite.errors import PipelineError
+from deepspeedlite.errors import DistributedError, PipelineError
 from deepspeedlite.pipe.channel import Mail
+from deepspeedlite.pipe.fault import Faults, scalar
 from deepspeedlite.pipe.module import PipelineModule
 
 _READY, _EXHAUSTED, _FAILED = 0, 1, 2
@@ -41,6 +45,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._mail = Mail(self.grid, self.device, module.order, module.dynamic_shape)
         self._batches: Iterator[Any] | None = None
         self._split: Callable[[Any], Any] = lambda batch: batch
+        self._outputs: list[Any] | None = None  # of the last stage, where evaluation is to return them
 
     # --- what a script calls ----------------------------------------------------------------------------------------
 
@@ -56,26 +61,29 @@ class PipelineEngine(DeepSpeedEngine):
 
         Raises:
             StopIteration: the iterator ended before the batch was complete, on some rank; nothing was trained.
-            PipelineError: a batch, or what a stage returns, is not what a pipeline can carry.
+            PipelineError: a batch, or what a stage returns, is not what a pipeline can carry, or a stage has failed;
+                on every rank, and nothing was trained.
         """
         self._check_alive("train_batch")
         self.module.train()
         count = self.micro_batches
         batches = self._fetch(data_iter, count)
-        self._mail.begin_batch(count)
+        self._begin(count)
         losses: list[torch.Tensor] = []
         held: dict[int, tuple[Any, Any]] = {}
         for kind, index in self.module.order(self.num_stages, self.stage_id, count):
             if kind == "forward":
-                inputs, output, loss = self._forward_micro_batch(batches[index], training=True)
-                held[index] = inputs, output if loss is None else loss
-                losses += [] if loss is None else [loss.detach()]
+                held[index] = self._forward_micro_batch(index, batches[index], training=True)
+                if self.is_last_stage() and (loss := held[index][1]) is not None:
+                    losses.append(loss.detach().reshape(()))
                 continue
-            self._backward_micro_batch(*held.pop(index))
+            self._backward_micro_batch(index, *held.pop(index))
             if index < count - 1:
                 super().step()
         self._mail.end_batch()
+        self._faults.ask()
         mean = self._mean(losses)
+        self._faults.settle(self._forget_batch)
         self._watch.saw_loss(mean)
         super().step()
         return mean
@@ -101,28 +109,29 @@ class PipelineEngine(DeepSpeedEngine):
 
         Returns:
             the result, or (result, logits).
+
+        Raises:
+            StopIteration, PipelineError: as `train_batch`.
         """
         self._check_alive("eval_batch")
         if reduce_output not in ("avg", None):
             raise PipelineError(f"eval_batch(reduce_output={reduce_output!r}): use 'avg' or None")
         count = self.micro_batches if num_micro_batches is None else num_micro_batches
         batches = self._fetch(data_iter, count)
-        self._mail.begin_batch(count)
+        self._begin(count)
         was_training = self.module.training
         self.module.eval()
-        outputs, results = [], []
+        self._outputs, results = [] if return_logits else None, []
         try:
             with torch.no_grad():
-                for batch in batches:
-                    _, output, loss = self._forward_micro_batch(batch, training=False, compute_loss=compute_loss)
-                    if self.is_last_stage():
-                        outputs.append(output)
-                        results.append(output if loss is None else loss)
+                for index, batch in enumerate(batches):
+                    _, result = self._forward_micro_batch(index, batch, training=False, compute_loss=compute_loss)
+                    results += [result] if self.is_last_stage() else []
         finally:
             self.module.train(was_training)
+            outputs, self._outputs = self._outputs, None
         self._mail.end_batch()
-        result = self._reduced(results, compute_loss and bcast_loss) if reduce_output else results or None
-        return (result, _joined(outputs)) if return_logits else result
+        return self._result(results, outputs, reduce_output, compute_loss and bcast_loss)
 
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
         """Read batches from this iterator where `train_batch` and `eval_batch` are given none."""
@@ -231,35 +240,76 @@ class PipelineEngine(DeepSpeedEngine):
 
     # --- passes -------------------------------------------------------------------------------------------------------
 
+    def _begin(self, count: int) -> None:
+        self._mail.begin_batch(count)
+        self._faults = Faults(self.grid)
+        self._before = self.micro_steps, self.module.micro_offset
+
+    def _forget_batch(self) -> None:
+        """Leave the engine as it was before a batch that has failed."""
+        self.zero_grad()
+        self.micro_steps, self.module.micro_offset = self._before
+        self._window_steps = self._passes_since_step = 0
+
     def _forward_micro_batch(
-        self, batch: Any, training: bool, compute_loss: bool = True
-    ) -> tuple[Any, Any, torch.Tensor | None]:
-        """One forward pass of this stage: its inputs, its output, and the loss if it is the last stage's to compute."""
+        self, index: int, batch: Any, training: bool, compute_loss: bool = True
+    ) -> tuple[Any, Any]:
+        """One forward pass of this stage: its inputs, and its output (on the last stage, its loss if it has one)."""
+        inputs = None if self.is_first_stage() else self._mail.receive_activation(training)
+        if inputs is None and not self.is_first_stage():
+            self._faults.idle = True
+        found = self._faults.attempt(
+            "forward", index, partial(self._compute, inputs, batch, training=training, compute_loss=compute_loss)
+        )
+        result, described = found or (None, None)
+        if not self.is_last_stage():
+            self._mail.send_activation(result, described, training)
+        return inputs, result
+
+    def _compute(self, inputs: Any, batch: Any, training: bool, compute_loss: bool) -> tuple[Any, Any]:
+        """What this stage makes of its inputs, and how it is described to the next one."""
         if self.is_first_stage():
             inputs = move_to_device(batch[0], self.device)
-        else:
-            inputs = self._mail.receive_activation(training)
         given = tuple(map(_changeable, inputs)) if isinstance(inputs, tuple) else _changeable(inputs)
-        output = super().forward(given)
+        result = super().forward(given)
         if not self.is_last_stage():
-            self._mail.send_activation(output, training)
-            return inputs, output, None
-        if self.module.loss_fn is None or not compute_loss:
-            return inputs, output, output if training else None
-        labels = move_to_device(batch[1], self.device)
-        with self._parts.precision.autocast(self.device.type):
-            return inputs, output, self.module.loss_fn(output, labels)
+            return result, self._mail.outline(result)
+        if self._outputs is not None:
+            self._outputs.append(result)
+        if self.module.loss_fn is not None and compute_loss:
+            labels = move_to_device(batch[1], self.device)
+            with self._parts.precision.autocast(self.device.type):
+                result = self.module.loss_fn(result, labels)
+        return scalar(result) if training else result, None
 
-    def _backward_micro_batch(self, inputs: Any, result: Any) -> None:
+    def _backward_micro_batch(self, index: int, inputs: Any, result: Any) -> None:
         """One backward pass of this stage, from the loss or from what the next stage sends."""
-        if self.is_last_stage():
+        grads = None if self.is_last_stage() else self._mail.receive_gradients()
+        passes = self._passes_since_step
+        self._faults.attempt("backward", index, partial(self._differentiate, result, grads))
+        if self._passes_since_step == passes:
+            self._run_backward([], None)  # its replicas reduce in theirs
+        if inputs is not None:
+            self._mail.send_gradients(_tensors(inputs))
+
+    def _differentiate(self, result: Any, grads: list[torch.Tensor] | None) -> None:
+        if grads is None:
             self._check_loss(result)
             self._run_backward([widen(result) * (self._scaler.scale / self._batch.accumulation)], None)
         else:
-            grads = self._mail.receive_gradients()
             self._run_backward([tensor for tensor in _tensors(result) if tensor.requires_grad], grads)
-        if not self.is_first_stage():
-            self._mail.send_gradients(_tensors(inputs))
+
+    def _end_backward(self) -> None:
+        self._loss_is_scaled = False
+        self._schedule.end_backward(is_shared=True)
+
+    def _abandon_backward(self) -> None:
+        """A pass that fails here alone is brought to its end, for the sake of the replicas that reduce in theirs."""
+        error = sys.exc_info()[1]
+        if isinstance(error, Exception) and not isinstance(error, DistributedError):
+            self._end_backward()
+        else:
+            super()._abandon_backward()
 
     # --- results ----------------------------------------------------------------------------------------------------
 
@@ -271,14 +321,24 @@ class PipelineEngine(DeepSpeedEngine):
         self._pipe.broadcast(mean, src=self.num_stages - 1)
         return mean
 
-    def _reduced(self, results: list[torch.Tensor], everywhere: bool) -> torch.Tensor | None:
-        if everywhere:
-            return self._mean(results)
-        if not results:
-            return None
-        mean = torch.stack(results).float().mean(0)
-        self._parts.group.all_reduce(mean, "avg")
-        return mean
+    def _result(self, results: list[Any], outputs: list[Any] | None, reduce: str | None, everywhere: bool) -> Any:
+        """What `eval_batch` returns."""
+
+        def joined() -> tuple[Any, Any]:
+            mean = torch.stack(results).float().mean(0) if results and reduce else None
+            return mean, _joined(outputs or [])
+
+        found = self._faults.attempt("forward", self._mail.micro_batches - 1, joined)
+        self._faults.ask()
+        self._faults.settle(self._forget_batch)
+        result, logits = found or (None, None)
+        if not reduce:
+            result = results or None
+        elif everywhere:
+            result = self._mean([] if result is None else [result])
+        elif result is not None:
+            self._parts.group.all_reduce(result, "avg")
+        return result if outputs is None else (result, logits)
 
 
 class _Alias(torch.autograd.Function):

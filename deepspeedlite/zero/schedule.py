@@ -131,13 +131,16 @@ class GradientSchedule:
                 self.units[self._awaited_units].wait_for_reduce()
                 self._awaited_units += 1
 
-    def end_backward(self) -> None:
-        """The backward pass is over: reduce what is left, wait for all of it and show the gradients."""
+    def end_backward(self, is_shared: bool = False) -> None:
+        """The backward pass is over: reduce what is left, wait for all of it and show the gradients.
+
+        `is_shared`: all ranks run it, so that one that has no gradients takes part in its reductions too.
+        """
         if not self.in_backward:
             return
         self.in_backward = False
         self.on_pass_end()
-        if self._reducing and self.has_grads:
+        if self._reducing and (is_shared or self.has_grads):
             while self._launched_units < len(self.units):
                 self._launch_next()
             self._wait()
