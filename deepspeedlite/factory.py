@@ -34,7 +34,7 @@ from deepspeedlite.pipe.module import PipelineModule, ties_of
 from deepspeedlite.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.utils import groups
 from deepspeedlite.watch import StepWatch
-from deepspeedlite.zero.agree import all_state, check_model
+from deepspeedlite.zero.agree import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
@@ -96,10 +96,13 @@ def initialize(
         (engine, optimizer, training_dataloader, lr_scheduler); those that do not exist are None.
 
     Raises:
-        ConfigError: the configuration is missing or wrong; every fault is listed.
+        ConfigError: the configuration is missing or wrong (every fault is listed), or not the same on all ranks.
         OptimizerError: the optimizer or schedule cannot be made or used.
         OffloadError: a rank's disk cannot be used, or has no room.
         DistributedError: the ranks do not meet, or their models differ.
+
+    What the ranks must have alike (configurations but for paths and logging, models, optimizers and their groups) is
+    compared, and an error is the same on all of them.
     """
     source = _config_source(args, config, config_params)
     if not isinstance(model, torch.nn.Module):
@@ -108,7 +111,7 @@ def initialize(
     pick_device(comm.get_local_rank()).make_current()  # where NCCL talks about groups
     mpu, group, replica = _groups(model, mpu)
     _check_mesh(group, mesh_param)
-    settings = load_config(source, world_size=group.size)
+    settings = load_alike(lambda: load_config(source, world_size=group.size), Group())
     if isinstance(model, PipelineModule):
         model.configure(settings.pipeline.activation_checkpoint_interval, settings.zero_optimization.stage == 3)
     if settings.comms_logger.enabled:
@@ -198,6 +201,7 @@ def _build_parts(
         check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
     param_groups = [g["params"] for g in base.param_groups] if base is not None else [list(model.parameters())]
     named = name_parameters(model, param_groups)
+    check_optimizer(base, lr_scheduler, named, group, replica)
     trained = [entry for entry in named if entry.param.requires_grad]
     _warn_left_out(model, {id(entry.param) for entry in trained}, base)
     offload = make_offload(settings, Group())

@@ -88,12 +88,14 @@ def key(
     status: Status | None = None,
     note: str = "",
     by_value: dict[Any, str] | None = None,
+    may_differ: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one key.
 
     `feature` names a line of `features.FEATURES` (the section's own FEATURE if left out); `status` and `note` say it
     on the spot for a key that stands alone. `by_value` gives single values their own feature: {"sum": "gradient_sum"}.
+    `may_differ`: ranks may have different values (the section's own MAY_DIFFER if left out).
     `limits` are pydantic's: ge, gt, le, lt, min_length.
     """
     extra: dict[str, Any] = {}
@@ -101,6 +103,8 @@ def key(
         extra["feature"] = feature
     if status is not None:
         extra.update(status=status, note=note)
+    if may_differ:
+        extra["may_differ"] = True
     if by_value:
         extra["by_value"] = {str(value): name for value, name in by_value.items()}
     if callable(default):
@@ -117,7 +121,7 @@ class Section(BaseModel):
     """A JSON object with known keys.
 
     SWITCH names the key that turns the whole section on; while its value is in OFF the other keys ask for nothing.
-    FEATURE is the feature of every key that names none itself.
+    FEATURE is the feature of every key that names none itself. MAY_DIFFER: ranks may differ in all of its keys.
     """
 
     model_config = ConfigDict(
@@ -127,16 +131,21 @@ class Section(BaseModel):
     SWITCH: ClassVar[str | None] = None
     OFF: ClassVar[tuple[Any, ...]] = (False, None, 0, "none")
     FEATURE: ClassVar[str] = "core"
+    MAY_DIFFER: ClassVar[bool] = False
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        """Complete each key's record: the section's feature where it names none, and its status for the JSON Schema."""
+        """Complete each key's record: what the section says where it says nothing, and its status for the Schema."""
         super().__pydantic_init_subclass__(**kwargs)
         for field in cls.model_fields.values():
             extra = field.json_schema_extra
-            if isinstance(extra, dict) and "status" not in extra:
+            if not isinstance(extra, dict):
+                continue
+            if "status" not in extra:
                 extra.setdefault("feature", cls.FEATURE)
                 extra.update(FEATURES[str(extra["feature"])]._asdict())
+            if cls.MAY_DIFFER or extra["status"] == "hint":  # what changes nothing cannot do harm
+                extra["may_differ"] = True
 
     def switched_off(self) -> bool:
         """True if the section has a switch and it is off."""
@@ -154,6 +163,7 @@ class KeyInfo(NamedTuple):
     doc: str
     by_value: dict[str, str]
     section: type[Section] | None
+    may_differ: bool = False
 
 
 def copy_tree(value: Any) -> Any:
@@ -244,6 +254,11 @@ def standing(field: FieldInfo, value: Any = None) -> Feature:
     return FEATURES[name] if name is not None else Feature(extra["status"], extra["note"])
 
 
+def may_differ(field: FieldInfo) -> bool:
+    """Whether ranks may have different values of a key."""
+    return "may_differ" in typing.cast(dict[str, Any], field.json_schema_extra)
+
+
 def key_info(path: str, field: FieldInfo) -> KeyInfo:
     """Read back what `key` recorded."""
     extra = typing.cast(dict[str, Any], field.json_schema_extra)
@@ -257,4 +272,5 @@ def key_info(path: str, field: FieldInfo) -> KeyInfo:
         doc=field.description or "",
         by_value=extra.get("by_value", {}),
         section=inner_section(field.annotation),
+        may_differ=may_differ(field),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from typing import Any
 
 from deepspeedlite.config.base import LARGEST, KeyInfo, Section
@@ -28,6 +29,11 @@ for `steps_per_print`; `NaN` is accepted nowhere. Comments and trailing commas a
 (`zero.Init`, `init_distributed(config=)`, `checkpointing.configure`, `config check`) takes what it needs and leaves the
 rest open. Still there in `initialize` it is an error; under the name `deepspeed` it means the key's default, said once.
 
+`initialize` compares the ranks' configurations; one that is wrong, or differs where it must not, is the same error on
+every rank, with the first such key, the values and the ranks. Keys that change nothing and sections that are switched
+off may differ, and these:
+{may_differ}.
+
 Status of a key in this release:
 
 - **supported**: does what it says.
@@ -52,7 +58,9 @@ These are read as their newer form:
 
 def render() -> str:
     """The whole document as Markdown."""
-    lines = [INTRODUCTION.rstrip("\n")]
+    differ = sorted({_top(info) for info in iter_keys() if info.may_differ and info.status == "supported"})
+    listed = textwrap.fill(", ".join(f"`{name}`" for name in differ), 120)
+    lines = [INTRODUCTION.rstrip("\n").replace("{may_differ}", listed)]
     for rename in RENAMED:
         parent = ".".join(rename.parent)
         prefix = f"{parent}." if parent else ""
@@ -63,6 +71,12 @@ def render() -> str:
         lines += ["", f"## {name}", "", _summary(section), ""]
         lines += _table([info for info in iter_keys(section, f"{name}.") if not _is_part(info)], f"{name}.")
     return "\n".join(lines) + "\n"
+
+
+def _top(info: KeyInfo) -> str:
+    """The name under which a key that may differ is listed: its section's, where all of that may."""
+    top = info.path.partition(".")[0]
+    return top if top in ALL_SECTIONS and ALL_SECTIONS[top].MAY_DIFFER else info.path
 
 
 def _summary(section: type[Section]) -> str:

@@ -117,10 +117,10 @@ class DeepSpeedConfig(Section):
     checkpoint: Checkpoint = part(Checkpoint, "Saving and loading.")
     activation_checkpointing: ActivationCheckpointing = part(ActivationCheckpointing, "Recomputation.")
 
-    steps_per_print: Steps = key(None, "Steps between progress lines; null or Infinity: none.", ge=1)
-    wall_clock_breakdown: Flag = key(False, "Time forward, backward and step.")
-    memory_breakdown: Flag = key(False, "Log device memory around forward, backward and step.")
-    dump_state: Flag = key(False, "Log the engine's settings after initialisation.")
+    steps_per_print: Steps = key(None, "Steps between progress lines; null or Infinity: none.", may_differ=True, ge=1)
+    wall_clock_breakdown: Flag = key(False, "Time forward, backward and step.", may_differ=True)
+    memory_breakdown: Flag = key(False, "Log device memory around forward, backward and step.", may_differ=True)
+    dump_state: Flag = key(False, "Log the engine's settings after initialisation.", may_differ=True)
     log_level: Text | Int | None = key(
         None, "Level of DeepSpeed's logger.", status="hint", note="changes nothing: set DSL_LOG_LEVEL"
     )

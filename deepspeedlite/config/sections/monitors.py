@@ -9,6 +9,7 @@ class TensorBoard(Section):
     """Metrics as TensorBoard event files."""
 
     SWITCH = "enabled"
+    MAY_DIFFER = True
 
     enabled: Flag = key(False, "Write event files (needs the tensorboard package).")
     output_path: Path = key("", "Directory for the files; empty: below the current directory.")
@@ -19,6 +20,7 @@ class Wandb(Section):
     """Metrics to Weights & Biases."""
 
     SWITCH = "enabled"
+    MAY_DIFFER = True
 
     enabled: Flag = key(False, "Log to W&B (needs the wandb package).")
     group: Text | None = key(None, "Group that the run belongs to.")
@@ -30,6 +32,7 @@ class CsvMonitor(Section):
     """Metrics as one CSV file each."""
 
     SWITCH = "enabled"
+    MAY_DIFFER = True
 
     enabled: Flag = key(False, "Write CSV files.")
     output_path: Path = key("", "Directory for the files; empty: below the current directory.")
@@ -40,6 +43,7 @@ class Comet(Section):
     """Metrics to Comet."""
 
     SWITCH = "enabled"
+    MAY_DIFFER = True
     FEATURE = "comet"
 
     enabled: Flag = key(False, "Log to Comet.")
@@ -57,6 +61,7 @@ class CommsLogger(Section):
     """A record of every collective: how often, how large, how long."""
 
     SWITCH = "enabled"
+    MAY_DIFFER = True
 
     enabled: Flag = key(False, "Record collectives. Each is synchronized, so training is slower.")
     verbose: Flag = key(False, "Log each one as it happens.")
@@ -69,6 +74,7 @@ class FlopsProfiler(Section):
     """FLOPs, latency and parameters, module by module, at one step."""
 
     SWITCH = "enabled"
+    MAY_DIFFER = True
 
     enabled: Flag = key(False, "Profile. Turns wall_clock_breakdown on.")
     recompute_fwd_factor: Number = key(0.0, "Share of the forward pass that backward recomputes.", ge=0)
@@ -81,6 +87,8 @@ class FlopsProfiler(Section):
 
 class ThroughputTimer(Section):
     """The timer behind SamplesPerSec."""
+
+    MAY_DIFFER = True
 
     enabled: Flag = key(
         True, "Report SamplesPerSec.", status="hint", note="changes nothing: it costs no measurable time"

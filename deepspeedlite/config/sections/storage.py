@@ -9,6 +9,7 @@ class Aio(Section):
     """Asynchronous file access, used by NVMe offload; `dslite_io tune` finds the numbers for a disk."""
 
     FEATURE = "core"
+    MAY_DIFFER = True
 
     block_size: Int = key(1_048_576, "Bytes per request.", ge=1)
     queue_depth: Int = key(8, "Requests in flight.", ge=1)
@@ -76,4 +77,4 @@ class ActivationCheckpointing(Section):
     )
     number_checkpoints: Int | None = key(None, "How many checkpoints that buffer holds.", ge=1)
     synchronize_checkpoint_boundary: Flag = key(False, "Synchronize the device at every boundary.")
-    profile: Flag = key(False, "Log the time of every checkpointed function.")
+    profile: Flag = key(False, "Log the time of every checkpointed function.", may_differ=True)

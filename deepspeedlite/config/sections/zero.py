@@ -17,7 +17,7 @@ class OffloadParam(Section):
     FEATURE = "core"
 
     device: OffloadDevice = key("none", "Where parameters are kept.")
-    nvme_path: Path | None = key(None, "An existing directory on the NVMe drive.")
+    nvme_path: Path | None = key(None, "An existing directory on the NVMe drive.", may_differ=True)
     buffer_count: Int = key(5, "Shards that may be read from NVMe ahead of their use.", ge=0)
     buffer_size: Int = key(
         100_000_000,
@@ -39,7 +39,7 @@ class OffloadOptimizer(Section):
     FEATURE = "core"
 
     device: OffloadDevice = key("none", "Where the optimizer's state is kept.")
-    nvme_path: Path | None = key(None, "An existing directory on the NVMe drive.")
+    nvme_path: Path | None = key(None, "An existing directory on the NVMe drive.", may_differ=True)
     buffer_count: Int = key(
         4, "Sub-groups that may be in memory at a time; 3 let one be read, stepped and written at once.", ge=1
     )
