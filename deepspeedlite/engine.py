@@ -43,6 +43,7 @@ from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica
 from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, owner_of
 
@@ -64,6 +65,7 @@ class EngineParts:
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
     watch: StepWatch
+    state_dicts: StateDicts
     parameters: ParameterSchedule | None = None  # where parameters are sharded
     frozen: Sequence[FlatValues] = ()  # sharded values that are not trained
     offload: Offload = field(default_factory=Offload)
@@ -119,7 +121,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
         ranks = Ranks()
         self._saver, self._loader = Saver(self, ranks), Loader(self, ranks)
-        self._load_hook = module.register_load_state_dict_post_hook(self._after_load_state_dict)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -540,16 +541,16 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._check_alive("offload_states")
         state = self.optimizer.state if self.optimizer is not None else {}
         self._asleep = Asleep(states_of(self._schedule.units, state), include, device, pin_memory)
+        for unit in self._schedule.units:
+            unit.follow_memory()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` took away."""
         if self._asleep is not None:
             self._asleep.wake(non_blocking)
+            for unit in self._schedule.units:
+                unit.follow_memory()
         self._asleep = None
-
-    def _after_load_state_dict(self, module: torch.nn.Module, incompatible_keys: Any) -> None:
-        if self.optimizer is not None:
-            self.optimizer.refresh_masters()
 
     def _check_alive(self, what: str) -> None:
         if self._destroyed:
@@ -572,6 +573,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         for values in self._parts.frozen:
             values.close()
         self._parts.offload.close()
-        self._load_hook.remove()
+        self._parts.state_dicts.close()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -41,6 +41,7 @@ from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica, groups_of
 from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
 from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.wrap import (
@@ -208,7 +209,7 @@ def _build_parts(
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
     lodging = Lodging(offload.home, offload.grads, run_numel)
-    schedule, frozen, parameters = _make_schedule(settings, plan, group, replica, model, trained, precision, lodging)
+    schedule, sharded = _make_schedule(settings, plan, group, replica, model, trained, precision, lodging)
     scaler = make_loss_scaler(settings, precision)
     wrapped = None
     if base is not None:
@@ -232,8 +233,7 @@ def _build_parts(
         wrapped,
         scheduler,
         watch,
-        parameters=parameters,
-        frozen=frozen,
+        *sharded,
         offload=offload,
         replica=replica,
     )
@@ -248,8 +248,8 @@ def _make_schedule(
     trained: Sequence[NamedParameter],
     precision: Precision,
     lodging: Lodging,
-) -> tuple[GradientSchedule, list[FlatValues], ParameterSchedule | None]:
-    """The units, the sharded values that are not trained, and what gathers both."""
+) -> tuple[GradientSchedule, tuple[StateDicts, ParameterSchedule | None, list[FlatValues]]]:
+    """The units; what gathers values for state dicts and for passes, and the sharded values that are not trained."""
     zero = settings.zero_optimization
     mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
     buckets, frozen = _make_buckets(zero, plan, model, trained)
@@ -276,10 +276,10 @@ def _make_schedule(
     _broadcast_rest(model, group)
     if plan.shard_params:
         describe_whole(model.parameters())
-    parameters = (
-        ParameterSchedule(model, sharded, get_z3_leaf_modules(model), _gather_limits(zero)) if sharded else None
-    )
-    return schedule, frozen_values, parameters
+    leaves = get_z3_leaf_modules(model)
+    dicts = StateDicts(model, leaves)
+    parameters = ParameterSchedule(model, sharded, leaves, _gather_limits(zero), state_dicts=dicts) if sharded else None
+    return schedule, (dicts, parameters, frozen_values)
 
 
 def _step_settings(settings: DeepSpeedConfig, precision: Precision, offload: Offload) -> StepSettings:

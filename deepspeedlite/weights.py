@@ -89,6 +89,12 @@ class GivesWeights:
     module: torch.nn.Module
     _parts: Any
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise EngineStateError("an engine cannot be copied: copy what it trains, engine.module")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EngineStateError("an engine cannot be pickled: save engine.module, or engine.save_checkpoint(...)")
+
     def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
         """The module's `state_dict`, whole on every rank. Collective at stage 3."""
         state = self.module.state_dict()

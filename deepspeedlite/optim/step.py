@@ -418,10 +418,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             run.master.grad = None
             run.send(updated=False)
 
-    def refresh_masters(self) -> None:
-        """Take the model's present values as the masters', after they were loaded from outside."""
-        self._refresh(self._runs)
-
     @staticmethod
     @torch.no_grad()
     def _refresh(runs: Sequence[SteppedRun]) -> None:
@@ -515,6 +511,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if thawed and not self._schedule.has_grads:
             self.dormant = [entry for entry in self.dormant if not entry.param.requires_grad]
             self._step_also(self._schedule.add_units(reverse_buckets(thawed, None)))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # torch would make half of one, and patch this class's step on the way.
+        raise OptimizerError("an engine's optimizer cannot be copied or pickled; copy its state_dict()")
 
     def state_dict(self) -> dict[str, Any]:
         """The wrapped optimizer's state (per run) and the loss scale's."""

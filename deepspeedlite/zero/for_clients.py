@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.zero.plain import copy_parameter_plainly
 from deepspeedlite.zero.values import ZeroParamStatus, next_id
 
 
@@ -58,3 +59,4 @@ def describe_whole(parameters: Iterable[torch.Tensor]) -> None:
             param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
             param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
             param.partition_numel = param.numel  # type: ignore[attr-defined]
+            copy_parameter_plainly(param, lambda _: "")

@@ -25,6 +25,8 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 
 from deepspeedlite.errors import EngineStateError
+from deepspeedlite.zero.plain import Hook
+from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
 
@@ -173,6 +175,7 @@ class ParameterSchedule:
         owners: its sharded flat values, trained (`ShardUnit`) and frozen.
         leaves: modules whose parameters are gathered as one, whatever happens inside.
         limits: prefetching and reuse.
+        state_dicts: the model's; none are under way when a pass starts.
     """
 
     def __init__(
@@ -181,8 +184,11 @@ class ParameterSchedule:
         owners: Sequence[FlatValues],
         leaves: Collection[torch.nn.Module] = (),
         limits: GatherLimits | None = None,
+        *,
+        state_dicts: StateDicts,
     ) -> None:
         self.owners = list(owners)
+        self._state_dicts = state_dicts
         self.limits = limits or GatherLimits()
         self.trace = UseTrace()
         self.live_numel = 0
@@ -247,12 +253,8 @@ class ParameterSchedule:
 
     def _attach(self, module: torch.nn.Module) -> None:
         self._handles += [
-            module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True),
-            module.register_forward_hook(self._post_forward, always_call=True),
-            module.register_load_state_dict_pre_hook(self._pre_load),
-            module.register_load_state_dict_post_hook(self._post_load),
-            module.register_state_dict_pre_hook(self._pre_state_dict),
-            module.register_state_dict_post_hook(partial(self._post_state_dict)),
+            module.register_forward_pre_hook(Hook(self._pre_forward), prepend=True, with_kwargs=True),
+            module.register_forward_hook(Hook(self._post_forward), always_call=True),
         ]
 
     def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:
@@ -271,6 +273,7 @@ class ParameterSchedule:
     def begin_forward(self, recording: bool = True) -> None:
         """A forward pass of the whole model starts; `recording` if a backward pass may follow."""
         self._running.clear()
+        self._state_dicts.forget()
         self._recording = recording
         if not self._in_backward:
             self.trace.begin()
@@ -332,28 +335,6 @@ class ParameterSchedule:
     def _count_live(self, numel: int) -> None:
         self.live_numel += numel
 
-    # --- state dicts: collective, and whole -------------------------------------------------------------------------
-
-    def _pre_load(self, module: torch.nn.Module, *args: Any) -> None:
-        for owner in self._users[module]:
-            owner.hold()
-
-    def _post_load(self, module: torch.nn.Module, incompatible: Any) -> None:
-        for owner in self._users[module]:
-            owner.keep_changes()
-            owner.let_go()
-
-    def _pre_state_dict(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-        for owner in self._users[module]:
-            owner.hold()
-
-    def _post_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-        for name, param in module._parameters.items():
-            if param is not None and prefix + name in state and owner_of(param) in self.owners:
-                state[prefix + name] = param.detach().clone()
-        for owner in self._users[module]:
-            owner.let_go()
-
     # --- backward -------------------------------------------------------------------------------------------------
 
     def begin_backward(self) -> None:
@@ -408,6 +389,7 @@ class ParameterSchedule:
     def abandon(self) -> None:
         """A pass was left by an exception: forget who held what in it."""
         self._running.clear()
+        self._state_dicts.forget(let_go=False)
         for owner in self.owners:
             owner.holds = 0
         self._open.clear()

@@ -1,6 +1,7 @@
 """Flat values: the one buffer behind the values of some parameters, whole on every rank or sharded over them.
 
-    WHOLE     every rank holds all values; the parameters are views of the buffer
+    WHOLE     every rank holds all values; the parameters are views of the buffer. Where it stays WHOLE each has a
+              storage of its own over that memory, so that who saves one of them does not save all
     SHARDED   each rank holds its shard; the buffer has no memory, and the parameters are empty placeholders
     GATHERING the shards are on their way into the buffer
 
@@ -45,6 +46,7 @@ from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
 from deepspeedlite.memory.home import Home
 from deepspeedlite.zero.layout import FlatLayout, Slot
+from deepspeedlite.zero.plain import copy_parameter_plainly
 from deepspeedlite.zero.wrap import NamedParameter
 
 
@@ -148,6 +150,8 @@ class FlatValues:
         self.values = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
         self._nbytes = self.values.untyped_storage().nbytes()
         self._views = [self.values[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
+        if not sharded:
+            self._views = [_in_storage_of_its_own(view) for view in self._views]
         for view, param in zip(self._views, self.params):
             view.copy_(param.data)
         if source is not None and not agreed:
@@ -241,17 +245,22 @@ class FlatValues:
         if self.state is not ValueState.GATHERING:
             return
         work, self._work = self._work, None
-        if work is not None:
-            work.wait()
-        if self.home is not None:
-            self.home.close()
+        try:
+            if work is not None:
+                work.wait()
+        except BaseException:
+            self._drop()  # what is there is not the values
+            raise
+        finally:
+            if self.home is not None:
+                self.home.close()
         self._show()
 
     def hold(self) -> None:
         """Make the values whole and keep them so until the matching `let_go`."""
-        self.holds += 1
         self.gather()
         self.wait_for_gather()
+        self.holds += 1
 
     def let_go(self, release: bool = True) -> None:
         """End a `hold`; the last one releases the values, unless they are to stay for a while."""
@@ -311,6 +320,18 @@ class FlatValues:
         self.writes += 1
         self.on_new_values()
 
+    def follow_memory(self) -> None:
+        """The buffer's memory has gone, or has come back elsewhere: show what is there."""
+        if self.sharded:
+            return
+        if not self.values.untyped_storage().nbytes():
+            for param in self.params:
+                param.data = self._placeholder
+            return
+        for index, (slot, _) in enumerate(self.slots):
+            self._views[index] = _in_storage_of_its_own(self.values[slot.start : slot.stop].view(slot.shape))
+        self._show()
+
     def verify_attached(self) -> None:
         """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
 
@@ -336,12 +357,32 @@ class FlatValues:
         self.sharded = False
 
 
+def _in_storage_of_its_own(view: torch.Tensor) -> torch.Tensor:
+    """The same memory, by a storage that begins and ends with it, and keeps the whole of it alive.
+
+    What saves or compares tensors looks at their storages: torch.save writes all of one, safetensors takes tensors that
+    have one in common for tied ones.
+    """
+    if not view.numel():
+        return view
+    raw = view.view(-1).view(torch.uint8)  # not every dtype has a name in DLPack
+    alone: torch.Tensor = torch.from_dlpack(torch.utils.dlpack.to_dlpack(raw))
+    return alone.view(view.dtype).view(view.shape)
+
+
+def _name_if_empty(param: torch.Tensor) -> str:
+    """The full name of a parameter whose values are sharded, and not here at the moment."""
+    owner = owner_of(param)
+    return "" if owner is None or owner.state is ValueState.WHOLE else owner.slot_of(param).name
+
+
 def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
     """What clients of DeepSpeed read on a sharded parameter. `partition_numel` keeps the owner alive with it."""
     param.ds_shape = torch.Size(slot.shape)  # type: ignore[attr-defined]
     param.ds_numel = slot.numel  # type: ignore[attr-defined]
     param.ds_tensor = owner.shard  # type: ignore[attr-defined]
     param.partition_numel = owner.shard_numel  # type: ignore[attr-defined]
+    copy_parameter_plainly(param, _name_if_empty)
     if not hasattr(param, "ds_id"):
         param.ds_id = next(_IDS)  # type: ignore[attr-defined]
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]

@@ -1,0 +1,151 @@
+"""State dicts of a model that an engine trains: whole, and in memory that lives on.
+
+At stages 0 to 2 there is nothing to do but for values that were loaded: the optimizer takes them over. At stage 3 every
+module, inside leaves too, gathers its own parameters while it writes or reads them; what it wrote is copied before they
+go again. A leaf gathers all that is in it, once.
+
+[Note: calls that end in an exception]
+torch calls no hook then, and what was held would stay whole, and old, through the steps to come. So the calls under way
+are kept in order: one that finds itself among them knows those to be dead, and so does a forward pass.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from deepspeedlite.zero.plain import Hook, copy_plainly, end_plain_copies
+from deepspeedlite.zero.values import FlatValues, owners_of
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A module's `state_dict` or `load_state_dict` under way, and what it holds."""
+
+    module: torch.nn.Module
+    held: list[FlatValues]
+
+
+class StateDicts:
+    """The hooks of one model's state dicts.
+
+    Args:
+        root: the model.
+        leaves: modules whose parameters are gathered as one.
+    """
+
+    def __init__(self, root: torch.nn.Module, leaves: Collection[torch.nn.Module] = ()) -> None:
+        self._leaves = set(leaves)
+        self._calls: list[_Call] = []
+        self._written: Mapping[str, Any] | None = None  # the dict that the calls under way write
+        self._copies: dict[tuple[Any, ...], torch.Tensor] = {}  # in it, by what they are copies of: tied ones are one
+        self._handles: list[Any] = []
+        self._modules = list(root.modules())
+        sharded = any(owner.sharded for owner in owners_of(root.parameters()))
+        for module in self._modules:
+            copy_plainly(module)
+            self._handles += [
+                module.register_load_state_dict_pre_hook(Hook(self._before_load)),
+                module.register_load_state_dict_post_hook(Hook(self._after_load)),
+            ]
+            if sharded:
+                self._handles += [
+                    module.register_state_dict_pre_hook(Hook(self._before_state_dict)),
+                    module.register_state_dict_post_hook(Hook(self._after_state_dict)),
+                ]
+
+    # --- what is held while a module is written or read -------------------------------------------------------------
+
+    def _sharded_in(self, module: torch.nn.Module) -> list[FlatValues]:
+        params = module.parameters() if module in self._leaves else module._parameters.values()
+        return [owner for owner in owners_of(param for param in params if param is not None) if owner.sharded]
+
+    def _enter(self, module: torch.nn.Module) -> None:
+        self._leave(module)  # an earlier call of it has died
+        held = {owner for call in self._calls for owner in call.held}
+        call = _Call(module, [])
+        self._calls.append(call)
+        try:
+            for owner in self._sharded_in(module):
+                if owner not in held:
+                    owner.hold()
+                    call.held.append(owner)
+        except BaseException:
+            self.forget()
+            raise
+
+    def _leave(self, module: torch.nn.Module) -> None:
+        """The call of this module is over, and so is whatever it called."""
+        place = next((index for index, call in enumerate(self._calls) if call.module is module), len(self._calls))
+        for call in self._calls[place:]:
+            for owner in call.held:
+                owner.let_go()
+        del self._calls[place:]
+        if not self._calls:
+            self._written, self._copies = None, {}
+
+    def forget(self, let_go: bool = True) -> None:
+        """Calls that seem to be under way have died; `let_go`: and what they held is still counted as held."""
+        if self._calls and let_go:
+            self._leave(self._calls[0].module)
+        self._calls.clear()
+
+    # --- writing ----------------------------------------------------------------------------------------------------
+
+    def _before_state_dict(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
+        self._enter(module)
+
+    def _after_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+        if self._written is not state:
+            self._written, self._copies = state, {}
+        buffers = {owner.values.untyped_storage().data_ptr(): owner for owner in self._sharded_in(module)}
+        names = [prefix + name for name in module._parameters] if _writes_as_torch(module) else list(state)
+        for name in names if buffers else ():
+            value = state.get(name)
+            if name.startswith(prefix) and isinstance(value, torch.Tensor):
+                owner = buffers.get(value.untyped_storage().data_ptr())
+                if owner is not None and value.numel():
+                    state[name] = self._copy(owner, value)
+        self._leave(module)
+
+    def _copy(self, owner: FlatValues, value: torch.Tensor) -> torch.Tensor:
+        is_param = isinstance(value, torch.nn.Parameter)  # with keep_vars
+        where = (owner, value.storage_offset(), value.shape, value.stride(), value.dtype)
+        what = (*where, is_param, value.requires_grad)
+        if what not in self._copies:
+            copy = value.detach().clone()
+            self._copies[what] = (torch.nn.Parameter(copy) if is_param else copy).requires_grad_(value.requires_grad)
+        return self._copies[what]
+
+    # --- reading ----------------------------------------------------------------------------------------------------
+
+    def _before_load(self, module: torch.nn.Module, *args: Any) -> None:
+        self._enter(module)
+
+    def _after_load(self, module: torch.nn.Module, incompatible: Any) -> None:
+        call = next((call for call in self._calls if call.module is module), None)
+        for owner in call.held if call is not None else ():
+            owner.keep_changes()
+        if call is not None and call is self._calls[0]:
+            for owner in owners_of(module.parameters()):
+                if not owner.sharded:
+                    owner.on_new_values()
+        self._leave(module)
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        for module in self._modules:
+            end_plain_copies(module)
+
+
+def _writes_as_torch(module: torch.nn.Module) -> bool:
+    """Whether a module's own entries are its parameters under their names, as far as can be known."""
+    return (
+        type(module)._save_to_state_dict is torch.nn.Module._save_to_state_dict
+        and len(module._state_dict_hooks) == len(module._state_dict_pre_hooks) == 1
+    )
