@@ -154,6 +154,22 @@ def test_what_may_be_given():
 
 
 @distributed(world_size=2)
+def test_the_order_given_may_differ_between_ranks():
+    model = tied_model()
+    engine_of(model)
+    params = list(model.parameters())
+    given = params[:: 1 if dist.get_rank() == 0 else -1]
+    with GatheredParameters(given, modifier_rank=1):
+        for number, param in enumerate(params):
+            param.data.fill_(number + 10 * dist.get_rank())
+    for number, value in enumerate(values_of(*params)):
+        assert is_everywhere(value, number + 10)
+    with pytest.raises(EngineStateError, match=r"changed on rank 0"), GatheredParameters(given):
+        if dist.get_rank() == 0:
+            params[0].data.zero_()
+
+
+@distributed(world_size=2)
 def test_nested_contexts_and_engines():
     model, other = tied_model(), tied_model(seed=1)
     engine_of(model)

@@ -6,6 +6,10 @@
 
 Every rank of the group takes part, in the same order. Where nothing is sharded nothing happens, and nobody waits.
 
+[Note: one order]
+Parameters are gathered and sent in the order in which they were sharded, which is the same on every rank, whatever the
+order in which they are given: clients pass sets of them.
+
 [Note: ranks leave together]
 A context that makes values whole ends with the same collectives on every rank, also on one that leaves it by an
 exception: a rank that catches its exception and goes on is then still in step with the others.
@@ -62,6 +66,7 @@ class GatheredParameters:
     def __enter__(self) -> None:
         pairs = [(param, owner_of(param)) for param in self._given]
         ours = [(param, owner) for param, owner in pairs if owner is not None and _is_of_stage_3(param)]
+        ours.sort(key=lambda pair: pair[0].ds_id)  # type: ignore[attr-defined]  # clients pass sets of parameters
         owners = list(dict.fromkeys(owner for _, owner in ours))
         self._check_modifier(owners)
         try:
