@@ -36,12 +36,13 @@ from deepspeedlite.utils import groups
 from deepspeedlite.watch import StepWatch
 from deepspeedlite.zero.agree import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
-from deepspeedlite.zero.hooks import GatherLimits, ParameterSchedule
+from deepspeedlite.zero.hooks import ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica, groups_of
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
+from deepspeedlite.zero.trace import GatherLimits
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
 from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.wrap import (

@@ -16,7 +16,7 @@ that are used again soon are not released in between.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -27,6 +27,7 @@ import torch
 from deepspeedlite.errors import EngineStateError
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.state_dicts import StateDicts
+from deepspeedlite.zero.trace import GatherLimits, LookAhead, UseTrace
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
 
@@ -50,65 +51,6 @@ def tensors_in(value: Any, inside_objects: int = 2) -> Iterator[torch.Tensor]:
     elif inside_objects and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
         for item in list(vars(value).values()):
             yield from tensors_in(item, inside_objects - 1)
-
-
-@dataclass(frozen=True)
-class GatherLimits:
-    """How far gathering may run ahead, in elements of whole buffers."""
-
-    prefetch_numel: int = 50_000_000
-    max_live_numel: int = 1_000_000_000
-    max_reuse_numel: int = 1_000_000_000
-
-
-class UseTrace:
-    """The order in which values were used in the last pass, and where the present one stands in it."""
-
-    def __init__(self) -> None:
-        self._known: list[FlatValues] = []
-        self._recorded: list[FlatValues] = []
-        self._known_forward = self._recorded_forward = 0  # how many of the uses were forward's
-        self._position = 0  # of the next use expected
-
-    def begin(self) -> None:
-        """A forward pass of the whole model starts."""
-        self._recorded = []
-        self._position = self._recorded_forward = 0
-
-    def turn(self) -> None:
-        """What is used from now on is used by a backward pass."""
-        self._recorded_forward = self._recorded_forward or len(self._recorded)
-
-    def end(self) -> None:
-        """A backward pass is over: what was recorded is what the next one will look like."""
-        if self._recorded:
-            self._known, self._known_forward = self._recorded, self._recorded_forward
-        self.begin()
-
-    def use(self, values: FlatValues) -> None:
-        """`values` are used now."""
-        self._recorded.append(values)
-        if self._position < len(self._known) and self._known[self._position] is values:
-            self._position += 1
-        else:  # another order than last time: go on from where it was used then
-            later = [i for i, known in enumerate(self._known) if known is values]
-            self._position = 1 + next((i for i in later if i >= self._position), later[0] if later else -1)
-
-    def ahead(self, forward_only: bool = False) -> Iterator[FlatValues]:
-        """What will be used next, soonest first."""
-        for index in range(self._position, self._known_forward if forward_only else len(self._known)):
-            yield self._known[index]
-
-    def used_within(self, values: FlatValues, numel: int) -> bool:
-        """Whether `values` are used again in this pass after at most `numel` elements of others."""
-        total = 0
-        for coming in self.ahead():
-            if coming is values:
-                return True
-            total += coming.numel
-            if total > numel:
-                break
-        return False
 
 
 class _Call:
@@ -191,6 +133,8 @@ class ParameterSchedule:
         self._state_dicts = state_dicts
         self.limits = limits or GatherLimits()
         self.trace = UseTrace()
+        self._gathers, self._fetches = LookAhead(self.trace), LookAhead(self.trace)
+        self._owned = frozenset(self.owners)
         self.live_numel = 0
         """Elements of sharded values that are whole now, or on the way."""
         self._pass = 0
@@ -203,7 +147,7 @@ class ParameterSchedule:
         self._read_elsewhere: set[FlatValues] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
-        self._fetches = any(owner.home is not None for owner in self.owners)
+        self._has_homes = any(owner.home is not None for owner in self.owners)
         self._find_users(root, set(leaves))
         for module in list(self._users):
             self._attach(module)
@@ -212,9 +156,9 @@ class ParameterSchedule:
                 owner.on_all_arrived = partial(self._all_arrived, owner)
         for owner in self.owners:
             _SCHEDULES[owner] = ref(self)
-            owner.on_live = self._count_live
+            owner.on_live = partial(self._count_live, owner)
             if owner.state is not ValueState.SHARDED:
-                self._count_live(owner.numel)
+                self._count_live(owner, owner.numel)
         for module in root.modules():
             for param in _EXTERNAL.get(module, ()):
                 self.add_user(module, param)
@@ -225,8 +169,8 @@ class ParameterSchedule:
     # --- who uses what --------------------------------------------------------------------------------------------
 
     def _find_users(self, root: torch.nn.Module, leaves: set[torch.nn.Module]) -> None:
-        mine = set(self.owners)
         leaf_of = {module: leaf for leaf in leaves for module in leaf.modules()}
+        holders: dict[FlatValues, list[torch.nn.Module]] = {owner: [] for owner in self.owners}
         for module in root.modules():
             if leaf_of.get(module, module) is not module:
                 continue
@@ -234,16 +178,16 @@ class ParameterSchedule:
                 self._users.setdefault(module, [])  # may read the parameters of others in its forward
             for param in module.parameters(recurse=module in leaves):
                 owner = owner_of(param)
-                if owner is not None and owner in mine:
+                if owner is not None and owner in self._owned:
                     self._add_user(module, owner)
+                    holders[owner].append(module)
         for owner in self.owners:
-            holders = [module for module, owned in self._users.items() if owner in owned]
             home = _common_home(root, owner)
             home = leaf_of.get(home, home)
             self._add_user(home, owner)
-            if not isinstance(owner, ShardUnit) or any(holder in leaves for holder in holders):
+            if not isinstance(owner, ShardUnit) or any(holder in leaves for holder in holders[owner]):
                 inside = set(home.modules())
-                for module in (home, *(holder for holder in holders if holder not in inside)):
+                for module in (home, *(holder for holder in holders[owner] if holder not in inside)):
                     self._closers.setdefault(module, set()).add(owner)
 
     def _add_user(self, module: torch.nn.Module, owner: FlatValues) -> None:
@@ -260,7 +204,7 @@ class ParameterSchedule:
     def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:
         """From now on, calls of `module` make `param` whole."""
         owner = owner_of(param)
-        if owner is None or owner not in self.owners:
+        if owner is None or owner not in self._owned:
             return
         self._read_elsewhere.add(owner)
         known = module in self._users
@@ -288,19 +232,18 @@ class ParameterSchedule:
         owner.hold()
 
     def _prefetch(self) -> None:
-        room = self.limits.prefetch_numel
-        live = self.live_numel
-        if self._fetches:  # from where they live, as far ahead as there is memory for it
-            all(coming.fetch() for coming in self.trace.ahead(forward_only=not self._recording))
-        for coming in self.trace.ahead(forward_only=not self._recording):
-            if room <= 0:
-                break
-            room -= coming.numel  # a unit larger than the room is gathered too: else large blocks never were
-            if coming.state is ValueState.SHARDED:
-                live += coming.numel
-                if live > self.limits.max_live_numel:
-                    break
-                coming.gather()
+        forward_only = not self._recording
+        if self._has_homes:  # from where they live, as far ahead as there is memory for it
+            self._fetches.each(FlatValues.fetch, None, forward_only)
+        # A unit larger than what is left of the room is gathered too: else large blocks never were.
+        self._gathers.each(self._gather_ahead, self.limits.prefetch_numel, forward_only)
+
+    def _gather_ahead(self, coming: FlatValues) -> bool:
+        if coming.state is ValueState.SHARDED:
+            if self.live_numel + coming.numel > self.limits.max_live_numel:
+                return False
+            coming.gather()
+        return True
 
     def _pre_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
         call = _Call(module, list(self._users[module]))
@@ -332,8 +275,10 @@ class ParameterSchedule:
             return False
         return self.trace.used_within(owner, self.limits.max_reuse_numel)
 
-    def _count_live(self, numel: int) -> None:
+    def _count_live(self, owner: FlatValues, numel: int) -> None:
         self.live_numel += numel
+        if numel < 0:
+            self.trace.dropped(owner)
 
     # --- backward -------------------------------------------------------------------------------------------------
 
@@ -363,11 +308,17 @@ class ParameterSchedule:
         if owner not in self._read_elsewhere:
             self._close(owner)
 
-    def _input_done(self, call: _Call, grad: torch.Tensor) -> None:
+    def _input_done(self, call: _Call, is_leaf: bool, grad: torch.Tensor) -> None:
         if call.opened_in != self._pass:
             return
         call.undone -= 1
-        for owner in self._closers[call.module] if call.undone == 0 else ():
+        if call.undone == 0 and is_leaf:
+            torch.autograd.Variable._execution_engine.queue_callback(partial(self._call_done, call, self._pass))
+        elif call.undone == 0:
+            self._call_done(call, self._pass)
+
+    def _call_done(self, call: _Call, in_pass: int) -> None:
+        for owner in self._closers[call.module] if in_pass == self._pass else ():
             if owner in self._open:
                 self._open[owner] -= 1
                 if self._open[owner] <= 0:
@@ -401,10 +352,13 @@ class ParameterSchedule:
     # An input's gradient is complete when all its consumers have run. What made the input is older than every node
     # inside the module, and autograd runs the youngest of the nodes that are ready: the hook on the input runs after
     # all of those. Nodes that become ready later do so through another output, whose hook opens the values again.
+    # A leaf's gradient is no node of that order: autograd runs its hook before nodes inside the module that are ready
+    # too, such as those that accumulate the parameters' own gradients, which need the parameters' shapes. Then the
+    # values are needed until autograd has run everything: the pass, or the one inside it that recomputes a block.
     def _watch_inputs(self, call: _Call, inputs: Any) -> None:
         for tensor in tensors_in(inputs):
             if tensor.requires_grad:
-                tensor.register_hook(partial(self._input_done, call))
+                tensor.register_hook(partial(self._input_done, call, tensor.is_leaf))
                 call.inputs += 1
 
     # --- parameters read outside the module that has them ------------------------------------------------------------
@@ -415,7 +369,7 @@ class ParameterSchedule:
         In a backward pass no module need be running: a checkpointed function is computed again.
         """
         owner = owner_of(param)
-        if owner not in self.owners or owner.state is ValueState.WHOLE:
+        if owner not in self._owned or owner.state is ValueState.WHOLE:
             return
         if self._running:
             self._hand_up(param)
@@ -426,7 +380,7 @@ class ParameterSchedule:
     def _hand_up(self, param: torch.Tensor) -> None:
         """The running module has got a parameter of another one: hold it until that module ends, now and in future."""
         owner = owner_of(param)
-        if owner is None or owner not in self.owners or not self._running:
+        if owner is None or owner not in self._owned or not self._running:
             return
         reader = self._running[-1]
         self.add_user(reader.module, param)

@@ -13,7 +13,9 @@ optimizer leaves zeros there. No torch in this file: it is plain integers, teste
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Collection, Iterable, Sequence
+from itertools import islice
 from math import prod
 from typing import NamedTuple
 
@@ -81,9 +83,14 @@ class FlatLayout:
             slots.append(Slot(name, tuple(shape), cursor, numel, group))
             cursor += _padded(numel, ALIGN_NUMEL)
         self.slots: tuple[Slot, ...] = tuple(slots)
+        self._starts = [slot.start for slot in slots]
         self.shard_count = shard_count
         self.numel = _padded(cursor, ALIGN_NUMEL * shard_count)
         self.shard_numel = self.numel // shard_count
+
+    def place(self, slot: Slot) -> int:
+        """Where one of the slots stands among them."""
+        return self.slots.index(slot, bisect_left(self._starts, slot.start))
 
     def shard(self, index: int) -> tuple[int, int]:
         """The buffer's elements `[start, stop)` that shard `index` holds."""
@@ -123,7 +130,8 @@ class FlatLayout:
     def segments(self, run: Run) -> list[Segment]:
         """The parts of parameters inside a run, in order; gaps belong to none."""
         found = []
-        for slot in self.slots:
+        first = max(0, bisect_right(self._starts, run.start) - 1)
+        for slot in islice(self.slots, first, bisect_left(self._starts, run.stop)):
             start, stop = max(slot.start, run.start), min(slot.stop, run.stop)
             if start < stop:
                 found.append(Segment(slot, start - run.start, stop - run.start))

@@ -237,7 +237,7 @@ class ShardUnit(FlatValues):
                 f"the gradient of {slot.name} is averaged over the ranks but for what the last pass, without "
                 "averaging, has added; read it after the pass that ends the accumulation"
             )
-        filled = self._filled[self.layout.slots.index(slot)]
+        filled = self._filled[self.layout.place(slot)]
         return self.grads[slot.start : slot.stop] if filled else None
 
     # --- gradients ------------------------------------------------------------------------------------------------

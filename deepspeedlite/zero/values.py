@@ -137,6 +137,7 @@ class FlatValues:
         self._work: Any = None
         self.home: Home | None = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
+        self._slot_of = {id(param): slot for slot, param in self.slots}
         self._take(sharded, source, home)
 
     # --- taking parameters over -----------------------------------------------------------------------------------
@@ -186,12 +187,13 @@ class FlatValues:
         kept = [index for index, param in enumerate(self.params) if id(param) not in taken]
         self.params = [self.params[index] for index in kept]
         self.slots = [self.slots[index] for index in kept]
+        self._slot_of = {id(param): slot for slot, param in self.slots}
         self._views = [self._views[index] for index in kept]
         self.let_go()
 
     def slot_of(self, param: torch.Tensor) -> Slot:
         """The parameter's place in the layout."""
-        return next(slot for slot, own in self.slots if own is param)
+        return self._slot_of[id(param)]
 
     def _show(self) -> None:
         for param, view in zip(self.params, self._views):
