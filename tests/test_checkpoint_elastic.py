@@ -320,11 +320,13 @@ def test_a_changed_model_is_told_at_once_and_the_rest_can_be_loaded(tmp_path):
 def test_parts_of_a_checkpoint(tmp_path):
     engine = engine_of(tied_model(), config(3, "bf16"))
     assert engine.load_checkpoint(tmp_path) == (None, {})
-    assert engine.load_checkpoint(tmp_path, tag="none") == (None, {})
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint none in .*; there is none"):
+        engine.load_checkpoint(tmp_path, tag="none")
     train(engine, range(2))
     expected = everything(engine, ())
     engine.save_checkpoint(tmp_path, client_sd={"epoch": 3}, save_latest=False)
-    assert engine.load_checkpoint(tmp_path) == (None, {})
+    with pytest.raises(CheckpointError, match=r"has no file 'latest' .* has some: global_step2; pass one as tag"):
+        engine.load_checkpoint(tmp_path)
     other = engine_of(tied_model(seed=1), config(1, "bf16"))
     _, client = other.load_checkpoint(tmp_path, tag="global_step2", load_module_only=True)
     assert client == {"epoch": 3} and other.global_steps == 0 and not other.optimizer.state

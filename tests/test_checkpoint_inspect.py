@@ -18,8 +18,8 @@ from test_checkpoint_elastic import config, engine_of, train
 
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.manifest import Manifest, Parameter, Piece
-from deepspeedlite.checkpoint.tag import TagWriter
 from deepspeedlite.checkpoint.tensors import read_places
+from deepspeedlite.checkpoint.writer import TagWriter
 
 
 def told(*words: object) -> tuple[int, str]:

@@ -25,7 +25,8 @@ from models import tied_model
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.tag import TagWriter, read_latest
+from deepspeedlite.checkpoint.tag import read_latest
+from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.errors import CheckpointError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
@@ -72,16 +73,27 @@ def _again(folder: Path) -> str:
 
 
 def _again_after_a_kill(folder: Path) -> str:
-    """Between the two renames that replace a tag; and something else was left."""
+    """An earlier release between the two renames that replaced a tag; and folders that do not say who left them."""
     shutil.copytree(folder.parent / "one", folder, dirs_exist_ok=True)
     (folder / "a").rename(folder / ".old.a")
-    for name in (".tmp.a", ".tmp.b", ".old.b"):
+    for name in UNKNOWN:
         (folder / name).mkdir()
         (folder / name / "rank_00000.safetensors").write_bytes(b"half")
     return "a"
 
 
-SCENARIOS = (_first, _next, _again, _again_after_a_kill)
+def _again_beside_others(folder: Path) -> str:
+    """Into a folder that has files of the user's."""
+    shutil.copytree(folder.parent / "one", folder, dirs_exist_ok=True)
+    for path in THEIRS:
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(path)
+    return "a"
+
+
+UNKNOWN = (".old.b", ".tmp.a", ".tmp.b")
+THEIRS = ("a/README.md", "a/exported/model.bin", "site/manifest.json")
+SCENARIOS = (_first, _next, _again_after_a_kill, _again_beside_others)
 
 
 class Attacker:
@@ -116,7 +128,12 @@ class Attacker:
             through = (self.killed if how < 0 else self.failed)(work, tag, number, how)
             steps.append(self.load(work))
             self.save(work, "c")
-            assert sorted(os.listdir(work)) == ["c", "latest", "zero_to_fp32.py"], number
+            others = UNKNOWN if prepare is _again_after_a_kill else ()
+            if prepare is _again_beside_others:
+                assert sorted(os.listdir(work / "a")) == ["README.md", "exported"], number
+                assert [(work / path).read_text() for path in THEIRS] == [*THEIRS], number
+                others = ("a", "site")
+            assert sorted(os.listdir(work)) == sorted(["c", "latest", "zero_to_fp32.py", *others]), number
             shutil.rmtree(work)
         return steps
 
@@ -208,7 +225,7 @@ def _one_of_four(folder: Path, rank: int, victim: int, step: str, use_async: boo
     engine._saver.wait()
     dist.barrier()
     if rank == victim:
-        setattr(TagWriter, step, lambda *arguments: os.kill(os.getpid(), signal.SIGKILL))
+        setattr(TagWriter, step, lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL))
     started_s = time.monotonic()
     try:
         engine.save_checkpoint(folder / "ckpt")
@@ -259,7 +276,7 @@ config = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "SGD", "par
 engine = deepspeedlite.initialize(model=model, config=config)[0]
 folder = sys.argv[1]
 if sys.argv[2] == "fails":
-    from deepspeedlite.checkpoint.tag import TagWriter
+    from deepspeedlite.checkpoint.writer import TagWriter
     def no_space(*arguments):
         raise OSError(28, os.strerror(28))
     TagWriter.commit = no_space

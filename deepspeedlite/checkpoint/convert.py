@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,8 @@ from rich.progress import track
 from deepspeedlite.checkpoint.deepspeed import DeepSpeedReader
 from deepspeedlite.checkpoint.export import open_checkpoint
 from deepspeedlite.checkpoint.manifest import Manifest, encode
-from deepspeedlite.checkpoint.tag import TagWriter
 from deepspeedlite.checkpoint.to_deepspeed import Track, export_to_deepspeed
+from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.errors import CheckpointError
 
 
@@ -32,11 +33,11 @@ def import_from_deepspeed(reader: DeepSpeedReader, out: str | Path, track: Track
     if reader.left_out is not None:
         raise CheckpointError(f"{reader.path} cannot be imported: {reader.left_out}")
     writer = TagWriter(out, reader.manifest.tag)
-    if writer.path.exists():
+    if os.path.lexists(writer.path):
         raise CheckpointError(f"{writer.path} exists already; name another folder")
     manifest, tensors = _as_ours(reader)
-    writer.prepare()
     try:
+        writer.prepare(list(tensors))
         for name in track(list(tensors), f"writing {writer.path}"):
             manifest.files[name] = writer.write(name, tensors[name])
         writer.commit(manifest)

@@ -35,11 +35,11 @@ from deepspeedlite.checkpoint.deepspeed_states import (
     state_of,
     whole_states,
 )
-from deepspeedlite.checkpoint.manifest import EXTRA_STATE, FILE_NAME, MASTER, WEIGHT, Manifest, Parameter, Piece, encode
+from deepspeedlite.checkpoint.manifest import EXTRA_STATE, MASTER, WEIGHT, Manifest, Parameter, Piece, encode
 from deepspeedlite.checkpoint.pickles import load_inert, verify_zip
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.save import MACHINE_OPTIONS
-from deepspeedlite.checkpoint.tag import find_tag_dir
+from deepspeedlite.checkpoint.tag import find_tag_dir, is_ours
 from deepspeedlite.checkpoint.tensors import FileRecord, Place
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
@@ -72,7 +72,7 @@ Groups = Sequence[Sequence[str]]
 def open_tag(path: Path, groups: Groups | None = None) -> Reader:
     """A reader of a tag, ours or DeepSpeed's. `groups`: as in `DeepSpeedReader`."""
     path = find_tag_dir(path)
-    if is_deepspeed(path) and not (path / FILE_NAME).exists():
+    if is_deepspeed(path) and not is_ours(path):
         return DeepSpeedReader(path, groups)
     return Reader(path)
 

@@ -50,7 +50,7 @@ def differences(a: Reader, b: Reader) -> Iterator[Difference]:
     yield from _of_values("optimizer", "param_groups", a, a.manifest.param_groups, b, b.manifest.param_groups)
     yield from _unequal("run", "global_steps", a.manifest.global_steps, b.manifest.global_steps)
     for key in dict.fromkeys((*a.manifest.state, *b.manifest.state)):
-        if key == "config" or (key == "rng" and a.manifest.world_size != b.manifest.world_size):
+        if key in ("config", "saved_by") or (key == "rng" and a.manifest.world_size != b.manifest.world_size):
             continue  # the configuration says how, not what; random numbers are one per rank
         yield from _of_values("run", key, a, a.manifest.state.get(key), b, b.manifest.state.get(key))
 

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 
 from deepspeedlite.checkpoint.deepspeed import open_tag
+from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import DTYPES, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.tag import check_tag, is_whole, read_latest
+from deepspeedlite.checkpoint.tag import find_tag, is_whole
 from deepspeedlite.checkpoint.tensors import write_tensors
 from deepspeedlite.errors import CheckpointError
 
@@ -33,13 +34,13 @@ def open_checkpoint(folder: str | Path, tag: Any = None) -> Reader:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    folder = Path(folder)
+    folder = check_folder(folder, "reading")
     if tag is None and is_whole(folder):
         return open_tag(folder)
-    name = read_latest(folder) if tag is None else check_tag(tag)
-    if name is None:
-        raise CheckpointError(f"{folder} is no checkpoint and has no file `latest` that names one; name a tag")
-    return open_tag(folder / name)
+    path = find_tag(folder, tag)
+    if path is None:
+        raise CheckpointError(f"{folder} is no checkpoint, and has none in it")
+    return open_tag(path)
 
 
 def parse_bytes(text: str | int) -> int:

@@ -14,11 +14,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.model import Flat, flats_of, owners, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.save import COUNTERS, MACHINE_OPTIONS
-from deepspeedlite.checkpoint.tag import check_tag, find_tag_dir, read_latest
+from deepspeedlite.checkpoint.tag import find_tag
 from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
@@ -52,11 +53,11 @@ class Loader:
     def load(self, load_dir: str | Path, tag: Any, options: LoadOptions) -> tuple[str | None, dict[str, Any]]:
         """Load a checkpoint; see `DeepSpeedEngine.load_checkpoint`."""
         self._ranks.meet("load_checkpoint")
-        path = self._ranks.first(f"loading from {load_dir}", lambda: _find(Path(load_dir), tag))
+        path = self._ranks.first(
+            f"loading from {load_dir}", lambda: find_tag(check_folder(load_dir, "load_checkpoint"), tag)
+        )
         if path is None:
-            logger.warning(
-                "no checkpoint in %s%s: nothing was loaded", load_dir, "" if tag is None else f" under {tag}"
-            )
+            logger.warning("no checkpoint in %s: nothing was loaded", load_dir)
             return None, {}
         from deepspeedlite.checkpoint.deepspeed import open_tag  # what a training that loads nothing need not wait for
 
@@ -261,15 +262,3 @@ def restore_rng(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])
-
-
-def _find(load_dir: Path, tag: Any) -> Path | None:
-    name = read_latest(load_dir) if tag is None else check_tag(tag)
-    if name is None:
-        return None
-    path = find_tag_dir(load_dir / name)
-    if path.is_dir():
-        return path
-    if tag is None:
-        raise CheckpointError(f"{load_dir}/latest names {name}, and there is no such checkpoint; name a tag")
-    return None

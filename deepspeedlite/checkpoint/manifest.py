@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from deepspeedlite.checkpoint.tensors import CODES, FileRecord
+from deepspeedlite.checkpoint.files import parse_json
+from deepspeedlite.checkpoint.tensors import CODES, MALFORMED, FileRecord
 from deepspeedlite.errors import CheckpointError
 
 FILE_NAME = "manifest.json"
 FORMAT, VERSION = "deepspeedlite", 1
-MOST_NBYTES = 1 << 30  # of a manifest: far more than a model of a million parameters needs
+MOST_NBYTES = 1 << 28  # of a manifest: far more than a model of half a million parameters needs
 WEIGHT, MASTER = "weight", "master"
 EXTRA_STATE = "_extra_state"  # what torch calls a module's extra state in a state dict
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES.values()}
@@ -89,6 +90,8 @@ class Manifest:
         body["files"] = {name: {"nbytes": r.nbytes, "crc32": f"{r.crc32:08x}"} for name, r in self.files.items()}
         text = json.dumps({"format": FORMAT, "version": VERSION, **body}, allow_nan=False, separators=(",", ":"))
         rest = text[1:].encode() + b"\n"
+        if len(rest) > MOST_NBYTES - 100:
+            raise CheckpointError(f"the manifest would have {len(rest):,} bytes, which no reader takes")
         return _first_line(rest) + rest
 
     @classmethod
@@ -102,7 +105,7 @@ class Manifest:
         if line + b"\n" != _first_line(rest):
             raise CheckpointError(f"{where} is damaged: it is cut short or altered (its checksum does not match)")
         try:
-            body = json.loads(raw)
+            body = parse_json(raw)
             if body.pop("format") != FORMAT:
                 raise CheckpointError(f"{where} is not a deepspeedlite checkpoint")
             version = body.pop("version")
@@ -115,7 +118,7 @@ class Manifest:
             _check(manifest)
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except MALFORMED as error:
             raise CheckpointError(f"{where} is damaged: {error!r}") from error
         return manifest
 
@@ -128,6 +131,9 @@ def _parameter(entry: dict[str, Any], files: dict[str, FileRecord]) -> Parameter
     pieces = {kind: [Piece(*piece) for piece in found] for kind, found in entry.pop("pieces").items()}
     parameter = Parameter(pieces=pieces, **{**entry, "shape": tuple(entry["shape"])})
     name = parameter.name
+    _check_types(f"parameter {name}", parameter, _TYPES_OF_PARAMETER)
+    if not all(isinstance(other, str) for other in parameter.tied):
+        raise CheckpointError(f"parameter {name} has impossible other names")
     if parameter.dtype not in DTYPES:
         raise CheckpointError(f"parameter {name} has the unknown dtype {parameter.dtype}")
     if not all(type(extent) is int and extent >= 0 for extent in parameter.shape):
@@ -138,6 +144,8 @@ def _parameter(entry: dict[str, Any], files: dict[str, FileRecord]) -> Parameter
         cursor = 0
         for piece in found:
             numbers = (piece.offset, piece.start, piece.numel)
+            if not isinstance(piece.file, str) or not isinstance(piece.tensor, str):
+                raise CheckpointError(f"parameter {name}: its {kind} lies in no file ({piece})")
             if piece.file not in files or not all(type(n) is int and n >= 0 for n in numbers) or piece.start != cursor:
                 raise CheckpointError(f"parameter {name}: its {kind} does not lie in the checkpoint ({piece})")
             cursor += piece.numel
@@ -146,7 +154,46 @@ def _parameter(entry: dict[str, Any], files: dict[str, FileRecord]) -> Parameter
     return parameter
 
 
+# What each field may be, besides what the dataclass says. (bool is no int here.)
+_TYPES_OF_PARAMETER: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "shape": (tuple,),
+    "dtype": (str,),
+    "trainable": (bool,),
+    "buffer": (bool,),
+    "group": (int, type(None)),
+    "position": (int, type(None)),
+    "tied": (list,),
+    "scalars": (dict,),
+}
+_TYPES_OF_MANIFEST: dict[str, tuple[type, ...]] = {
+    "tag": (str,),
+    "world_size": (int,),
+    "stage": (int,),
+    "global_steps": (int,),
+    "frozen_excluded": (bool,),
+    "model_parallel": (int,),
+    "optimizer": (str, type(None)),
+    "param_groups": (list,),
+    "state": (dict,),
+}
+_TYPES_OF_STATE: dict[str, tuple[type, ...]] = {"engine": (dict, type(None)), "rng": (list, type(None))}
+
+
+def _check_types(what: str, found: Any, types: dict[str, tuple[type, ...]]) -> None:
+    for name, allowed in types.items():
+        value = found.get(name) if isinstance(found, dict) else getattr(found, name)
+        if type(value) not in allowed or (type(value) is int and value < 0):
+            raise CheckpointError(f"{what} has the impossible {name} {repr(value)[:80]}")
+
+
 def _check(manifest: Manifest) -> None:
+    _check_types("the checkpoint", manifest, _TYPES_OF_MANIFEST)
+    _check_types("its state", manifest.state, _TYPES_OF_STATE)
+    if not all(isinstance(group, dict) for group in manifest.param_groups):
+        raise CheckpointError("its param_groups are no options")
+    if any(record.nbytes < 0 for record in manifest.files.values()):
+        raise CheckpointError("a file has a negative size")
     for name in manifest.files:
         if not is_plain_name(name):
             raise CheckpointError(f"the file name {name!r} leads outside the checkpoint")
@@ -227,7 +274,10 @@ def decode(value: Any, read_tensor: Callable[[list[str]], torch.Tensor]) -> Any:
     if "$tensor" in value:
         return read_tensor(value["$tensor"])
     if "$array" in value:
-        return read_tensor(value["$array"]).numpy().astype(value["dtype"])
+        dtype = np.dtype(value["dtype"])
+        if dtype.kind not in "biuf" or dtype.itemsize > 8:  # "U1000000" takes megabytes an element
+            raise ValueError(f"an array has the impossible dtype {dtype}")
+        return read_tensor(value["$array"]).numpy().astype(dtype)
     if "$tuple" in value:
         return tuple(decode(value["$tuple"], read_tensor))
     for name, make in (("$dict", dict), ("$counter", lambda pairs: Counter(dict(pairs)))):

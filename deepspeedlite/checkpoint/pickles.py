@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.files import open_regular
 from deepspeedlite.errors import CheckpointError
 
 
@@ -57,7 +58,7 @@ def load_inert(path: Path) -> Any:
     try:
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link, which leads outside the checkpoint")
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
             mapped = file.read(4) == b"PK\x03\x04"
         if mapped:
             with zipfile.ZipFile(path) as archive:

@@ -8,12 +8,14 @@ files through and compares their checksums.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.files import open_regular, read_regular
 from deepspeedlite.checkpoint.manifest import (
     DTYPES,
     FILE_NAME,
@@ -25,7 +27,7 @@ from deepspeedlite.checkpoint.manifest import (
     decode,
 )
 from deepspeedlite.checkpoint.tag import find_tag_dir
-from deepspeedlite.checkpoint.tensors import Place, checksum, read_into, read_places
+from deepspeedlite.checkpoint.tensors import MALFORMED, Place, checksum, read_into, read_places
 from deepspeedlite.errors import CheckpointError
 
 _CAST_NUMEL = 1 << 20  # elements read at a time where they must be cast
@@ -46,15 +48,13 @@ class Reader:
         self._fds: dict[str, int] = {}
         file = self.path / FILE_NAME
         try:
-            nbytes = file.stat().st_size
-            if nbytes > MOST_NBYTES:
-                raise CheckpointError(f"{file} is {nbytes} bytes, which no manifest is")
-            raw = file.read_bytes()
+            raw = read_regular(file, MOST_NBYTES)
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}; this is not a whole checkpoint") from error
         self.manifest = Manifest.from_bytes(raw, str(file))
         self._places = {name: self._check_file(name) for name in self.manifest.files}
         self._index()
+        self._check_claims()
 
     def _index(self) -> None:
         """Look parameters up by name, and check that each lies where the manifest says."""
@@ -65,9 +65,9 @@ class Reader:
 
     def _check_file(self, name: str) -> dict[str, Place]:
         path, expected = self.path / name, self.manifest.files[name].nbytes
-        places = read_places(path)
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link, which leads outside the checkpoint")
+        places = read_places(path)
         size = path.stat().st_size
         if size != expected:
             raise CheckpointError(f"{path} is damaged: it has {size} bytes and should have {expected}")
@@ -86,6 +86,17 @@ class Reader:
                 dtypes.add(place.dtype)
             if len(dtypes) > 1:
                 raise CheckpointError(f"{self.path}: the {kind} of {parameter.name} is of several dtypes: {dtypes}")
+
+    def _check_claims(self) -> None:
+        """Check that no element of a file is two, so that what is asked for is never larger than the files."""
+        claimed: Counter[tuple[str, str]] = Counter()
+        for parameter in self.manifest.parameters:
+            for pieces in parameter.pieces.values():
+                for piece in pieces:
+                    claimed[piece.file, piece.tensor] += piece.numel
+        for (file, tensor), numel in claimed.items():
+            if numel > self._places[file][tensor].shape[0]:
+                raise CheckpointError(f"{self.path / file}: elements of tensor {tensor} are claimed twice")
 
     # --- reading --------------------------------------------------------------------------------------------------
 
@@ -142,12 +153,15 @@ class Reader:
 
     def _fd(self, file: str) -> int:
         if file not in self._fds:
-            self._fds[file] = os.open(self.path / file, os.O_RDONLY)
+            self._fds[file] = open_regular(self.path / file)
         return self._fds[file]
 
     def value(self, encoded: Any) -> Any:
         """What `manifest.encode` was given."""
-        return decode(encoded, self._tensor)
+        try:
+            return decode(encoded, self._tensor)
+        except MALFORMED as error:
+            raise CheckpointError(f"{self.path} holds a value that none was saved as: {error!r}") from error
 
     def state(self, name: str) -> Any:
         """A decoded part of `manifest.state`; None where there is none."""

@@ -21,12 +21,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Manifest, Parameter, Piece, encode, merge_pieces
 from deepspeedlite.checkpoint.model import Flat, flats_of, parameters_of, with_extra_state
-from deepspeedlite.checkpoint.tag import TagWriter, check_tag
+from deepspeedlite.checkpoint.tag import check_new_tag
 from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
 from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.checkpoint.union import Holding, unite
+from deepspeedlite.checkpoint.writer import TagWriter, survey
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
 from deepspeedlite.memory.disk import Stored
@@ -141,16 +143,21 @@ class Saver:
         self.wait()
         self._ranks.meet("save_checkpoint")
         asked = f"global_step{self._engine.global_steps}" if tag is None else tag
-        part = RankPart(f"rank_{self._ranks.rank:05d}.safetensors")
-        told = self._ranks.each("save_checkpoint", lambda: (check_tag(asked), self._holding(exclude_frozen)))
+        told = self._ranks.each(
+            "save_checkpoint",
+            lambda: (check_new_tag(asked), self._holding(exclude_frozen), check_folder(save_dir, "save_checkpoint")),
+        )
         entries: list[Parameter] = []  # of all ranks together, on rank 0
 
-        def agree() -> tuple[str, dict[str, int], dict[int, set[str]]]:
-            united = unite([holding for _, holding in told if holding is not None])
+        def agree() -> tuple[str, str, str, dict[str, int], dict[int, set[str]]]:
+            tag = self._agreed([tag for tag, *_ in told])
+            suffix = survey(Path(save_dir), tag)
+            united = unite([holding for _, holding, _ in told if holding is not None])
             entries.extend(united.entries)
-            return self._agreed([tag for tag, _ in told]), united.checksums, united.left_out
+            return tag, suffix, TagWriter.new_number(), united.checksums, united.left_out
 
-        tag, first_buffers, left_out = self._ranks.first("save_checkpoint", agree)
+        tag, suffix, number, first_buffers, left_out = self._ranks.first("save_checkpoint", agree)
+        part = RankPart(f"rank_{self._ranks.rank:05d}{suffix}.safetensors")
         elsewhere = left_out.get(self._engine._parts.group.ranks[0], set())
         what = f"saving checkpoint {tag} to {save_dir}"
         collected: list[Manifest] = []
@@ -169,7 +176,7 @@ class Saver:
             raise
         manifest = collected[0]
         manifest.tag, manifest.parameters = tag, entries
-        writer = TagWriter(save_dir, tag, self._settings.fsync)
+        writer = TagWriter(save_dir, tag, self._settings.fsync, number)
         if not self._settings.async_save:
             self._finish(writer, part, manifest, save_latest, what)
             return
@@ -296,7 +303,8 @@ class Saver:
         ranks = self._ranks
 
         def prepare() -> None:
-            leftovers = writer.prepare()
+            suffix = part.file.removeprefix("rank_00000")  # on rank 0
+            leftovers = writer.prepare([f"rank_{rank:05d}{suffix}" for rank in range(ranks.size)], save_latest)
             if leftovers:
                 logger.warning(
                     "removed what interrupted saves had left in %s: %s", writer.save_dir, ", ".join(leftovers)
@@ -315,16 +323,14 @@ class Saver:
             }
             for entry in manifest.parameters:
                 _fill(entry, [(part.pieces.get(entry.name, {}), part.scalars.get(entry.name)) for _, part, _ in told])
-            writer.commit(manifest, save_latest)
-            if self._settings.keep_last:
-                writer.remove_older(self._settings.keep_last)
+            writer.commit(manifest, self._settings.keep_last)
 
         try:
             ranks.first(what, prepare)
             told = ranks.each(what, write)
             ranks.first(what, commit)
-        except CheckpointError:
-            if ranks.rank == 0:  # every rank has stopped writing
+        except BaseException:
+            if ranks.rank == 0:  # every rank has stopped writing, or was interrupted
                 writer.discard()
             raise
 

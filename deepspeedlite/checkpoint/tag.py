@@ -1,55 +1,147 @@
-"""Tag directories: how a checkpoint appears whole or not at all, and how old ones go.
+"""Tag directories: what names one, what is one, and which there are.
 
-    SAVE_DIR/latest            the newest tag's name; replaced by rename
-    SAVE_DIR/TAG/              a whole checkpoint
-    SAVE_DIR/.tmp.TAG/         one being written, or removed; a leftover once its process is gone
-    SAVE_DIR/.old.TAG/         what TAG was while a save under the same tag takes its place
-    SAVE_DIR/zero_to_fp32.py   a copy of the program that takes weights out, as DeepSpeed leaves one
+SAVE_DIR/latest            the newest tag's name; replaced by rename
+SAVE_DIR/TAG/              a checkpoint; whole as soon as it has its manifest.json
+SAVE_DIR/.tmp.TAG.NUMBER/  one save's workplace: see `writer`
+SAVE_DIR/.old.TAG/         of earlier releases: what TAG was while a save under the same tag took its place
+SAVE_DIR/zero_to_fp32.py   a copy of the program that takes weights out, as DeepSpeed leaves one
 
-A tag is replaced by two renames. Between them TAG is missing and .old.TAG is whole: readers take that, and the next
-save puts it back. Leftovers are removed by the next save into the directory; two jobs must not save into one.
+Beside these a folder may hold anything, and so may a tag's.
 """
 
 from __future__ import annotations
 
-import contextlib
+import json
 import os
-import shutil
-from collections.abc import Mapping
+import re
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from deepspeedlite.checkpoint.deepspeed_layout import is_deepspeed
-from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
-from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
+from deepspeedlite.checkpoint.files import edge_of, kind_of, read_regular
+from deepspeedlite.checkpoint.manifest import FILE_NAME, MOST_NBYTES, Manifest, is_plain_name
+from deepspeedlite.checkpoint.owner import Owner
+from deepspeedlite.checkpoint.work import workplaces
 from deepspeedlite.errors import CheckpointError
-from deepspeedlite.log import logger
-from deepspeedlite.memory.disk import Stored
 
 LATEST = "latest"
-_PROGRAM = Path(__file__).with_name("zero_to_fp32.py")
-_TMP, _OLD = ".tmp.", ".old."
+PROGRAM = Path(__file__).with_name("zero_to_fp32.py")
+OLD = ".old."
+_MOST_TAG_NBYTES = 200  # a file's name has 255, and a workplace's holds more than the tag
+_MOST_SHOWN = 8
+_HEAD = re.compile(rb'\{"crc32": "[0-9a-f]{8}",\s*"format":\s*"deepspeedlite"')
+_SAVED_BY = re.compile(rb'"saved_by":\s*(\{[^{}]*\})')
 
 
 def check_tag(tag: Any) -> str:
     """The tag as a directory's name; numbers are taken too. `CheckpointError` for what leads elsewhere."""
     name = str(tag)
-    if not is_plain_name(name) or name == LATEST:
-        raise CheckpointError(f"the checkpoint tag {name!r} cannot be a directory's name: no '/', no leading '.'")
+    if not is_plain_name(name) or name in (LATEST, PROGRAM.name):
+        raise CheckpointError(
+            f"the checkpoint tag {name!r} cannot be a directory's name: no '/' (the folder is an argument of its own), "
+            f"no leading '.', neither {LATEST!r} nor {PROGRAM.name!r}"
+        )
+    return name
+
+
+def check_new_tag(tag: Any) -> str:
+    """The same for a tag that is to be written: one that the file `latest` can carry."""
+    name = check_tag(tag)
+    if isinstance(tag, (bytes, bytearray)) or name != name.strip() or not name.isprintable():
+        raise CheckpointError(
+            f"the checkpoint tag {tag!r} cannot be told from others in the file `latest`: no blanks around it, no line "
+            "breaks or other characters that cannot be printed"
+        )
+    if len(name.encode()) > _MOST_TAG_NBYTES:
+        raise CheckpointError(
+            f"the checkpoint tag {name[:40]!r}... has {len(name.encode())} bytes; {_MOST_TAG_NBYTES} are the most"
+        )
     return name
 
 
 def find_tag_dir(path: Path) -> Path:
-    """`path`, or what a save killed while replacing it has left of it."""
-    old = path.with_name(_OLD + path.name)
-    return old if not path.exists() and is_whole(old) else path
+    """`path`, or what a save of an earlier release, killed while replacing it, has left of it."""
+    old = path.with_name(OLD + path.name)
+    return old if not os.path.lexists(path) and is_whole(old) else path
+
+
+def is_ours(tag_dir: Path) -> bool:
+    """Whether a directory has a manifest of ours, which may be damaged."""
+    head = edge_of(tag_dir / FILE_NAME, 100)
+    return head is not None and _HEAD.match(head) is not None
 
 
 def is_whole(tag_dir: Path) -> bool:
     """Whether a directory holds a checkpoint, ours or DeepSpeed's."""
-    return (tag_dir / FILE_NAME).is_file() or is_deepspeed(tag_dir)
+    return is_ours(tag_dir) or is_deepspeed(tag_dir)
+
+
+def manifest_of(folder: Path, name: str = FILE_NAME) -> Manifest | None:
+    """The manifest of ours in a folder; None where there is none that can be believed."""
+    try:
+        return Manifest.from_bytes(read_regular(folder / name, MOST_NBYTES), str(folder / name))
+    except (OSError, CheckpointError):
+        return None
+
+
+def saver_of(tag_dir: Path) -> Owner | None:
+    """Which process saved a checkpoint of ours; None where it does not say."""
+    end = edge_of(tag_dir / FILE_NAME, 2000, at_end=True)
+    found = _SAVED_BY.search(end or b"")
+    try:
+        return Owner.of(json.loads(found[1])) if found else None
+    except (ValueError, TypeError):
+        return None
+
+
+def tags_in(save_dir: Path) -> list[str]:
+    """The tags that lie in a folder, in the order of their names."""
+    try:
+        names = sorted(os.listdir(save_dir))
+    except OSError:
+        return []
+    names = [name.removeprefix(OLD) for name in names if name[0] != "." or name.startswith(OLD)]
+    return [name for name in dict.fromkeys(names) if is_plain_name(name) and is_whole(find_tag_dir(save_dir / name))]
+
+
+def in_words(names: list[str]) -> str:
+    """The first of some names."""
+    more = len(names) - _MOST_SHOWN
+    return ", ".join(names[:_MOST_SHOWN]) + (f" and {more} more" if more > 0 else "")
+
+
+def find_tag(load_dir: Path, tag: Any) -> Path | None:
+    """The directory of `tag`, or of the one that `latest` names if it is None; None where nothing was ever saved.
+
+    Raises:
+        CheckpointError: there is no such tag; or there are some, and nothing says which is meant.
+    """
+    name = read_latest(load_dir) or _unnamed(load_dir) if tag is None else check_tag(tag)
+    if name is None and is_whole(load_dir):
+        raise CheckpointError(
+            f"{load_dir} is a checkpoint itself: name the folder it lies in, and {load_dir.resolve().name!r} as tag"
+        )
+    there = [] if name is not None and find_tag_dir(load_dir / name).is_dir() else tags_in(load_dir)
+    if name is None:
+        if not there:
+            return None
+        raise CheckpointError(
+            f"{load_dir} has no file {LATEST!r} that names a checkpoint, and has some: {in_words(there)}; pass one as "
+            "tag, or name another folder to start anew"
+        )
+    path = find_tag_dir(load_dir / name)
+    if path.is_dir():
+        return path
+    says = f"there is no checkpoint {name} in {load_dir}"
+    if tag is None:
+        says = f"{load_dir / LATEST} names {name}, and there is no such checkpoint"
+    raise CheckpointError(f"{says}; there {f'are {in_words(there)}; name one as tag' if there else 'is none'}")
+
+
+def _unnamed(load_dir: Path) -> str | None:
+    """The checkpoint of a first save that was killed before it could write `latest`."""
+    works = [work for _, work in workplaces(load_dir) if work is not None and work.is_latest]
+    return next((work.tag for work in works if is_ours(load_dir / work.tag)), None)
 
 
 def read_latest(save_dir: Path) -> str | None:
@@ -58,126 +150,12 @@ def read_latest(save_dir: Path) -> str | None:
     Raises:
         CheckpointError: the file cannot be read, or names what cannot be a tag.
     """
+    path = save_dir / LATEST
     try:
-        return check_tag((save_dir / LATEST).read_text().strip())
-    except FileNotFoundError:
-        return None
+        if not kind_of(path):
+            return None
+        return check_tag(read_regular(path, 4096).decode().strip())
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{save_dir / LATEST} cannot be read: {error}") from error
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
     except CheckpointError as error:
-        raise CheckpointError(f"{save_dir / LATEST} names no checkpoint: {error}; name a tag") from error
-
-
-def sync_dir(path: Path) -> None:
-    """Flush a directory, so that its entries survive a crash of the machine."""
-    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-class TagWriter:
-    """Writes one checkpoint: any number of processes `write`, one of them calls `prepare` before and `commit` after.
-
-    Args:
-        save_dir: where tags are; made if it is missing.
-        tag: the checkpoint's name.
-        fsync: make it durable. Without, a crash of the machine (not of the process) may lose or damage it.
-
-    Raises:
-        CheckpointError: the tag cannot be a directory's name.
-    """
-
-    def __init__(self, save_dir: str | Path, tag: Any, fsync: bool = True) -> None:
-        self.save_dir, self.tag, self.fsync = Path(save_dir), check_tag(tag), fsync
-        self.path = self.save_dir / self.tag
-        self.temporary = self.save_dir / (_TMP + self.tag)
-
-    def prepare(self) -> list[str]:
-        """Clear what interrupted saves have left and make the temporary directory; the names of the leftovers."""
-        missing = [folder for folder in (self.save_dir, *self.save_dir.parents) if not folder.exists()]
-        self.save_dir.mkdir(parents=True, exist_ok=True)
-        for folder in missing if self.fsync else ():
-            sync_dir(folder.parent)
-        leftovers = self._clear()
-        self.temporary.mkdir()
-        return leftovers
-
-    def _clear(self) -> list[str]:
-        leftovers = []
-        for entry in sorted(self.save_dir.iterdir()):
-            if entry.name.startswith(_OLD):
-                tag_dir = self.save_dir / entry.name.removeprefix(_OLD)
-                if not tag_dir.exists() and is_whole(entry):
-                    entry.rename(tag_dir)
-                    continue
-            elif not entry.name.startswith(_TMP):
-                continue
-            leftovers.append(entry.name)
-            _remove(entry)
-        return leftovers
-
-    def write(self, name: str, tensors: Mapping[str, torch.Tensor | Stored]) -> FileRecord:
-        """Write one safetensors file; see `tensors.write_tensors`."""
-        return write_tensors(self.temporary / name, tensors, self.fsync)
-
-    def commit(self, manifest: Manifest, save_latest: bool = True) -> None:
-        """Write the manifest and make the checkpoint, which has all its files, appear under its tag."""
-        _write_bytes(self.temporary / FILE_NAME, manifest.to_bytes(), self.fsync)
-        if self.fsync:
-            sync_dir(self.temporary)
-        old = self.save_dir / (_OLD + self.tag)
-        if self.path.exists():
-            self.path.rename(old)
-        self.temporary.rename(self.path)
-        self._put(_PROGRAM.name, _PROGRAM.read_bytes(), mode=0o777)
-        if self.fsync:
-            sync_dir(self.save_dir)
-        if save_latest:
-            self._put(LATEST, self.tag.encode())
-            if self.fsync:
-                sync_dir(self.save_dir)
-        if old.exists():
-            _remove(old)
-
-    def _put(self, name: str, data: bytes, mode: int = 0o666) -> None:
-        """Make a file beside the tags have these bytes, old or new ones at any instant."""
-        path, temporary = self.save_dir / name, self.save_dir / (_TMP + name)
-        if not path.is_file() or path.read_bytes() != data:
-            _write_bytes(temporary, data, self.fsync, mode)
-            temporary.rename(path)
-
-    def discard(self) -> None:
-        """Remove what was written, after a failure, as far as that can be done."""
-        with contextlib.suppress(OSError):
-            self._clear()
-
-    def remove_older(self, keep_last: int) -> list[str]:
-        """Remove all checkpoints but the newest `keep_last` and this one; their names."""
-        tags = [path for path in self.save_dir.iterdir() if path.name[0] != "." and (path / FILE_NAME).is_file()]
-        tags.sort(key=lambda path: (path / FILE_NAME).stat().st_mtime_ns)
-        removed = [path for path in tags[:-keep_last] if path != self.path]
-        for path in removed:
-            _remove(path, self.save_dir / (_TMP + path.name))  # under that name nobody takes a part of it for whole
-        return [path.name for path in removed]
-
-
-def _remove(path: Path, under_name: Path | None = None) -> None:
-    """Remove what no checkpoint needs. What cannot be removed now, such as a file open on NFS, is no reason to fail."""
-    try:
-        path = path if under_name is None else path.rename(under_name)
-        if path.is_dir() and not path.is_symlink():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-    except OSError as error:
-        logger.warning("%s cannot be removed: %s; the next save tries again", path, error)
-
-
-def _write_bytes(path: Path, data: bytes, fsync: bool, mode: int = 0o666) -> None:
-    with open(path, "wb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
-        file.write(data)
-        file.flush()
-        if fsync:
-            os.fsync(file.fileno())
+        raise CheckpointError(f"{path} names no checkpoint: {error}; name a tag") from error

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from deepspeedlite.checkpoint.files import open_regular, parse_json
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.memory.disk import Stored
 
@@ -47,6 +48,10 @@ _CHUNK_NBYTES = 1 << 23  # copied from a device at a time
 _PIECE_NBYTES = 1 << 20  # written or read at a time: what the checksum has read, the copy finds in the cache
 _BEHIND_NBYTES = 1 << 24  # written before the disk is told to begin
 _MOST_HEADER_NBYTES = 100_000_000  # the format's own limit
+
+
+# What comes of data that are not what they should be.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 class FileRecord(NamedTuple):
@@ -166,7 +171,7 @@ def checksum(path: Path) -> FileRecord:
     buffer = bytearray(_PIECE_NBYTES)
     view = memoryview(buffer)
     crc = nbytes = 0
-    with path.open("rb", buffering=0) as file:
+    with open(open_regular(path), "rb", buffering=0) as file:
         while read := file.readinto(buffer):
             crc, nbytes = crc32(view[:read], crc), nbytes + read
     return FileRecord(nbytes, crc)
@@ -179,12 +184,12 @@ def read_places(path: Path) -> dict[str, Place]:
         CheckpointError: the file is not there, is cut short, or its header is not one.
     """
     try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
+        with open(open_regular(path), "rb") as file:
+            size = os.fstat(file.fileno()).st_size
             length = int.from_bytes(file.read(8), "little")
             if not 0 < length <= min(size - 8, _MOST_HEADER_NBYTES):
                 raise CheckpointError(f"{path} is damaged: its header claims {length} bytes of {size}")
-            header = json.loads(file.read(length))
+            header = parse_json(file.read(length))
         begin = 8 + length
         places = {}
         for name, entry in header.items():
@@ -200,7 +205,7 @@ def read_places(path: Path) -> dict[str, Place]:
         return places
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; the checkpoint is not whole") from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except MALFORMED as error:
         raise CheckpointError(f"{path} is damaged: its header cannot be read ({error!r})") from error
 
 

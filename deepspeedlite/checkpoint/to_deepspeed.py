@@ -29,10 +29,11 @@ from deepspeedlite.checkpoint.deepspeed_layout import (
     piece_numel,
     split_spans,
 )
+from deepspeedlite.checkpoint.files import sync_dir
 from deepspeedlite.checkpoint.manifest import DTYPES, EXTRA_STATE, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.pickles import DynamicLossScaler, LossScaler, save_for_deepspeed
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.tag import LATEST, check_tag, sync_dir
+from deepspeedlite.checkpoint.tag import LATEST, check_tag
 from deepspeedlite.errors import CheckpointError
 
 VERSION = "0.19.8"  # DeepSpeed's whose layout this is

@@ -1,0 +1,432 @@
+"""How a checkpoint appears whole or not at all, how old ones go, and that nothing else does.
+
+A save works in a folder of its own beside the tags, `SAVE_DIR/.tmp.TAG.NUMBER`:
+
+    owner.json          which process this is, the files it writes, and those that it moves into an existing folder
+    new/                the tag's files
+    next.NAME           what is about to become the file NAME, by rename
+    retired.N.json      the manifest of a checkpoint that is being removed
+
+A tag that is not there yet appears by one rename, of `new`. Into a folder that is there already, because the tag is
+saved again or because it has files of the user's, the new files move one by one under names that are not taken; then
+the manifest takes the old one's place by rename, and what the old one listed goes. So what is whole before is whole
+until that rename, what is whole after it is the new one, and no other file is ever touched.
+
+Removed is what a manifest of ours lists, or a workplace's `owner.json`, and folders that are empty then. What a save
+that was killed has left, the next one removes, once the process that left it is known to have ended.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from deepspeedlite.checkpoint.deepspeed_layout import is_deepspeed
+from deepspeedlite.checkpoint.files import check_folder, kind_of, read_regular, sync_dir, write_bytes
+from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
+from deepspeedlite.checkpoint.owner import Owner, Turn, two_jobs
+from deepspeedlite.checkpoint.tag import (
+    LATEST,
+    OLD,
+    PROGRAM,
+    check_new_tag,
+    find_tag_dir,
+    in_words,
+    is_ours,
+    manifest_of,
+    read_latest,
+    saver_of,
+)
+from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
+from deepspeedlite.checkpoint.work import OWNER, TMP, Work, is_workplace, workplaces
+from deepspeedlite.errors import CheckpointError
+from deepspeedlite.log import log_once, logger
+from deepspeedlite.memory.disk import Stored
+
+_NEW, _RETIRED, _NEXT = "new", "retired.", "next."
+
+
+def survey(save_dir: Path, tag: str) -> str:
+    """Look whether a checkpoint can be saved, before anything is written.
+
+    Returns:
+        what to put into the new files' names, so that they are not among those in the tag's folder.
+
+    Raises:
+        CheckpointError: something that is not ours is in the way, or another job saves there.
+    """
+    check_folder(save_dir, "saving")
+    _check_latest(save_dir / LATEST)
+    path = save_dir / tag
+    kind = kind_of(path)
+    if kind not in ("", "a folder"):
+        raise CheckpointError(f"{path} is {kind} that is not ours, where the checkpoint's folder should be; move it")
+    names = os.listdir(path) if kind else []
+    if FILE_NAME in names and not is_ours(path) and not _is_blank(path / FILE_NAME):
+        raise CheckpointError(
+            f"{path / FILE_NAME} is not a checkpoint's, and is in the way of one; save under another tag, or move it"
+        )
+    if FILE_NAME not in names and is_deepspeed(path):
+        raise CheckpointError(f"{path} is a checkpoint of DeepSpeed's, and stays; save under another tag, or move it")
+    if names and not os.access(path, os.W_OK | os.X_OK):
+        raise CheckpointError(f"{path} may not be written to (PermissionError)")
+    _check_alone(save_dir, [tag])
+    is_taken = bool(names) or find_tag_dir(path) != path
+    return f".{secrets.token_hex(4)}" if is_taken else ""
+
+
+def _check_latest(path: Path) -> None:
+    kind = kind_of(path)
+    if kind not in ("", "a file"):
+        raise CheckpointError(f"{path} is {kind} that is not ours, where the newest tag's name should be; move it")
+    if kind and not _is_blank(path):
+        try:
+            check_new_tag(read_latest(path.parent))
+        except CheckpointError as error:
+            raise CheckpointError(f"{path} is not ours, and is in the way: move it ({error})") from error
+
+
+def _is_blank(path: Path) -> bool:
+    """Whether a file holds nothing, as after a crash of the machine."""
+    try:
+        return not read_regular(path, 4096).strip(b"\0 \n")
+    except (OSError, CheckpointError):
+        return False
+
+
+def _check_alone(save_dir: Path, tags: list[str]) -> None:
+    """Raise where another process that is alive saves into the folder; warn where that cannot be known."""
+    here = Owner.here()
+    for workplace, work in workplaces(save_dir):
+        if work is None or work.owner == here or (alive := work.owner.is_alive()) is False:
+            continue
+        what = f"{work.owner} is saving {work.tag}"
+        if alive:
+            raise CheckpointError(two_jobs(save_dir, what))
+        log_once(
+            f"{what} in {save_dir}, or has been killed: that cannot be seen from {here.host}, and it may be another "
+            f"job; if it has ended, remove {workplace.name}",
+            logging.WARNING,
+        )
+    with suppress(CheckpointError):
+        tags = [*tags, *filter(None, [read_latest(save_dir)])]
+    for tag in tags:
+        saver = saver_of(save_dir / tag)
+        if saver is not None and saver != here and saver.is_alive() and not saver.is_kin():
+            raise CheckpointError(two_jobs(save_dir, f"{saver} has saved {tag} and still runs"))
+
+
+class TagWriter:
+    """Writes one checkpoint: any number of processes `write`, one of them calls `prepare` before and `commit` after.
+
+    That one has the folder to itself from `prepare` until `commit` or `discard` ends.
+
+    Args:
+        save_dir: where tags are; made if it is missing.
+        tag: the checkpoint's name.
+        fsync: make it durable. Without, a crash of the machine (not of the process) may lose or damage it.
+        number: of the save, the same for all its processes; see `new_number`.
+
+    Raises:
+        CheckpointError: the tag cannot be a directory's name, the folder cannot be one.
+    """
+
+    def __init__(self, save_dir: str | Path, tag: Any, fsync: bool = True, number: str = "") -> None:
+        self.save_dir, self.tag, self.fsync = check_folder(save_dir, "saving"), check_new_tag(tag), fsync
+        self.path = self.save_dir / self.tag
+        self._workplace = self.save_dir / f"{TMP}{self.tag}.{number or self.new_number()}"
+        self._new = self._workplace / _NEW
+        self._turn = Turn(self.save_dir)
+        self._work = Work(Owner.here(), self.tag)
+
+    @staticmethod
+    def new_number() -> str:
+        """One that no other save has."""
+        return secrets.token_hex(8)
+
+    def prepare(self, files: Iterable[str] = (), save_latest: bool = True) -> list[str]:
+        """Clear what interrupted saves have left and make the workplace for `files`; the names of the leftovers."""
+        missing = [folder for folder in (self.save_dir, *self.save_dir.parents) if not folder.exists()]
+        self.save_dir.mkdir(parents=True, exist_ok=True)
+        for folder in missing if self.fsync else ():
+            sync_dir(folder.parent)
+        self._turn.take(self._holder)
+        survey(self.save_dir, self.tag)
+        leftovers = self._sweep()
+        self._work.files, self._work.is_latest = list(files), save_latest
+        self._workplace.mkdir()
+        self._note()
+        self._new.mkdir()
+        return leftovers
+
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor | Stored]) -> FileRecord:
+        """Write one safetensors file; see `tensors.write_tensors`."""
+        return write_tensors(self._new / name, tensors, self.fsync)
+
+    def commit(self, manifest: Manifest, keep_last: int | None = None) -> list[str]:
+        """Make the checkpoint, which has all its files, appear under its tag; then remove all but the newest.
+
+        Returns:
+            the tags that were removed.
+        """
+        manifest.state["saved_by"] = self._work.owner.record()  # the last one: `tag.saver_of` looks for it there
+        write_bytes(self._new / FILE_NAME, manifest.to_bytes(), self.fsync)
+        if self.fsync:
+            sync_dir(self._new)
+        take_back = self._appear(manifest)
+        try:
+            self._name()
+        except OSError:
+            with suppress(OSError, CheckpointError):
+                if not self._work.is_latest or read_latest(self.save_dir) != self.tag:
+                    take_back()
+            raise
+        removed = self._remove_older(keep_last) if keep_last else []
+        self._end()
+        return removed
+
+    def discard(self) -> None:
+        """Remove what was written, after a failure, as far as that can be done."""
+        self._end()
+
+    def _name(self) -> None:
+        self._put(PROGRAM.name, PROGRAM.read_bytes(), mode=0o777)
+        if self.fsync:
+            sync_dir(self.save_dir)
+        if self._work.is_latest:
+            self._put(LATEST, self.tag.encode())
+            if self.fsync:
+                sync_dir(self.save_dir)
+
+    def _appear(self, manifest: Manifest) -> Callable[[], None]:
+        """Put the files where they belong; what takes that back."""
+        try:
+            os.rename(self._new, self.path)  # where nothing is, or an empty folder
+            return lambda: os.rename(self.path, self._new)
+        except OSError:
+            if not self.path.is_dir() or not os.listdir(self.path):
+                raise
+        return self._move_in(manifest.files)
+
+    # --- into a folder that is there already ----------------------------------------------------------------------
+
+    def _move_in(self, files: Iterable[str]) -> Callable[[], None]:
+        taken = [name for name in files if os.path.lexists(self.path / name)]
+        if taken:
+            raise CheckpointError(f"{self.path} has got files of the checkpoint's names since: {in_words(taken)}")
+        self._work.moves = list(files)
+        self._note()
+        there = self.path / FILE_NAME
+        before = self._retire(self.path, there.read_bytes()) if manifest_of(self.path) is not None else None
+        for name in files:
+            os.rename(self._new / name, self.path / name)
+        if self.fsync:
+            sync_dir(self.path)
+        os.rename(self._new / FILE_NAME, there)
+        if self.fsync:
+            sync_dir(self.path)
+        return lambda: os.unlink(there) if before is None else os.rename(before, there)
+
+    def _note(self) -> None:
+        """Write down what this save does, old or new words at any instant."""
+        path = self._workplace / OWNER
+        at = path if not path.exists() else self._workplace / f"{_NEXT}{OWNER}"
+        write_bytes(at, self._work.to_bytes(), self.fsync)
+        if at != path:
+            os.rename(at, path)
+        if self.fsync:
+            sync_dir(self._workplace)
+
+    def _retire(self, tag_dir: Path, manifest: bytes | None = None) -> Path:
+        """Note that what a checkpoint's manifest lists is to go. It is taken from there, or is `manifest`."""
+        noted = self._workplace / f"{_RETIRED}{secrets.token_hex(4)}.json"
+        if manifest is not None:
+            write_bytes(noted, manifest, self.fsync)
+            if self.fsync:
+                sync_dir(self._workplace)
+            return noted
+        os.rename(tag_dir / FILE_NAME, noted)  # from now on nobody takes a part of it for whole
+        if self.fsync:
+            sync_dir(tag_dir)
+        return noted
+
+    def _put(self, name: str, data: bytes, mode: int = 0o666) -> None:
+        """Make a file beside the tags have these bytes, old or new ones at any instant."""
+        path, temporary = self.save_dir / name, self._workplace / f"{_NEXT}{name}"
+        there = kind_of(path)
+        if there == "a file":
+            found = read_regular(path, 1 << 20) if path.stat().st_size <= 1 << 20 else b""
+            if found == data or (name == PROGRAM.name and b"deepspeedlite" not in found):  # DeepSpeed's own, perhaps
+                return
+        elif there:
+            logger.warning("%s is %s that is not ours, and stays", path, there)
+            return
+        write_bytes(temporary, data, self.fsync, mode)
+        os.rename(temporary, path)
+
+    # --- removing -------------------------------------------------------------------------------------------------
+
+    def _remove_older(self, keep_last: int) -> list[str]:
+        """Remove all checkpoints of ours but the newest `keep_last`, this one, and the one that `latest` names."""
+        kept: set[str | None] = {self.tag}
+        with suppress(CheckpointError):
+            kept.add(read_latest(self.save_dir))
+        found = []
+        for name in os.listdir(self.save_dir):
+            path = self.save_dir / name
+            if name[0] != "." and kind_of(path) == "a folder" and is_ours(path):
+                manifest = manifest_of(path)
+                if manifest is not None and manifest.tag == name:  # else a copy that somebody has made, or damaged
+                    found.append(((path / FILE_NAME).stat().st_mtime_ns, name))
+        removed = [name for _, name in sorted(found)[:-keep_last] if name not in kept]
+        for name in removed:
+            try:
+                self._retire(self.save_dir / name)
+            except OSError as error:
+                _cannot_be_removed(self.save_dir / name, error)
+        return removed
+
+    def _holder(self) -> str | None:
+        """Who has the folder."""
+        for _, work in workplaces(self.save_dir):
+            if work is not None and work.owner != self._work.owner and work.owner.is_alive():
+                return f"{work.owner} (tag {work.tag})"
+        return None
+
+    def _sweep(self) -> list[str]:
+        """Remove what interrupted saves have left, as far as it is ours and they have ended; its names."""
+        leftovers = []
+        for path, work in workplaces(self.save_dir):
+            try:
+                if work is None:
+                    if self._turn.is_certain and _was_just_made(path):
+                        _clear_just_made(path)
+                        leftovers.append(path.name)
+                elif work.owner == self._work.owner or work.owner.is_alive() is False:
+                    leftovers.append(path.name)
+                    _clear(self.save_dir, path, work)
+            except OSError as error:
+                _cannot_be_removed(path, error)
+        names = (name for name in os.listdir(self.save_dir) if name.startswith((TMP, OLD)))
+        for path in sorted(self.save_dir / name for name in names if not is_workplace(name)):
+            if self._settle_earlier(path):
+                leftovers.append(path.name)
+        return leftovers
+
+    def _settle_earlier(self, path: Path) -> bool:
+        """What a save of an earlier release has left: put back what is whole and needed, remove what is ours."""
+        tag = path.name.removeprefix(TMP).removeprefix(OLD)
+        manifest = manifest_of(path) if kind_of(path) == "a folder" else None
+        if manifest is None or manifest.tag != tag:
+            log_once(
+                f"{path} does not say who left it, and stays; if it is of a save that was interrupted, remove it",
+                logging.WARNING,
+            )
+            return False
+        if path.name.startswith(OLD) and not os.path.lexists(self.save_dir / tag):
+            path.rename(self.save_dir / tag)
+            return False
+        _remove_files(path, [FILE_NAME, *manifest.files])
+        return True
+
+    def _end(self) -> None:
+        try:
+            if self._workplace.is_dir() and self._turn.is_held:
+                work = Work.at(self._workplace)
+                if work is not None:
+                    _clear(self.save_dir, self._workplace, work)
+                elif _was_just_made(self._workplace):
+                    _clear_just_made(self._workplace)
+        except OSError as error:
+            _cannot_be_removed(self._workplace, error)
+        finally:
+            self._turn.end()
+
+
+def _clear(save_dir: Path, workplace: Path, work: Work) -> None:
+    """Remove what a save that has ended was about to remove, and what it has left."""
+    tag_dir = save_dir / work.tag
+    kept = _listed(tag_dir)
+    if kept is not None and work.moves:
+        _remove_files(tag_dir, set(work.moves) - kept)
+    names = os.listdir(workplace)
+    for name in names:
+        if name.startswith(_RETIRED):
+            _finish_retiring(save_dir, workplace / name)
+        elif name.startswith(_NEXT):
+            os.unlink(workplace / name)
+    if _NEW in names:
+        _remove_files(workplace / _NEW, [FILE_NAME, *work.files])
+    left = set(os.listdir(workplace)) - {OWNER}
+    if not left:  # else the next save tries again
+        os.unlink(workplace / OWNER)
+        os.rmdir(workplace)
+
+
+def _finish_retiring(save_dir: Path, noted: Path) -> None:
+    manifest = manifest_of(noted.parent, noted.name)
+    if manifest is not None and is_plain_name(manifest.tag):
+        tag_dir = save_dir / manifest.tag
+        kept = _listed(tag_dir)
+        if kept is None or not _remove_files(tag_dir, manifest.files.keys() - kept):
+            return
+    os.unlink(noted)
+
+
+def _listed(tag_dir: Path) -> set[str] | None:
+    """The files of a tag's folder that its manifest lists; None where that cannot be read, so that nothing may go."""
+    if kind_of(tag_dir) != "a folder" or not kind_of(tag_dir / FILE_NAME) or _is_blank(tag_dir / FILE_NAME):
+        return set()
+    manifest = manifest_of(tag_dir)
+    return None if manifest is None else {FILE_NAME, *manifest.files}
+
+
+def _remove_files(folder: Path, names: Iterable[str]) -> bool:
+    """Remove files, and their folder if it is empty then; whether all are gone.
+
+    What cannot be removed now, such as a file that is open on NFS, is no reason to fail.
+    """
+    if kind_of(folder) != "a folder":
+        return True
+    gone = True
+    for name in names:
+        try:
+            if kind_of(folder / name) == "a file":
+                os.unlink(folder / name)
+        except OSError as error:
+            _cannot_be_removed(folder / name, error)
+            gone = False
+    try:
+        if not os.listdir(folder):
+            os.rmdir(folder)
+    except OSError as error:
+        _cannot_be_removed(folder, error)
+        gone = False
+    return gone
+
+
+def _cannot_be_removed(path: Path, error: OSError) -> None:
+    logger.warning("%s cannot be removed: %s; the next save tries again", path, error)
+
+
+def _was_just_made(workplace: Path) -> bool:
+    """Whether a save was interrupted between making its workplace and saying whose it is: there is nothing to lose."""
+    names = os.listdir(workplace)
+    return not names or (names == [OWNER] and kind_of(workplace / OWNER) == "a file" and _is_empty(workplace))
+
+
+def _is_empty(workplace: Path) -> bool:
+    return (workplace / OWNER).stat().st_size == 0
+
+
+def _clear_just_made(workplace: Path) -> None:
+    with suppress(FileNotFoundError):
+        os.unlink(workplace / OWNER)
+    os.rmdir(workplace)
