@@ -561,7 +561,11 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             raise EngineStateError(f"engine.{what}(): {self.optimizer.broken}; load a checkpoint first")
 
     def destroy(self) -> None:
-        """Remove the engine's hooks and close its monitors. The module keeps its trained values and works alone."""
+        """Remove the engine's hooks and close its monitors. May be called on one rank alone.
+
+        Up to stage 2 the module keeps its trained values and works alone. At stage 3 its parameters stay sharded, as
+        `zero.Init` would have left them: for `GatheredParameters`, `state_dict()` on all ranks, or another engine.
+        """
         if self._destroyed:
             return
         self._saver.wait()
@@ -573,6 +577,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         for values in self._parts.frozen:
             values.close()
         self._parts.offload.close()
-        self._parts.state_dicts.close()
+        if self._gathering is None:
+            self._parts.state_dicts.close()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -218,7 +218,7 @@ def test_parameters_of_other_modules():
 
 
 @distributed(world_size=2)
-def test_generation_and_destroy_give_whole_parameters():
+def test_generation_has_whole_parameters():
     engine, *_ = deepspeedlite.initialize(model=tied_model(), config=config())
     with zero.unwrap_model_for_generation(engine) as module:
         assert module is engine.module and all(param.numel() > 0 for param in module.parameters())
@@ -226,11 +226,29 @@ def test_generation_and_destroy_give_whole_parameters():
             module(*tokens(0, 0, 0))
         assert all(param.numel() > 0 for param in module.parameters())
     assert all(param.numel() == 0 for param in engine.module.parameters())
-    module = engine.module
+
+
+@distributed(world_size=2)
+def test_what_an_engine_leaves_when_it_is_destroyed():
+    """Sharded parameters, one rank at a time: for who gathers them, for a state dict, for the next engine."""
+    engine, *_ = deepspeedlite.initialize(model=tied_model(), config=config())
+    expected, module = tied_model(), engine.module
+    if dist.get_rank():
+        dist.barrier()
     engine.destroy()
-    assert all(torch.equal(param, dict(tied_model().named_parameters())[n]) for n, param in module.named_parameters())
-    module(*tokens(0, 0, 0)).backward()
-    assert type(module.norm._parameters) is dict
+    if not dist.get_rank():
+        dist.barrier()
+    assert all(param.numel() == 0 for param in module.parameters()) and type(module.norm._parameters) is dict
+    assert all(torch.equal(value, expected.state_dict()[name]) for name, value in module.state_dict().items())
+    with GatheredParameters(list(module.parameters())):
+        module(*tokens(0, 0, 0)).backward()
+        assert all(torch.equal(param, expected.get_parameter(name)) for name, param in module.named_parameters())
+        assert all(param.grad is not None for param in module.parameters())
+        module.zero_grad()
+    again, *_ = deepspeedlite.initialize(model=module, config=config(stage=0))
+    assert all(torch.equal(param, expected.get_parameter(name)) for name, param in again.module.named_parameters())
+    again.backward(again(*tokens(0, 0, 0)))
+    again.step()
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

@@ -18,6 +18,7 @@ One of 16-bit numbers always goes this way, because gloo's own rounds to 16 bits
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -28,6 +29,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm.hostlink import HostLink, link_of
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
+from deepspeedlite.comm.meet import meet
 from deepspeedlite.comm.stall import LabelledWork, explained
 from deepspeedlite.errors import DistributedError
 
@@ -43,6 +45,9 @@ _SUMS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceO
 _SPLIT_FROM_NBYTES = 1 << 16
 # The tags of an all-reduce's two halves, which no caller counts up to.
 _SUMMED, _GATHERED = 1 << 29, (1 << 29) + 1
+
+# Numbers for what must not be mixed up on a process group, whichever `Group` of it counts.
+_TAGS: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDictionary()
 
 # gloo's finished collectives that Python holds on to: see the note on the interpreter's end in `comm.init`.
 _KEPT: deque[Any] = deque(maxlen=2)
@@ -120,6 +125,8 @@ class Group:
         self.size = len(self.ranks)
         self.tags = itertools.count(1)
         """Numbers for collectives that must not be mixed up; ranks that take them in the same order get the same."""
+        if dist.is_initialized():
+            self.tags = _TAGS.setdefault(process_group or dist.distributed_c10d._get_default_group(), self.tags)
 
     @classmethod
     def alone(cls, logger: CommsLogger | None = None) -> Group:
@@ -259,6 +266,16 @@ class Group:
         box: list[Any] = [obj if self.rank == src else None]
         dist.broadcast_object_list(box, group=self.process_group, group_src=src)
         return box[0]
+
+    def meet(self, call: str, key: str) -> str:
+        """Wait a few seconds until every rank has made the same call, before it communicates; see `comm.meet`.
+
+        Returns:
+            the ranks that have not come, to be read ("rank 1, 3"); empty if all have.
+        """
+        missing = meet(self.ranks, call, key) if self.size > 1 else []
+        shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
+        return f"rank {shown}" if missing else ""
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -43,6 +43,9 @@ class Home(Protocol):
     def stored(self, start: int, stop: int) -> torch.Tensor | Stored:
         """These elements as they are stored, to be read."""
 
+    def outlast(self) -> Home:
+        """A home with the same content that needs nothing of the engine's."""
+
 
 class HostHome:
     """The host's memory."""
@@ -81,6 +84,10 @@ class HostHome:
 
     def region(self, start: int, stop: int) -> None:
         """It is in memory."""
+
+    def outlast(self) -> HostHome:
+        """Itself."""
+        return self
 
 
 class SlotPool:
@@ -159,3 +166,10 @@ class DiskHome:
     def stored(self, start: int, stop: int) -> Stored:
         """What is on the disk."""
         return Stored(self._pool.disk, self.region(start, stop), self._shard.dtype)
+
+    def outlast(self) -> HostHome:
+        """The host's memory: the disk goes with the engine."""
+        self.open()
+        home = HostHome(self._shard, HostMemory(pinned=False))
+        self.close()
+        return home

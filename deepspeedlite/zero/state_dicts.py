@@ -4,6 +4,9 @@ At stages 0 to 2 there is nothing to do but for values that were loaded: the opt
 module, inside leaves too, gathers its own parameters while it writes or reads them; what it wrote is copied before they
 go again. A leaf gathers all that is in it, once.
 
+The ranks meet before anything is gathered. One that is left alone gathers nothing: what it reads its state dict for is
+often no value (see `MissingTensor`), and what it was to load is an error.
+
 [Note: calls that end in an exception]
 torch calls no hook then, and what was held would stay whole, and old, through the steps to come. So the calls under way
 are kept in order: one that finds itself among them knows those to be dead, and so does a forward pass.
@@ -17,8 +20,12 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.comm.meet import PATIENCE_S
+from deepspeedlite.errors import DistributedError
+from deepspeedlite.log import logger
+from deepspeedlite.zero.missing import MissingTensor
 from deepspeedlite.zero.plain import Hook, copy_plainly, end_plain_copies
-from deepspeedlite.zero.values import FlatValues, owners_of
+from deepspeedlite.zero.values import FlatValues, ValueState, full_shape, owners_of
 
 
 @dataclass(frozen=True)
@@ -39,9 +46,11 @@ class StateDicts:
 
     def __init__(self, root: torch.nn.Module, leaves: Collection[torch.nn.Module] = ()) -> None:
         self._leaves = set(leaves)
+        self._names = {module: name for name, module in root.named_modules()}
         self._calls: list[_Call] = []
         self._written: Mapping[str, Any] | None = None  # the dict that the calls under way write
         self._copies: dict[tuple[Any, ...], torch.Tensor] = {}  # in it, by what they are copies of: tied ones are one
+        self._alone = ""  # why the calls under way have no values on this rank; empty if they have
         self._handles: list[Any] = []
         self._modules = list(root.modules())
         sharded = any(owner.sharded for owner in owners_of(root.parameters()))
@@ -63,13 +72,30 @@ class StateDicts:
         params = module.parameters() if module in self._leaves else module._parameters.values()
         return [owner for owner in owners_of(param for param in params if param is not None) if owner.sharded]
 
-    def _enter(self, module: torch.nn.Module) -> None:
+    def _meet(self, module: torch.nn.Module, call: str) -> str:
+        """Wait for the other ranks where something is to be gathered; why there are none, if they do not come."""
+        away = [o for o in owners_of(module.parameters()) if o.sharded and o.state is not ValueState.WHOLE]
+        if not away:
+            return ""
+        group, name = away[0].group, self._names[module]
+        call = f"{call} of {name or 'the model'} ({type(module).__name__})"
+        missing = group.meet(call, f"{away[0].key} {name} {call}")
+        return missing and (
+            f"{call} was called on rank {group.ranks[group.rank]}, and not on {missing} within {PATIENCE_S:.0f} s. At "
+            "ZeRO stage 3 the values are sharded over the ranks: call it on all of them (after a barrier, if some may "
+            "be late), engine.save_16bit_model(folder) on all of them for a file, or use the parameters inside "
+            "zero.GatheredParameters(parameters), which all of them enter"
+        )
+
+    def _enter(self, module: torch.nn.Module, what: str) -> None:
         self._leave(module)  # an earlier call of it has died
+        if not self._calls:
+            self._alone = self._meet(module, what)
         held = {owner for call in self._calls for owner in call.held}
         call = _Call(module, [])
         self._calls.append(call)
         try:
-            for owner in self._sharded_in(module):
+            for owner in self._sharded_in(module) if not self._alone else ():
                 if owner not in held:
                     owner.hold()
                     call.held.append(owner)
@@ -85,7 +111,7 @@ class StateDicts:
                 owner.let_go()
         del self._calls[place:]
         if not self._calls:
-            self._written, self._copies = None, {}
+            self._written, self._copies, self._alone = None, {}, ""
 
     def forget(self, let_go: bool = True) -> None:
         """Calls that seem to be under way have died; `let_go`: and what they held is still counted as held."""
@@ -96,11 +122,15 @@ class StateDicts:
     # --- writing ----------------------------------------------------------------------------------------------------
 
     def _before_state_dict(self, module: torch.nn.Module, prefix: str, keep_vars: bool) -> None:
-        self._enter(module)
+        self._enter(module, "state_dict()")
+        if self._alone and len(self._calls) == 1:
+            logger.warning("%s. Here are names and shapes; reading or saving a value is an error", self._alone)
 
     def _after_state_dict(self, module: torch.nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
         if self._written is not state:
             self._written, self._copies = state, {}
+        if self._alone:
+            self._note_missing(module, state, prefix)
         buffers = {owner.values.untyped_storage().data_ptr(): owner for owner in self._sharded_in(module)}
         names = [prefix + name for name in module._parameters] if _writes_as_torch(module) else list(state)
         for name in names if buffers else ():
@@ -110,6 +140,14 @@ class StateDicts:
                 if owner is not None and value.numel():
                     state[name] = self._copy(owner, value)
         self._leave(module)
+
+    def _note_missing(self, module: torch.nn.Module, state: dict[str, Any], prefix: str) -> None:
+        shapes = {prefix + name: full_shape(param) for name, param in module._parameters.items() if param is not None}
+        for name in shapes if _writes_as_torch(module) else list(state):
+            value = state.get(name)
+            if name.startswith(prefix) and isinstance(value, torch.Tensor) and not value.numel():
+                missing = MissingTensor.of(shapes.get(name, value.shape), value.dtype, self._alone)
+                state[name] = missing.requires_grad_(value.requires_grad)
 
     def _copy(self, owner: FlatValues, value: torch.Tensor) -> torch.Tensor:
         is_param = isinstance(value, torch.nn.Parameter)  # with keep_vars
@@ -123,7 +161,11 @@ class StateDicts:
     # --- reading ----------------------------------------------------------------------------------------------------
 
     def _before_load(self, module: torch.nn.Module, *args: Any) -> None:
-        self._enter(module)
+        self._enter(module, "load_state_dict()")
+        if self._alone:
+            why = self._alone
+            self.forget()
+            raise DistributedError(why)
 
     def _after_load(self, module: torch.nn.Module, incompatible: Any) -> None:
         call = next((call for call in self._calls if call.module is module), None)

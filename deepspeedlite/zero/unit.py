@@ -433,10 +433,11 @@ class ShardUnit(FlatValues):
         ]
 
     def close(self) -> None:
-        """Remove the hooks. The parameters stay views of the flat buffer and keep their values."""
+        """Remove the hooks, and forget the optimizer. See `FlatValues.close` for what becomes of the values."""
         self.clear()
         for hook in self._hooks:
             hook.remove()
+        self.stepper, self.masters, self.parcels = None, (), ()
         super().close()
 
 

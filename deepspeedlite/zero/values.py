@@ -133,7 +133,9 @@ class FlatValues:
         self.on_live: Callable[[int], None] = lambda numel: None
         self.state = ValueState.WHOLE
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
-        self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * next(group.tags)}
+        self.key = next(group.tags)
+        """A number that no other values of these ranks have, the same on all of them."""
+        self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * self.key}
         self._work: Any = None
         self.home: Home | None = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
@@ -350,13 +352,18 @@ class FlatValues:
                 )
 
     def close(self) -> None:
-        """Give the parameters back, whole. Collective where they are sharded."""
-        self.gather()
-        self.wait_for_gather()
+        """The engine is over. Whole parameters are given back; sharded ones stay so, as `zero.Init` would leave them.
+
+        On one rank it waits for no other.
+        """
+        self.on_new_values, self.on_live = lambda: None, lambda numel: None
+        if self.sharded:
+            self.release()
+            self.home = None if self.home is None else self.home.outlast()
+            return
         for param in self.params:
             if owner_of(param) is self:
                 del _OWNERS[param]
-        self.sharded = False
 
 
 def _in_storage_of_its_own(view: torch.Tensor) -> torch.Tensor:
