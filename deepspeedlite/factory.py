@@ -345,11 +345,14 @@ def make_precision(settings: DeepSpeedConfig) -> Precision:
     model_dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
     autocast = settings.torch_autocast
     autocast_dtype = (_dtype(autocast.dtype) or torch.bfloat16) if autocast.enabled else None
-    grad_dtype = _dtype(settings.data_types.grad_accum_dtype)
+    types = settings.data_types
+    grad_dtype = _dtype(types.grad_accum_dtype)
     return Precision(
         model_dtype=model_dtype,
         autocast_dtype=autocast_dtype,
         grad_dtype=grad_dtype,
+        buffer_dtype=_dtype(types.buffer_dtype),
+        fp32_buffers=None if types.keep_in_fp32_modules == "auto" else types.keep_in_fp32_modules,
         cast_inputs=settings.fp16.enabled and settings.fp16.auto_cast,
         check_overflow=torch.float16 in (model_dtype, autocast_dtype)
         or (settings.bf16.enabled and settings.bf16.check_grad_overflow),

@@ -6,12 +6,15 @@ one overflows, the step is skipped and the scale halved; after `window` steps wi
 
 from __future__ import annotations
 
+import re
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
+from deepspeedlite.config.sections.precision import name_pattern
 from deepspeedlite.errors import LossScaleError, UnsupportedError
 from deepspeedlite.zero.values import owner_of
 
@@ -102,6 +105,8 @@ class Precision:
     model_dtype: torch.dtype | None = None  # None: leave the model as it is
     autocast_dtype: torch.dtype | None = None
     grad_dtype: torch.dtype | None = None  # None: the parameter's own
+    buffer_dtype: torch.dtype | None = None  # None: buffers keep theirs
+    fp32_buffers: Sequence[str] | None = None  # patterns of the names that stay fp32; None: what the model says
     cast_inputs: bool = False
     check_overflow: bool = False
 
@@ -111,7 +116,10 @@ class Precision:
         return torch.float16 in (self.model_dtype, self.autocast_dtype)
 
     def convert(self, module: torch.nn.Module) -> None:
-        """Cast the module's floating-point parameters and buffers in place to the model's dtype.
+        """Cast the module's floating-point parameters in place to the model's dtype, and its buffers as configured.
+
+        Buffers keep their types: positions and frequencies are wrong in 16 bits. Only a batch norm's statistics, which
+        torch takes in the type of its weights alone, follow these.
 
         Raises:
             UnsupportedError: `zero.Init` has sharded a parameter in another dtype.
@@ -124,7 +132,34 @@ class Precision:
                         f"parameter {name} was sharded as {owner.dtype} by zero.Init, and the configuration trains in "
                         f"{self.model_dtype}; pass the same configuration (or dtype) to zero.Init"
                     )
+            kept = [(part._buffers, dict(part._buffers)) for part in module.modules()]
             module.to(dtype=self.model_dtype)
+            for buffers, as_they_were in kept:
+                buffers.update(as_they_were)
+        self._convert_buffers(module)
+
+    def _convert_buffers(self, module: torch.nn.Module) -> None:
+        stays = self._stay_fp32(module)
+        for path, part in module.named_modules():
+            for key, buffer in part._buffers.items():
+                if buffer is None or not buffer.is_floating_point():
+                    continue
+                dtype = self.buffer_dtype or buffer.dtype
+                if self.buffer_dtype is not None and any(p.search(f"{path}.{key}".lstrip(".")) for p in stays):
+                    dtype = torch.float32
+                if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.weight is not None:
+                    dtype = part.weight.dtype
+                if dtype != buffer.dtype:
+                    part._buffers[key] = buffer.to(dtype)
+
+    def _stay_fp32(self, module: torch.nn.Module) -> list[re.Pattern[str]]:
+        """What to search buffers' full names for; transformers' models say it in two attributes."""
+        patterns = self.fp32_buffers
+        if patterns is None:
+            patterns = list(getattr(module, "_keep_in_fp32_modules_strict", None) or ())
+            if self.buffer_dtype == torch.float16:
+                patterns += list(getattr(module, "_keep_in_fp32_modules", None) or ())
+        return [name_pattern(pattern) for pattern in patterns]
 
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs."""

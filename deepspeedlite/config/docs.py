@@ -34,6 +34,10 @@ every rank, with the first such key, the values and the ranks. Keys that change 
 off may differ, and these:
 {may_differ}.
 
+fp16 and bf16 convert parameters; buffers keep their types (frequencies of positions are wrong in 16 bits), but for the
+statistics of batch norms with weights, which torch takes in the weights' type alone. A module that adds an fp32 buffer
+to its 16-bit activations goes on in fp32: let it convert the buffer, or give `data_types.buffer_dtype`.
+
 Status of a key in this release:
 
 - **supported**: does what it says.

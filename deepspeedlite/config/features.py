@@ -45,7 +45,6 @@ FEATURES: dict[str, Feature] = {
     ),
     # precision
     "low_precision_masters": _later("master weights below fp32 are", "set it to false: masters are kept in fp32"),
-    "cast_types": _later("choosing this type by configuration is", "convert the module before `initialize`"),
     # checkpoints and activations
     "checkpoint": SUPPORTED,
     "checkpoint_tuning": Feature("hint", "changes nothing: each rank writes its own shards"),

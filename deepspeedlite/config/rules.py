@@ -6,10 +6,12 @@ reported once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from deepspeedlite.config.root import DeepSpeedConfig
+from deepspeedlite.config.sections.precision import name_pattern
 from deepspeedlite.config.sections.zero import OffloadOptimizer, OffloadParam
 
 
@@ -24,6 +26,13 @@ class Rule(NamedTuple):
 
 def _model_dtype(config: DeepSpeedConfig) -> str:
     return "fp16" if config.fp16.enabled else "bf16" if config.bf16.enabled else "fp32"
+
+
+def _searchable(patterns: Iterable[str]) -> bool:
+    try:
+        return all(name_pattern(pattern) for pattern in patterns)
+    except re.error:
+        return False
 
 
 def _batch_product_broken(config: DeepSpeedConfig) -> bool:
@@ -65,6 +74,18 @@ RULES: tuple[Rule, ...] = (
         lambda c: c.data_types.grad_accum_dtype not in (None, "fp32", _model_dtype(c)),
         "gradients accumulate in fp32 or in the model's own type, and this is neither",
         'use "fp32", or enable the section of that type',
+    ),
+    Rule(
+        ("data_types.param_dtype", "fp16.enabled", "bf16.enabled"),
+        lambda c: c.data_types.param_dtype not in (None, _model_dtype(c)),
+        "is not the type that the fp16 and bf16 sections train in",
+        "enable the section of that type (none for fp32), or leave this key out",
+    ),
+    Rule(
+        ("data_types.keep_in_fp32_modules",),
+        lambda c: not _searchable(c.data_types.keep_in_fp32_modules),
+        "is no list of regular expressions",
+        "mend it; a bare * stands for anything",
     ),
     Rule(
         ("fp16.min_loss_scale", "fp16.initial_scale_power", "fp16.enabled", "fp16.loss_scale"),

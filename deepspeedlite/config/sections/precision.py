@@ -1,5 +1,6 @@
 """Number formats: `fp16` and its loss scaling, `bf16`, `torch_autocast`, and `data_types`."""
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import BeforeValidator
@@ -7,6 +8,11 @@ from pydantic import BeforeValidator
 from deepspeedlite.config.base import Dtype, Flag, Int, Number, Section, Text, _dtype, key
 
 HalfDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)]
+
+
+def name_pattern(text: str) -> re.Pattern[str]:
+    """A regular expression to search names for; a bare * stands for anything, as in file names."""
+    return re.compile(re.sub(r"(?<!\.)\*", ".*", text))
 
 
 class Fp16(Section):
@@ -65,11 +71,17 @@ class TorchAutocast(Section):
 
 
 class DataTypes(Section):
-    """Types of what the engine stores for itself."""
+    """Types of gradients' sums and of what the module holds."""
 
     grad_accum_dtype: Dtype | None = key(None, "Type in which gradients accumulate; null: the model's own.")
-    param_dtype: Dtype | None = key(None, "Type to convert parameters to.", feature="cast_types")
-    buffer_dtype: Dtype | None = key(None, "Type to convert buffers to.", feature="cast_types")
+    param_dtype: Dtype | None = key(
+        None, "Type of the parameters, which the fp16 and bf16 sections choose and which must be theirs."
+    )
+    buffer_dtype: Dtype | None = key(
+        None, "Type to convert floating-point buffers to; null: they keep theirs, whatever the parameters' type."
+    )
     keep_in_fp32_modules: Literal["auto"] | list[Text] = key(
-        "auto", "Name patterns of modules whose buffers stay fp32.", feature="cast_types"
+        "auto",
+        "Patterns, found anywhere in a buffer's full name, of buffers that are fp32 whatever buffer_dtype says; auto: "
+        "those in the model's _keep_in_fp32_modules_strict and, for fp16, _keep_in_fp32_modules.",
     )
