@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.errors import EngineStateError
+from deepspeedlite.zero.building import settle_active
 from deepspeedlite.zero.hooks import register_external_parameter
 from deepspeedlite.zero.values import FlatValues, owner_of
 
@@ -64,6 +65,7 @@ class GatheredParameters:
                     register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> None:
+        settle_active()
         pairs = [(param, owner_of(param)) for param in self._given]
         ours = [(param, owner) for param, owner in pairs if owner is not None and _is_of_stage_3(param)]
         ours.sort(key=lambda pair: pair[0].ds_id)  # type: ignore[attr-defined]  # clients pass sets of parameters

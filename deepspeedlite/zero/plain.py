@@ -89,6 +89,7 @@ def copy_parameter_plainly(param: torch.Tensor, name_if_empty: Callable[[torch.T
 
 def _values_of(reference: Callable[[], Any], name_if_empty: Callable[[torch.Tensor], str]) -> Any:
     param = reference()
+    _ = param.data  # which zero.Init makes whole, while it is active
     if name := name_if_empty(param):
         raise EngineStateError(
             f"parameter {name} cannot be copied: its values are sharded over the ranks, and this one has none of them "

@@ -336,6 +336,10 @@ class FlatValues:
             self._views[index] = _in_storage_of_its_own(self.values[slot.start : slot.stop].view(slot.shape))
         self._show()
 
+    def is_attached(self) -> bool:
+        """Whether the parameters, whole now, still have the buffer's memory."""
+        return all(p.data_ptr() == v.data_ptr() and p.shape == v.shape for p, v in zip(self.params, self._views))
+
     def verify_attached(self) -> None:
         """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
 

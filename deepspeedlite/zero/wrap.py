@@ -57,11 +57,16 @@ def name_parameters(
             named.append(NamedParameter(name, param, place.pop(id(param))[0]))
     for key, (group, index) in place.items():
         named.append(NamedParameter(f"optimizer.param_groups[{group}].params[{index}]", everyone[key], group))
-    _refuse_unusable([entry for entry in named if entry.param.requires_grad])
+    refuse_unusable([entry for entry in named if entry.param.requires_grad])
     return named
 
 
-def _refuse_unusable(trained: Sequence[NamedParameter]) -> None:
+def refuse_unusable(trained: Sequence[NamedParameter]) -> None:
+    """Raise for parameters that cannot be trained.
+
+    Raises:
+        UnsupportedError: see `name_parameters`.
+    """
     owner: dict[int, str] = {}
     for name, param, _ in trained:
         if param.is_complex():
