@@ -39,13 +39,13 @@ from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.precision import LossScaler, Precision, cast_floating
 from deepspeedlite.watch import StepReport, StepWatch
 from deepspeedlite.weights import GivesWeights
+from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.unit import ShardUnit
-from deepspeedlite.zero.values import FlatValues, owner_of
+from deepspeedlite.zero.values import FlatValues
 
 ROUTE_TRAIN = "train"
 
@@ -116,9 +116,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._destroyed = False
         self._asleep: Asleep | None = None
         if self.optimizer is not None:
-            names = {id(param): name for name, param in module.named_parameters()}
-            self.optimizer.name_of = lambda param: names.get(id(param))
-        self._frozen = [(name, param) for name, param in module.named_parameters() if not param.requires_grad]
+            self.optimizer.names_of = lambda: {id(param): name for name, param in module.named_parameters()}
+        self._attached = Attached(module)
         ranks = Ranks()
         self._saver, self._loader = Saver(self, ranks), Loader(self, ranks)
 
@@ -242,18 +241,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         if boundary:
             self._watch.after_step(self._report())
 
-    def _check_trained(self, optimizer: ShardedOptimizer) -> None:
-        """A parameter that no optimizer group knows would be left as it is, unnoticed."""
-        waiting = {id(entry.param) for entry in optimizer.dormant}
-        for name, param in self._frozen:
-            if param.requires_grad and id(param) not in waiting and not isinstance(owner_of(param), ShardUnit):
-                raise EngineStateError(
-                    f"parameter {name} did not require grad in initialize, does so in step(), and belongs to no group "
-                    "of the optimizer: train it from now on with optimizer.add_param_group, or freeze it again"
-                )
-
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
-        self._check_trained(optimizer)
+        self._attached.verify_trained(optimizer.dormant)
         optimizer.step()
         self.global_steps += 1
         self.global_samples += self._batch.train
@@ -579,5 +568,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._parts.offload.close()
         if self._gathering is None:
             self._parts.state_dicts.close()
+        self._attached.close()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -44,7 +44,7 @@ from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.trace import GatherLimits
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
-from deepspeedlite.zero.values import FlatValues, owner_of
+from deepspeedlite.zero.values import FlatValues, make_whole, owner_of
 from deepspeedlite.zero.wrap import (
     FROZEN,
     NamedParameter,
@@ -274,6 +274,8 @@ def _make_schedule(
         unit.twins = next((tie.group for tie in ties_of(model) if tie.holds(unit.params[0])), None)
     frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
+    gathered = {*schedule.units, *frozen_values}
+    make_whole(param for param in model.parameters() if owner_of(param) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
     if plan.shard_params:
         describe_whole(model.parameters())

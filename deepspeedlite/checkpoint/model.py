@@ -17,7 +17,7 @@ import torch
 from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.memory.disk import Stored
 from deepspeedlite.memory.parcel import MASTER, STATE, VALUES
-from deepspeedlite.zero.layout import FlatLayout
+from deepspeedlite.zero.layout import Slot
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, full_shape, owner_of
 
@@ -53,8 +53,34 @@ class Flat:
         return min(rank * share, self.numel), min((rank + 1) * share, self.numel)
 
 
-def _parts(layout: FlatLayout, run: Any) -> list[Part]:
-    return [Part(s.slot.name, s.start, s.stop, run.start + s.start - s.slot.start) for s in layout.segments(run)]
+def _parts(owner: FlatValues, run: Any, names: Mapping[str, str]) -> list[Part]:
+    """The parameters in a run, those of them that checkpoints have a name for."""
+    return [
+        Part(names[s.slot.name], s.start, s.stop, run.start + s.start - s.slot.start)
+        for s in owner.layout.segments(run)
+        if s.slot.name in names
+    ]
+
+
+class _Names:
+    """What checkpoints call the parameters that owners hold: the names that they have now.
+
+    Since `initialize` modules may have been given other names (an adapter around a layer has the layer in it), and a
+    parameter that has left the model may have left its name to another.
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._now = {id(param): name for name, param in module.named_parameters()}
+        self._taken = set(self._now.values())
+
+    def of(self, slot: Slot, param: torch.Tensor) -> str:
+        """Empty: checkpoints leave it out."""
+        return self._now.get(id(param), "" if slot.name in self._taken else slot.name)
+
+    def inside(self, owner: FlatValues) -> dict[str, str]:
+        """By their names in the owner."""
+        named = ((slot.name, self.of(slot, param)) for slot, param in owner.slots)
+        return {known: name for known, name in named if name}
 
 
 def flats_of(engine: Any, change: bool = False) -> Iterator[Flat]:
@@ -70,21 +96,23 @@ def flats_of(engine: Any, change: bool = False) -> Iterator[Flat]:
 
 
 def _flats(engine: Any, change: bool) -> Iterator[Flat]:
-    parts = engine._parts
+    parts, names = engine._parts, _Names(engine.module)
     for unit in parts.schedule.units:
-        yield from _of_unit(unit, parts.optimizer.state if parts.optimizer is not None else {}, change)
+        states = parts.optimizer.state if parts.optimizer is not None else {}
+        yield from _of_unit(unit, names.inside(unit), states, change)
     for frozen in parts.frozen:
         if not frozen.slots:  # thawed since
             continue
-        known = {slot.name for slot, _ in frozen.slots}
         begin, _ = frozen.layout.shard(frozen.index)
         with frozen.shard_in_memory(write=True) if change else nullcontext():
             for run in frozen.layout.runs(frozen.index):
-                found = [part for part in _parts(frozen.layout, run) if part.name in known]
+                found = _parts(frozen, run, names.inside(frozen))
                 values = _own_values(frozen, run.start - begin, run.stop - begin, change)
                 yield Flat(found, run.numel, values, replicated=frozen.group.size == 1)
+    own = set(owners(engine))
     for name, param in engine.module.named_parameters():
-        if owner_of(param) is None and param.numel():
+        owner = owner_of(param)
+        if param.numel() and (owner is None or (owner not in own and not owner.sharded)):
             yield Flat([Part(name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
 
 
@@ -93,12 +121,14 @@ def _own_values(owner: FlatValues, start: int, stop: int, in_memory: bool) -> Va
     return owner.shard[start:stop] if in_memory or owner.home is None else owner.home.stored(start, stop)
 
 
-def _of_unit(unit: ShardUnit, states: Mapping[torch.Tensor, dict[str, Any]], change: bool) -> Iterator[Flat]:
+def _of_unit(
+    unit: ShardUnit, names: Mapping[str, str], states: Mapping[torch.Tensor, dict[str, Any]], change: bool
+) -> Iterator[Flat]:
     begin, _ = unit.layout.shard(unit.index)
     runs = unit.runs()
     untrained = [None] * len(runs)
     for (run, values, _), master, parcel in zip(runs, unit.masters or untrained, unit.parcels or untrained):
-        found, replicated = _parts(unit.layout, run), unit.layout.shard_count == 1
+        found, replicated = _parts(unit, run, names), unit.layout.shard_count == 1
         state = states.get(master, {}) if master is not None else {}
         if master is None and unit.home is not None:  # nothing steps it
             with unit.shard_in_memory(write=change):
@@ -138,12 +168,13 @@ def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
         else:
             entries[names[id(param)][0]].tied.append(name)
     positions = engine._parts.optimizer.positions if engine._parts.optimizer is not None else {}
-    for unit in engine._parts.schedule.units:
-        for slot, param in unit.slots:
-            known = names.get(id(param), [slot.name])[0]
+    called = _Names(module)
+    held = ((slot, param) for unit in engine._parts.schedule.units for slot, param in unit.slots)
+    for slot, param in held:
+        if known := called.of(slot, param):
             dtype = str(param.dtype).removeprefix("torch.")
             entry = entries.setdefault(known, Parameter(known, slot.shape, dtype, param.requires_grad))
-            entry.group, entry.position = slot.group, positions.get(known)
+            entry.group, entry.position = slot.group, positions.get(slot.name)
     buffers: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
     for path, part in module.named_modules(remove_duplicate=False):

@@ -119,9 +119,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
         self._has_told_wear = False
-        self.name_of: Callable[[torch.Tensor], str | None] = lambda param: (
-            None
-        )  # the module's names; the engine sets it
+        self.names_of: Callable[[], dict[int, str]] = dict  # the module's present names, by id; the engine sets it
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant: list[NamedParameter] = []
         self.positions: dict[str, int] = {}  # of parameters, by name, in the groups that the optimizer was given
@@ -486,10 +484,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         index = len(self.optimizer.param_groups)
-        entries = []
+        entries, names = [], self.names_of()
         for number, param in enumerate(params):
             owner = owner_of(param)
-            name = self.name_of(param) or f"optimizer.param_groups[{index}].params[{number}]"
+            name = names.get(id(param), "")
+            if not name or name in self.positions:  # another parameter had this name before
+                name = f"optimizer.param_groups[{index}].params[{number}]"
             if isinstance(owner, ShardUnit) or not param.requires_grad:
                 why = "is trained already" if isinstance(owner, ShardUnit) else "does not require grad"
                 raise OptimizerError(f"add_param_group: parameter {name} {why}")

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.zero.plain import copy_parameter_plainly
-from deepspeedlite.zero.values import ZeroParamStatus, next_id
+from deepspeedlite.zero.values import describe_as_whole
 
 
 class ParameterOffload:
@@ -54,9 +53,4 @@ def describe_whole(parameters: Iterable[torch.Tensor]) -> None:
     """Give parameters that are not sharded at stage 3 what the sharded ones have: clients ask all of them alike."""
     for param in parameters:
         if not hasattr(param, "ds_id"):
-            param.ds_id = next_id()  # type: ignore[attr-defined]
-            param.ds_shape, param.ds_numel = param.shape, param.numel()  # type: ignore[attr-defined]
-            param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
-            param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
-            param.partition_numel = param.numel  # type: ignore[attr-defined]
-            copy_parameter_plainly(param, lambda _: "")
+            describe_as_whole(param)

@@ -100,13 +100,22 @@ def register_external_parameter(module: torch.nn.Module, parameter: torch.Tensor
     if not isinstance(parameter, torch.nn.Parameter):
         kind = type(parameter).__name__
         raise EngineStateError(f"register_external_parameter needs a torch.nn.Parameter, got {kind}")
-    owner = owner_of(parameter)
-    reference = None if owner is None else _SCHEDULES.get(owner)
-    schedule = None if reference is None else reference()
+    schedule = _schedule_of(parameter)
     if schedule is not None:
         schedule.add_user(module, parameter)
     else:
         _EXTERNAL.setdefault(module, []).append(parameter)
+
+
+def _schedule_of(param: torch.Tensor) -> ParameterSchedule | None:
+    owner = owner_of(param)
+    reference = None if owner is None else _SCHEDULES.get(owner)
+    return None if reference is None else reference()
+
+
+def is_scheduled(param: torch.Tensor) -> bool:
+    """Whether an engine gathers a parameter; one that `zero.Init` alone has sharded is empty in a pass."""
+    return _schedule_of(param) is not None
 
 
 class ParameterSchedule:

@@ -173,6 +173,8 @@ class FlatValues:
             _OWNERS[param] = weakref.ref(self)
             if sharded:
                 _describe(param, slot, self)
+            elif hasattr(param, "ds_id"):
+                describe_as_whole(param)
         if sharded:
             self._drop()
         else:
@@ -401,9 +403,33 @@ def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
 
 
-def next_id() -> int:
-    """A number for a parameter's `ds_id`, in this process once."""
-    return next(_IDS)
+def describe_as_whole(param: torch.Tensor) -> None:
+    """The same of a parameter that is not sharded, or no longer."""
+    if not hasattr(param, "ds_id"):
+        param.ds_id = next(_IDS)  # type: ignore[attr-defined]
+        param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
+    param.ds_shape, param.ds_numel = param.shape, param.numel()  # type: ignore[attr-defined]
+    param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
+    param.partition_numel = param.numel  # type: ignore[attr-defined]
+    param.__dict__.pop("ds_tensor", None)  # another owner's shard
+    copy_parameter_plainly(param, _name_if_empty)
+
+
+@torch.no_grad()
+def make_whole(params: Iterable[torch.Tensor]) -> None:
+    """Take parameters out of sharded values: they are plain again, whole on every rank. Collective."""
+    taken: dict[FlatValues, list[torch.Tensor]] = {}
+    for param in params:
+        owner = owner_of(param)
+        if owner is not None and owner.sharded:
+            taken.setdefault(owner, []).append(param)
+    for owner, mine in taken.items():
+        owner.hold()
+        for param in mine:
+            param.data = param.data.clone()
+            del _OWNERS[param]
+            describe_as_whole(param)
+        owner.forget(mine)
 
 
 def owners_of(params: Iterable[torch.Tensor]) -> list[FlatValues]:
