@@ -399,6 +399,8 @@ class ParameterSchedule:
 
     def close(self) -> None:
         """Remove all hooks."""
+        for owner in self.owners:
+            _SCHEDULES.pop(owner, None)
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
