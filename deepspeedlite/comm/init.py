@@ -26,6 +26,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm import rendezvous
 from deepspeedlite.comm.logger import comms_logger
+from deepspeedlite.comm.lookout import leave, look_out
 from deepspeedlite.device import Device, pick_device
 from deepspeedlite.env import World, discover_world
 from deepspeedlite.errors import ConfigError, DistributedError
@@ -72,6 +73,7 @@ def init_distributed(
     atexit.register(_leave)
     if dist.is_initialized():
         _check_existing(rank, world_size)
+        look_out()
         return
     if dist_init_required is False:
         raise DistributedError(
@@ -100,6 +102,7 @@ def init_distributed(
             device_id=device.torch_device if backend == "nccl" else None,
         )
     _export(world)
+    look_out()
     if verbose:
         where = f", rank 0 at {_address(world)}" if world.master_addr else ""
         log_dist(f"distributed: {world.world_size} rank(s), {backend} on {device.name}, found by {world.source}{where}")
@@ -118,6 +121,7 @@ def _leave() -> None:
     """
     if not dist.is_initialized():
         return
+    leave()
     time.sleep(_THREADS_FINISH_S)
     if getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()

@@ -2,7 +2,8 @@
 
 A collective that some rank never calls ends, after the process group's timeout, in torch's error, which tells neither
 what was to be moved nor what the others were doing. Here every rank that fails leaves a note in the job's store, reads
-the others' notes for a few seconds, and raises one error with all of them.
+the others' notes for a few seconds, and raises one error with all of them. What a rank waits in is written to `here`,
+for notices long before that (`lookout.py`).
 
 This is for gloo. On NCCL the failing collective is found by torch's watchdog thread, which ends the process.
 """
@@ -12,21 +13,26 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from datetime import timedelta
+from threading import get_ident
 from typing import Any
 
 import torch.distributed as dist
 
+from deepspeedlite.comm.desk import Wait, here
+from deepspeedlite.comm.lookout import advice, condition, seen
 from deepspeedlite.errors import DistributedError
 
 _OTHERS_SPEAK_S = 5.0
+_POLL_S = 0.05
+_TITLE = "the ranks do not meet in a collective"
 
 
 class LabelledWork:
     """A collective under way that can say what it is."""
 
     def __init__(self, work: Any, what: str, ranks: Sequence[int]) -> None:
-        self._work, self._what, self._ranks = work, what, ranks
+        self._work, self._wait = work, Wait(what, ranks)
+        here.last = self._wait
 
     def wait(self) -> Any:
         """Wait for completion.
@@ -34,8 +40,15 @@ class LabelledWork:
         Raises:
             DistributedError: it failed or timed out; the message says where every rank was.
         """
-        with explained(self._what, self._ranks):
+        thread = get_ident()
+        before = here.waits.get(thread)
+        here.waits[thread] = self._wait
+        try:
             return self._work.wait()
+        except (RuntimeError, OSError) as error:
+            raise _explained(self._wait, error) from error
+        finally:
+            here.waits[thread] = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -44,41 +57,64 @@ class LabelledWork:
 @contextlib.contextmanager
 def explained(what: str, ranks: Sequence[int]) -> Iterator[None]:
     """Turn a failure inside into a DistributedError that says where every rank was; this one waits in `what`."""
-    try:
-        yield
-    except (RuntimeError, OSError) as error:
-        raise DistributedError(_explain(what, ranks, str(error))) from error
+    wait = Wait(what, ranks)
+    with _waiting(wait):
+        try:
+            yield
+        except (RuntimeError, OSError) as error:
+            raise _explained(wait, error) from error
 
 
 @contextlib.contextmanager
 def whereabouts(note: str) -> Iterator[None]:
-    """Let other ranks' errors say where this one is, while it waits for them outside of a collective, or has failed."""
+    """Let others know where this rank is, while it waits for them outside of a collective, or has failed."""
     store = _notes()
     store.set(str(dist.get_rank()), note)
-    yield
+    with _waiting(Wait(note.removeprefix("waits in "), range(dist.get_world_size()), is_told=False)):
+        yield
     store.delete_key(str(dist.get_rank()))
+
+
+@contextlib.contextmanager
+def _waiting(wait: Wait) -> Iterator[None]:
+    thread = get_ident()
+    before = here.waits.get(thread)
+    here.waits[thread] = wait
+    try:
+        yield
+    finally:
+        here.waits[thread] = before
 
 
 def _notes() -> Any:
     return dist.PrefixStore("deepspeedlite/stalled", dist.distributed_c10d._get_default_store())
 
 
+def _explained(wait: Wait, error: Exception) -> DistributedError:
+    if isinstance(error, DistributedError) and str(error).startswith(_TITLE):
+        return error  # by a collective that is part of this one
+    return DistributedError(_explain(wait.what, wait.ranks, str(error)))
+
+
 def _explain(what: str, ranks: Sequence[int], reason: str) -> str:
     me = dist.get_rank()
-    notes = dict.fromkeys(ranks, "has not said where it is: it has ended, or is busy elsewhere")
-    notes[me] = f"waits in {what}"
+    notes = {me: f"waits in {what}"}
     with contextlib.suppress(RuntimeError):
         store = _notes()
         store.set(str(me), notes[me])
-        deadline = time.monotonic() + _OTHERS_SPEAK_S
-        for rank in ranks:
-            left = max(0.1, deadline - time.monotonic())
-            with contextlib.suppress(RuntimeError):
-                store.wait([str(rank)], timedelta(seconds=left))
-                notes[rank] = store.get(str(rank)).decode()
+        late_at = time.monotonic() + _OTHERS_SPEAK_S
+        notes.update({rank: _note(store, rank, late_at) for rank in ranks if rank != me})
+    silent = "has not said where it is: it has ended, or is busy elsewhere"
+    notes = {rank: notes.get(rank) or seen(rank) or silent for rank in sorted({me, *ranks})}
     lines = "\n".join(f"  rank {rank} {note}" for rank, note in notes.items())
-    return (
-        f"the ranks do not meet in a collective ({reason.splitlines()[0][:200]}):\n{lines}\n"
-        "Every rank must run the same modules in the same order. Where ranks take different paths on purpose "
-        "(experts), make the block that holds them a leaf: deepspeedlite.utils.set_z3_leaf_modules(model, [Class])"
-    )
+    hint = advice(notes.values())
+    return f"{_TITLE} ({reason.splitlines()[0][:200]}):\n{lines}" + (f"\n{hint}" if hint else "")
+
+
+def _note(store: Any, rank: int, late_at: float) -> str:
+    """A rank's note; empty if it has ended, is stopped, or does not write one in time."""
+    while not store.check([str(rank)]):
+        if condition(rank) or time.monotonic() > late_at:
+            return ""
+        time.sleep(_POLL_S)
+    return str(store.get(str(rank)).decode())

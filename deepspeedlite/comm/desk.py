@@ -1,0 +1,213 @@
+"""Where every rank is, told through the job's store once some rank has waited long.
+
+A rank that waits puts up a question; every rank looks for one now and then and, while there is one, writes down its own
+place. The keys are overwritten, nothing is written while nobody asks, and a rank that waits for the same as one with a
+lower number leaves it to that one to read all answers. What cannot answer is looked for as a process, on the same host.
+
+This has a thread of its own, with its own connection to the store: an operation takes for good when rank 0, which
+usually hosts the store, is stopped, and that is one of the things to be said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+_ASKED = "asked"
+_LEFT = b"left"
+_SILENT_ROUNDS = 3  # without a new word, and an answer is no longer taken for where a rank is now
+_FAREWELL_S = 0.5
+_ALL_KNOWN = 64
+
+
+class Wait(NamedTuple):
+    """What a thread waits in, and the ranks that must come there."""
+
+    what: str
+    ranks: Sequence[int]
+    is_told: bool = True  # False: whoever waits says so by itself
+
+
+class Here:
+    """What this process waits in. Training writes it at every wait, and only the lookout's thread reads it."""
+
+    def __init__(self) -> None:
+        self.waits: dict[int, Wait | None] = {}  # by thread
+        self.last: Wait | None = None  # the collective that was begun last
+
+
+here = Here()
+
+
+class Place(NamedTuple):
+    """Where a rank is."""
+
+    waits_in: str | None = None
+    for_s: float = 0.0
+    at: str = ""  # of its Python code
+    last: str = ""  # collective that was begun
+
+
+class Process(NamedTuple):
+    """A rank's process. `home` names the place where its number means something."""
+
+    host: str
+    home: str
+    pid: int
+    started: str
+
+    @classmethod
+    def own(cls) -> Process:
+        """This one."""
+        home = ""
+        with contextlib.suppress(OSError):
+            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+            home = f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
+        _, started = _state(os.getpid())
+        return cls(socket.gethostname(), home, os.getpid(), started)
+
+    def condition(self, home: str) -> str:
+        """`has ended`, `is stopped`; empty where it runs, or cannot be seen from here."""
+        if not home or home != self.home:
+            return ""
+        state, started = _state(self.pid)
+        if started != self.started or state in "ZX":
+            return "has ended"
+        if state in "Tt":
+            return f"is stopped (process {self.pid} on {self.host}: by SIGSTOP, SIGTSTP or a debugger)"
+        return ""
+
+
+def _state(pid: int) -> tuple[str, str]:
+    """A process's state, as Linux's proc(5) has it, and when it was started."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return "X", ""
+    return fields[0], fields[19]
+
+
+class Desk(threading.Thread):
+    """One rank's side of it.
+
+    Args:
+        store: the job's.
+        rank: this process's number.
+        size: how many ranks there are.
+        period_s: how often to look for questions and answers.
+    """
+
+    def __init__(self, store: dist.Store, rank: int, size: int, period_s: float) -> None:
+        super().__init__(name="deepspeedlite: tells where this rank is", daemon=True)
+        self._store, self._rank, self._period_s = store, rank, period_s
+        self._process = Process.own()
+        self._prefix("who").set(str(rank), json.dumps(self._process))
+        self._over = threading.Event()
+        self._is_left = False
+        self._token = ""
+        self._rounds = itertools.count()
+        self._heard: dict[int, tuple[int, float, Place]] = {}  # number of the answer, when it came, what it says
+        self._left: set[int] = set()
+        self._processes: dict[int, Process] = {}
+        # In time: rank 0 hosts the store, as a rule, and a failure leaves no time to ask who it was.
+        self._known = range(size) if size <= _ALL_KNOWN else range(1)
+        self.place = Place()
+        """Where this rank is; its lookout keeps it."""
+        self.question: Wait | None = None
+        """What this rank waits in, once it asks the others."""
+        self.is_spoken_for = False
+        """Whether a rank with a lower number waits for the same, and so says it."""
+        self.heard_s = time.monotonic()
+        """When the store last answered."""
+
+    def _prefix(self, what: str) -> Any:
+        return dist.PrefixStore(f"deepspeedlite/places/{what}", self._store)
+
+    def run(self) -> None:
+        """Until `leave` or `end`."""
+        with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
+            self._store = self._store.clone()  # type: ignore[attr-defined]  # stubs lack it
+        while not self._over.wait(self._period_s):
+            with contextlib.suppress(RuntimeError):
+                self._round()
+                self.heard_s = time.monotonic()
+        if self._is_left:
+            with contextlib.suppress(RuntimeError):
+                self._prefix("at").set(str(self._rank), _LEFT)
+
+    def end(self) -> None:
+        """Stop."""
+        self._over.set()
+
+    def leave(self) -> None:
+        """Stop, and let others know that this rank has ended."""
+        self._is_left = True
+        self._over.set()
+        self.join(_FAREWELL_S)
+
+    def _round(self) -> None:
+        asks, answers = self._prefix("asks"), self._prefix("at")
+        question = self.question
+        for rank in self._known:
+            self._look_up(rank)
+        if question is None:
+            if self._token:
+                asks.delete_key(_ASKED)
+                self._token, self._heard = "", {}
+        elif not self._token or not asks.check([_ASKED]):
+            self._token = f"{self._rank}.{next(self._rounds)}"
+            asks.set(_ASKED, self._token)
+        if not asks.check([_ASKED]):
+            return
+        token = asks.get(_ASKED).decode()
+        answers.set(str(self._rank), json.dumps([token, next(self._rounds), self.place]))
+        if question is not None:
+            self.is_spoken_for = self._read(answers, token, question)
+
+    def _read(self, answers: Any, token: str, question: Wait) -> bool:
+        """Take in what others say; whether one says what this rank would."""
+        for rank in question.ranks:
+            if rank == self._rank:
+                continue
+            answer = answers.get(str(rank)) if answers.check([str(rank)]) else None
+            if answer == _LEFT:
+                self._left.add(rank)
+            elif answer is not None:
+                asked, number, place = json.loads(answer)
+                if asked == token and self._heard.get(rank, (-1,))[0] != number:
+                    self._heard[rank] = number, time.monotonic(), Place(*place)
+                if rank < self._rank and (there := self.of(rank)) is not None and there.waits_in == question.what:
+                    return True
+            self._look_up(rank)
+        return False
+
+    def _look_up(self, rank: int) -> None:
+        who = self._prefix("who")
+        if rank not in self._processes and who.check([str(rank)]):
+            self._processes[rank] = Process(*json.loads(who.get(str(rank))))
+
+    def of(self, rank: int) -> Place | None:
+        """Where a rank has said it is, if it has lately."""
+        _, heard_s, place = self._heard.get(rank, (0, -1e9, None))
+        return place if heard_s > time.monotonic() - _SILENT_ROUNDS * self._period_s else None
+
+    def condition(self, rank: int) -> str:
+        """`has ended`, `is stopped` and the like, as far as can be known; else empty."""
+        if rank in self._left:
+            return "has ended"
+        process = self._processes.get(rank)
+        return process.condition(self._process.home) if process is not None else ""
+
+    def silence_s(self, rank: int) -> float | None:
+        """How long a rank has said nothing; None if it never has."""
+        return time.monotonic() - self._heard[rank][1] if rank in self._heard else None

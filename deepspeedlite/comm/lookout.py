@@ -1,0 +1,302 @@
+"""Says who waits for whom, and where the others are, while they wait: after 30 s, and then once a minute.
+
+A thread looks every few seconds at what this process waits in. It knows by `here`, which holds the label of every
+collective of ours that is waited for; by the main thread's Python code, where that stands still in torch.distributed or
+in a DataLoader without using the processor; and, where collectives run on a device and whoever needs a result waits, by
+a device that does not come to its end while nothing new is given to it. Training pays nothing for it.
+
+`DEEPSPEEDLITE_STALL_NOTICE_S` is another time than 30 s, or 0 for silence.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import sysconfig
+import threading
+import time
+import weakref
+from collections.abc import Iterable, MutableMapping, Sequence
+from types import FrameType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeedlite.comm.desk import Desk, Place, Wait, here
+from deepspeedlite.log import logger
+
+VARIABLE = "DEEPSPEEDLITE_STALL_NOTICE_S"
+_NOTICE_S = 30.0
+_LOOKS = 6  # in the time before the first notice
+_QUESTION = 2  # of these looks without progress, and the other ranks are asked where they are; three later all know
+_AGAIN = 2  # times that time to the next notice
+_IDLE = 1e-3  # of a processor's time: what a thread that stands still may use
+_NAMED_RANKS = 16
+_FAREWELL_S = 0.5
+_C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
+_LOADER = os.path.join("torch", "utils", "data", "dataloader.py")
+_LIBRARIES = (
+    os.path.dirname(torch.__file__),
+    os.path.dirname(os.path.dirname(__file__)),
+    sysconfig.get_paths()["stdlib"],
+    f"{os.sep}site-packages{os.sep}",
+    "<",
+)
+
+_LOOKOUTS: MutableMapping[Any, Lookout] = weakref.WeakKeyDictionary()
+
+
+def look_out() -> None:
+    """Have this process watched, from now to the end of torch.distributed's world; once for each world."""
+    world = dist.group.WORLD
+    notice_s = _notice_s()
+    if world is None or world in _LOOKOUTS or dist.get_world_size() == 1 or not notice_s:
+        return
+    with contextlib.suppress(RuntimeError, AttributeError):  # a world without a store of its own
+        _LOOKOUTS[world] = Lookout(world, dist.distributed_c10d._get_default_store(), notice_s)
+        _LOOKOUTS[world].start()
+
+
+def leave() -> None:
+    """The process ends: stop looking, while the interpreter still runs, and let others know."""
+    lookout = _current()
+    if lookout is not None:
+        lookout.leave()
+
+
+def condition(rank: int) -> str:
+    """`has ended` or `is stopped`, if that is known of a rank."""
+    lookout = _current()
+    return lookout.desk.condition(rank) if lookout is not None else ""
+
+
+def seen(rank: int) -> str:
+    """Where a rank is, if that is known without asking."""
+    lookout = _current()
+    return lookout.seen(rank) if lookout is not None else ""
+
+
+def _current() -> Lookout | None:
+    lookout = _LOOKOUTS.get(dist.group.WORLD) if dist.is_initialized() else None
+    return lookout if lookout is not None and lookout.pid == os.getpid() else None
+
+
+def _notice_s() -> float:
+    text = os.environ.get(VARIABLE, "").strip()
+    with contextlib.suppress(ValueError):
+        return max(float(text), 0.0) if text else _NOTICE_S
+    logger.warning("%s=%s is not a number of seconds; %g is used", VARIABLE, text, _NOTICE_S)
+    return _NOTICE_S
+
+
+class Lookout(threading.Thread):
+    """Watches this process.
+
+    Args:
+        world: torch.distributed's, with which it ends.
+        store: the job's.
+        notice_s: how long a wait is before it is said.
+    """
+
+    def __init__(self, world: Any, store: dist.Store, notice_s: float) -> None:
+        super().__init__(name="deepspeedlite: looks for long waits", daemon=True)
+        self.pid, self._rank, self._size = os.getpid(), dist.get_rank(), dist.get_world_size()
+        self._world = weakref.ref(world)
+        self._on_device = "nccl" in dist.get_backend(world)
+        self._notice_s, self._period_s = notice_s, notice_s / _LOOKS
+        # Answers of very many ranks are spread out, and take longer.
+        self.desk = Desk(store, self._rank, self._size, self._period_s * (1 + self._size // 1024))
+        self._over = threading.Event()
+        self._seen: dict[int, tuple[Wait, float]] = {}  # by thread, and since when
+        self._standstill: tuple[Wait, Any, float] | None = None  # in code of others: what, its mark, and since when
+        self._last_cpu_s = 0.0
+        self._last: Wait | None = None  # what `here.last` was when it was looked at
+        self._begun = 0  # how often it was another one
+        self._next_notice_s = notice_s
+        main = threading.main_thread().ident
+        self._main = 0 if main is None else main
+        self._clock = time.pthread_getcpuclockid(self._main) if hasattr(time, "pthread_getcpuclockid") else None
+
+    def run(self) -> None:
+        """Look every few seconds."""
+        self.desk.start()
+        while not self._over.wait(self._period_s) and self._lasts():
+            self._look()
+        self.desk.end()
+
+    def leave(self) -> None:
+        """Stop both threads."""
+        self._over.set()
+        if self.desk.is_alive():
+            self.desk.leave()
+        self.join(_FAREWELL_S)
+
+    def _lasts(self) -> bool:
+        world = self._world()
+        return world is not None and dist.group.WORLD is world
+
+    # --- looking ----------------------------------------------------------------------------------------------------
+
+    def _look(self) -> None:
+        now_s = time.monotonic()
+        at, frame = self._code()
+        self._look_at_threads(now_s)
+        self._look_at_code(now_s, frame)
+        wait, since_s = self._longest()
+        waited_s = now_s - since_s if wait is not None else 0.0
+        last = here.last
+        self.desk.place = Place(wait and wait.what, waited_s, at, last.what if last is not None else "")
+        self.desk.question = wait if waited_s > _QUESTION * self._period_s - 1e-3 else None
+        if wait is None or waited_s < self._notice_s:
+            self._next_notice_s = self._notice_s
+        elif waited_s >= self._next_notice_s:
+            self._next_notice_s += _AGAIN * self._notice_s
+            if wait.is_told and not self.desk.is_spoken_for:
+                logger.warning(self.account(wait, waited_s, at))
+
+    def _look_at_threads(self, now_s: float) -> None:
+        seen = {}
+        for thread, wait in list(here.waits.items()):
+            if wait is not None:
+                before = self._seen.get(thread)
+                seen[thread] = before if before is not None and before[0] is wait else (wait, now_s)
+        self._seen = seen
+
+    def _look_at_code(self, now_s: float, frame: FrameType | None) -> None:
+        """Whether the main thread stands still in code that says nothing to `here`."""
+        what = _waiting_code(frame) if self._is_idle() else None
+        mark: Any = what
+        if self._last is not here.last:
+            self._last, self._begun = here.last, self._begun + 1
+        if what is None and self._on_device and self._last is not None:
+            mark = self._begun, self._device_mark()
+            name = f"its device to end what it was given, the last collective of which is {self._last.what}"
+            what = Wait(name, self._last.ranks)
+        before = self._standstill
+        if what is None:
+            self._standstill = None
+        elif before is None or before[1] != mark:
+            self._standstill = what, mark, now_s
+        elif mark is not what and now_s - before[2] > self._notice_s / 2 and not self._device_is_busy():
+            self._standstill = what, mark, now_s  # a device is asked only now: one that records a graph must not be
+
+    def _is_idle(self) -> bool:
+        if self._clock is None:
+            return False
+        used_s, self._last_cpu_s = self._last_cpu_s, time.clock_gettime(self._clock)
+        return self._last_cpu_s - used_s < _IDLE * self._period_s
+
+    @staticmethod
+    def _device_mark() -> int:
+        """What changes with whatever new is done on a device."""
+        return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
+
+    @staticmethod
+    def _device_is_busy() -> bool:
+        return not torch.cuda.default_stream().query()
+
+    def _longest(self) -> tuple[Wait | None, float]:
+        if self._seen:
+            return min(self._seen.values(), key=lambda seen: seen[1])
+        return (self._standstill[0], self._standstill[2]) if self._standstill is not None else (None, 0.0)
+
+    def _code(self) -> tuple[str, FrameType | None]:
+        """Where the thread that trains is, and its innermost frame."""
+        frames = sys._current_frames()
+        frame = frames.get(self._main if self._main in here.waits else next(iter(here.waits), self._main))
+        return _described(frame), frame
+
+    # --- saying -----------------------------------------------------------------------------------------------------
+
+    def account(self, wait: Wait, waited_s: float, at: str) -> str:
+        """Who waits in what, and where those are that it waits for."""
+        text = f"rank {self._rank} has waited {waited_s:.0f} s in {wait.what}, at {at}"
+        groups: dict[str, list[int]] = {}
+        for rank in wait.ranks:
+            if rank != self._rank:
+                groups.setdefault(self._whereabouts(rank, wait), []).append(rank)
+        lines = [f"\n  rank{'s' * (len(ranks) > 1)} {_numbers(ranks)} {where}" for where, ranks in groups.items()]
+        hint = advice([f"waits in {wait.what}", *groups])
+        return text + "".join(sorted(lines, key=lambda line: "waits there too" in line)) + (f"\n{hint}" if hint else "")
+
+    def seen(self, rank: int) -> str:
+        """Where a rank is, as far as it has said so lately, or its process shows; else empty."""
+        place = self.desk.of(rank)
+        if (known := self.desk.condition(rank)) or place is None:
+            return known
+        if place.waits_in is not None:
+            return f"waits in {place.waits_in}"
+        last = f"; its last collective was {place.last}" if place.last else ""
+        return f"waits in no collective, but is at {place.at}{last}"
+
+    def _whereabouts(self, rank: int, wait: Wait) -> str:
+        if found := self.seen(rank):
+            return "waits there too" if found == f"waits in {wait.what}" else found
+        late_s = time.monotonic() - self.desk.heard_s
+        if late_s > _LOOKS * self._period_s:
+            return f"may be anywhere: the job's store, on rank 0's host, has not answered for {late_s:.0f} s"
+        silent_s = self.desk.silence_s(rank)
+        how_long = "nothing since it was asked" if silent_s is None else f"nothing for {silent_s:.0f} s"
+        return f"has said {how_long}: it is stopped, has ended, or is in native code that holds Python's lock"
+
+
+def _waiting_code(frame: FrameType | None) -> Wait | None:
+    """What the code is known to wait in, of torch.distributed and of a DataLoader."""
+    if frame is not None and frame.f_code.co_filename.endswith(_C10D):
+        name = frame.f_code.co_name
+        while frame.f_back is not None and frame.f_back.f_code.co_filename.endswith((_C10D, "c10d_logger.py")):
+            frame = frame.f_back
+            name = frame.f_code.co_name if frame.f_code.co_filename.endswith(_C10D) else name
+        return Wait(f"torch.distributed.{name}", range(dist.get_world_size()))
+    while frame is not None:
+        if frame.f_code.co_filename.endswith(_LOADER):
+            return Wait("its DataLoader, for the next batch", ())
+        frame = frame.f_back
+    return None
+
+
+def _described(frame: FrameType | None) -> str:
+    """`load (train.py:57)`: the innermost frame that is no library's, and in what it is."""
+    if frame is None:
+        return "its end"
+    inner, own = frame, frame
+    while own.f_back is not None and _is_library(own.f_code.co_filename):
+        own = own.f_back
+    return _line(inner) if own is inner or _is_library(own.f_code.co_filename) else f"{_line(own)}, in {_line(inner)}"
+
+
+def _is_library(path: str) -> bool:
+    return any(path.startswith(name) or (name[0] == os.sep and name in path) for name in _LIBRARIES)
+
+
+def _line(frame: FrameType) -> str:
+    return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
+
+
+def advice(places: Iterable[str]) -> str:
+    """What to do about ranks that are at these places, if that can be said."""
+    waits = {place for place in places if place.startswith("waits in ") and not place.startswith("waits in no ")}
+    if len(waits) < 2:
+        return ""
+    text = "Every rank must run the same modules in the same order."
+    if not any(" of the values of " in wait for wait in waits):
+        return text
+    return (
+        f"{text} Where ranks take different paths on purpose (experts), make the block that holds them a leaf: "
+        "deepspeedlite.utils.set_z3_leaf_modules(model, [Class])"
+    )
+
+
+def _numbers(ranks: Sequence[int]) -> str:
+    """`1-3, 7`."""
+    runs: list[list[int]] = []
+    for rank in sorted(ranks):
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    shown = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    more = f" and {len(shown) - _NAMED_RANKS} more" if len(shown) > _NAMED_RANKS else ""
+    return ", ".join(shown[:_NAMED_RANKS]) + more
