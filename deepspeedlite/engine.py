@@ -275,10 +275,12 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
                 "loss.backward() under fp16 scales gradients only as they reach the parameters; "
                 "engine.backward(loss) or engine.scale(loss).backward() also protects those on the way",
             )
-        boundary = self.is_gradient_accumulation_boundary() or self._parts.plan.shard_grads
+        ends = self.is_gradient_accumulation_boundary()
+        reduces = (ends or self._parts.plan.shard_grads) and not self._in_no_sync
         if self._gathering is not None:
             self._gathering.begin_backward()
-        self._schedule.begin_backward(scale, reduce=boundary and not self._in_no_sync)
+        needs_norm = self.optimizer is not None and self.optimizer.needs_norm
+        self._schedule.begin_backward(scale, reduces, measure=ends and needs_norm)
 
     def _abandon_backward(self) -> None:
         self._loss_is_scaled = False

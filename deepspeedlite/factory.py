@@ -209,7 +209,7 @@ def _build_parts(
     offload = make_offload(settings, Group())
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
-    lodging = Lodging(offload.home, offload.grads, run_numel)
+    lodging = Lodging(offload.home, offload.grads if offload.takes_grads else None, run_numel)
     schedule, sharded = _make_schedule(settings, plan, group, replica, model, trained, precision, lodging)
     scaler = make_loss_scaler(settings, precision)
     wrapped = None
@@ -356,8 +356,9 @@ def make_precision(settings: DeepSpeedConfig) -> Precision:
         buffer_dtype=_dtype(types.buffer_dtype),
         fp32_buffers=None if types.keep_in_fp32_modules == "auto" else types.keep_in_fp32_modules,
         cast_inputs=settings.fp16.enabled and settings.fp16.auto_cast,
+        # A loss scale lives by overflows; elsewhere a user may have them pass.
         check_overflow=torch.float16 in (model_dtype, autocast_dtype)
-        or (settings.bf16.enabled and settings.bf16.check_grad_overflow),
+        or (settings.check_grad_overflow and (settings.bf16.check_grad_overflow or not settings.bf16.enabled)),
     )
 
 

@@ -171,6 +171,7 @@ def test_stage_3_gathers_each_unit_once_per_forward_and_once_per_backward():
             "reduce",
             "forward",
             "backward",
+            "all-reduce",  # of the norm
         }
 
 
@@ -209,22 +210,24 @@ def test_stage_1_reduces_once_per_boundary_and_stage_2_in_every_micro_batch(stag
         boundary, events = micro % 3 == 2, tape.take()
         assert counts(events, "reduce") == (dict(Counter(units)) if boundary or stage == 2 else {})
         assert counts(events, "share") == (dict(Counter(units)) if boundary else {})
-        assert counts(events, "gather") == counts(events, "all-reduce") == {}
+        assert counts(events, "gather") == {}
+        assert counts(events, "all-reduce") == ({"1 elements": 1} if boundary else {})
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage, clipping, checks", [(0, 0, True), (1, 0.1, True), (2, 0.1, False), (3, 0, True)])
 @distributed(world_size=2)
-def test_clipping_costs_one_collective_of_one_element_where_gradients_are_sharded(stage):
+def test_clipping_and_the_check_for_overflows_cost_one_collective_of_one_element_together(stage, clipping, checks):
     torch.manual_seed(0)
     settings = {
         "train_micro_batch_size_per_gpu": 4,
-        "gradient_clipping": 0.1,
+        "gradient_clipping": clipping,
+        "check_grad_overflow": checks,
         "optimizer": {"type": "AdamW", "params": {}},
         "zero_optimization": {"stage": stage},
     }
     engine, *_ = deepspeedlite.initialize(model=zoo.Chain(BLOCKS), config=settings)
     tape = Tape(engine)
-    assert counts(third_step(engine, tape), "all-reduce") == ({"1 elements": 1} if stage else {})
+    assert counts(third_step(engine, tape), "all-reduce") == {"1 elements": 1}
 
 
 # --- overlap --------------------------------------------------------------------------------------------------------

@@ -76,6 +76,9 @@ class DeepSpeedConfig(Section):
     scheduler: Scheduler | None = key(None, "The learning-rate schedule, unless `initialize` is given one.")
 
     gradient_clipping: Number = key(1.0, "Largest global L2 norm of the gradients; 0: no clipping.", ge=0)
+    check_grad_overflow: Flag = key(
+        True, "Skip a step whose gradients hold an infinity or NaN. fp16 always does, for its loss scale."
+    )
     prescale_gradients: Flag = key(False, "Divide by the world size before the reduction instead of after it.")
     gradient_predivide_factor: Number = key(
         1.0, "Divide by this before the reduction and by the rest of the world size after it.", gt=0

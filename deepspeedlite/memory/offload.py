@@ -97,6 +97,11 @@ class Offload:
         self._taken_numel += numel * takes
         return takes
 
+    @property
+    def takes_grads(self) -> bool:
+        """Whether averaged gradients may live elsewhere than on the device."""
+        return self.placement.grads is not Tier.DEVICE
+
     def grads(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory for a shard of averaged gradients, all zeros."""
         if self.placement.grads is Tier.DEVICE or not self.is_apart(device):

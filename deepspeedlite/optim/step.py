@@ -118,7 +118,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._norm_is_current = False
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
-        self._has_told_wear = False
+        self._has_told_wear = self._has_told_skip = False
         self.names_of: Callable[[], dict[int, str]] = dict  # the module's present names, by id; the engine sets it
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant: list[NamedParameter] = []
@@ -297,12 +297,16 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._check_all_came()
         self._norm, self._norm_is_current = None, True
         factor = 1.0 / self.loss_scaler.scale
-        if self._settings.gradient_clipping > 0 or self._settings.check_overflow:
+        self.overflow = False
+        if self.needs_norm:
             norm = self._measure_norm()
-            self.overflow = self._settings.check_overflow and not math.isfinite(norm)
-            if self.overflow:
-                self._skip()
+            guilty = [] if math.isfinite(norm) else self._schedule.overflowed()
+            if guilty and self._settings.check_overflow:
+                self.overflow = True
+                self._skip(guilty)
                 return
+            if not math.isfinite(norm) and not guilty:  # the squares alone overflowed
+                norm = self._measure_norm(precise=True)
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
         parcels = [[run.parcel for run in runs if run.parcel is not None] for runs in self._sub_groups]
@@ -384,8 +388,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         return [(view, view.clone()) for view in views]
 
-    def _skip(self) -> None:
-        guilty = self._schedule.overflowed() if self.loss_scaler.at_minimum else []
+    def _skip(self, guilty: Sequence[str]) -> None:
+        """Leave the step out, for the gradients of the parameters named, which are not finite."""
         before = self.loss_scaler.scale
         try:
             self.loss_scaler.update(overflow=True)
@@ -397,7 +401,18 @@ class ShardedOptimizer(torch.optim.Optimizer):
             ) from None
         finally:
             self._schedule.clear()
-        logger.info("gradients overflowed: step skipped, loss scale %g -> %g", before, self.loss_scaler.scale)
+        if self.loss_scaler.dynamic:
+            logger.info("gradients overflowed: step skipped, loss scale %g -> %g", before, self.loss_scaler.scale)
+            return
+        if not self._has_told_skip:
+            self._has_told_skip = True
+            others = f" and of {len(guilty) - 1} more parameters" if len(guilty) > 1 else ""
+            log_dist(
+                f"step skipped: the gradient of {guilty[0]}{others} is not finite; the weights stay as they were. "
+                "engine.skipped_steps counts such steps, which are not said again"
+                + ("" if before != 1.0 else '; "check_grad_overflow": false takes them all the same'),
+                level=logging.WARNING,
+            )
 
     def _clip_factor(self, norm: float) -> float:
         limit = self._settings.gradient_clipping
@@ -426,8 +441,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # --- norms ----------------------------------------------------------------------------------------------------
 
-    def _measure_norm(self) -> float:
-        self._norm = float(self._schedule.grad_norm()) / self.loss_scaler.scale
+    @property
+    def needs_norm(self) -> bool:
+        """Whether the step asks for the gradients' norm."""
+        return self._settings.gradient_clipping > 0 or self._settings.check_overflow
+
+    def _measure_norm(self, alone: bool = False, precise: bool = False) -> float:
+        self._norm = float(self._schedule.grad_norm(alone, precise)) / self.loss_scaler.scale
         return self._norm
 
     def grad_norm(self) -> float | None:
@@ -437,7 +457,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         possible until the next backward pass overwrites the gradients; afterwards None.
         """
         if self._norm is None and self._norm_is_current and not self._schedule.has_grads:
-            return self._measure_norm()
+            return self._measure_norm(alone=True)
         return self._norm
 
     # --- what users and clients of an optimizer touch ----------------------------------------------------------------

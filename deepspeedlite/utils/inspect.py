@@ -68,12 +68,9 @@ class _Place:
         self.unit, self.slot, self.loss_scale = unit, unit.slot_of(param), stepper.loss_scale
         self.dtype = torch.float64 if unit.dtype is torch.float64 else torch.float32
         self.is_split = unit.layout.shard_count > 1
-        first, last = unit.layout.shard(unit.index)
-        start = min(max(self.slot.start, first), self.slot.stop)
-        stop = max(min(self.slot.stop, last), start)
+        self.in_slot, self.in_shard = unit.own_part(self.slot)
+        start, stop = self.slot.start + self.in_slot.start, self.slot.start + self.in_slot.stop
         self.numel, self._stepper = stop - start, stepper
-        self.in_slot = slice(start - self.slot.start, stop - self.slot.start)
-        self.in_shard = slice(start - first, stop - first)
         self._runs = [
             (run, values, master, parcel)
             for (run, values, _), master, parcel in zip(unit.runs(), unit.masters, unit.parcels)
@@ -125,6 +122,7 @@ class _Place:
 
     def grad(self) -> tuple[torch.Tensor | None, bool]:
         """The gradient in the unit's memory, times the loss scale: 1-D, and whether it is more than the fragment."""
+        self.unit.take_in()
         own = self.unit.own_grad(self.slot)
         if own is None and self.unit.grad_state is GradState.AVERAGED:
             return self.unit.grad_shard[self.in_shard], False
@@ -232,6 +230,7 @@ def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     whole = place.checked(value, place.slot.shape) * place.loss_scale
     grad, is_more = place.grad()
     place.existing(grad, _NO_GRAD).copy_(whole if is_more else whole[place.in_slot])
+    place.unit.forget_norm()
 
 
 def safe_update_full_grad_vectorized(
@@ -304,6 +303,7 @@ def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     place = _writable(param)
     fragment = place.checked(value, (place.numel,)) * place.loss_scale
     place.existing(place.local_grad(), _NO_GRAD).copy_(fragment)
+    place.unit.forget_norm()
 
 
 @torch.no_grad()

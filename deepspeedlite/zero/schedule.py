@@ -18,6 +18,7 @@ import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
+from deepspeedlite.zero.norm import joined, norm_dtype, norm_of_all
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica
 from deepspeedlite.zero.unit import GradState, Lodging, ReducePolicy, ShardUnit
@@ -68,7 +69,6 @@ class GradientSchedule:
         self.on_pass_end: Callable[[], None] = lambda: None
         self._policy, self._grad_dtype = policy, grad_dtype
         self.units: list[ShardUnit] = []
-        self._counted: list[list[slice]] = []  # per unit: what of this rank's shard the model's norm takes from here
         for bucket, sharded in buckets:
             self._add_unit(bucket, sharded)
 
@@ -84,7 +84,7 @@ class GradientSchedule:
         unit.on_complete, unit.is_nested = self._launch_complete, self._is_nested
         unit.on_unannounced = lambda: self.on_unannounced()
         counted = {slot.name for slot, param in unit.slots if self.replica.counts(param)}
-        self._counted.append([slice(*span) for span in unit.layout.spans(unit.index, counted)])
+        unit.counted = [slice(*span) for span in unit.layout.spans(unit.index, counted)]
         self.units.append(unit)
 
     def add_units(self, buckets: Sequence[Sequence[NamedParameter]]) -> list[ShardUnit]:
@@ -94,8 +94,14 @@ class GradientSchedule:
             self._add_unit(bucket, sharded=False)
         return self.units[known:]
 
-    def begin_backward(self, scale: float, reduce: bool) -> None:
-        """A backward pass starts, whose gradients count `scale` times; `reduce` if it ends an accumulation window."""
+    def begin_backward(self, scale: float, reduce: bool, measure: bool = False) -> None:
+        """A backward pass starts, whose gradients count `scale` times.
+
+        Args:
+            scale: a factor on them.
+            reduce: average them when they are complete, as at the end of an accumulation window.
+            measure: the step that comes next asks for their norm.
+        """
         if self.in_backward:
             raise EngineStateError("a backward pass began before the previous one had ended")
         self.in_backward = True
@@ -103,7 +109,7 @@ class GradientSchedule:
         self._launched_units = self._awaited_units = 0
         self._outer_pass = torch._C._current_graph_task_id()
         for unit in self.units:
-            unit.begin_backward(scale, reduce)
+            unit.begin_backward(scale, reduce, measure)
 
     def note_pass(self) -> None:
         """Called from the outermost backward pass, by a hook on the model's output: the pass is known from now on."""
@@ -151,6 +157,7 @@ class GradientSchedule:
         """Before a step: make every unit hold the average, also on a rank that ran no backward pass."""
         self.end_backward()
         for unit in self.units:
+            unit.take_in()
             if unit.grad_state is not GradState.AVERAGED:
                 unit.reduce()
                 if self.plan.shard_grads:
@@ -177,33 +184,25 @@ class GradientSchedule:
             unit.clear()
 
     @torch.no_grad()
-    def grad_norm(self) -> torch.Tensor:
+    def grad_norm(self, alone: bool = False, precise: bool = False) -> torch.Tensor:
         """The 2-norm of the model's gradients as the buffers hold them: a 0-dim tensor.
 
-        fp32, or fp64 where gradients are, and where ranks hold a model together. Collective where gradients are
-        sharded, and over the replica.
+        fp32, or fp64 where gradients are, where ranks hold a model together, and where it is to be `precise`: squares
+        of gradients beyond 1e19 are beyond fp32. Collective; over the replica only, if `alone` and every rank of the
+        group holds all gradients.
         """
-        norms = [
-            torch.linalg.vector_norm(piece, dtype=_norm_dtype(unit))
-            for unit, counted in zip(self.units, self._counted)
-            for span in counted
-            for piece in _norm_pieces(unit.grad_shard[span])
-        ]
-        dtype = _norm_dtype(self.units[0]) if self.units else torch.float32
+        alike = not self.plan.shard_optimizer
+        dtype = torch.float64 if precise else norm_dtype(self.units[0].grad_dtype) if self.units else torch.float32
         device = self.units[0].device if self.units else self.replica.group.device
-        total = torch.zeros((), dtype=dtype, device=device)
-        if norms:
-            total = torch.linalg.vector_norm(torch.stack([norm.to(total.device, dtype) for norm in norms]))
-        if self.plan.shard_optimizer:
-            total = _norm_of_all(total, self.group)
-        if self.replica.group.size > 1:
-            total = _norm_of_all(total.double(), self.replica.group)
-        return total
+        total = joined([norm for unit in self.units for norm in unit.norms(precise)], dtype, device)
+        if not (alone and alike):
+            total = norm_of_all(total, self.group, alike)
+        return norm_of_all(total.double(), self.replica.group) if self.replica.group.size > 1 else total
 
     def overflowed(self) -> list[str]:
-        """Names, as in checkpoints, of the model's parameters with gradients that are not finite. As `grad_norm`."""
+        """Names, as in checkpoints, of the model's parameters with gradients that are not finite. Collective."""
         mine = [name for unit in self.units for name in unit.overflowed()]
-        if self.plan.shard_optimizer:
+        if self.group.size > 1:
             everyone = {name for names in self.group.all_gather_objects(mine) for name in names}
             mine = [slot.name for unit in self.units for slot in unit.layout.slots if slot.name in everyone]
         parts = self.replica.group.all_gather_objects([self.replica.name_prefix + name for name in mine])
@@ -231,18 +230,3 @@ class GradientSchedule:
         """Remove all hooks from the parameters."""
         for unit in self.units:
             unit.close()
-
-
-def _norm_of_all(norm: torch.Tensor, group: Group) -> torch.Tensor:
-    total = norm.square()
-    group.all_reduce(total, label="the gradients' norm")
-    return total.sqrt()
-
-
-def _norm_pieces(grads: torch.Tensor) -> Sequence[torch.Tensor]:
-    """On a CPU torch takes 16-bit numbers to fp32 before it takes their norm: pieces of 1 MiB stay in the cache."""
-    return grads.split(1 << 18) if grads.device.type == "cpu" and grads.dtype.itemsize == 2 else [grads]
-
-
-def _norm_dtype(unit: ShardUnit) -> torch.dtype:
-    return torch.float64 if unit.grad_dtype is torch.float64 else torch.float32

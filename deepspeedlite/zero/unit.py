@@ -19,8 +19,18 @@ While a backward pass runs, `param.grad` is None, so autograd gives each paramet
 memory twice; the hook moves it into the parameter's slot (the first time by a scaled copy, so nothing is ever
 zeroed; later by a scaled add) and drops it. The scale carries the loss scale, the share of an accumulated
 micro-batch and, where the precision allows, the 1/world of the average: three passes over memory that never happen.
-The same path serves gradients accumulated in another dtype than the parameter's. Between passes `param.grad` shows
-the slot (where the dtypes agree), so that users read averaged gradients and may change them in place.
+The same path serves gradients accumulated in another dtype than the parameter's.
+
+[Note: what users see, and what they write]
+Between passes `param.grad` is a view of the slot wherever this rank holds the whole gradient (see `_shows`), and None
+elsewhere. Whatever a user makes of it is the gradient from then on: changed in place it is so already; where the next
+pass or the step finds None, the gradient was cleared, and where it finds another tensor, replaced (`take_in`). What is
+shown, and written, is what the buffer holds: times the loss scale, and each micro-batch's share of the accumulation.
+
+[Note: when norms are taken]
+The norm of this rank's part of an average is taken as its reduction ends, when the last passes over memory left the end
+of it in the cache, and kept until something may have changed it: another pass, a tied copy's sum, a user. Where
+gradients are shown, anything may change them unseen (`param.grad.data`, numpy), so their norm is taken in the step.
 
 [Note: a gradient that was not handed over]
 When `loss.backward()` starts without the engine knowing (the model was called around it), autograd adds into the
@@ -42,6 +52,7 @@ from deepspeedlite.errors import EngineStateError
 from deepspeedlite.memory.home import Home
 from deepspeedlite.memory.parcel import Parcel
 from deepspeedlite.zero.layout import Run, Slot
+from deepspeedlite.zero.norm import norm_dtype, norms_of
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.values import FlatValues
 from deepspeedlite.zero.wrap import NamedParameter
@@ -138,7 +149,9 @@ class ShardUnit(FlatValues):
         self._new_grads = lodging.grads or (lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device))
         self.grad_dtype = grad_dtype or self.dtype
         self.grad_state = GradState.EMPTY
-        self._scatters, self._frees = plan.shard_optimizer, plan.shard_grads
+        self._hides = plan.shard_params or self.grad_dtype != self.dtype  # gradients, from `param.grad`
+        apart = policy.group.size > 1 or lodging.grads is not None  # else the shard is the whole, and one buffer does
+        self._scatters, self._frees = plan.shard_optimizer and apart, plan.shard_grads and apart
         self._policy = policy
         self._pre, self._post = policy.factors(self.grad_dtype)
         # Called when every gradient that this backward pass is known to bring has arrived.
@@ -184,7 +197,14 @@ class ShardUnit(FlatValues):
     def _make_grads(self) -> None:
         edges = [0, *(edge for slot in self.layout.slots for edge in (slot.start, slot.stop)), self.layout.numel]
         self._gaps = [slice(start, stop) for start, stop in zip(edges[::2], edges[1::2]) if start < stop]
+        self._offsets = [slot.start * self.grad_dtype.itemsize for slot in self.layout.slots]
         self._carried: torch.Tensor | None = None
+        # What of this rank's shard the model's norm takes from here; its norms, where they are known.
+        self.counted: Sequence[slice] = [slice(0, self.layout.shard_numel)]
+        self._norms: list[torch.Tensor] | None = None
+        self._measures = False  # whether the reduction of this pass is to take them
+        self._shown: list[torch.Tensor | None] = []  # what each `param.grad` was left at
+        self._hide()
         self._grad_views: list[torch.Tensor] = []
         self._drop_grads()
         if self._frees:
@@ -242,10 +262,14 @@ class ShardUnit(FlatValues):
 
     # --- gradients ------------------------------------------------------------------------------------------------
 
-    def begin_backward(self, scale: float, reduce: bool) -> None:
-        """Hide the gradients shown so far and take what this backward pass brings, each multiplied by `scale`."""
-        for param in self.params:
-            param.grad = None
+    def begin_backward(self, scale: float, reduce: bool, measure: bool = False) -> None:
+        """Hide the gradients shown so far and take what this backward pass brings, each multiplied by `scale`.
+
+        `measure`: the norm will be asked for after it, and its reduction may take it.
+        """
+        self.take_in()
+        self._hide()
+        self._norms, self._measures = None, measure and not self._shows(GradState.AVERAGED)
         self.group.settle(self.grads)
         if self.grad_state is GradState.AVERAGED and self._scatters:
             self._carried = self.grad_shard if self._frees else self.grad_shard.clone()
@@ -256,6 +280,11 @@ class ShardUnit(FlatValues):
         self._arrivals = [0] * len(self.params)
         self._missing = sum(param.requires_grad for param in self.params)
         self._in_pass, self._launched, self._uncertain = True, False, False
+
+    def _hide(self) -> None:
+        for param in self.params:
+            param.grad = None
+        self._shown = [None] * len(self.params)
 
     @property
     def complete(self) -> bool:
@@ -268,6 +297,8 @@ class ShardUnit(FlatValues):
         if grad is None:
             return
         if not self._in_pass:
+            if grad is not self._shown[index]:
+                param.grad = None  # autograd's, not a user's
             self.on_unannounced()
         slot = self.layout.slots[index]
         if self._launched:
@@ -321,12 +352,75 @@ class ShardUnit(FlatValues):
             return
         self._in_pass, self._learnt = False, True
         self._expected = [max(known, seen) for known, seen in zip(self._expected, self._arrivals)]
-        if self.grad_dtype != self.dtype or self._scatters:
+        if not self._shows(self.grad_state):
             return
         everything = self.grad_state is GradState.AVERAGED
-        for param, view, filled in zip(self.params, self._grad_views, self._filled):
+        for index, (param, view, filled) in enumerate(zip(self.params, self._grad_views, self._filled)):
             if everything or filled:
-                param.grad = view
+                param.grad = self._shown[index] = view
+
+    def _shows(self, state: GradState) -> bool:
+        """Whether `param.grad` can show the gradients: all of them are here, in the parameters' dtype."""
+        if self._hides:
+            return False
+        return state is GradState.LOCAL or (state is GradState.AVERAGED and not self._scatters)
+
+    @torch.no_grad()
+    def take_in(self) -> None:
+        """Make what users have made of `param.grad` since the last pass the gradients."""
+        start = self.grads.data_ptr()
+        changed = [
+            (index, param.grad)
+            for index, (param, shown, offset) in enumerate(zip(self.params, self._shown, self._offsets))
+            # The second: other memory was put behind what is shown, by `param.grad.data = ...`.
+            if param.grad is not shown or (shown is not None and shown.data_ptr() != start + offset)
+        ]
+        if len(changed) > 1:  # parameters may have exchanged what they show
+            changed = [(index, None if grad is None else grad.clone()) for index, grad in changed]
+        for index, grad in changed:
+            self._replace(index, grad)
+
+    @torch.no_grad()
+    def forget_grad(self, param: torch.Tensor) -> None:
+        """Clear one parameter's gradient."""
+        self._replace(next(index for index, own in enumerate(self.params) if own is param), None)
+
+    def forget_norm(self) -> None:
+        """The averages are being written to from outside."""
+        self._norms = None
+
+    def _replace(self, index: int, grad: torch.Tensor | None) -> None:
+        """Make `grad`, of the parameter's shape and times the loss scale, its gradient; None: there is none."""
+        param, slot = self.params[index], self.layout.slots[index]
+        if grad is not None and tuple(grad.shape) != slot.shape:
+            raise EngineStateError(f"{slot.name}.grad was set to a tensor of {tuple(grad.shape)}, not {slot.shape}")
+        grad = grad.to_dense() if grad is not None and grad.is_sparse else grad
+        self._norms = param.grad = self._shown[index] = None
+        if self.grad_state is GradState.EMPTY:
+            if grad is None:
+                return
+            self._need_grads()
+            self.group.settle(self.grads)
+            self.grad_state = GradState.LOCAL
+        in_slot, in_shard = self.own_part(slot)
+        shard = self._carried if self.grad_state is GradState.LOCAL else self.grad_shard if self._scatters else None
+        if shard is not None:  # this rank's part of an average
+            averaged = None if grad is None or shard is self._carried else grad.flatten()[in_slot]
+            shard[in_shard].zero_() if averaged is None else shard[in_shard].copy_(averaged)
+        if self.grad_state is GradState.AVERAGED and self._scatters:
+            return
+        view = self._grad_views[index] = self.grads[slot.start : slot.stop].view(slot.shape)
+        view.zero_() if grad is None else view.copy_(grad)
+        self._filled[index] = grad is not None
+        if grad is not None and self._shows(self.grad_state):
+            param.grad = self._shown[index] = view
+
+    def own_part(self, slot: Slot) -> tuple[slice, slice]:
+        """Where in a slot, and where in this rank's shard, what the two share lies."""
+        first, last = self.layout.shard(self.index)
+        start = min(max(slot.start, first), slot.stop)
+        stop = max(min(slot.stop, last), start)
+        return slice(start - slot.start, stop - slot.start), slice(start - first, stop - first)
 
     @torch.no_grad()
     def reduce(self) -> None:
@@ -373,7 +467,12 @@ class ShardUnit(FlatValues):
         if averaged is not None:
             if self._post != 1.0 and not self._averages_on_wire:
                 averaged.mul_(self._post)
+            # The average itself is in the device's memory also where the shard is on its way to the host's.
+            stored_as_it_is = self._carried is None and averaged.dtype == self.grad_dtype
             self._store_average(averaged)
+            if self._measures:
+                measured = averaged if stored_as_it_is else self.grad_shard
+                self._norms = norms_of(measured, self.counted, norm_dtype(self.grad_dtype))
         self.grad_state = GradState.AVERAGED
 
     def _store_average(self, averaged: torch.Tensor) -> None:
@@ -393,6 +492,12 @@ class ShardUnit(FlatValues):
             self._drop_grads()
             self._filled = [False] * len(self.params)
 
+    def norms(self, precise: bool = False) -> list[torch.Tensor]:
+        """The norms of what of this rank's averages the model's norm takes from here; `precise`: squares in fp64."""
+        if self._norms is not None and not precise:
+            return self._norms
+        return norms_of(self.grad_shard, self.counted, torch.float64 if precise else norm_dtype(self.grad_dtype))
+
     @torch.no_grad()
     def sum_over_twins(self) -> None:
         """Add the averages of the parts of the model that use these parameters too. Collective over `twins`.
@@ -401,6 +506,7 @@ class ShardUnit(FlatValues):
         """
         if self.twins is None:
             return
+        self._norms = None
         there = self.grad_shard.to(self.device)
         self.twins.all_reduce(there, label=self._reduce_call["label"])
         if there is not self.grad_shard:
@@ -409,11 +515,10 @@ class ShardUnit(FlatValues):
     def clear(self) -> None:
         """Forget the gradients. Nothing is written: the next window's first copy overwrites them."""
         self.wait_for_reduce()
-        for param in self.params:
-            param.grad = None
+        self._hide()
         self._filled = [False] * len(self.params)
         self._reached = [False] * len(self.params)
-        self._carried = None
+        self._carried = self._norms = None
         self.grad_state = GradState.EMPTY
         self._in_pass = False
         if self._frees:
