@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import EXTRA_STATE
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import ConfigError, EngineStateError
+from deepspeedlite.errors import CheckpointError, ConfigError, EngineStateError
 from deepspeedlite.log import logger
 from deepspeedlite.zero.values import FlatValues, owner_of
 
@@ -158,13 +159,14 @@ class GivesWeights:
             return False
         state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
         replica = self._parts.replica
-        path = Path(save_dir) / f"{replica.name_prefix.replace('.', '_')}{save_filename}"
         problem = ""
-        if state is not None:
+        if state is not None:  # so that where a rank that writes nothing was told to write does not matter
             try:
-                write_weights(state, path)
-            except OSError as error:
-                problem = f"{path}: {error}"
+                folder = check_folder(save_dir, "save_16bit_model")
+                name = f"{replica.name_prefix.replace('.', '_')}{os.fspath(save_filename)}"
+                write_weights(state, folder / name)
+            except (OSError, TypeError, CheckpointError) as error:
+                problem = f"{save_filename} into {save_dir}: {error}"
         problems = replica.group.all_gather_objects(self._parts.group.broadcast_object(problem))
         if any(problems):
             raise EngineStateError(f"save_16bit_model could not write {next(filter(None, problems))}")

@@ -320,7 +320,7 @@ def test_a_changed_model_is_told_at_once_and_the_rest_can_be_loaded(tmp_path):
 def test_parts_of_a_checkpoint(tmp_path):
     engine = engine_of(tied_model(), config(3, "bf16"))
     assert engine.load_checkpoint(tmp_path) == (None, {})
-    with pytest.raises(CheckpointError, match=r"there is no checkpoint none in .*; there is none"):
+    with pytest.raises(CheckpointError, match=r"there is no checkpoint none in .*; it has none"):
         engine.load_checkpoint(tmp_path, tag="none")
     train(engine, range(2))
     expected = everything(engine, ())

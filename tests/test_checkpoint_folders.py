@@ -30,6 +30,8 @@ from deepspeedlite.checkpoint.work import Work
 from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.errors import CheckpointError
 
+pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
+
 EARLIER = Path(__file__).parent / "checkpoint_of_0_1"  # written by that release
 
 
@@ -257,11 +259,13 @@ def test_a_lost_latest_and_a_missing_tag_are_errors_that_name_what_is_there(tmp_
     for tag in ("a", "b"):
         engine.save_checkpoint(tmp_path, tag=tag)
     assert "there is no checkpoint c in" in (said := raised(lambda: engine.load_checkpoint(tmp_path, tag="c")))
-    assert "there are a, b" in said
+    assert "it has a, b: name one" in said
     assert "is a checkpoint itself" in raised(lambda: engine.load_checkpoint(tmp_path / "a"))
     on_first(lambda: (tmp_path / "latest").write_text("gone"))
     assert "names gone, and there is no such" in (said := raised(lambda: engine.load_checkpoint(tmp_path)))
-    assert "there are a, b" in said
+    assert "it has a, b: name one" in said
+    if dist.get_rank() == 0:
+        assert command(["verify", str(tmp_path)]) == 1, "what latest names is missing"
     on_first(lambda: (tmp_path / "latest").unlink())
     assert "has no file 'latest'" in (said := raised(lambda: engine.load_checkpoint(tmp_path))) and "a, b" in said
     assert engine.load_checkpoint(tmp_path, tag="a")[0] and engine.load_checkpoint(tmp_path, tag="b")[0]
@@ -313,7 +317,6 @@ def _other_job(folder: Path, how: str) -> int:
     return int(pid)
 
 
-@pytest.mark.slow
 @distributed(world_size=2)
 def test_two_jobs_that_save_into_one_folder_are_told_of_each_other(tmp_path):
     engine = engine_of()

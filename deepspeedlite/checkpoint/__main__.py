@@ -22,7 +22,7 @@ from rich.progress import track
 from deepspeedlite.checkpoint import convert, inspect
 from deepspeedlite.checkpoint.deepspeed import open_tag
 from deepspeedlite.checkpoint.export import export_weights, open_checkpoint, parse_bytes
-from deepspeedlite.checkpoint.tag import is_whole
+from deepspeedlite.checkpoint.tag import is_whole, read_latest, tags_in
 from deepspeedlite.errors import CheckpointError
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -46,12 +46,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     inspect.add_commands(commands)
     convert.add_commands(commands)
     args = parser.parse_args(argv)
-    return args.run(args)
+    try:
+        return args.run(args)
+    except OSError as error:  # a folder that may not be read, a full disk
+        print(error, file=sys.stderr)
+        return 2 if args.command == "diff" else 1
 
 
 def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    tags = sorted(path for path in args.dir.glob("*") if path.name[0] != "." and is_whole(path))
-    tags = [args.dir] if is_whole(args.dir) else tags
+    try:
+        newest = read_latest(args.dir)
+    except CheckpointError as error:
+        print(error)
+        return 1
+    names = sorted({*tags_in(args.dir), *filter(None, [newest])})  # what `latest` names is to be there, and whole
+    tags = [args.dir] if is_whole(args.dir) else [args.dir / name for name in names]
     if not tags:
         parser.error(f"there is no checkpoint in {args.dir}")
     whole = [_is_whole(tag) for tag in tags]

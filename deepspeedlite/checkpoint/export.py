@@ -97,8 +97,8 @@ def export_weights(
         CheckpointError: `out` exists, or the checkpoint is damaged.
         OSError: it cannot be written; nothing is left.
     """
-    out = Path(out)
-    if out.exists():
+    out = check_folder(out, "writing weights")
+    if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already; name a new folder")
     stem, ending = ("pytorch_model", "bin") if as_torch else ("model", "safetensors")
     shards = list(_shards(_wanted(reader, trained_only), dtype, max_shard_bytes))

@@ -135,7 +135,7 @@ def find_tag(load_dir: Path, tag: Any) -> Path | None:
     says = f"there is no checkpoint {name} in {load_dir}"
     if tag is None:
         says = f"{load_dir / LATEST} names {name}, and there is no such checkpoint"
-    raise CheckpointError(f"{says}; there {f'are {in_words(there)}; name one as tag' if there else 'is none'}")
+    raise CheckpointError(f"{says}; it has {f'{in_words(there)}: name one as tag' if there else 'none'}")
 
 
 def _unnamed(load_dir: Path) -> str | None:

@@ -29,7 +29,7 @@ from deepspeedlite.checkpoint.deepspeed_layout import (
     piece_numel,
     split_spans,
 )
-from deepspeedlite.checkpoint.files import sync_dir
+from deepspeedlite.checkpoint.files import check_folder, sync_dir
 from deepspeedlite.checkpoint.manifest import DTYPES, EXTRA_STATE, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.pickles import DynamicLossScaler, LossScaler, save_for_deepspeed
 from deepspeedlite.checkpoint.reader import Reader
@@ -72,8 +72,8 @@ def export_to_deepspeed(
         CheckpointError: `out` exists, or the checkpoint has what DeepSpeed's cannot hold.
         OSError: it cannot be written; nothing is left.
     """
-    out = Path(out)
-    if out.exists():
+    out = check_folder(out, "exporting")
+    if os.path.lexists(out):
         raise CheckpointError(f"{out} exists already; name a new folder")
     manifest = reader.manifest
     if manifest.model_parallel > 1:
