@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -362,6 +364,33 @@ def test_leftovers_go_when_their_process_is_known_to_have_ended_and_else_stay(tm
     assert sorted(os.listdir(tmp_path)) == sorted(["mine", "latest", "zero_to_fp32.py", *left])
     if dist.get_rank() == 0:
         assert "process 1 on far-away, started yesterday is saving elsewhere" in said.getvalue()
+
+
+@distributed(world_size=[1, 2])
+def test_where_locks_do_not_tell_records_do(tmp_path):
+    """As on NFS: a file system without locks, and a job on another host."""
+    engine, here = engine_of(), Owner.here()
+    fcntl.flock, flock = _no_locks, fcntl.flock
+    try:
+        engine.save_checkpoint(tmp_path, tag="mine")
+        far = Owner("far-away", "b", "c", 1, 1, "yesterday")
+        on_first(lambda: rewritten(tmp_path / "mine", _put("state", "saved_by", far.record())))
+        with redirect_stderr(StringIO()) as said:
+            engine.save_checkpoint(tmp_path, tag="mine")
+        if dist.get_rank() == 0:
+            assert "process 1 on far-away, started yesterday has saved mine while this one runs" in said.getvalue()
+        init = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
+        alive = Owner(here.host, here.boot, here.space, 1, int(init[19]), "at boot")
+        theirs = tmp_path / f".tmp.theirs.{'0' * 16}"
+        on_first(lambda: (theirs.mkdir(), (theirs / "owner.json").write_bytes(Work(alive, "theirs").to_bytes())))
+        assert "process 1 on" in raised(lambda: engine.save_checkpoint(tmp_path, tag="mine"))
+    finally:
+        fcntl.flock = flock
+    assert sorted(os.listdir(tmp_path)) == [f".tmp.theirs.{'0' * 16}", "latest", "mine", "zero_to_fp32.py"]
+
+
+def _no_locks(*_):
+    raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
 
 def test_a_forked_process_does_not_hold_its_parents_folder(tmp_path):

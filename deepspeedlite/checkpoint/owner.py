@@ -81,7 +81,10 @@ class Owner:
 
     def is_kin(self) -> bool:
         """Whether this process descends from that one, or that one from this."""
-        return os.getpid() in _line(self.pid) or self.pid in _line(os.getpid())
+        here = Owner.here()
+        if (self.boot, self.space) != (here.boot, here.space):
+            return False
+        return here.pid in _line(self.pid) or self.pid in _line(here.pid)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, started {self.started}"

@@ -21,6 +21,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -51,6 +52,7 @@ from deepspeedlite.log import log_once, logger
 from deepspeedlite.memory.disk import Stored
 
 _NEW, _RETIRED, _NEXT = "new", "retired.", "next."
+_SINCE_S = time.time()  # nearly when this process started
 
 
 def survey(save_dir: Path, tag: str) -> str:
@@ -119,8 +121,13 @@ def _check_alone(save_dir: Path, tags: list[str]) -> None:
         tags = [*tags, *filter(None, [read_latest(save_dir)])]
     for tag in tags:
         saver = saver_of(save_dir / tag)
-        if saver is not None and saver != here and saver.is_alive() and not saver.is_kin():
+        if saver is None or saver == here or (alive := saver.is_alive()) is False or saver.is_kin():
+            continue
+        if alive:
             raise CheckpointError(two_jobs(save_dir, f"{saver} has saved {tag} and still runs"))
+        if (save_dir / tag / FILE_NAME).stat().st_mtime > _SINCE_S:
+            what = f"{saver} has saved {tag} while this one runs on {here.host}"
+            log_once(two_jobs(save_dir, what), logging.WARNING)
 
 
 class TagWriter:
@@ -163,6 +170,8 @@ class TagWriter:
         self._work.files, self._work.is_latest = list(files), save_latest
         self._workplace.mkdir()
         self._note()
+        if not self._turn.is_certain:  # now that whoever comes at the same time sees this one
+            _check_alone(self.save_dir, [self.tag])
         self._new.mkdir()
         return leftovers
 
