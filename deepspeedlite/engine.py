@@ -36,11 +36,12 @@ from deepspeedlite.log import log_once, logger
 from deepspeedlite.memory.asleep import Asleep, states_of
 from deepspeedlite.memory.offload import Offload
 from deepspeedlite.optim.step import ShardedOptimizer
-from deepspeedlite.precision import LossScaler, Precision, cast_floating
+from deepspeedlite.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.watch import StepReport, StepWatch
 from deepspeedlite.weights import GivesWeights
 from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
+from deepspeedlite.zero.lease import Lease, weak_call
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica
 from deepspeedlite.zero.schedule import GradientSchedule
@@ -48,6 +49,11 @@ from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.values import FlatValues
 
 ROUTE_TRAIN = "train"
+STEPPED = "optimizer.step() has taken this step: leave it out, for engine.step() also counts and moves the schedule"
+NO_PASS = (
+    "there was no backward pass since the last one; a rank that has no data calls engine.backward on a loss "
+    "multiplied by 0"
+)
 
 
 @dataclass
@@ -65,6 +71,7 @@ class EngineParts:
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
     watch: StepWatch
+    lease: Lease
     state_dicts: StateDicts
     parameters: ParameterSchedule | None = None  # where parameters are sharded
     frozen: Sequence[FlatValues] = ()  # sharded values that are not trained
@@ -72,11 +79,6 @@ class EngineParts:
     replica: Replica = field(default_factory=Replica)  # the ranks that hold one copy of the model together
     mpu: Any = None
     collate_fn: Callable[..., Any] | None = None
-
-
-def widen(loss: torch.Tensor) -> torch.Tensor:
-    """The loss in a dtype that a loss scale does not push out of range."""
-    return loss.float() if loss.dtype.itemsize < 4 else loss
 
 
 class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
@@ -96,7 +98,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._parts = parts
         self._batch = parts.batch
         self._schedule = parts.schedule
-        self._schedule.on_unannounced = self._announce_backward
+        parts.lease.held_by(self)
+        self._schedule.on_unannounced = weak_call(self._announce_backward)
         self._gathering = parts.parameters
         if self._gathering is not None:
             self._schedule.on_pass_end = self._gathering.end_backward
@@ -149,11 +152,15 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             kwargs = cast_floating(kwargs, precision.model_dtype)
         if self._gathering is not None:
             self._gathering.begin_forward(recording)
-        with watched, precision.autocast(self.device.type):
-            outputs = self.module(*inputs, **kwargs)
+        try:
+            with watched, precision.autocast(self.device.type):
+                outputs = self.module(*inputs, **kwargs)
+        except RuntimeError:
+            self._parts.lease.verify_attached()  # a dtype that torch complains of may have been changed since
+            raise
         if self._gathering is not None and not recording:
             self._gathering.release()
-        if recording:
+        if recording and (self.optimizer is not None or self._gathering is not None):
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
                     tensor.register_hook(self._announce_backward)
@@ -175,7 +182,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             EngineStateError: `loss` is not a scalar, or no parameter depends on it.
         """
         self._check_alive("backward")
-        self._check_loss(loss)
+        check_loss(loss)
         share = 1.0 / self._batch.accumulation if scale_wrt_gas else 1.0
         self._watch.saw_loss(loss)
         factor = share * self._scaler.scale
@@ -194,12 +201,13 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
                     torch.autograd.backward(tensors, grads, retain_graph=retain_graph)
             except BaseException:
                 self._abandon_backward()
+                self._parts.lease.verify_attached()
                 raise
             self._end_backward()
 
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss as `engine.scale(loss).backward()` needs it: its share of the batch times the loss scale."""
-        self._check_loss(loss)
+        check_loss(loss)
         self._watch.saw_loss(loss)
         self._loss_is_scaled = True
         return widen(loss) * (self._scaler.scale / self._batch.accumulation)
@@ -224,10 +232,10 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             raise EngineStateError(
                 "engine.step() needs an optimizer: name one in the configuration or pass one to initialize"
             )
-        if self._passes_since_step == 0:
+        if self._passes_since_step == 0 or self.optimizer.stepped_alone:
             raise EngineStateError(
-                f"engine.step() at micro step {self.micro_steps}: there was no backward pass since the last one; "
-                "a rank that has no data calls engine.backward on a loss multiplied by 0"
+                f"engine.step() at micro step {self.micro_steps}: "
+                + (STEPPED if self.optimizer.stepped_alone else NO_PASS)
             )
         boundary = self.is_gradient_accumulation_boundary()
         with self._watch.phase("step"):
@@ -243,7 +251,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
         self._attached.verify_trained(optimizer.dormant)
-        optimizer.step()
+        optimizer.take_step()
         self.global_steps += 1
         self.global_samples += self._batch.train
         if optimizer.overflow:
@@ -269,6 +277,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
 
     def _begin_backward(self) -> None:
         self._passes_since_step += 1
+        if self.optimizer is not None:
+            self.optimizer.stepped_alone = False
         scale = 1.0 if self._loss_is_scaled else self._scaler.scale / self._batch.accumulation
         if not self._loss_is_scaled and self._parts.precision.needs_loss_scale:
             log_once(
@@ -297,17 +307,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         if not self._schedule.in_backward and not self._destroyed:
             self._begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
-
-    @staticmethod
-    def _check_loss(loss: torch.Tensor) -> None:
-        if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-            what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-            raise EngineStateError(f"engine.backward needs a scalar loss, got {what}; reduce it first (loss.mean())")
-        if not loss.requires_grad:
-            raise EngineStateError(
-                "engine.backward: no parameter that requires grad leads to this loss; was it computed under "
-                "torch.no_grad, detached, or are all parameters frozen?"
-            )
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether this micro-step ends an accumulation window: its backward averages and its step updates."""
@@ -545,7 +544,11 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
 
     def _check_alive(self, what: str) -> None:
         if self._destroyed:
-            raise EngineStateError(f"engine.{what}() after engine.destroy()")
+            self._parts.lease.resume(what)
+            self._destroyed = False
+        refusal = self._parts.lease.refusal(what)
+        if refusal:
+            raise EngineStateError(f"engine.{what}(): {refusal}")
         if self._asleep is not None:
             raise EngineStateError(f"engine.{what}() after offload_states: call reload_states first")
         if self.optimizer is not None and self.optimizer.broken and what != "load_checkpoint":
@@ -556,20 +559,15 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
 
         Up to stage 2 the module keeps its trained values and works alone. At stage 3 its parameters stay sharded, as
         `zero.Init` would have left them: for `GatheredParameters`, `state_dict()` on all ranks, or another engine.
+        An engine that is used again goes on at stage 0, and raises at stages 1 to 3.
         """
         if self._destroyed:
             return
         self._saver.wait()
         self.reload_states()
         self._destroyed = True
-        if self._gathering is not None:
-            self._gathering.close()
-        self._schedule.close()
-        for values in self._parts.frozen:
-            values.close()
+        self._parts.lease.close()
         self._parts.offload.close()
-        if self._gathering is None:
-            self._parts.state_dicts.close()
         self._attached.close()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -10,7 +10,7 @@ import json
 import os
 import sys
 from argparse import ArgumentParser
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.device import pick_device
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
 from deepspeedlite.errors import ConfigError, OptimizerError, UnsupportedError
-from deepspeedlite.log import log_dist, log_once, logger
+from deepspeedlite.log import log_dist, log_once
 from deepspeedlite.memory.offload import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
@@ -38,12 +38,14 @@ from deepspeedlite.zero.agree import all_state, check_model, check_optimizer, lo
 from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
 from deepspeedlite.zero.hooks import ParameterSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
+from deepspeedlite.zero.lease import Lease, take_over
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.replica import Replica, groups_of
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.trace import GatherLimits
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
+from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
 from deepspeedlite.zero.values import FlatValues, make_whole, owner_of
 from deepspeedlite.zero.wrap import (
     FROZEN,
@@ -193,35 +195,34 @@ def _build_parts(
     precision = make_precision(settings)
     device = pick_device(comm.get_local_rank())
     device.make_current()
+    refuse_unusable(model, plan)
     check_model(model, group, replica)
-    if plan.shard_params:
-        _refuse_compiled(model)
     model.to(device.torch_device)
     precision.convert(model)
     base = _make_base_optimizer(settings, model, optimizer, model_parameters)
     if base is not None:
         check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
-    param_groups = [g["params"] for g in base.param_groups] if base is not None else [list(model.parameters())]
+    # An engine without an optimizer trains nothing: it has no gradients, and no hooks that wait for them.
+    param_groups = [g["params"] for g in base.param_groups] if base is not None else []
+    check_trains(model, base, param_groups)
     named = name_parameters(model, param_groups)
     check_optimizer(base, lr_scheduler, named, group, replica)
     trained = [entry for entry in named if entry.param.requires_grad]
-    _warn_left_out(model, {id(entry.param) for entry in trained}, base)
+    wanted = [entry.param for entry in trained]
+    left = take_over(model, wanted, trains=base is not None, shards=plan.shard_params, group=group)
+    if base is not None:
+        warn_left_out(model, [*(entry.param for entry in named), *left], param_groups)
     offload = make_offload(settings, Group())
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
     lodging = Lodging(offload.home, offload.grads if offload.takes_grads else None, run_numel)
-    schedule, sharded = _make_schedule(settings, plan, group, replica, model, trained, precision, lodging)
+    schedule, sharded = _make_schedule(settings, plan, group, replica, model, trained, left, (precision, lodging))
     scaler = make_loss_scaler(settings, precision)
-    wrapped = None
-    if base is not None:
-        wrapped = ShardedOptimizer(base, schedule, scaler, _step_settings(settings, precision, offload))
-        wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
-        positions = {id(param): position for group in param_groups for position, param in enumerate(group)}
-        wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
-        if plan.shard_params:
-            wrapped.parameter_offload = ParameterOffload(model)  # type: ignore[attr-defined]
+    step_settings = _step_settings(settings, precision, offload)
+    wrapped = None if base is None else _wrap(base, schedule, scaler, step_settings, model, named)
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
+    lease = Lease(schedule, *sharded, trains=base is not None, borrows=bool(left))
     return EngineParts(
         settings,
         batch,
@@ -234,10 +235,29 @@ def _build_parts(
         wrapped,
         scheduler,
         watch,
+        lease,
         *sharded,
         offload=offload,
         replica=replica,
     )
+
+
+def _wrap(
+    base: torch.optim.Optimizer,
+    schedule: GradientSchedule,
+    scaler: LossScaler,
+    settings: StepSettings,
+    model: torch.nn.Module,
+    named: Sequence[NamedParameter],
+) -> ShardedOptimizer:
+    """The step over the schedule's units, by the optimizer whose groups hold the named parameters."""
+    positions = {id(param): position for group in base.param_groups for position, param in enumerate(group["params"])}
+    wrapped = ShardedOptimizer(base, schedule, scaler, settings)
+    wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
+    wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
+    if schedule.plan.shard_params:
+        wrapped.parameter_offload = ParameterOffload(model)  # type: ignore[attr-defined]
+    return wrapped
 
 
 def _make_schedule(
@@ -247,13 +267,13 @@ def _make_schedule(
     replica: Replica,
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
-    precision: Precision,
-    lodging: Lodging,
+    left: Collection[torch.Tensor],
+    settled: tuple[Precision, Lodging],
 ) -> tuple[GradientSchedule, tuple[StateDicts, ParameterSchedule | None, list[FlatValues]]]:
     """The units; what gathers values for state dicts and for passes, and the sharded values that are not trained."""
-    zero = settings.zero_optimization
+    zero, (precision, lodging) = settings.zero_optimization, settled
     mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
-    buckets, frozen = _make_buckets(zero, plan, model, trained)
+    buckets, frozen = _make_buckets(zero, plan, model, trained, left)
     policy = ReducePolicy(
         group,
         prescale_gradients=settings.prescale_gradients,
@@ -275,7 +295,7 @@ def _make_schedule(
     frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
     gathered = {*schedule.units, *frozen_values}
-    make_whole(param for param in model.parameters() if owner_of(param) not in gathered)  # sharded by others
+    make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
     if plan.shard_params:
         describe_whole(model.parameters())
@@ -298,17 +318,12 @@ def _step_settings(settings: DeepSpeedConfig, precision: Precision, offload: Off
     )
 
 
-def _refuse_compiled(model: torch.nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module._compiled_call_impl is not None or hasattr(module, "_orig_mod"):
-            raise UnsupportedError(
-                f"{name or 'the model'} is compiled by torch.compile, and at stage 3 its parameters come and go in "
-                "hooks that a compiled graph does not keep; pass the module that was compiled, or use stage 0, 1 or 2"
-            )
-
-
 def _make_buckets(
-    zero: ZeroOptimization, plan: ShardingPlan, model: torch.nn.Module, trained: Sequence[NamedParameter]
+    zero: ZeroOptimization,
+    plan: ShardingPlan,
+    model: torch.nn.Module,
+    trained: Sequence[NamedParameter],
+    left: Collection[torch.Tensor],
 ) -> tuple[list[tuple[list[NamedParameter], bool]], list[list[NamedParameter]]]:
     """The parameters of each unit in launch order with whether its values are sharded; those of each frozen one."""
     if not plan.shard_params:
@@ -318,7 +333,7 @@ def _make_buckets(
         buckets = [(bucket, False) for bucket in reverse_buckets(rest, zero.reduce_bucket_size)]
         # Alike on every stage that has a copy, so that the copies' gradients can be added up.
         return buckets + [(bucket, False) for entries in apart for bucket in reverse_buckets(entries, sys.maxsize)], []
-    everyone = [*trained, *frozen_parameters(model, trained)]
+    everyone = [*trained, *(entry for entry in frozen_parameters(model, trained) if entry.param not in left)]
     held = {id(param) for param in model.parameters()}
     persistent, sharded = split_persistent(
         everyone, held, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
@@ -422,17 +437,6 @@ def _make_scheduler(settings: DeepSpeedConfig, base: torch.optim.Optimizer | Non
     return build_scheduler(section.type, section.params, base)
 
 
-def _warn_left_out(model: torch.nn.Module, trained: set[int], base: torch.optim.Optimizer | None) -> None:
-    left_out = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in trained]
-    if left_out and base is not None:
-        shown = ", ".join(left_out[:5]) + (f" and {len(left_out) - 5} more" if len(left_out) > 5 else "")
-        logger.warning(
-            "%d parameters require grad but belong to no optimizer group; they are not trained: %s",
-            len(left_out),
-            shown,
-        )
-
-
 @torch.no_grad()
 def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
     """Give every rank rank 0's buffers, and those parameters that lie in no flat values, which have seen to theirs."""
@@ -450,8 +454,9 @@ def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
     ranks = " x ".join(str(size) for size in (parts.replica.group.size, parts.group.size) if size > 1) or "1"
     dtype = parts.precision.model_dtype or parts.precision.autocast_dtype or torch.float32
     optimizer = type(parts.optimizer.optimizer).__name__ if parts.optimizer is not None else "no optimizer"
+    work = f"training {trained_numel / 1e6:.2f} M parameters" if parts.optimizer is not None else "computing"
     log_dist(
-        f"training {trained_numel / 1e6:.2f} M parameters in {str(dtype).removeprefix('torch.')} on "
+        f"{work} in {str(dtype).removeprefix('torch.')} on "
         f"{ranks} x {parts.device.name}, ZeRO stage {parts.plan.stage}, {optimizer}, "
         f"batch {parts.batch.train} = {parts.batch.micro} x {parts.batch.accumulation} x {parts.group.size}"
         + (f", {parts.offload}" if str(parts.offload) else "")

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.config.sections.precision import name_pattern
-from deepspeedlite.errors import LossScaleError, UnsupportedError
+from deepspeedlite.errors import EngineStateError, LossScaleError, UnsupportedError
 from deepspeedlite.zero.values import owner_of
 
 DTYPES: dict[str, torch.dtype] = {
@@ -179,3 +179,24 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(cast_floating(item, dtype) for item in value)
     return value
+
+
+def widen(loss: torch.Tensor) -> torch.Tensor:
+    """The loss in a dtype that a loss scale does not push out of range."""
+    return loss.float() if loss.dtype.itemsize < 4 else loss
+
+
+def check_loss(loss: torch.Tensor) -> None:
+    """Raise for what no backward pass can start from.
+
+    Raises:
+        EngineStateError: it is not a scalar, or nothing that requires grad leads to it.
+    """
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise EngineStateError(f"engine.backward needs a scalar loss, got {what}; reduce it first (loss.mean())")
+    if not loss.requires_grad:
+        raise EngineStateError(
+            "engine.backward: no parameter that requires grad leads to this loss; was it computed under "
+            "torch.no_grad, detached, or are all parameters frozen?"
+        )

@@ -633,12 +633,14 @@ def test_initialize_refuses_what_cannot_be_right():
 
 
 @distributed(world_size=1)
-def test_an_engine_without_optimizer_averages_but_cannot_step():
+def test_an_engine_without_optimizer_does_not_train():
     engine = make(linear(), optimizer=None)
-    engine.backward(engine(torch.ones(1, 3)).sum())
-    assert torch.allclose(engine.module.weight.grad, torch.ones(2, 3))
-    with pytest.raises(EngineStateError, match="needs an optimizer"):
-        engine.step()
+    loss = engine(torch.ones(1, 3)).sum()
+    for call in (lambda: engine.backward(loss), engine.step):
+        with pytest.raises(EngineStateError, match="needs an optimizer"):
+            call()
+    loss.backward()
+    assert torch.allclose(engine.module.weight.grad, torch.ones(2, 3)), "torch's own, of this rank alone"
 
 
 @distributed(world_size=1)

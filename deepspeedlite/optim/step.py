@@ -23,13 +23,14 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
-from deepspeedlite.log import log_dist, logger
+from deepspeedlite.log import log_dist, log_once, logger
 from deepspeedlite.memory.offload import Offload
 from deepspeedlite.memory.parcel import MASTER, STATE, VALUES, Parcel
 from deepspeedlite.memory.placement import Tier
 from deepspeedlite.memory.ring import run_through
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
+from deepspeedlite.optim.registry import accepted_parameters
 from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.layout import Run
@@ -116,6 +117,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._settings = settings
         self._norm: float | None = None
         self._norm_is_current = False
+        self.stepped_alone = False  # since the last backward pass, by `step`
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
         self._has_told_wear = self._has_told_skip = False
@@ -212,16 +214,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
         segments = unit.layout.segments(run)
         states = [self.optimizer.state.get(owners[segment.slot.name], {}) for segment in segments]
         joined: dict[str, Any] = {}
+        if any(
+            isinstance(value, torch.Tensor) and value.shape == (0,) != segment.slot.shape
+            for state, segment in zip(states, segments)
+            for value in state.values()
+        ):
+            self.optimizer.state[master] = self._fresh_state(run, master)
+            return
         for key in states[0] if states else ():
             parts = [state.get(key) for state in states]
-            if any(
-                isinstance(part, torch.Tensor) and part.shape == (0,) != s.slot.shape
-                for part, s in zip(parts, segments)
-            ):
-                raise OptimizerError(
-                    f"{type(self.optimizer).__name__} makes its state {key!r} for the parameters it is given, and "
-                    f"{segments[0].slot.name} was sharded by zero.Init before; build the model without zero.Init"
-                )
             per_element = all(
                 key != "step" and isinstance(part, torch.Tensor) and part.shape == segment.slot.shape
                 for part, segment in zip(parts, segments)
@@ -240,6 +241,27 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 )
         if joined:
             self.optimizer.state[master] = joined
+
+    def _fresh_state(self, run: Run, master: torch.Tensor) -> dict[str, Any]:
+        """What the optimizer would hold, had it been built over the run.
+
+        Parameters that `zero.Init` has sharded are empty to an optimizer that makes its state at once.
+        """
+        cls, group = type(self.optimizer), self.optimizer.param_groups[run.group]
+        accepted = accepted_parameters(cls, leading=1)
+        options = {
+            key: value
+            for key, value in {**self.optimizer.defaults, **group}.items()
+            if key in accepted and key != "params"
+        }
+        try:
+            return dict(cls([master], **options).state[master])
+        except (TypeError, ValueError, RuntimeError, KeyError) as error:
+            raise OptimizerError(
+                f"{cls.__name__} makes its state for the parameters that it is given, zero.Init had sharded them "
+                f"before, and it cannot be built again from its defaults ({error}); build the model without zero.Init, "
+                "or name the optimizer in the configuration"
+            ) from error
 
     @torch.no_grad()
     def _master_arena(self, unit: ShardUnit) -> torch.Tensor | None:
@@ -280,15 +302,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # --- the step -------------------------------------------------------------------------------------------------
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """A step in place of `engine.step()`, whatever the accumulation; the engine's counts and schedule stay.
+
+        Beside `engine.step()` it is a mistake: after it, it finds no gradients and does nothing, which is said once;
+        before it, `engine.step()` raises.
+
+        Raises:
+            EngineStateError: there was no backward pass at all.
+            UnsupportedError: there is a closure.
+        """
+        if closure is not None:
+            raise UnsupportedError("step(closure) would run the backward pass inside the step; call backward first")
+        if self._schedule.has_grads:
+            self.take_step()
+            self.stepped_alone = True
+        elif self._norm_is_current:
+            said = "optimizer.step() does nothing after engine.step(), which has taken the step: leave it out"
+            log_once(said, logging.WARNING)
+        else:
+            raise EngineStateError("optimizer.step(): no backward pass has brought gradients; call engine.backward")
+
+    @torch.no_grad()
+    def take_step(self) -> None:
         """Update the parameters from the averaged gradients; skip and set `overflow` if they are not finite.
 
         Raises:
             LossScaleError: fp16 overflow at the smallest loss scale, naming the parameters that overflowed.
         """
-        if closure is not None:
-            raise UnsupportedError("step(closure) would run the backward pass inside the step; call backward first")
         self._schedule.finish()
         for unit in self._schedule.units:
             unit.verify_attached()

@@ -22,11 +22,12 @@ import torch
 from deepspeedlite.comm import Group
 from deepspeedlite.compat.helpers import move_to_device
 from deepspeedlite.data import RepeatingLoader
-from deepspeedlite.engine import DeepSpeedEngine, EngineParts, widen
+from deepspeedlite.engine import DeepSpeedEngine, EngineParts
 from deepspeedlite.errors import DistributedError, PipelineError
 from deepspeedlite.pipe.channel import Mail
 from deepspeedlite.pipe.fault import Faults, scalar
 from deepspeedlite.pipe.module import PipelineModule
+from deepspeedlite.precision import check_loss, widen
 
 _READY, _EXHAUSTED, _FAILED = 0, 1, 2
 
@@ -294,7 +295,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _differentiate(self, result: Any, grads: list[torch.Tensor] | None) -> None:
         if grads is None:
-            self._check_loss(result)
+            check_loss(result)
             self._run_backward([widen(result) * (self._scaler.scale / self._batch.accumulation)], None)
         else:
             self._run_backward([tensor for tensor in _tensors(result) if tensor.requires_grad], grads)

@@ -172,8 +172,6 @@ def _readable(param: torch.Tensor) -> _Place | None:
         return _Place(param, unit, unit.stepper)
     if isinstance(param, torch.nn.Parameter) and not param.requires_grad:
         return None
-    if isinstance(unit, ShardUnit):
-        raise EngineStateError(f"the engine of parameter {unit.slot_of(param).name} has no optimizer")
     raise EngineStateError(
         f"no engine trains this {type(param).__name__} of shape {tuple(full_shape(param))}: pass a parameter of a "
         "model given to deepspeedlite.initialize, which its optimizer updates, before engine.destroy()"

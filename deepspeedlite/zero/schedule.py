@@ -151,7 +151,11 @@ class GradientSchedule:
                 self._launch_next()
             self._wait()
         for unit in self.units:
-            unit.end_backward()
+            try:
+                unit.end_backward()
+            except RuntimeError:  # torch takes no gradient of another dtype
+                unit.verify_attached()
+                raise
 
     def finish(self) -> None:
         """Before a step: make every unit hold the average, also on a rank that ran no backward pass."""

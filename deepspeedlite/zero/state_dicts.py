@@ -52,7 +52,8 @@ class StateDicts:
         self._copies: dict[tuple[Any, ...], torch.Tensor] = {}  # in it, by what they are copies of: tied ones are one
         self._alone = ""  # why the calls under way have no values on this rank; empty if they have
         self._handles: list[Any] = []
-        self._modules = list(root.modules())
+        # torch.jit's take no hooks: what they hold is read and written with the module that has them.
+        self._modules = [module for module in root.modules() if not isinstance(module, torch.jit.ScriptModule)]
         sharded = any(owner.sharded for owner in owners_of(root.parameters()))
         for module in self._modules:
             copy_plainly(module)
@@ -176,6 +177,10 @@ class StateDicts:
                 if not owner.sharded:
                     owner.on_new_values()
         self._leave(module)
+
+    def again(self) -> StateDicts:
+        """The hooks of the same module, after `close`."""
+        return StateDicts(self._modules[0], self._leaves)
 
     def close(self) -> None:
         """Remove the hooks."""

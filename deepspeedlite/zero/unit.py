@@ -54,7 +54,7 @@ from deepspeedlite.memory.parcel import Parcel
 from deepspeedlite.zero.layout import Run, Slot
 from deepspeedlite.zero.norm import norm_dtype, norms_of
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.values import FlatValues
+from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 
@@ -186,11 +186,7 @@ class ShardUnit(FlatValues):
         self._prescaled = False
         self._in_pass = False
         self._launched = False
-        self._hooks = [
-            param.register_post_accumulate_grad_hook(_weak_hook(self._arrived, index))
-            for index, param in enumerate(self.params)
-            if param.requires_grad
-        ]
+        self._hooks = self._hooked()
 
     # --- gradients' memory ----------------------------------------------------------------------------------------
 
@@ -537,12 +533,42 @@ class ShardUnit(FlatValues):
             if not bool(torch.isfinite(grads[segment.start : segment.stop]).all())
         ]
 
-    def close(self) -> None:
-        """Remove the hooks, and forget the optimizer. See `FlatValues.close` for what becomes of the values."""
+    def _hooked(self) -> list[Any]:
+        return [
+            param.register_post_accumulate_grad_hook(_weak_hook(self._arrived, index))
+            for index, param in enumerate(self.params)
+            if param.requires_grad
+        ]
+
+    def detach(self) -> None:
+        """Forget the gradients, and the optimizer of values that outlast the engine."""
         self.clear()
+        self.unhook()
+        if self.sharded:  # the module keeps it alive, and must not keep the optimizer
+            self.stepper, self.masters, self.parcels = None, (), ()
+
+    def unhook(self) -> None:
+        """Leave gradients to come to the parameters."""
         for hook in self._hooks:
             hook.remove()
-        self.stepper, self.masters, self.parcels = None, (), ()
+        self._hooks = []
+
+    def attach(self) -> None:
+        """Take gradients again after `close`, where the values are not sharded.
+
+        Raises:
+            EngineStateError: another engine has the parameters, or their memory was replaced.
+        """
+        for slot, param in self.slots:
+            if owner_of(param) not in (None, self):
+                raise EngineStateError(f"parameter {slot.name} is another engine's by now: use that one")
+        self.verify_attached()
+        self.own()
+        self._hooks = self._hooked()
+
+    def close(self) -> None:
+        """Remove the hooks, and forget the optimizer. See `FlatValues.close` for what becomes of the values."""
+        self.detach()
         super().close()
 
 

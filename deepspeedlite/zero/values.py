@@ -127,6 +127,8 @@ class FlatValues:
         self.holds = 0
         self.writes = 0
         """How often all ranks were given new values from outside the optimizer."""
+        # What the engine that has the values keeps on its module (a `Lease`); None of those that `zero.Init` has made.
+        self.lease: Any = None
         # Called when values were written from outside the optimizer, which may keep copies of them.
         self.on_new_values: Callable[[], None] = lambda: None
         # Called with the elements that come to life (less than zero: are released) where values are sharded.
@@ -169,8 +171,8 @@ class FlatValues:
         self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
         for owner in former:
             owner.forget(self.params)
+        self.own()
         for slot, param in self.slots:
-            _OWNERS[param] = weakref.ref(self)
             if sharded:
                 _describe(param, slot, self)
             elif hasattr(param, "ds_id"):
@@ -179,6 +181,11 @@ class FlatValues:
             self._drop()
         else:
             self._show()
+
+    def own(self) -> None:
+        """Be the parameters' owner."""
+        for param in self.params:
+            _OWNERS[param] = weakref.ref(self)
 
     def _kept_apart(self, own: torch.Tensor) -> torch.Tensor:
         if own.nbytes < _WORTH_LENDING_NBYTES:
@@ -194,6 +201,8 @@ class FlatValues:
         self._slot_of = {id(param): slot for slot, param in self.slots}
         self._views = [self._views[index] for index in kept]
         self.let_go()
+        if not self.params and self.sharded:
+            self.shard = self._placeholder  # an engine that is kept for its module must not keep a second copy of it
 
     def slot_of(self, param: torch.Tensor) -> Slot:
         """The parameter's place in the layout."""
@@ -236,6 +245,8 @@ class FlatValues:
         """Start making the values whole; nothing happens where they are, or are on the way."""
         if self.state is not ValueState.SHARDED:
             return
+        if self.params and self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
+            raise self._detached(self.slots[0][0], self.params[0], self._placeholder)
         self.values.untyped_storage().resize_(self._nbytes)
         if self.home is not None:
             self.home.open()
@@ -350,12 +361,20 @@ class FlatValues:
         """
         for (slot, param), view in zip(self.slots, self._views):
             expected = self._placeholder if self.state is not ValueState.WHOLE else view
-            if param.data_ptr() != expected.data_ptr() or param.shape != expected.shape:
-                raise EngineStateError(
-                    f"parameter {slot.name} was given new memory after deepspeedlite.initialize (by .to(), .data = , "
-                    "load_state_dict(assign=True) or flatten_parameters()); its optimizer no longer sees it. Move or "
-                    "convert the model before initialize, and copy values in place afterwards"
-                )
+            if (
+                param.data_ptr() != expected.data_ptr()
+                or param.shape != expected.shape
+                or param.dtype is not expected.dtype
+            ):
+                raise self._detached(slot, param, expected)
+
+    @staticmethod
+    def _detached(slot: Slot, param: torch.Tensor, expected: torch.Tensor) -> EngineStateError:
+        return EngineStateError(
+            f"parameter {slot.name} {_what_was_done(param, expected)} after deepspeedlite.initialize, and its "
+            "optimizer no longer sees it: move and convert the model before initialize (the configuration's "
+            "bf16 and fp16 sections convert it too), and copy values in place afterwards"
+        )
 
     def close(self) -> None:
         """The engine is over. Whole parameters are given back; sharded ones stay so, as `zero.Init` would leave them.
@@ -389,6 +408,19 @@ def _name_if_empty(param: torch.Tensor) -> str:
     """The full name of a parameter whose values are sharded, and not here at the moment."""
     owner = owner_of(param)
     return "" if owner is None or owner.state is ValueState.WHOLE else owner.slot_of(param).name
+
+
+def _what_was_done(param: torch.Tensor, expected: torch.Tensor) -> str:
+    if param.dtype is not expected.dtype:
+        name = str(param.dtype).removeprefix("torch.")
+        return (
+            f"was converted from {str(expected.dtype).removeprefix('torch.')} to {name} (.to(), .half(), .float(), ...)"
+        )
+    if param.device != expected.device:
+        return f"was moved from {expected.device} to {param.device} (.to(), .cuda() or .cpu())"
+    if param.shape != expected.shape:
+        return f"was given the shape {tuple(param.shape)} in place of {tuple(expected.shape)} (.data = ...)"
+    return "was given new memory (by .data = ..., load_state_dict(assign=True) or flatten_parameters())"
 
 
 def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
