@@ -298,7 +298,7 @@ def _make_schedule(
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
     if plan.shard_params:
-        describe_whole(model.parameters())
+        describe_whole(model.parameters(), group)
     leaves = get_z3_leaf_modules(model)
     dicts = StateDicts(model, leaves)
     parameters = ParameterSchedule(model, sharded, leaves, _gather_limits(zero), state_dicts=dicts) if sharded else None

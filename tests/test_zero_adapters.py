@@ -350,3 +350,38 @@ def test_what_is_attached_elsewhere_costs_nothing_and_is_not_looked_for():
     second, *_ = deepspeedlite.initialize(model=net(), config=config(0))
     second.destroy()
     assert dict(nn.modules.module._global_module_registration_hooks) == before
+
+
+# --- values given inside GatheredParameters -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("threshold", [0, 100])
+@distributed(world_size=2)
+def test_values_that_the_modifier_replaces_by_other_memory(threshold):
+    """As adapters do that take a part of the weight's own away (PiSSA); also of what is frozen and small."""
+    model = net(frozen_with_adapters, zero.Init(config_dict_or_path=config(3)))
+    weights = [model.first.base.weight, model.norm.weight, model.first.base.bias]
+
+    def halve() -> None:
+        with zero.GatheredParameters(weights, modifier_rank=1):
+            if dist.get_rank() == 1:
+                weights[0].data = weights[0].data.t().clone().t() * 0.5
+                weights[1].data = weights[1].data / 2
+                weights[2].data.mul_(0.5)
+
+    halve()
+    engine, *_ = deepspeedlite.initialize(model=model, config=config(3, threshold))
+    halve()
+    with zero.GatheredParameters(weights):
+        plain = net(frozen_with_adapters)
+        for ours, theirs in zip(weights, [plain.first.base.weight, plain.norm.weight, plain.first.base.bias]):
+            theirs.data.mul_(0.25)
+            assert torch.equal(ours, theirs)
+    beside = Beside(engine, plain)
+    beside.step()
+    beside.step()
+    beside.check()
+    refused = pytest.raises(EngineStateError, match=r"first.base.weight of shape \(16, 16\).*keep their shape")
+    with refused, zero.GatheredParameters(weights[0], modifier_rank=0):
+        weights[0].data = torch.zeros(3)
+    engine.destroy()

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.comm import Group
 from deepspeedlite.zero.values import describe_as_whole
 
 
@@ -49,8 +50,8 @@ class _Coordinator:
         pass
 
 
-def describe_whole(parameters: Iterable[torch.Tensor]) -> None:
+def describe_whole(parameters: Iterable[torch.Tensor], group: Group) -> None:
     """Give parameters that are not sharded at stage 3 what the sharded ones have: clients ask all of them alike."""
     for param in parameters:
         if not hasattr(param, "ds_id"):
-            describe_as_whole(param)
+            describe_as_whole(param, group)

@@ -58,6 +58,7 @@ class GatheredParameters:
         self._given = _listed(params) if enabled else []
         self._modifier = modifier_rank
         self._held: list[FlatValues] = []
+        self._plain: list[torch.Tensor] = []  # of stage 3, but whole all the time, and nobody's
         self._readings: list[_Reading] = []
         if fwd_module is not None:
             for param in self._given:
@@ -70,6 +71,10 @@ class GatheredParameters:
         ours = [(param, owner) for param, owner in pairs if owner is not None and _is_of_stage_3(param)]
         ours.sort(key=lambda pair: pair[0].ds_id)  # type: ignore[attr-defined]  # clients pass sets of parameters
         owners = list(dict.fromkeys(owner for _, owner in ours))
+        self._plain = sorted(
+            (param for param, owner in pairs if owner is None and _is_of_stage_3(param)),
+            key=lambda param: int(param.ds_id),  # type: ignore[attr-defined]
+        )
         self._check_modifier(owners)
         try:
             for owner in owners:
@@ -112,10 +117,18 @@ class GatheredParameters:
     @torch.no_grad()
     def _spread(self) -> None:
         """The modifier's values, to all."""
+        for owner in self._held:
+            owner.take_replaced()
         for reading in self._readings:
             group = reading.owner.group
             if reading.param.numel():
                 group.broadcast(reading.param.data, src=group.ranks.index(self._modifier or 0))
+        for param in self._plain:
+            group = param.ds_process_group  # type: ignore[attr-defined]
+            if param.numel() and self._modifier in group.ranks:
+                values = param.data.contiguous()
+                group.broadcast(values, src=group.ranks.index(self._modifier))
+                param.data.copy_(values)
         for owner in self._held:
             owner.keep_changes()
 

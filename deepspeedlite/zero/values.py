@@ -176,7 +176,7 @@ class FlatValues:
             if sharded:
                 _describe(param, slot, self)
             elif hasattr(param, "ds_id"):
-                describe_as_whole(param)
+                describe_as_whole(param, self.group)
         if sharded:
             self._drop()
         else:
@@ -349,6 +349,23 @@ class FlatValues:
             self._views[index] = _in_storage_of_its_own(self.values[slot.start : slot.stop].view(slot.shape))
         self._show()
 
+    @torch.no_grad()
+    def take_replaced(self) -> None:
+        """The parameters, whole now, may have been given new memory (`.data =`): take the values from it.
+
+        Raises:
+            EngineStateError: they are of another shape.
+        """
+        for (slot, param), view in zip(self.slots, self._views):
+            if param.shape != view.shape:
+                raise EngineStateError(
+                    f"parameter {slot.name} of shape {slot.shape} was given a tensor of shape {tuple(param.shape)} in "
+                    "GatheredParameters; sharded parameters keep their shape: assign a new Parameter to the module"
+                )
+            if param.data_ptr() != view.data_ptr():
+                view.copy_(param.data)
+                param.data = view
+
     def is_attached(self) -> bool:
         """Whether the parameters, whole now, still have the buffer's memory."""
         return all(p.data_ptr() == v.data_ptr() and p.shape == v.shape for p, v in zip(self.params, self._views))
@@ -435,8 +452,9 @@ def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
 
 
-def describe_as_whole(param: torch.Tensor) -> None:
-    """The same of a parameter that is not sharded, or no longer."""
+def describe_as_whole(param: torch.Tensor, group: Group) -> None:
+    """The same of a parameter that is not sharded, or no longer; `group` are the ranks that hold it alike."""
+    param.ds_process_group = group  # type: ignore[attr-defined]
     if not hasattr(param, "ds_id"):
         param.ds_id = next(_IDS)  # type: ignore[attr-defined]
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
@@ -460,7 +478,7 @@ def make_whole(params: Iterable[torch.Tensor]) -> None:
         for param in mine:
             param.data = param.data.clone()
             del _OWNERS[param]
-            describe_as_whole(param)
+            describe_as_whole(param, owner.group)
         owner.forget(mine)
 
 
