@@ -321,6 +321,56 @@ def test_a_rank_that_ends_by_a_signal_gives_128_plus_it(script: Script) -> None:
 
 
 @pytest.mark.slow
+def test_a_rank_that_ends_well_before_others_is_named(script: Script) -> None:
+    """Within seconds, once, and again if the others fail for it; not where all end at about the same time."""
+    path = script(
+        """
+        if os.environ["RANK"] == "1":
+            sys.exit(0)
+        time.sleep(7 if "late" in sys.argv else 0.5)
+        sys.exit(3 if "late" in sys.argv else 0)
+        """
+    )
+    done = launch("--num_gpus", 3, path, "late")
+    text = done.stderr.decode()
+    said = r"rank 1 has ended with exit code 0, [\d.]+ s after the start, and ranks 0, 2 still run\n"
+    assert done.returncode == 3 and len(re.findall(said, text)) == 1, text
+    assert text.index("still run") < text.index("FAILED") and "ended before it, with exit code 0: rank 1\n" in text, (
+        text
+    )
+    done = launch("--num_gpus", 3, path)
+    assert done.returncode == 0 and "still run" not in done.stderr.decode()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("call", "gone"), [("all_reduce(torch.ones(1 << 20))", 1), ("barrier()", 0), ("save_checkpoint()", 1)]
+)
+def test_ranks_that_wait_for_one_that_has_left_fail_soon(script: Script, call: str, gone: int) -> None:
+    """Not after the ten minutes of the time limit, and with its number; also where it was the one with the store."""
+    path = script(
+        f"""
+        import torch
+        from deepspeedlite import comm
+        from deepspeedlite.checkpoint.together import Ranks
+        comm.init_distributed()
+        comm.save_checkpoint = lambda ranks=Ranks(): ranks.meet("save_checkpoint")
+        for step in range(3):
+            if step == 2 and comm.get_rank() == {gone}:
+                sys.exit(0)
+            comm.{call}
+        """
+    )
+    started_s = time.monotonic()
+    done = launch("--num_gpus", 2, path, timeout=60)
+    text = done.stderr.decode()
+    assert done.returncode == 1 and time.monotonic() - started_s < 40, text
+    said = rf"rank {gone} has ended|ranks \[{gone}\] did not call it \(of these, \[{gone}\] have ended\)"
+    assert re.search(rf"(Distributed|Checkpoint)Error: [^$]*({said})", text) or gone == 0, text
+    assert f"ended before it, with exit code 0: rank {gone}\n" in text, text
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("slow_exit", [False, True])
 def test_a_rank_that_lost_its_peer_is_not_blamed(script: Script, tmp_path: Path, slow_exit: bool) -> None:
     """Rank 1 fails; rank 0, blocked on a socket to it, dies of that, and may even exit first."""

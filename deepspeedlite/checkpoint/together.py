@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import pickle
+import time
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
@@ -15,10 +16,13 @@ import torch.distributed as dist
 from deepspeedlite import comm
 from deepspeedlite.checkpoint.tensors import bytes_of
 from deepspeedlite.comm import Group, whereabouts
+from deepspeedlite.comm.lookout import condition
 from deepspeedlite.errors import CheckpointError
 from deepspeedlite.log import logger
 
 _T = TypeVar("_T")
+_PROMPT = timedelta(seconds=1)  # within which the others usually come
+_POLL_S = 0.2
 _PATIENCE = timedelta(seconds=30)  # before a warning tells which ranks do not come
 # How often the ranks of a process group have met; every engine's meetings count, in the order in which they are called.
 _MEETINGS: MutableMapping[Any, int] = weakref.WeakKeyDictionary()
@@ -70,33 +74,31 @@ class Ranks:
 
     def _wait_for_all(self, store: Any, what: str, limit: timedelta) -> None:
         everyone = [str(rank) for rank in range(self.size)]
-        try:
-            with contextlib.suppress(RuntimeError):
-                store.wait(everyone, min(limit, _PATIENCE))
-                return
-            logger.warning(
-                "%s has waited %g s for ranks %s; every rank must call it: take it out of any `if rank == 0`",
-                *(what, min(limit, _PATIENCE).total_seconds(), self._missing(store)),
-            )
-            store.wait(everyone, max(limit - _PATIENCE, timedelta(milliseconds=1)))
-        except RuntimeError as error:
-            missing = self._missing(store)
-            store.delete_key(str(self.rank))
-            raise CheckpointError(
-                f"{what} must be called by every rank, and ranks {missing} did not call it within "
-                f"{limit.total_seconds():g} s; take the call out of `if rank == 0` (a rank that died shows above)"
-            ) from error
+        started_s, warn_s, limit_s = time.monotonic(), _PATIENCE.total_seconds(), limit.total_seconds()
+        with contextlib.suppress(RuntimeError):
+            store.wait(everyone, min(limit, _PROMPT, _PATIENCE))
+            return
+        while not store.check(everyone):
+            waited_s = time.monotonic() - started_s
+            ended = [rank for rank in range(self.size) if condition(rank) == "has ended"]
+            if waited_s >= limit_s or not store.check([str(rank) for rank in ended]):
+                missing = self._missing(store)
+                store.delete_key(str(self.rank))
+                why = f"of these, {gone} have ended" if (gone := sorted({*ended} & {*missing})) else f"in {limit_s:g} s"
+                raise CheckpointError(
+                    f"{what} must be called by every rank, and ranks {missing} did not call it ({why}); take the call "
+                    "out of `if rank == 0` (a rank that died shows above)"
+                )
+            if waited_s >= warn_s:
+                logger.warning(
+                    "%s has waited %g s for ranks %s; every rank must call it: take it out of any `if rank == 0`",
+                    *(what, warn_s, self._missing(store)),
+                )
+                warn_s = limit_s
+            time.sleep(_POLL_S)
 
     def _missing(self, store: Any) -> list[int]:
-        return [rank for rank in range(self.size) if not self._has_come(store, rank)]
-
-    @staticmethod
-    def _has_come(store: Any, rank: int) -> bool:
-        try:
-            store.wait([str(rank)], timedelta(milliseconds=10))
-        except RuntimeError:
-            return False
-        return True
+        return [rank for rank in range(self.size) if not store.check([str(rank)])]
 
     def each(self, what: str, action: Callable[[], _T]) -> list[_T]:
         """Do `action` on every rank; rank 0 gets all results, the others none.

@@ -28,6 +28,7 @@ _LEFT = b"left"
 _SILENT_ROUNDS = 3  # without a new word, and an answer is no longer taken for where a rank is now
 _FAREWELL_S = 0.5
 _ALL_KNOWN = 64
+_FIRST_ROUND_S = 0.5  # after which all ranks have said which processes they are
 
 
 class Wait(NamedTuple):
@@ -137,7 +138,9 @@ class Desk(threading.Thread):
         """Until `leave` or `end`."""
         with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
             self._store = self._store.clone()  # type: ignore[attr-defined]  # stubs lack it
-        while not self._over.wait(self._period_s):
+        pause_s = min(self._period_s, _FIRST_ROUND_S)
+        while not self._over.wait(pause_s):
+            pause_s = self._period_s
             with contextlib.suppress(RuntimeError):
                 self._round()
                 self.heard_s = time.monotonic()

@@ -99,11 +99,12 @@ def _explained(wait: Wait, error: Exception) -> DistributedError:
 def _explain(what: str, ranks: Sequence[int], reason: str) -> str:
     me = dist.get_rank()
     notes = {me: f"waits in {what}"}
-    with contextlib.suppress(RuntimeError):
-        store = _notes()
-        store.set(str(me), notes[me])
-        late_at = time.monotonic() + _OTHERS_SPEAK_S
-        notes.update({rank: _note(store, rank, late_at) for rank in ranks if rank != me})
+    if "stopped" not in condition(0):  # the store, which it hosts as a rule, would not answer
+        with contextlib.suppress(RuntimeError):
+            store = _notes()
+            store.set(str(me), notes[me])
+            late_at = time.monotonic() + _OTHERS_SPEAK_S
+            notes.update({rank: _note(store, rank, late_at) for rank in ranks if rank != me})
     silent = "has not said where it is: it has ended, or is busy elsewhere"
     notes = {rank: notes.get(rank) or seen(rank) or silent for rank in sorted({me, *ranks})}
     lines = "\n".join(f"  rank {rank} {note}" for rank, note in notes.items())

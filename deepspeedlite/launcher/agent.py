@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 
 from deepspeedlite.errors import LaunchError
 from deepspeedlite.launcher import guard, wire
+from deepspeedlite.launcher.early import EarlyEnds
 from deepspeedlite.launcher.ears import ENDING, PASSED_ON, Ears
 from deepspeedlite.launcher.job import Job, RankCommand
 from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, open_channel, set_window_size
@@ -224,8 +225,12 @@ class Agent:
         return [rank.pid for rank in self._running()]
 
     def _supervise(self) -> None:
+        early, timeout_s = EarlyEnds("rank", self._outcome.started_s), None
         while self._running():
-            self._wait(None)
+            self._wait(timeout_s)
+            ended = {str(rank.command.rank): rank.ended_s for rank in self._ranks if rank.status == 0}
+            running = [str(rank.command.rank) for rank in self._running()]
+            timeout_s = 1.0 if early.look(ended, running, time.monotonic()) else None
             failed = any(rank.status for rank in self._ranks)
             if (failed or self._is_ordered_to_end) and self._outcome.interrupted_by is None:
                 self._settle()
@@ -273,6 +278,7 @@ class Agent:
                         rank.tail.text,
                         rank.log.path if rank.log else None,
                         self._job.host,
+                        left=[r.command.rank for r in self._ranks if r.status == 0 and r.ended_s < rank.ended_s],
                     )
                 )
         return failures

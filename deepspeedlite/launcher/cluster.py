@@ -29,6 +29,7 @@ from deepspeedlite.errors import LaunchError
 from deepspeedlite.launcher import guard, wire
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Outcome
 from deepspeedlite.launcher.backends import Launch
+from deepspeedlite.launcher.early import EarlyEnds
 from deepspeedlite.launcher.ears import ENDING, PASSED_ON, Ears
 from deepspeedlite.launcher.job import Place, Work
 from deepspeedlite.launcher.output import Screen
@@ -350,8 +351,13 @@ class Cluster:
             assert node.link is not None
             job = {"work": asdict(work), "place": _plain(place)}
             node.link.send(wire.JOB, {**job, "terminals": terminals, "colour": self._screen.has_colour})
+        early, ended_s = EarlyEnds("machine", outcome.started_s), dict[str, float]()
         while any(node.is_working for node in self.nodes) and not self._is_over():
             self._turn()
+            for node in self.nodes:
+                if node.outcome is not None:
+                    ended_s.setdefault(node.found.host, time.monotonic())
+            early.look(ended_s, [node.found.host for node in self.nodes if node.is_working], time.monotonic())
         if self.interrupted_by is not None:
             self._finish(SIGNAL_GRACE_S + _KILL_S)
         elif self._is_over():

@@ -74,6 +74,7 @@ class Failure:
     log_path: str | None = None
     host: str = ""  # "" where there is one machine
     lost: str = ""  # why, if it is not a rank but its whole node that failed
+    left: Sequence[int] = ()  # ranks of its machine that had ended well before it
 
     @property
     def failed_s(self) -> float:
@@ -148,7 +149,9 @@ def failure_report(first: Failure, started_s: float, num_ranks: int, also_failed
     facts = [f"rank {first.rank}{where} failed first: {first.ending}, {when}"]
     if also_failed:
         facts.append(f"failed after it: rank {', '.join(map(str, sorted(also_failed)))}")
-    others = num_ranks - 1 - len(also_failed)
+    if first.left:
+        facts.append(f"ended before it, with exit code 0: rank {', '.join(map(str, sorted(first.left)))}")
+    others = num_ranks - 1 - len(also_failed) - len(first.left)
     if others:
         facts.append(f"the other {others} of {num_ranks} ranks were ended or had ended")
     if first.log_path:
