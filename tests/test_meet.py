@@ -34,21 +34,40 @@ def patience(seconds: float):
 def test_ranks_meet_or_hear_who_is_missing():
     group, me = Group(), dist.get_rank()
     for _ in range(3):
-        assert group.meet("call()", "one") == ""
+        assert group.meet("call()", "one", weight=1) == ""
     with patience(0.4):
         if me != 1:
-            assert group.meet("call()", "one") == "rank 1"
+            assert group.meet("call()", "one", weight=1) == "rank 1"
         dist.barrier()
         if me == 1:  # too late: there is nobody any more
-            assert group.meet("call()", "one") == "rank 0, 2"
+            assert group.meet("call()", "one", weight=1) == "rank 0, 2"
         dist.barrier()
-    assert group.meet("call()", "one") == ""  # and nothing is left of it
+    assert group.meet("call()", "one", weight=1) == ""  # and nothing is left of it
     with patience(0.3):
         assert group.meet("call()", f"another of {me}") != ""
         pair = Group(dist.new_group([0, 2])) if me != 1 else dist.new_group([0, 2])
         if me != 1:
             assert pair.meet("call()", "one") == ""
-    assert group.meet("call()", "one") == ""
+    assert group.meet("call()", "one", weight=1) == ""
+
+
+@distributed(world_size=2)
+def test_of_two_calls_that_wait_for_each_other_the_lighter_is_given_up():
+    """At once, whichever came first; and it is short of patience where it was left alone before."""
+    group, me = Group(), dist.get_rank()
+    for late in (0, 1):
+        dist.barrier()
+        if me == late:
+            time.sleep(0.3)
+        start = time.monotonic()
+        if me == 0:
+            assert group.meet("part()", f"part {late}", weight=1) == "rank 1"
+            assert time.monotonic() - start < 2
+        assert group.meet("whole()", "whole", weight=2) == ""
+    if me == 0:
+        start = time.monotonic()
+        assert group.meet("part()", "part 0", weight=1) == "rank 1"
+        assert time.monotonic() - start < meetings.PATIENCE_S - 1
 
 
 @distributed(world_size=3)

@@ -29,7 +29,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm.hostlink import HostLink, link_of
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
-from deepspeedlite.comm.meet import meet
+from deepspeedlite.comm.meet import LEFT_ALONE_S, meet
 from deepspeedlite.comm.stall import LabelledWork, explained
 from deepspeedlite.errors import DistributedError
 
@@ -106,6 +106,7 @@ class Group:
     def __init__(self, process_group: dist.ProcessGroup | None = None, logger: CommsLogger | None = None) -> None:
         self.process_group = process_group
         self.logger = comms_logger if logger is None else logger
+        self._left_alone: set[str] = set()  # calls that the other ranks did not make the last time
         self.rank = 0
         self.ranks: list[int] = [0]
         self.backend = "none"
@@ -133,6 +134,7 @@ class Group:
         """This process alone, whatever the world is: nothing is communicated."""
         group = cls.__new__(cls)
         group.process_group, group.logger = None, comms_logger if logger is None else logger
+        group._left_alone = set()
         group.rank, group.size, group.backend = 0, 1, "none"
         group.ranks = [dist.get_rank() if dist.is_initialized() else 0]
         group.tags = itertools.count(1)
@@ -267,15 +269,19 @@ class Group:
         dist.broadcast_object_list(box, group=self.process_group, group_src=src)
         return box[0]
 
-    def meet(self, call: str, key: str) -> str:
+    def meet(self, call: str, key: str, weight: int = 0) -> str:
         """Wait a few seconds until every rank has made the same call, before it communicates; see `comm.meet`.
 
         Returns:
             the ranks that have not come, to be read ("rank 1, 3"); empty if all have.
         """
-        missing = meet(self.ranks, call, key) if self.size > 1 else []
-        shown = ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
-        return f"rank {shown}" if missing else ""
+        patience_s = LEFT_ALONE_S if key in self._left_alone else None
+        missing = meet(self.ranks, call, key, weight, patience_s) if self.size > 1 else []
+        if not missing:
+            self._left_alone.discard(key)
+            return ""
+        self._left_alone.add(key)
+        return "rank " + ", ".join(map(str, missing[:8])) + (" ..." if len(missing) > 8 else "")
 
     def barrier(self) -> None:
         """Return when every rank has come here."""

@@ -9,6 +9,11 @@ Per call and group there is one counter. Whoever comes adds one to it; the one t
 size is the last and opens the door, a key of that meeting's number. A rank that has waited long enough takes its one
 back by a compare-and-set, which fails if anybody came meanwhile: so a rank cannot leave a meeting that is complete, and
 nobody is paired with one that has left. A late rank finds the place empty and waits for the next meeting of that name.
+
+[Note: who waits where]
+Ranks may wait for each other in different meetings: one asks for a part's state dict by itself, while the others have
+gone on to a call of all. Every rank says where it is; one that sees another in a weightier call leaves at once, and
+the two meet when it comes there.
 """
 
 from __future__ import annotations
@@ -24,65 +29,92 @@ from deepspeedlite.log import logger
 
 PATIENCE_S = 5.0
 """How long a rank waits for the others."""
+LEFT_ALONE_S = 1.0
+"""How long where they did not come the last time."""
 _NOTICE_S = 2.0  # after this it says so
 _PAUSES_S = (0.001, 0.1)  # between two looks at the door: at first, at last
+_LOOKED_AT = 8  # ranks whose whereabouts are read
 
 
-def meet(ranks: Sequence[int], call: str, key: str) -> list[int]:
-    """Wait until every rank has made this call, but no longer than `PATIENCE_S`.
+def meet(ranks: Sequence[int], call: str, key: str, weight: int = 0, patience_s: float | None = None) -> list[int]:
+    """Wait until every rank has made this call, but no longer than `patience_s`, or `PATIENCE_S`.
 
     Args:
         ranks: the ranks that are to come, this one among them.
         call: what the user calls, for the log.
         key: tells it from every other call; the same on all ranks.
+        weight: of two calls that wait for each other, the lighter one is given up.
+        patience_s: how long to wait.
 
     Returns:
         the ranks that have not come; none if all have. If any, this rank has withdrawn.
     """
-    me = dist.get_rank()
-    others = [rank for rank in ranks if rank != me]
-    name = hashlib.sha256(f"{list(ranks)} {key}".encode()).hexdigest()[:16]
-    store = dist.PrefixStore(f"deepspeedlite/meet/{name}", dist.distributed_c10d._get_default_store())
+    name = f"{_short(str(list(ranks)))}/{_short(key)}"
     try:
-        come = store.add("come", 1)
-        meeting = (come - 1) // len(ranks) + 1
-        if come == meeting * len(ranks):
-            store.set(f"open {meeting}", "")
-            store.delete_key(f"open {meeting - 1}")  # all who waited for that one are here
-            return []
-        store.set(str(me), f"{meeting} {time.time()}")
-        if _opens(store, f"open {meeting}", call, others) or not _withdraw(store, meeting * len(ranks)):
-            return []
-        return [rank for rank in others if not _came(store, rank, meeting)] or others
+        return _Meeting(ranks, call, (weight, name)).join(PATIENCE_S if patience_s is None else patience_s)
     except RuntimeError as error:  # the store has gone, and with it the rank that holds it
         logger.debug("the job's store does not answer: %s", error)
-        return others
+        return [rank for rank in ranks if rank != dist.get_rank()]
 
 
-def _opens(store: Any, door: str, call: str, others: Sequence[int]) -> bool:
-    start, pause_s, said = time.monotonic(), _PAUSES_S[0], False
-    while not store.check([door]):
-        waited_s = time.monotonic() - start
-        if waited_s > PATIENCE_S:
-            return False
-        if waited_s > _NOTICE_S and not said:
-            said = True
-            shown = ", ".join(map(str, others[:8])) + (" ..." if len(others) > 8 else "")
-            logger.warning("%s waits for rank %s, up to %.0f s more", call, shown, PATIENCE_S - waited_s)
-        time.sleep(pause_s)
-        pause_s = min(2 * pause_s, _PAUSES_S[1])
-    return True
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _withdraw(store: Any, complete: int) -> bool:
-    """Take this rank's one back, unless the meeting is complete."""
-    while (come := int(store.get("come"))) < complete:
-        if store.compare_set("come", str(come), str(come - 1)).decode() == str(come - 1):
-            return True
-    return False
+class _Meeting:
+    """One rank's coming to a call."""
 
+    def __init__(self, ranks: Sequence[int], call: str, place: tuple[int, str]) -> None:
+        self._size, self._me, self._call, self._place = len(ranks), dist.get_rank(), call, place
+        self._others = [rank for rank in ranks if rank != self._me]
+        store = dist.distributed_c10d._get_default_store()
+        self._store: Any = dist.PrefixStore(f"deepspeedlite/meet/{place[1]}", store)
+        self._places: Any = dist.PrefixStore(f"deepspeedlite/meet/{place[1].split('/')[0]}/at", store)
 
-def _came(store: Any, rank: int, meeting: int) -> bool:
-    """Whether a rank has come to this meeting lately; it may have left again, for the same reason as this one."""
-    said = store.get(str(rank)).decode().split() if store.check([str(rank)]) else ["0", "0"]
-    return int(said[0]) == meeting and float(said[1]) > time.time() - 2 * PATIENCE_S
+    def join(self, patience_s: float) -> list[int]:
+        """See `meet`."""
+        come = self._store.add("come", 1)
+        number = (come - 1) // self._size + 1
+        if come == number * self._size:
+            self._store.set(f"open {number}", "")
+            self._store.delete_key(f"open {number - 1}")  # all who waited for that one are here
+            return []
+        self._store.set(str(self._me), f"{number} {time.time()}")
+        self._places.set(str(self._me), "{} {}".format(*self._place))
+        opened = self._opens(f"open {number}", patience_s) or not self._withdraw(number * self._size)
+        self._places.set(str(self._me), "")
+        return [] if opened else [rank for rank in self._others if not self._came(rank, number)] or self._others
+
+    def _opens(self, door: str, patience_s: float) -> bool:
+        start, pause_s, said = time.monotonic(), _PAUSES_S[0], False
+        while not self._store.check([door]):
+            waited_s = time.monotonic() - start
+            if waited_s > patience_s or self._is_outweighed():
+                return False
+            if waited_s > _NOTICE_S and not said:
+                said = True
+                shown = ", ".join(map(str, self._others[:8])) + (" ..." if len(self._others) > 8 else "")
+                logger.warning("%s waits for rank %s, up to %.0f s more", self._call, shown, patience_s - waited_s)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, _PAUSES_S[1])
+        return True
+
+    def _is_outweighed(self) -> bool:
+        """Whether another rank waits in a weightier call, and so will not come here first."""
+        for rank in self._others[:_LOOKED_AT]:
+            said = self._places.get(str(rank)).decode().split() if self._places.check([str(rank)]) else []
+            if said and (int(said[0]), said[1]) > self._place:
+                return True
+        return False
+
+    def _withdraw(self, complete: int) -> bool:
+        """Take this rank's one back, unless the meeting is complete."""
+        while (come := int(self._store.get("come"))) < complete:
+            if self._store.compare_set("come", str(come), str(come - 1)).decode() == str(come - 1):
+                return True
+        return False
+
+    def _came(self, rank: int, number: int) -> bool:
+        """Whether a rank has come to this meeting lately; it may have left again, for the same reason as this one."""
+        said = self._store.get(str(rank)).decode().split() if self._store.check([str(rank)]) else ["0", "0"]
+        return int(said[0]) == number and float(said[1]) > time.time() - 2 * PATIENCE_S

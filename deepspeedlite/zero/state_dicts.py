@@ -80,12 +80,12 @@ class StateDicts:
             return ""
         group, name = away[0].group, self._names[module]
         call = f"{call} of {name or 'the model'} ({type(module).__name__})"
-        missing = group.meet(call, f"{away[0].key} {name} {call}")
+        missing = group.meet(call, f"{away[0].key} {name} {call}", weight=sum(owner.numel for owner in away))
         return missing and (
-            f"{call} was called on rank {group.ranks[group.rank]}, and not on {missing} within {PATIENCE_S:.0f} s. At "
-            "ZeRO stage 3 the values are sharded over the ranks: call it on all of them (after a barrier, if some may "
-            "be late), engine.save_16bit_model(folder) on all of them for a file, or use the parameters inside "
-            "zero.GatheredParameters(parameters), which all of them enter"
+            f"{call} was called on rank {group.ranks[group.rank]}, and not on {missing} within {PATIENCE_S:.0f} "
+            "s. At ZeRO stage 3 the values are sharded over the ranks: call it on all of them (after a barrier, if "
+            "some may be late), engine.save_16bit_model(folder) on all of them for a file, or use the parameters "
+            "inside zero.GatheredParameters(parameters), which all of them enter"
         )
 
     def _enter(self, module: torch.nn.Module, what: str) -> None:

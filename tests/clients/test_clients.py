@@ -126,3 +126,25 @@ def test_losses_are_the_real_deepspeed_s(client, stage, bf16):
     ours, theirs = trained(client, "lite", stage, bf16), trained(client, "peer", max(stage, int(bf16)), bf16)
     close(ours["losses"], theirs["losses"], 5e-3 if bf16 else 2e-5)
     assert ours["peak_rss_bytes"] <= 1.02 * theirs["peak_rss_bytes"]
+
+
+@pytest.mark.parametrize("way, stage, gathers", [
+    *(("accelerate", stage, True) for stage in range(4)),
+    ("trainer", 0, True), ("trainer", 3, True), ("trainer", 3, False), ("peft", 2, True), ("peft", 3, True),
+])  # fmt: skip
+def test_the_documented_ways_of_saving(way, stage, gathers, tmp_path):
+    """With a persistence threshold of 0, on ranks that save and ranks that ask only: none waits for long."""
+    need("peft")
+    found = run("saving", "lite", stage=stage, way=way, gathers=gathers, dir=str(tmp_path))
+    assert all(seconds < 60 for times in found["times_s"] for seconds in times.values()), found["times_s"]
+    weights = {name.removesuffix(".default"): value for name, value in found["state"].items()}
+    if way == "accelerate":
+        assert found["pretrained"] == found["saved"] == {n: weights[n] for n in found["saved"]}
+        assert weights.keys() - found["saved"].keys() == {"lm_head.weight"}  # tied
+        assert found["again"] == pytest.approx(found["losses"][2:], rel=1e-6)
+    elif not gathers:
+        assert not found["saved"] and "latest" in found["folders"]
+    else:
+        assert found["saved"] == found["again"] and found["saved"]
+        held = sorted(found["state"].values())
+        assert all(any(value == pytest.approx(other) for other in held) for value in found["saved"].values())
