@@ -115,7 +115,9 @@ def initialize(
     pick_device(comm.get_local_rank()).make_current()  # where NCCL talks about groups
     mpu, group, replica = _groups(model, mpu)
     _check_mesh(group, mesh_param)
-    settings = load_alike(lambda: load_config(source, world_size=group.size), Group())
+    given = {"optimizer": optimizer, "scheduler": lr_scheduler}
+    handed = [section for section, value in given.items() if value is not None]
+    settings = load_alike(lambda: load_config(source, world_size=group.size, handed=handed), Group())
     if isinstance(model, PipelineModule):
         model.configure(settings.pipeline.activation_checkpoint_interval, settings.zero_optimization.stage == 3)
     if settings.comms_logger.enabled:

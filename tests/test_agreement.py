@@ -170,5 +170,6 @@ def test_the_comparison_takes_no_time():
 def test_objects_and_order_are_no_difference():
     """An object stands for its class (its address differs on every rank), and the order of keys means nothing."""
     one, other = ({"optimizer": {"type": "SGD", "params": {"lr": 1, "what": object()}}} for _ in range(2))
-    assert must_agree(load_config(one)) == must_agree(load_config(other))
-    assert must_agree(load_config(one))["optimizer.params.lr"] == "1"
+    first, second = (must_agree(load_config(source, handed=["optimizer"])) for source in (one, other))
+    assert first == second
+    assert first["optimizer.params.lr"] == "1"

@@ -175,7 +175,7 @@ def test_objects_in_a_dict_are_kept_not_copied():
             raise RuntimeError("must not be copied")
 
     handle = Handle()
-    config = load_config({"optimizer": {"type": "Adam", "params": {"callback": handle}}})
+    config = load_config({"optimizer": {"type": "Adam", "params": {"callback": handle}}}, handed=["optimizer"])
     assert config.optimizer.params["callback"] is handle and config.raw["optimizer"]["params"]["callback"] is handle
 
 

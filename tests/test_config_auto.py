@@ -224,6 +224,10 @@ engine, optimizer, _, schedule = deepspeed.initialize(
 )
 assert optimizer.param_groups[0]["momentum"] == 0 and schedule.max_lrs == [0.5], optimizer.param_groups
 assert engine.gradient_clipping() == 1.0
+engine, *_ = deepspeed.initialize(
+    model=torch.nn.Linear(4, 4), config={**config, "zero_optimization": {"stage": True}, "optimizer": sgd}
+)
+assert engine.zero_optimization_stage() == 1
 try:
     deepspeed.initialize(model=torch.nn.Linear(4, 4), config={"zero_optimization": {"bogus": 1}})
 except deepspeed.errors.ConfigError as error:
@@ -248,4 +252,5 @@ def test_under_the_name_deepspeed_auto_is_the_default(stage):
     assert said.count("zero_optimisation: unknown key, passed over; did you mean zero_optimization?") == 1
     assert said.count('zero_optimization.stage3_prefetch_bucket_size: still "auto", so the default counts') == 1
     assert 'optimizer.params.momentum, scheduler.params.warmup_max_lr: still "auto"' in said
+    assert said.count("zero_optimization.stage: true or false, taken as 1; write the number") == 1
     assert "zero_optimization.bogus = 1: unknown key" in said

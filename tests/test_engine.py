@@ -621,7 +621,7 @@ def test_initialize_refuses_what_cannot_be_right():
         deepspeedlite.initialize(model=linear())
     with pytest.raises(ConfigError, match="two configurations"):
         deepspeedlite.initialize(model=linear(), config=config, config_params={"train_batch_size": 2})
-    with pytest.raises(OptimizerError, match=r"lrr.*lr"):
+    with pytest.raises(ConfigError, match=r"lrr.*lr"):
         deepspeedlite.initialize(model=linear(), config=config | {"optimizer": {"type": "SGD", "params": {"lrr": 0.1}}})
     with pytest.raises(OptimizerError, match="callable returned int"):
         deepspeedlite.initialize(model=linear(), config=config, optimizer=lambda params: 3)

@@ -254,7 +254,7 @@ def test_torch_classes_by_name(name):
 
 def test_every_torch_optimizer_is_either_known_or_refused():
     known = {cls.__name__.lower() for cls in registry._ELEMENTWISE}
-    assert set(registry._TORCH_CLASSES) <= known | set(registry._WHOLE_TENSOR)
+    assert set(registry._TORCH_CLASSES) <= known | set(registry.WHOLE_TENSOR)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])

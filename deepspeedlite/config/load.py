@@ -18,7 +18,7 @@ import logging
 import math
 import os
 import typing
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 from pydantic import ValidationError
@@ -28,6 +28,7 @@ from deepspeedlite.config.base import Section, copy_tree, default_of, inner_sect
 from deepspeedlite.config.batch import NAMES, batch_problem
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, nearest, raise_faults
 from deepspeedlite.config.legacy import RENAMED, Origin, modernise
+from deepspeedlite.config.recipes import Faults, optimizer_faults, refused_combination, scheduler_faults
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import read_source
@@ -67,6 +68,7 @@ def load_config(
     world_size: int | None = None,
     *,
     peek: bool = False,
+    handed: Collection[str] = (),
 ) -> DeepSpeedConfig:
     """Read and check a configuration.
 
@@ -74,6 +76,7 @@ def load_config(
         source: path of a JSON file, a dict (not changed), JSON in base64, or a configuration already loaded.
         world_size: data-parallel ranks; if given, the batch sizes are solved for it too.
         peek: the configuration may not be filled in yet; what is "auto" is left open. See the note above.
+        handed: "optimizer", "scheduler": sections in whose place there is an object, so that they are not looked into.
 
     Raises:
         ConfigError: lists every fault, one per line, with the key's full path, its value and the remedy.
@@ -82,7 +85,8 @@ def load_config(
         if world_size is not None:
             source.batch(world_size)
         return source
-    origin, config, faults = examine(source, world_size, peek=peek, lenient=stands_in())
+    unused = ("optimizer", "scheduler") if peek else handed
+    origin, config, faults = examine(source, world_size, peek=peek, lenient=stands_in(), handed=unused)
     if faults:
         raise_faults(origin, faults)
     if not peek:
@@ -93,7 +97,14 @@ def load_config(
     return config
 
 
-def examine(source: Any, world_size: int | None = None, *, peek: bool = False, lenient: bool = False) -> Examined:
+def examine(
+    source: Any,
+    world_size: int | None = None,
+    *,
+    peek: bool = False,
+    lenient: bool = False,
+    handed: Collection[str] = (),
+) -> Examined:
     """Do all of `load_config`'s work, and return faults instead of raising. Unreadable sources still raise.
 
     `lenient`: by DeepSpeed's rules for "auto" and for unknown keys at the top level, as under its name.
@@ -102,11 +113,14 @@ def examine(source: Any, world_size: int | None = None, *, peek: bool = False, l
     tree = typing.cast(dict[str, Any], copy_tree(raw))
     moved = modernise(tree, faults)
     found = _Findings(moved, faults, peek)
-    unknown = _take_unknown(tree) if lenient else []
+    unknown = [*_take_unknown(tree), *_number_stage(tree)] if lenient else []
     _placeholders(tree, DeepSpeedConfig, (), found, peek or lenient)
     config = _validate(tree, found)
     hints: dict[str, list[str]] = {}
     _features(config, (), found, hints)
+    for name, look in (("optimizer", _optimizer_faults), ("scheduler", scheduler_faults)):
+        if name not in handed and getattr(config, name) is not None:
+            _check_recipe(name, getattr(config, name), look, found)
     if world_size is not None:
         _check_batch(config, world_size, found)
     for rule in RULES:
@@ -120,6 +134,28 @@ def examine(source: Any, world_size: int | None = None, *, peek: bool = False, l
         unknown.append(f'{", ".join(config._left_open)}: still "auto", so the default counts')
     config._passed_over = tuple(unknown)
     return Examined(origin, config, faults)
+
+
+def _optimizer_faults(type: str, params: Mapping[str, Any]) -> Faults:
+    combination = refused_combination(type, params)
+    return optimizer_faults(type, params) or ([(("params", combination[0]), combination[1])] if combination else [])
+
+
+def _check_recipe(name: str, section: Any, look: Callable[[str, Mapping[str, Any]], Faults], found: _Findings) -> None:
+    """Look into a section that names an optimizer or a schedule and its parameters."""
+    for path, problem in look(section.type, section.params):
+        where = (name, *path)
+        if not (found.peek and where in found.open):
+            found.add(where, section.type if path == ("type",) else MISSING, problem)
+
+
+def _number_stage(tree: dict[str, Any]) -> list[str]:
+    """Write a stage that is true or false as the number that Python takes it for; a line about it."""
+    zero = tree.get("zero_optimization")
+    if not isinstance(zero, dict) or not isinstance(zero.get("stage"), bool):
+        return []
+    zero["stage"] = int(zero["stage"])
+    return [f"zero_optimization.stage: true or false, taken as {zero['stage']}; write the number"]
 
 
 def _take_unknown(tree: dict[str, Any]) -> list[str]:

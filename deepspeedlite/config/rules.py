@@ -106,12 +106,6 @@ RULES: tuple[Rule, ...] = (
         "drop one of the two",
     ),
     Rule(
-        ("optimizer.params.max_grad_norm", "optimizer"),
-        lambda c: c.optimizer is not None and "max_grad_norm" in c.optimizer.params,
-        "no optimizer clips gradients",
-        "use the top-level key gradient_clipping",
-    ),
-    Rule(
         ("gradient_predivide_factor", "prescale_gradients"),
         lambda c: c.prescale_gradients and c.gradient_predivide_factor != 1.0,
         "prescale_gradients divides by the whole world size already, so this factor would be ignored",

@@ -29,13 +29,14 @@ same module paths work under our own name, so that replacing `deepspeed` by `dee
 What is absent is an `ImportError` (and an `AttributeError`) that says why, and what to use. What DeepSpeed has and this
 page does not name is internal to it. The keys of the configuration have a [reference of their own](config.md).
 
-Where a process has imported `deepspeed` and that is this library, two things in a configuration are taken as DeepSpeed
-takes them, and said once each; under our own name alone both are errors:
+Where a process has imported `deepspeed` and that is this library, three things in a configuration are taken as
+DeepSpeed takes them, and said once each; under our own name alone they are errors:
 
 - A value still `"auto"` in `initialize` means the key's default. So it is with DeepSpeed in its own sections; for
   batch sizes and the parameters of an optimizer or a schedule it dies of the text, and here the default counts too
   (a batch size, or a parameter without a default, must come from elsewhere).
 - A key at the top level that is not known, such as `"zero_optimization.reduce_bucket_size"`, is passed over.
+- `"stage": true` is stage 1, and `false` is 0.
 
 ## Clients
 

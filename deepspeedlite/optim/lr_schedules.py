@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeedlite.config.recipes import accepted_parameters, nearest, scheduler_faults
 from deepspeedlite.errors import OptimizerError
 from deepspeedlite.log import logger
-from deepspeedlite.optim.registry import accepted_parameters, check_parameters, nearest
+from deepspeedlite.optim.registry import fault_line
 
 PerGroup = float | Sequence[float]  # one value for all parameter groups, or one for each
 
@@ -358,17 +359,9 @@ def build_scheduler(type: str, params: Mapping[str, Any] | None, optimizer: Any)
     name, for parameters of a wrong name or type, and for required ones left out.
     """
     options = dict(params or {})
-    by_lower = {name.lower(): cls for name, cls in {**_TORCH_SCHEDULES, **_SCHEDULES}.items()}
-    cls = by_lower.get(str(type).lower())
-    if cls is None:
-        known = [*_SCHEDULES, *_TORCH_SCHEDULES]
-        raise OptimizerError(f"scheduler.type {type} is unknown{nearest(str(type), known)}; known: {', '.join(known)}")
-    accepted = accepted_parameters(cls, leading=1)
-    # What takes one value for each parameter group, and whole numbers and signs, the constructors check themselves.
-    loose = {name: value if isinstance(value, bool) else None for name, value in accepted.items()}
-    faults = check_parameters("scheduler.params", loose, options)
-    if faults:
-        raise OptimizerError(f"scheduler {type}: " + "\n  ".join(faults))
+    if faults := scheduler_faults(type, options):
+        raise OptimizerError(f"scheduler {type}: " + "\n  ".join(fault_line("scheduler", type, *one) for one in faults))
+    cls = {name.lower(): cls for name, cls in {**_TORCH_SCHEDULES, **_SCHEDULES}.items()}[type.lower()]
     try:
         return cls(_with_param_groups(optimizer), **options)
     except (OptimizerError, TypeError, ValueError, AttributeError) as error:

@@ -1,4 +1,4 @@
-"""`optimizer` and `scheduler`: a name and its parameters, which the optimizer registry checks at initialisation."""
+"""`optimizer` and `scheduler`: a name and its parameters, which `recipes` knows."""
 
 from deepspeedlite.config.base import Flag, FreeForm, Section, Text, key
 

@@ -3,11 +3,20 @@
 Sizes are numbers of elements unless a key says bytes.
 """
 
-from typing import Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator
 
 from deepspeedlite.config.base import LARGEST, Flag, FreeForm, Int, Number, Path, Section, Text, key, part
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
+
+
+def _no_flag(value: Any) -> Any:
+    """True is 1 to Python, and no stage."""
+    if isinstance(value, bool):
+        raise ValueError("not a number")
+    return value
 
 
 class OffloadParam(Section):
@@ -98,7 +107,7 @@ class ZeroOptimization(Section):
 
     FEATURE = "zero_tuning"
 
-    stage: Literal[0, 1, 2, 3] = key(
+    stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_flag)] = key(
         0,
         "0: replicate everything. 1: shard the optimizer's state. 2: and gradients. 3: and parameters.",
         feature="core",
