@@ -163,7 +163,9 @@ class GivesWeights:
         if state is not None:  # so that where a rank that writes nothing was told to write does not matter
             try:
                 folder = check_folder(save_dir, "save_16bit_model")
-                name = f"{replica.name_prefix.replace('.', '_')}{os.fspath(save_filename)}"
+                if not os.path.basename(save_filename):
+                    raise CheckpointError(f"{save_filename!r} is no file's name")
+                name = f"{replica.name_prefix.replace('.', '_')}{save_filename}"
                 write_weights(state, folder / name)
             except (OSError, TypeError, CheckpointError) as error:
                 problem = f"{save_filename} into {save_dir}: {error}"

@@ -30,7 +30,7 @@ from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.checkpoint.work import Work
 from deepspeedlite.checkpoint.writer import TagWriter
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.errors import CheckpointError, EngineStateError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
@@ -134,6 +134,27 @@ def test_folders_and_tags_that_cannot_be_are_one_error_and_nothing_is_written(tm
     for tag in (0, 7, "ä b", "1.5"):
         engine.save_checkpoint(Path("new"), tag=tag)
         assert engine.load_checkpoint("new")[0] == f"new/{tag}"
+
+
+@distributed(world_size=[1, 2])
+def test_weights_are_not_written_where_no_folder_can_be(tmp_path):
+    os.chdir(tmp_path)
+    on_first(lambda: Path("file").touch())
+    engine, last = engine_of(), dist.get_world_size() - 1
+    for folder, name in (
+        ("", "a.bin"),
+        (None, "a.bin"),
+        ("file", "a.bin"),
+        ("~/a", "a.bin"),
+        ("new", None),
+        ("new", ""),
+    ):
+        with pytest.raises(EngineStateError, match="save_16bit_model could not write"):
+            engine.save_16bit_model(folder, name)
+    if dist.get_rank() == 0:
+        assert set(os.listdir()) <= {"file", "new"} and not list(Path().glob("new/*"))
+    assert engine.save_16bit_model("new" if dist.get_rank() == 0 else None, "a.bin"), "only rank 0 writes"
+    assert last or torch.load("new/a.bin").keys() == engine.module.state_dict().keys()
 
 
 # --- what is there already ----------------------------------------------------------------------------------------
