@@ -123,6 +123,8 @@ class Model(nn.Module):
         self.normed_head = parametrizations.weight_norm(nn.Linear(6, 6))
         self.blocks[0].up = parametrizations.weight_norm(self.blocks[0].up)
         nn.init.normal_(self.blocks[0].up.parametrizations.weight.original1)
+        with GatheredParameters(self.blocks[1].up.weight, modifier_rank=0):  # as transformers does
+            parametrizations.weight_norm(self.blocks[1].up)
         self.spectral = parametrizations.spectral_norm(nn.Linear(6, 6))
 
 

@@ -154,6 +154,25 @@ def test_what_may_be_given():
 
 
 @distributed(world_size=2)
+def test_tensors_kept_beyond_the_context_have_their_values():
+    model, plain = tied_model(), tied_model()
+    engine_of(model)
+    layer = model.up[0]
+    with GatheredParameters(layer.parameters()):
+        kept, array = layer.weight.data, layer.bias.detach().numpy()
+        y = layer(torch.ones(3, 32))
+    with GatheredParameters(layer.parameters()):
+        pass
+    assert layer.weight.numel() == 0
+    assert torch.equal(kept, plain.up[0].weight) and (array == plain.up[0].bias.detach().numpy()).all()
+    with GatheredParameters(layer.weight, modifier_rank=0):
+        layer.weight.data.fill_(2)
+        inside = layer.weight.data
+    assert torch.equal(kept, plain.up[0].weight) and (inside == 2).all()
+    assert is_everywhere(values_of(layer.weight)[0], 2) and torch.isfinite(y).all()
+
+
+@distributed(world_size=2)
 def test_the_order_given_may_differ_between_ranks():
     model = tied_model()
     engine_of(model)

@@ -34,7 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import UnsupportedError
-from deepspeedlite.zero.values import FlatValues, ValueState, full_shape, owner_of
+from deepspeedlite.zero.values import FlatValues, ValueState, full_shape, make_whole, owner_of, tensors_over
 from deepspeedlite.zero.wrap import NamedParameter, refuse_unusable
 
 Shard = Callable[[Sequence[NamedParameter]], None]
@@ -65,17 +65,15 @@ class _Whole:
     module: torch.nn.Module | None = None
     members: dict[int, NamedParameter] = field(default_factory=dict)
     owner: FlatValues | None = None
-    uses: int = 0
-    """Tensors over the owner's memory that are its own."""
 
     def is_referred_to(self) -> bool:
         """Whether somebody has a tensor over the memory of one of them."""
         moved = [member.param for member in self.members.values()]
         if self.owner is not None:
-            if _uses(self.owner.values) > self.uses:
+            if self.owner.others_have_tensors():
                 return True
             moved = [] if self.owner.is_attached() else self.owner.params
-        return any(_uses(param) > _uses(torch.empty(0)) for param in moved)
+        return any(tensors_over(param) > 1 for param in moved)
 
 
 class Building:
@@ -154,7 +152,7 @@ class Building:
         for owner in owners:
             owner.hold()
             members = {id(param): NamedParameter(slot.name, param, 0) for slot, param in owner.slots}
-            self._whole.append(_Whole(None, members, owner, _uses(owner.values)))
+            self._whole.append(_Whole(None, members, owner))
             self._whole_ids.update(members)
             self._whole_numel += owner.numel
 
@@ -216,8 +214,8 @@ class Building:
             owner.keep_changes()
             owner.let_go()
         else:  # with other memory, of another shape perhaps
+            make_whole(param for param in owner.params if owner_of(param) is owner)
             owner.let_go(release=False)
-            owner.close()
             self._shard(list(whole.members.values()))
 
     def _on_any_rank(self, facts: Sequence[bool]) -> list[bool]:
@@ -249,12 +247,6 @@ def settle_active() -> None:
         building.settle()
 
 
-def _uses(tensor: torch.Tensor) -> int:
-    """How many tensors are over a tensor's memory; one more than there are, for the handle that is made to ask."""
-    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
-    return count
-
-
 # --- listening to torch -----------------------------------------------------------------------------------------------
 
 _ACTIVE: list[Building] = []
@@ -279,14 +271,14 @@ class _Touches(TorchFunctionMode):
             if asked in _OF_SHAPE:
                 args = tuple(_of_full_shape(item) for item in args)
             elif asked not in _OF_KIND:
-                _make_whole(params)
+                _bring(params)
         return func(*args, **(kwargs or {}))
 
 
 _TOUCHES = _Touches()
 
 
-def _make_whole(params: Sequence[torch.Tensor]) -> None:
+def _bring(params: Sequence[torch.Tensor]) -> None:
     absent = [owner for owner in dict.fromkeys(map(_sharded, params)) if owner is not None]
     if absent:
         _ACTIVE[-1].touch(absent, params)

@@ -10,6 +10,10 @@ Every rank of the group takes part, in the same order. Where nothing is sharded 
 Parameters are gathered and sent in the order in which they were sharded, which is the same on every rank, whatever the
 order in which they are given: clients pass sets of them.
 
+[Note: tensors that are kept]
+`values = param.data` is a tensor over the buffer that the values are gathered into. Who keeps one beyond the context
+keeps its memory too, as it was, and the next gathering takes another buffer.
+
 [Note: ranks leave together]
 A context that makes values whole ends with the same collectives on every rank, also on one that leaves it by an
 exception: a rank that catches its exception and goes on is then still in step with the others.
@@ -58,6 +62,7 @@ class GatheredParameters:
         self._given = _listed(params) if enabled else []
         self._modifier = modifier_rank
         self._held: list[FlatValues] = []
+        self._kept: set[FlatValues] = set()  # of those, the ones of which somebody keeps tensors
         self._plain: list[torch.Tensor] = []  # of stage 3, but whole all the time, and nobody's
         self._readings: list[_Reading] = []
         if fwd_module is not None:
@@ -87,6 +92,8 @@ class GatheredParameters:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, tb: TracebackType | None) -> None:
         changed: list[str] = []
+        # Asked before anything is sent: messages are tensors too.
+        self._kept = {owner for owner in self._held if owner.sharded and owner.others_have_tensors()}
         try:
             if error is None or isinstance(error, Exception):  # else this rank is being ended: it waits for nobody
                 if self._modifier is None:
@@ -104,7 +111,10 @@ class GatheredParameters:
     def _let_go(self) -> None:
         held, self._held, self._readings = self._held, [], []
         for owner in held:
-            owner.let_go()
+            owner.let_go(release=False)
+            if owner in self._kept and owner.sharded and owner.holds == 0:
+                owner.give_buffer_away()
+            owner.release()
 
     def _check_modifier(self, owners: list[FlatValues]) -> None:
         for owner in owners:

@@ -292,6 +292,17 @@ class FlatValues:
         self.wait_for_gather()
         self._drop()
 
+    def others_have_tensors(self) -> bool:
+        """Whether somebody else has a tensor over the buffer of values that are whole, such as a `param.data`."""
+        shown = sum(param.data_ptr() == view.data_ptr() for param, view in zip(self.params, self._views))
+        return tensors_over(self.values) > 1 + len(self._views) + shown
+
+    def give_buffer_away(self) -> None:
+        """Leave the whole values' memory to the tensors over it that others have, and go on in another buffer."""
+        self.values = torch.empty_like(self.values)
+        self._views = [self.values[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
+        self.values.untyped_storage().resize_(0)
+
     def settle(self) -> None:
         """Wait until no other rank reads this rank's shard any more; before anything writes it."""
         if self.home is not None:
@@ -406,6 +417,12 @@ class FlatValues:
         for param in self.params:
             if owner_of(param) is self:
                 del _OWNERS[param]
+
+
+def tensors_over(tensor: torch.Tensor) -> int:
+    """How many tensors are over a tensor's memory."""
+    count: int = torch._C._storage_Use_Count(tensor.untyped_storage()._cdata)
+    return count - 1  # the handle that asks is counted too
 
 
 def _in_storage_of_its_own(view: torch.Tensor) -> torch.Tensor:
