@@ -207,6 +207,49 @@ def test_a_rank_that_fails_ends_all_and_is_blamed(
         assert report.count("failed first") == 1
 
 
+WAITS = """
+import os, signal, subprocess, sys, time
+import torch
+from deepspeedlite import comm
+comm.init_distributed(verbose=False)
+comm.all_reduce(torch.ones(1))
+rank = comm.get_rank()
+time.sleep(1.5)
+if rank == 0:
+    subprocess.Popen(["sh", "-c", f"sleep 5; kill -CONT {os.getpid()}"])
+    os.kill(os.getpid(), signal.SIGSTOP)
+if rank == 2:
+    subprocess.Popen(["sh", "-c", f"sleep 12; kill -CONT {os.getpid()}"])
+    time.sleep(3)
+    os.kill(os.getpid(), signal.SIGSTOP)
+comm.all_reduce(torch.ones(1))
+torch.distributed.destroy_process_group()
+time.sleep(7 if rank < 2 else 0)
+"""
+
+
+def test_ranks_of_other_machines_are_waited_for_and_end_early(cluster: Cluster, tmp_path: Path) -> None:
+    """Rank 0, on whose machine the store is, stops for a while, rank 2 on another longer; that ends early."""
+    script = write(tmp_path, WAITS)
+    two = ("--hostfile", cluster.hostfile(2), "--num_nodes", 2, "--export_env", "DEEPSPEEDLITE_STALL_NOTICE_S=1.5")
+    done = launch(cluster, *two, script)
+    text = done.stderr
+    assert done.returncode == 0, text
+    notices = text.split(" WARNING: ")[1:]
+    assert all(re.match(r"rank \d has waited \d+ s in all_reduce of 1 elements, at ", notice) for notice in notices)
+    assert re.search(r"rank 1 has waited.*\n.*rank 0 is stopped \(process \d+ on worker-1", text), text
+    assert re.search(r"rank 3 has waited.*\n.*ranks 0-2 cannot be asked: the job's store, which rank 0 hosts", text), (
+        text
+    )
+    assert re.search(
+        r"rank 0 has waited.*\n.*rank 2 is stopped \(process \d+ on worker-2.*\n.*ranks 1, 3 wait th", text
+    ), text
+    assert re.search(
+        r"machine worker-2 has ended with exit code 0, .* after the start, and machine worker-1 still", text
+    ), text
+    assert_nothing_runs(cluster, script)
+
+
 @pytest.mark.parametrize("loss", ["cut", "power", "silent power"])
 @pytest.mark.parametrize("backend", ["ssh", "pdsh"])
 def test_a_machine_that_is_lost_ends_all_and_is_blamed(tmp_path: Path, backend: str, loss: str) -> None:

@@ -17,8 +17,9 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
@@ -57,6 +58,7 @@ class Place(NamedTuple):
     for_s: float = 0.0
     at: str = ""  # of its Python code
     last: str = ""  # collective that was begun
+    sees: Mapping[str, str] = MappingProxyType({})  # which other ranks of its host have ended, or are stopped
 
 
 class Process(NamedTuple):
@@ -119,6 +121,7 @@ class Desk(threading.Thread):
         self._rounds = itertools.count()
         self._heard: dict[int, tuple[int, float, Place]] = {}  # number of the answer, when it came, what it says
         self._left: set[int] = set()
+        self._told: dict[str, str] = {}  # by rank, what others have seen of it
         self._processes: dict[int, Process] = {}
         # In time: rank 0 hosts the store, as a rule, and a failure leaves no time to ask who it was.
         self._known = range(size) if size <= _ALL_KNOWN else range(1)
@@ -166,19 +169,21 @@ class Desk(threading.Thread):
         if question is None:
             if self._token:
                 asks.delete_key(_ASKED)
-                self._token, self._heard = "", {}
+                self._token, self._heard, self._told = "", {}, {}
         elif not self._token or not asks.check([_ASKED]):
             self._token = f"{self._rank}.{next(self._rounds)}"
             asks.set(_ASKED, self._token)
         if not asks.check([_ASKED]):
             return
         token = asks.get(_ASKED).decode()
-        answers.set(str(self._rank), json.dumps([token, next(self._rounds), self.place]))
+        seen = {str(rank): seen for rank in list(self._processes) if (seen := self._look_at(rank))}
+        answers.set(str(self._rank), json.dumps([token, next(self._rounds), self.place._replace(sees=seen)]))
         if question is not None:
             self.is_spoken_for = self._read(answers, token, question)
 
     def _read(self, answers: Any, token: str, question: Wait) -> bool:
         """Take in what others say; whether one says what this rank would."""
+        told: dict[str, str] = {}
         for rank in question.ranks:
             if rank == self._rank:
                 continue
@@ -189,9 +194,12 @@ class Desk(threading.Thread):
                 asked, number, place = json.loads(answer)
                 if asked == token and self._heard.get(rank, (-1,))[0] != number:
                     self._heard[rank] = number, time.monotonic(), Place(*place)
-                if rank < self._rank and (there := self.of(rank)) is not None and there.waits_in == question.what:
+                there = self.of(rank)
+                if rank < self._rank and there is not None and there.waits_in == question.what:
                     return True
+                told.update(there.sees if there is not None else {})
             self._look_up(rank)
+        self._told = told
         return False
 
     def _look_up(self, rank: int) -> None:
@@ -208,6 +216,9 @@ class Desk(threading.Thread):
         """`has ended`, `is stopped` and the like, as far as can be known; else empty."""
         if rank in self._left:
             return "has ended"
+        return self._look_at(rank) or self._told.get(str(rank), "")
+
+    def _look_at(self, rank: int) -> str:
         process = self._processes.get(rank)
         return process.condition(self._process.home) if process is not None else ""
 

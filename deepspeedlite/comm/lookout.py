@@ -35,6 +35,8 @@ _AGAIN = 2  # times that time to the next notice
 _IDLE = 1e-3  # of a processor's time: what a thread that stands still may use
 _NAMED_RANKS = 16
 _FAREWELL_S = 0.5
+_TOO = "there too"
+_OF_MANY = {"waits": "wait", "has": "have", "is": "are"}
 _C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
 _LOADER = os.path.join("torch", "utils", "data", "dataloader.py")
 _LIBRARIES = (
@@ -217,9 +219,9 @@ class Lookout(threading.Thread):
         for rank in wait.ranks:
             if rank != self._rank:
                 groups.setdefault(self._whereabouts(rank, wait), []).append(rank)
-        lines = [f"\n  rank{'s' * (len(ranks) > 1)} {_numbers(ranks)} {where}" for where, ranks in groups.items()]
+        lines = [f"\n  {_subject(ranks, where)}" for where, ranks in groups.items()]
         hint = advice([f"waits in {wait.what}", *groups])
-        return text + "".join(sorted(lines, key=lambda line: "waits there too" in line)) + (f"\n{hint}" if hint else "")
+        return text + "".join(sorted(lines, key=lambda line: line.endswith(_TOO))) + (f"\n{hint}" if hint else "")
 
     def seen(self, rank: int) -> str:
         """Where a rank is, as far as it has said so lately, or its process shows; else empty."""
@@ -233,10 +235,12 @@ class Lookout(threading.Thread):
 
     def _whereabouts(self, rank: int, wait: Wait) -> str:
         if found := self.seen(rank):
-            return "waits there too" if found == f"waits in {wait.what}" else found
+            return f"waits {_TOO}" if found == f"waits in {wait.what}" else found
         late_s = time.monotonic() - self.desk.heard_s
         if late_s > _LOOKS * self._period_s:
-            return f"may be anywhere: the job's store, on rank 0's host, has not answered for {late_s:.0f} s"
+            return (
+                f"cannot be asked: the job's store, which rank 0 hosts as a rule, has not answered for {late_s:.0f} s"
+            )
         silent_s = self.desk.silence_s(rank)
         how_long = "nothing since it was asked" if silent_s is None else f"nothing for {silent_s:.0f} s"
         return f"has said {how_long}: it is stopped, has ended, or is in native code that holds Python's lock"
@@ -264,7 +268,10 @@ def _described(frame: FrameType | None) -> str:
     inner, own = frame, frame
     while own.f_back is not None and _is_library(own.f_code.co_filename):
         own = own.f_back
-    return _line(inner) if own is inner or _is_library(own.f_code.co_filename) else f"{_line(own)}, in {_line(inner)}"
+    if _is_library(own.f_code.co_filename):
+        return _line(inner)
+    is_told = inner is not own and not inner.f_code.co_filename.startswith(_LIBRARIES[1])  # ours says what, not where
+    return _line(own) + (f", in {_line(inner)}" if is_told else "")
 
 
 def _is_library(path: str) -> bool:
@@ -286,6 +293,14 @@ def advice(places: Iterable[str]) -> str:
     return (
         f"{text} Where ranks take different paths on purpose (experts), make the block that holds them a leaf: "
         "deepspeedlite.utils.set_z3_leaf_modules(model, [Class])"
+    )
+
+
+def _subject(ranks: Sequence[int], where: str) -> str:
+    """`rank 1 waits there too`, `ranks 1-3 wait there too`."""
+    verb, rest = where.split(" ", 1)
+    return (
+        f"rank {ranks[0]} {where}" if len(ranks) == 1 else f"ranks {_numbers(ranks)} {_OF_MANY.get(verb, verb)} {rest}"
     )
 
 
