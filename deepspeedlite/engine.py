@@ -36,10 +36,12 @@ from deepspeedlite.log import log_once, logger
 from deepspeedlite.memory.asleep import Asleep, states_of
 from deepspeedlite.memory.offload import Offload
 from deepspeedlite.optim.step import ShardedOptimizer
+from deepspeedlite.passes import note_clearing, note_hidden, note_losses
 from deepspeedlite.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.watch import StepReport, StepWatch
 from deepspeedlite.weights import GivesWeights
 from deepspeedlite.zero.attached import Attached
+from deepspeedlite.zero.clearing import ModuleClearing
 from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
 from deepspeedlite.zero.lease import Lease, weak_call
 from deepspeedlite.zero.plan import ShardingPlan
@@ -100,6 +102,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._schedule = parts.schedule
         parts.lease.held_by(self)
         self._schedule.on_unannounced = weak_call(self._announce_backward)
+        self._schedule.on_forget = weak_call(self._note_clearing)
+        self._clearing = ModuleClearing(module, self._schedule)
         self._gathering = parts.parameters
         if self._gathering is not None:
             self._schedule.on_pass_end = self._gathering.end_backward
@@ -114,7 +118,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._forced_boundary: bool | None = None
         self._in_no_sync = False
         self._loss_is_scaled = False
-        self._passes_since_step = 0
+        self._passes_since_step = self._losses_since_step = 0
         self._step_applied = False
         self._destroyed = False
         self._asleep: Asleep | None = None
@@ -183,6 +187,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         """
         self._check_alive("backward")
         check_loss(loss)
+        self._losses_since_step += 1
+        note_losses(self._losses_since_step, self._batch.accumulation)
         share = 1.0 / self._batch.accumulation if scale_wrt_gas else 1.0
         self._watch.saw_loss(loss)
         factor = share * self._scaler.scale
@@ -242,7 +248,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             self._schedule.end_backward()
             if boundary:
                 self._take_step(self.optimizer, lr_kwargs or {})
-        self._passes_since_step = 0
+        self._passes_since_step = self._losses_since_step = 0
         self.micro_steps += 1
         self._window_steps = 0 if boundary else self._window_steps + 1
         self._watch.end_micro_step(boundary)
@@ -276,6 +282,8 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
     # --- backward passes ------------------------------------------------------------------------------------------
 
     def _begin_backward(self) -> None:
+        if self._passes_since_step > 0 and self._clearing.is_needed and self._schedule.has_grads:
+            note_hidden(self._parts.plan.stage)
         self._passes_since_step += 1
         if self.optimizer is not None:
             self.optimizer.stepped_alone = False
@@ -341,9 +349,13 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step. `step` does this by itself."""
-        self._schedule.clear()
+        self._schedule.forget()
         for param in self.module.parameters():
             param.grad = None
+
+    def _note_clearing(self) -> None:
+        self._losses_since_step = 0
+        note_clearing(self._window_steps, self._batch.accumulation)
 
     # --- what the engine is asked ---------------------------------------------------------------------------------
 
@@ -568,6 +580,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._destroyed = True
         self._parts.lease.close()
         self._parts.offload.close()
+        self._clearing.close()
         self._attached.close()
         self._watch.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

@@ -19,7 +19,7 @@ LAYERS = {
     2: ["memory", "zero"],
     3: ["optim", "precision"],
     4: ["activation_checkpointing", "checkpoint", "data", "monitor", "profiling", "weights", "utils", "io"],
-    5: ["engine", "factory", "watch", "compat", "pipe", "__init__"],
+    5: ["engine", "factory", "passes", "watch", "compat", "pipe", "__init__"],
 }
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 # Fixed by DeepSpeed's interface, and therefore allowed more than eight parameters.

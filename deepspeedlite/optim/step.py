@@ -33,6 +33,7 @@ from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePass
 from deepspeedlite.optim.registry import accepted_parameters
 from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.precision import LossScaler
+from deepspeedlite.zero.clearing import clear_with
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import ShardUnit
@@ -130,6 +131,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in optimizer.param_groups:
             group["params"] = []
         self._step_also(schedule.units)
+        clear_with(optimizer, self.zero_grad)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
@@ -527,7 +529,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated so far."""
-        self._schedule.clear()
+        self._schedule.forget()
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:

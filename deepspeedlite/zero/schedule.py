@@ -12,7 +12,7 @@ them keeps a whole gradient buffer alive.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
@@ -65,6 +65,8 @@ class GradientSchedule:
         self.in_backward = False
         # Called when gradients arrive in a pass that nobody began; must call `begin_backward`. The engine sets it.
         self.on_unannounced: Callable[[], None] = lambda: self.begin_backward(1.0, reduce=False)
+        # Called when a user clears gradients. The engine sets it.
+        self.on_forget: Callable[[], None] = lambda: None
         # Called when a pass is over, before what is left is reduced: parameters are released first.
         self.on_pass_end: Callable[[], None] = lambda: None
         self._policy, self._grad_dtype = policy, grad_dtype
@@ -180,6 +182,18 @@ class GradientSchedule:
     def has_grads(self) -> bool:
         """Whether any gradient has arrived since the last `clear`."""
         return any(unit.grad_state is not GradState.EMPTY for unit in self.units)
+
+    def forget(self, params: Iterable[torch.Tensor] | None = None) -> None:
+        """Clear the gradients of these parameters, or all, as a user asks for it between two passes."""
+        if not self.has_grads:
+            return
+        self.on_forget()
+        if params is None:
+            self.clear()
+            return
+        ids = {id(param) for param in params}
+        for unit in self.units:
+            unit.forget_grads(ids)
 
     def clear(self) -> None:
         """Forget all gradients and any pass in progress."""

@@ -40,7 +40,7 @@ slots that are still shown. That is right only while the scale is 1; otherwise i
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
 from functools import partial
 from typing import Any, NamedTuple, Protocol
@@ -376,10 +376,17 @@ class ShardUnit(FlatValues):
         for index, grad in changed:
             self._replace(index, grad)
 
+    @property
+    def shows_gradients(self) -> bool:
+        """Whether `param.grad` shows them after every pass."""
+        return self._shows(GradState.LOCAL) and self._shows(GradState.AVERAGED)
+
     @torch.no_grad()
-    def forget_grad(self, param: torch.Tensor) -> None:
-        """Clear one parameter's gradient."""
-        self._replace(next(index for index, own in enumerate(self.params) if own is param), None)
+    def forget_grads(self, ids: Container[int]) -> None:
+        """Clear the gradients of the parameters with these ids."""
+        for index, param in enumerate(self.params):
+            if id(param) in ids:
+                self._replace(index, None)
 
     def forget_norm(self) -> None:
         """The averages are being written to from outside."""
