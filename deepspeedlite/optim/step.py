@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepspeedlite.errors import EngineStateError, LossScaleError, OptimizerError, UnsupportedError
-from deepspeedlite.log import log_dist, log_once, logger
+from deepspeedlite.errors import EngineStateError, OptimizerError, UnsupportedError
+from deepspeedlite.log import log_dist, log_once
 from deepspeedlite.memory.offload import Offload
 from deepspeedlite.memory.parcel import MASTER, STATE, VALUES, Parcel
 from deepspeedlite.memory.placement import Tier
@@ -31,6 +31,7 @@ from deepspeedlite.memory.ring import run_through
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
 from deepspeedlite.optim.registry import accepted_parameters
+from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.precision import LossScaler
 from deepspeedlite.zero.clearing import clear_with
@@ -121,7 +122,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.stepped_alone = False  # since the last backward pass, by `step`
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
-        self._has_told_wear = self._has_told_skip = False
+        self._skipped = SkippedSteps(scaler)
+        self._has_told_wear = False
         self.names_of: Callable[[], dict[int, str]] = dict  # the module's present names, by id; the engine sets it
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant: list[NamedParameter] = []
@@ -346,7 +348,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
             guilty = [] if math.isfinite(norm) else self._schedule.overflowed()
             if guilty and self._settings.check_overflow:
                 self.overflow = True
-                self._skip(guilty)
+                self._schedule.clear()
+                self._skipped.account(guilty)
                 return
             if not math.isfinite(norm) and not guilty:  # the squares alone overflowed
                 norm = self._measure_norm(precise=True)
@@ -430,32 +433,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for part in parts.get(master, ())
         ]
         return [(view, view.clone()) for view in views]
-
-    def _skip(self, guilty: Sequence[str]) -> None:
-        """Leave the step out, for the gradients of the parameters named, which are not finite."""
-        before = self.loss_scaler.scale
-        try:
-            self.loss_scaler.update(overflow=True)
-        except LossScaleError as error:
-            shown = ", ".join(guilty[:8]) + (f" and {len(guilty) - 8} more" if len(guilty) > 8 else "")
-            raise LossScaleError(
-                f"{error}; the gradients that are not finite belong to: {shown}. The run has diverged: lower the "
-                "learning rate, clip gradients, or train in bf16"
-            ) from None
-        finally:
-            self._schedule.clear()
-        if self.loss_scaler.dynamic:
-            logger.info("gradients overflowed: step skipped, loss scale %g -> %g", before, self.loss_scaler.scale)
-            return
-        if not self._has_told_skip:
-            self._has_told_skip = True
-            others = f" and of {len(guilty) - 1} more parameters" if len(guilty) > 1 else ""
-            log_dist(
-                f"step skipped: the gradient of {guilty[0]}{others} is not finite; the weights stay as they were. "
-                "engine.skipped_steps counts such steps, which are not said again"
-                + ("" if before != 1.0 else '; "check_grad_overflow": false takes them all the same'),
-                level=logging.WARNING,
-            )
 
     def _clip_factor(self, norm: float) -> float:
         limit = self._settings.gradient_clipping
