@@ -1,7 +1,7 @@
 """Precision: which dtype the model computes in, and the loss scale that keeps fp16 gradients representable.
 
 Dynamic loss scaling (Micikevicius et al. 2018, arXiv:1710.03740): gradients are computed `scale` times too large; when
-one overflows, the step is skipped and the scale halved; after `window` steps without overflow it is doubled.
+one overflows, the step is skipped and the scale halved; after `window` steps without overflow the next doubles it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class LossScaler:
     Args:
         scale: the current factor on the loss.
         dynamic: whether overflows change it.
-        window: steps without overflow after which the scale doubles.
+        window: good steps after which the next good one doubles the scale; the first of a run is `window + 1` long.
         min_scale: the scale is never taken below this; an overflow at it is fatal.
         hysteresis: overflows tolerated before the scale is halved.
         consecutive_hysteresis: whether every good step, rather than every doubling, restores the tolerance.
@@ -74,7 +74,8 @@ class LossScaler:
                 self._tolerance -= 1
             self._last_overflow = self._step
         else:
-            doubles = (self._step - self._last_overflow) % self.window == 0
+            stable = self._step - self._last_overflow - 1  # good steps before this one, since the last overflow
+            doubles = stable > 0 and stable % self.window == 0
             if self.consecutive_hysteresis or doubles:
                 self._tolerance = self.hysteresis
             if doubles:

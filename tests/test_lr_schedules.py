@@ -105,7 +105,7 @@ def test_one_cycle(first, second, stairs, decay_every, decay):
         decay_step_size=decay_every,
     )
     group = scheduler.optimizer.param_groups[0]
-    assert (group["lr"], group["betas"]) == (0.01, (0.8, 0.99))
+    assert (group["lr"], group["betas"]) == (0.01, (0.9, 0.99)), "the mirror of each other, from the first step on"
     down = first if second is None else second
     for n in range(50):
         scheduler.step()
@@ -120,6 +120,26 @@ def test_one_cycle(first, second, stairs, decay_every, decay):
             lr, mom = 0.01 / (1 + decay * d), 0.9 * (1 - decay / 100 * d)
         assert group["lr"] == pytest.approx(lr, rel=1e-12)
         assert group["betas"] == (pytest.approx(mom, rel=1e-12), 0.99)
+
+
+AT_CONSTRUCTION = [
+    ("LRRangeTest", {"lr_range_test_min_lr": [0.01, 0.02]}, [0.01, 0.02], (0.9, 0.999)),
+    ("OneCycle", {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_max_mom": 0.95}, [0.01, 0.01], (0.95, 0.99)),
+    ("OneCycle", {"cycle_min_lr": 0.01, "cycle_max_lr": 0.1, "cycle_momentum": False}, [0.01, 0.01], (0.9, 0.999)),
+    ("WarmupLR", {"warmup_min_lr": 0.001}, [0.001, 0.001], (0.9, 0.999)),
+    ("WarmupDecayLR", {"warmup_min_lr": [0.001, 0.002], "total_num_steps": 9}, [0.001, 0.002], (0.9, 0.999)),
+    ("WarmupCosineLR", {"total_num_steps": 9, "warmup_min_ratio": 0.5}, [0.0, 0.0], (0.9, 0.999)),
+]
+
+
+@pytest.mark.parametrize(("name", "params", "lrs", "betas"), AT_CONSTRUCTION)
+def test_what_the_first_step_is_taken_with(name, params, lrs, betas):
+    optimizer = make_optimizer()
+    scheduler = build_scheduler(name, params, optimizer)
+    assert [group["lr"] for group in optimizer.param_groups] == lrs == scheduler.lrs_at(-1)
+    assert [group["betas"] for group in optimizer.param_groups] == [betas] * 2
+    if name == "OneCycle" and params.get("cycle_momentum", True):
+        assert scheduler.get_mom() == [betas] * 2
 
 
 def test_one_cycle_without_betas_leaves_momentum_alone():

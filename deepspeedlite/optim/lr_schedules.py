@@ -126,7 +126,8 @@ class OneCycle(_Schedule):
         lr = min_lr + (max_lr - min_lr) h             momentum = max_mom - (max_mom - min_mom) h
     and afterwards, with d = (i - F - S) / `decay_step_size` (each only where its rate and the step size are not 0):
         lr = min_lr / (1 + decay_lr_rate d)           momentum = max_mom (1 + decay_mom_rate d)
-    As in DeepSpeed, momentum is beta1 of optimizers that have betas, and cycling it sets beta2 to 0.99.
+    As in DeepSpeed, momentum is beta1 of optimizers that have betas, and cycling it sets beta2 to 0.99. The first step
+    is taken with the formula's max_mom, where DeepSpeed, which reports that too, takes it with min_mom.
     `get_last_lr` raises until the first step.
     """
 
@@ -188,10 +189,8 @@ class OneCycle(_Schedule):
         return self.moms_at(self.last_batch_iteration) if self.cycle_momentum else None
 
     def moms_at(self, step: int) -> list[tuple[float, float]]:
-        """(momentum, 0.99) for each parameter group after `step`; the low momentum before the first."""
-        if step < 0:
-            momenta = self.min_moms
-        elif step >= self.total_size:
+        """(momentum, 0.99) for each parameter group after `step`; max_mom before the first."""
+        if step >= self.total_size:
             grow = 1 + self.decay_mom_rate * self._decay_interval(step)
             momenta = [high * grow for high in self.max_moms]
         else:

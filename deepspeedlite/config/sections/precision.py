@@ -24,7 +24,7 @@ class Fp16(Section):
     auto_cast: Flag = key(False, "Convert floating-point inputs of the model to fp16.")
     loss_scale: Number = key(0.0, "A fixed factor on the loss; 0 lets it adapt (dynamic loss scaling).", ge=0)
     initial_scale_power: Int = key(16, "The dynamic scale starts at 2 to this power.", ge=0, le=127)
-    loss_scale_window: Int = key(1000, "Steps without overflow after which the dynamic scale doubles.", ge=1)
+    loss_scale_window: Int = key(1000, "Steps without overflow before the one that doubles the dynamic scale.", ge=1)
     hysteresis: Int = key(2, "Overflows that are tolerated before the dynamic scale is halved.", ge=1)
     consecutive_hysteresis: Flag = key(False, "Any step without overflow restores the tolerance in full.")
     min_loss_scale: Int = key(1, "The dynamic scale never goes below this; overflowing there is an error.", ge=1)
