@@ -242,8 +242,8 @@ class FlatValues:
 
     @torch.no_grad()
     def gather(self) -> None:
-        """Start making the values whole; nothing happens where they are, or are on the way."""
-        if self.state is not ValueState.SHARDED:
+        """Start making the values whole; nothing happens where they are, are on the way, or are all another's now."""
+        if self.state is not ValueState.SHARDED or not self.params:
             return
         if self.params and self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
             raise self._detached(self.slots[0][0], self.params[0], self._placeholder)
