@@ -485,13 +485,8 @@ FORGED = {
     "a world that is none": _put("world_size", -2),
     "options that are none": _put("param_groups", [1]),
     "a deep state": lambda body: json.loads('{"format": "deepspeedlite"}'),
-    "claimed twice": lambda body: body["parameters"].append(
-        {
-            **body["parameters"][0],
-            "name": "twice",
-            "shape": [20000],
-            "pieces": {"weight": [[FILE, "weight.0", 0, 0, 20000]]},
-        }
+    "claimed often": lambda body: body["parameters"].extend(
+        [{**body["parameters"][0], "name": f"again.{number}"} for number in range(100)]
     ),
 }
 

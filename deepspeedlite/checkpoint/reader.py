@@ -88,7 +88,7 @@ class Reader:
                 raise CheckpointError(f"{self.path}: the {kind} of {parameter.name} is of several dtypes: {dtypes}")
 
     def _check_claims(self) -> None:
-        """Check that no element of a file is two, so that what is asked for is never larger than the files."""
+        """Check that no tensor is claimed beyond its size, so that what is asked for is never larger than the files."""
         claimed: Counter[tuple[str, str]] = Counter()
         for parameter in self.manifest.parameters:
             for pieces in parameter.pieces.values():
@@ -96,7 +96,9 @@ class Reader:
                     claimed[piece.file, piece.tensor] += piece.numel
         for (file, tensor), numel in claimed.items():
             if numel > self._places[file][tensor].shape[0]:
-                raise CheckpointError(f"{self.path / file}: elements of tensor {tensor} are claimed twice")
+                raise CheckpointError(
+                    f"{self.path / file}: {numel} elements of tensor {tensor} are claimed, more than it has"
+                )
 
     # --- reading --------------------------------------------------------------------------------------------------
 
