@@ -33,7 +33,7 @@ from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import read_source
 from deepspeedlite.drop_in.finder import stands_in
-from deepspeedlite.log import log_once
+from deepspeedlite.log import log_dist_once, log_once
 
 AUTO = "auto"
 AUTO_REMEDY = (
@@ -93,7 +93,7 @@ def load_config(
         for hint in config.hints:
             log_once(f"configuration: {hint}")
         for line in config.passed_over:
-            log_once(f"configuration: {line}", logging.WARNING)
+            log_dist_once(f"configuration: {line}", level=logging.WARNING)
     return config
 
 
