@@ -532,7 +532,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 name = f"optimizer.param_groups[{index}].params[{number}]"
             if isinstance(owner, ShardUnit) or not param.requires_grad:
                 why = "is trained already" if isinstance(owner, ShardUnit) else "does not require grad"
-                raise OptimizerError(f"add_param_group: parameter {name} {why}")
+                raise OptimizerError(f"add_param_group: parameter {names.get(id(param), name)} {why}")
             entries.append(NamedParameter(name, param, index))
         self.positions.update({entry.name: position for position, entry in enumerate(entries)})
         self.optimizer.add_param_group({**param_group, "params": params})
