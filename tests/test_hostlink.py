@@ -201,6 +201,44 @@ def test_ranks_that_disagree_on_sizes() -> None:
         group.all_gather_into(torch.empty(2 * numel), torch.empty(numel))
 
 
+@distributed(world_size=3)
+def test_ranks_that_wait_for_each_other_in_different_calls_hear_it_at_once() -> None:
+    group = Group()
+    calls = {1: "the values of first", 2: "the values of second"}
+    whole, tag = torch.empty(3 * 64), 2 if group.rank == 1 else 1
+    group.all_gather_into(whole, torch.ones(64), tag=1, label=calls[1])
+    started = time.monotonic()
+    with pytest.raises(DistributedError, match=r"out of step: rank . of the group waits in the values of") as caught:
+        group.all_gather_into(whole, torch.ones(64), tag=tag, label=calls[tag])
+    assert time.monotonic() - started < 10  # the time limit is 60 s
+    assert all(call in str(caught.value) for call in calls.values())
+    with pytest.raises(DistributedError, match="out of step"):  # what was sent is no answer to what comes now
+        group.all_gather_into(whole, torch.ones(64), tag=3 - tag, label=calls[3 - tag])
+
+
+@distributed(world_size=2)
+def test_what_is_for_something_else_is_not_taken() -> None:
+    group = Group()
+    with pytest.raises(DistributedError, match=rf"rank {1 - group.rank} sent what is for something else than sum"):
+        group.all_reduce(torch.ones(100_000), label=f"sum {group.rank}")
+
+
+@distributed(world_size=2)
+def test_ranks_that_start_in_different_orders_are_not_out_of_step() -> None:
+    """Nor is one that the other waits for, while it is late for what was sent long ago."""
+    group = Group()
+    outs = {tag: torch.empty(2 * 64) for tag in (1, 2)}
+    works = {}
+    for tag in (1, 2) if group.rank else (2, 1):
+        shard = torch.full((64,), float(tag))
+        works[tag] = group.all_gather_into(outs[tag], shard, async_op=True, tag=tag, label=f"number {tag}")
+        time.sleep(0.4 * group.rank)
+    for tag in (2, 1) if group.rank else (1, 2):
+        works[tag].wait()
+        time.sleep(0.6 * (1 - group.rank))
+    assert (outs[1] == 1).all() and (outs[2] == 2).all()
+
+
 @distributed(world_size=2)
 def test_one_rank_can_keep_all_on_tcp() -> None:
     group = Group()

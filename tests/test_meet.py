@@ -163,3 +163,17 @@ def test_what_one_rank_may_do_alone():
         engine.destroy()
     dist.barrier()
     engine.destroy()
+
+
+@distributed(world_size=2, timeout_s=90)
+def test_a_gather_that_one_rank_makes_while_the_other_trains_is_an_error_on_both():
+    engine = engine_of()
+    step(engine)
+    started = time.monotonic()
+    with pytest.raises(DistributedError, match="out of step"):
+        if dist.get_rank() == 0:
+            with GatheredParameters(engine.module.norm.weight):
+                pass
+        else:
+            step(engine)
+    assert time.monotonic() - started < 30

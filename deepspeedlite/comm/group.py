@@ -17,6 +17,7 @@ One of 16-bit numbers always goes this way, because gloo's own rounds to 16 bits
 
 from __future__ import annotations
 
+import functools
 import itertools
 import weakref
 from collections import deque
@@ -43,8 +44,9 @@ _SUMS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceO
 
 # Smaller all-reduces are one message of gloo's rather than two of a link's.
 _SPLIT_FROM_NBYTES = 1 << 16
-# The tags of an all-reduce's two halves, which no caller counts up to.
-_SUMMED, _GATHERED = 1 << 29, (1 << 29) + 1
+# The tags of an all-reduce's two halves, and of one of extremes, which no caller counts up to.
+_SUMMED, _GATHERED, _AGREED = 1 << 29, (1 << 29) + 1, (1 << 29) + 2
+_EXTREMES = {"max": torch.maximum, "min": torch.minimum}
 
 # Numbers for what must not be mixed up on a process group, whichever `Group` of it counts.
 _TAGS: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDictionary()
@@ -160,8 +162,12 @@ class Group:
             return None
 
         def start() -> Work:
+            if op in _EXTREMES and not async_op and tensor.is_contiguous() and self._link(tensor) is not None:
+                # What ranks agree on: by the link, where it is told from what others wait for.
+                then = partial(_extreme_into, tensor, _EXTREMES[op])
+                return self._swap([tensor] * self.size, [tensor] * self.size, _AGREED, then, what=label)
             if reduce_op == dist.ReduceOp.SUM and self._is_better_split(tensor):
-                return self._split_all_reduce(list(tensor.view(-1).tensor_split(self.size)))
+                return self._split_all_reduce(list(tensor.view(-1).tensor_split(self.size)), label)
             return self._kept(dist.all_reduce, tensor, reduce_op)
 
         return self._run("all_reduce", tensor, async_op, start, label)
@@ -196,7 +202,8 @@ class Group:
             own = shard if final else pieces[self.rank]
             if not final:
                 _copy_unless_same(own, shard)
-            return self._swap([own] * self.size, pieces, tag, partial(_copy_all, pieces), in_place=True, final=final)
+            then = partial(_copy_all, pieces)
+            return self._swap([own] * self.size, pieces, tag, then, in_place=True, final=final, what=label)
 
         return self._run("all_gather_into_tensor", out, async_op, start, label)
 
@@ -223,7 +230,7 @@ class Group:
             if self.backend != "gloo" or reduce_op != dist.ReduceOp.SUM:
                 return self._kept(_REDUCE_SCATTER, out_shard, full, reduce_op)
             pieces = list(full.view(self.size, out_shard.numel()))
-            return self._sum_pieces(pieces, out_shard, tag)
+            return self._sum_pieces(pieces, out_shard, tag, label)
 
         return self._run("reduce_scatter_tensor", full, async_op, start, label)
 
@@ -336,16 +343,17 @@ class Group:
         is_16_bit = tensor.is_floating_point() and tensor.dtype.itemsize == 2
         return is_16_bit or (tensor.nbytes >= _SPLIT_FROM_NBYTES and self._link(tensor) is not None)
 
-    def _split_all_reduce(self, pieces: list[torch.Tensor]) -> Work:
+    def _split_all_reduce(self, pieces: list[torch.Tensor], what: str) -> Work:
         own = pieces[self.rank]
+        then = partial(_copy_all, pieces)
         return _Both(
-            self._sum_pieces(pieces, own, _SUMMED),
-            lambda: self._swap([own] * self.size, pieces, _GATHERED, partial(_copy_all, pieces), in_place=True),
+            self._sum_pieces(pieces, own, _SUMMED, what),
+            lambda: self._swap([own] * self.size, pieces, _GATHERED, then, in_place=True, what=what),
         )
 
-    def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int) -> Work:
+    def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int, what: str) -> Work:
         """Send every rank its piece, for good; `out` becomes the sum of what all have sent here."""
-        return self._swap(pieces, [pieces[self.rank]] * self.size, tag, partial(_sum_into, out), final=True)
+        return self._swap(pieces, [pieces[self.rank]] * self.size, tag, partial(_sum_into, out), final=True, what=what)
 
     def _swap(
         self,
@@ -355,6 +363,7 @@ class Group:
         then: Callable[[list[torch.Tensor]], None],
         in_place: bool = False,
         final: bool = False,
+        what: str = "",
     ) -> Work:
         """Send `outbox[r]` to every other rank r; what comes from it, shaped as `expect[r]`, is given to `then`.
 
@@ -363,7 +372,7 @@ class Group:
         """
         link = self._link(outbox[0])
         if link is not None:
-            return link.exchange(outbox, expect, tag, then, final)
+            return link.exchange(outbox, expect, tag, then, final, what)
         inbox = [
             outbox[rank] if rank == self.rank else piece if in_place else torch.empty_like(piece)
             for rank, piece in enumerate(expect)
@@ -398,6 +407,10 @@ def _sum_into(out: torch.Tensor, pieces: Sequence[torch.Tensor]) -> None:
     for piece in pieces[1:]:
         total += piece
     out.copy_(total)
+
+
+def _extreme_into(out: torch.Tensor, extreme: Callable[..., torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:
+    out.copy_(functools.reduce(extreme, pieces))
 
 
 def _copy_all(out: Sequence[torch.Tensor], pieces: Sequence[torch.Tensor]) -> None:

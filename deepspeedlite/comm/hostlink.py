@@ -19,6 +19,12 @@ another. It waits for them only so long: ranks that start exchanges in different
 Idle blocks keep their memory up to `KEPT_NBYTES`, because the kernel takes longer to hand out a page than a copy takes
 to fill it.
 
+[Note: ranks that are out of step]
+Pieces meet by tag and count, and say what they are for. A rank that has waited a moment tells those that it waits for,
+and in what. One of them that waits for this rank too, in something else, knows then that neither will ever go on. Both
+raise, long before any time limit, and the link is of no use from then on: what was sent in the one call must not be
+taken for an answer in the next.
+
 [Note: the order of memory]
 A write to a block comes before the message about it, and the kernel's locks around a socket's queue order the two for
 the reader. No flag in shared memory is polled, so none of this depends on how a processor orders its stores.
@@ -28,6 +34,7 @@ from __future__ import annotations
 
 import bisect
 import ctypes
+import functools
 import mmap
 import os
 import secrets
@@ -36,6 +43,7 @@ import socket
 import struct
 import time
 import weakref
+import zlib
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
@@ -53,9 +61,12 @@ SWITCH = "DEEPSPEEDLITE_SHARED_MEMORY"
 
 _ALIGNMENT = 64
 _SMALLEST_BLOCK = 1 << 16
-# Ticket (tag, occurrence), the sender's sequence number, block, offset, bytes. "Read" names only the first three.
-_MESSAGE = struct.Struct("<6q")
+# Ticket (tag, occurrence), the sender's sequence number, block, offset, bytes, purpose. "Read" needs the first three.
+_MESSAGE = struct.Struct("<7q")
 _READ = -1  # as the block of a message: what the receiver of this message sent was read
+_WAITS = -2  # the sender waits for what has this ticket; what that is follows the message
+_TEXT_NBYTES = 200
+_TELLS_AFTER_S = 0.25  # how long a rank waits before it says so
 _MOST_IN_USE = 3
 KEPT_NBYTES = 1 << 28
 """Memory that a rank's idle blocks may keep."""
@@ -137,7 +148,9 @@ class HostLink:
         self._sequence = 0
         self._ended: set[int] = set()
         self._incoming = select.poll()
-        self._arrived: dict[tuple[int, Ticket], tuple[int, torch.Tensor]] = {}
+        self._arrived: dict[tuple[int, Ticket], tuple[int, torch.Tensor, int]] = {}
+        self._waiting: dict[int, tuple[Ticket, str]] = {}  # in what other ranks have said that they wait for this one
+        self._out_of_step = ""  # how the ranks have missed each other; nothing is exchanged any more
         self._pending: list[_Exchange] = []
         self._tickets: Counter[int] = Counter()
         self._maps: dict[tuple[int, int], torch.Tensor] = {}
@@ -163,6 +176,7 @@ class HostLink:
         tag: int,
         then: Callable[[list[torch.Tensor]], None],
         final: bool = False,
+        what: str = "",
     ) -> _Exchange:
         """Start sending `outbox[r]` (contiguous; all of them empty, or none) to every other rank r.
 
@@ -170,18 +184,20 @@ class HostLink:
         its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
         `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in lent memory is
         not copied, so must not change until all have read it (see `settle`). Exchanges of one tag meet in the order of
-        their starts.
+        their starts, and it is an error if they are not for the same: `what`.
         """
+        if self._out_of_step:
+            raise DistributedError(self._out_of_step)
         self._catch_up()
         self._tickets[tag] += 1
         ticket = (tag, self._tickets[tag])
-        exchange = _Exchange(self, outbox[self.rank], expect, ticket, then)
+        exchange = _Exchange(self, outbox[self.rank], expect, ticket, then, what, _purpose(what))
         if outbox[self.rank].numel():
-            self._send({rank: outbox[rank] for rank in self._peers}, ticket, final)
+            self._send({rank: outbox[rank] for rank in self._peers}, exchange, final)
             self._pending.append(exchange)
         return exchange
 
-    def _send(self, pieces: dict[int, torch.Tensor], ticket: Ticket, final: bool) -> None:
+    def _send(self, pieces: dict[int, torch.Tensor], exchange: _Exchange, final: bool) -> None:
         lender = self._lender(pieces.values()) if final else None
         block, offsets = lender or self._copied(pieces.values())
         self._sequence += 1
@@ -190,7 +206,8 @@ class HostLink:
         for (rank, piece), offset in zip(pieces.items(), offsets):
             descriptors = [] if rank in block.known_to else [block.fd]
             block.known_to.add(rank)
-            self._post(rank, _MESSAGE.pack(*ticket, self._sequence, block.number, offset, piece.nbytes), descriptors)
+            place = (self._sequence, block.number, offset, piece.nbytes)
+            self._post(rank, _MESSAGE.pack(*exchange.ticket, *place, exchange.purpose), descriptors)
 
     def _lender(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]] | None:
         """The block in whose lent memory all the pieces lie, and where."""
@@ -272,33 +289,73 @@ class HostLink:
         for rank in self._peers:
             self._read_messages(rank)
         for exchange in self._pending[:]:
-            if all(self._sent_nbytes(rank, exchange) == exchange.expect[rank].nbytes for rank in self._peers):
+            if all(self._fits(rank, exchange) for rank in self._peers):
                 self._end_exchange(exchange)
         self._trim()
 
     def wait_for(self, exchange: _Exchange) -> None:
         """Read until an exchange has ended."""
-        late_at = time.monotonic() + self._timeout_s
+        start, told = time.monotonic(), False
         while exchange in self._pending:
             self._catch_up()
             if exchange not in self._pending:
                 return
-            sent = {rank: self._sent_nbytes(rank, exchange) for rank in self._peers}
-            missing = [rank for rank, nbytes in sent.items() if nbytes is None]
-            for rank, nbytes in sent.items():
-                if nbytes is not None and nbytes != exchange.expect[rank].nbytes:
-                    raise DistributedError(f"rank {rank} sent {nbytes} bytes, not {exchange.expect[rank].nbytes}")
-                if nbytes is None and rank in self._ended:
-                    raise ConnectionError(f"rank {rank} has ended")
-            if not self._incoming.poll(max(0.0, late_at - time.monotonic()) * 1e3):
+            missing = self._missing_of(exchange)
+            left_s = start + (self._timeout_s if told else _TELLS_AFTER_S) - time.monotonic()
+            if self._incoming.poll(max(0.0, left_s) * 1e3):
+                continue
+            if told:
                 raise TimeoutError(
                     f"waited {self._timeout_s:.0f} s for {', '.join(f'rank {rank}' for rank in missing)}"
                 )
+            told = True
+            self._tell(missing, exchange)
 
-    def _sent_nbytes(self, rank: int, exchange: _Exchange) -> int | None:
-        """Bytes that a rank has sent for an exchange; None if it has not yet."""
+    def _tell(self, ranks: Sequence[int], exchange: _Exchange) -> None:
+        """Let ranks know that this one waits for them."""
+        for rank in ranks:
+            text = exchange.what.encode()[:_TEXT_NBYTES]
+            self._post(rank, _MESSAGE.pack(*exchange.ticket, 0, _WAITS, 0, 0, 0) + text)
+
+    def _missing_of(self, exchange: _Exchange) -> list[int]:
+        """The ranks that have not sent their pieces yet.
+
+        Raises:
+            ConnectionError: one of them has ended.
+            DistributedError: one of them never will, or has sent what is for something else.
+        """
+        if self._out_of_step:
+            raise DistributedError(self._out_of_step)
+        missing = [rank for rank in self._peers if (rank, exchange.ticket) not in self._arrived]
+        mine = exchange.what or "a collective"
+        for rank in self._peers:
+            if rank not in missing:
+                _, memory, purpose = self._arrived[rank, exchange.ticket]
+                if purpose != exchange.purpose:
+                    self._end_step(f"rank {rank} sent what is for something else than {mine}")
+                if memory.numel() != exchange.expect[rank].nbytes:
+                    self._end_step(f"rank {rank} sent {memory.numel()} bytes, not {exchange.expect[rank].nbytes}")
+            elif rank in self._ended:
+                raise ConnectionError(f"rank {rank} has ended")
+            elif rank in self._waiting:
+                (tag, occurrence), theirs = self._waiting[rank]
+                if self._tickets[tag] < occurrence:
+                    self._tell(missing, exchange)  # else they would not find out
+                    self._end_step(f"rank {self.rank} of the group waits in {mine}, rank {rank} in {theirs}")
+        return missing
+
+    def _end_step(self, how: str) -> None:
+        self._out_of_step = f"the ranks are out of step: {how}"
+        raise DistributedError(self._out_of_step)
+
+    def _fits(self, rank: int, exchange: _Exchange) -> bool:
+        """Whether a rank has sent its piece of an exchange, and that is what is expected."""
         arrived = self._arrived.get((rank, exchange.ticket))
-        return None if arrived is None else arrived[1].numel()
+        return (
+            arrived is not None
+            and arrived[1].numel() == exchange.expect[rank].nbytes
+            and arrived[2] == exchange.purpose
+        )
 
     def _end_exchange(self, exchange: _Exchange) -> None:
         self._pending.remove(exchange)
@@ -307,17 +364,17 @@ class HostLink:
             if rank == self.rank:
                 pieces.append(exchange.own)
                 continue
-            numbers[rank], memory = self._arrived.pop((rank, exchange.ticket))
+            numbers[rank], memory, _ = self._arrived.pop((rank, exchange.ticket))
             pieces.append(memory.view(like.dtype).view(like.shape))
         exchange.then(pieces)
         for rank, number in numbers.items():
-            self._post(rank, _MESSAGE.pack(*exchange.ticket, number, _READ, 0, 0))
+            self._post(rank, _MESSAGE.pack(*exchange.ticket, number, _READ, 0, 0, 0))
 
     def _read_messages(self, rank: int) -> None:
         """Take in all messages of a rank that are there."""
         while rank not in self._ended:
             try:
-                data, descriptors, *_ = socket.recv_fds(self._peers[rank], _MESSAGE.size, 1)
+                data, descriptors, *_ = socket.recv_fds(self._peers[rank], _MESSAGE.size + _TEXT_NBYTES, 1)
             except BlockingIOError:
                 return
             except ConnectionError:
@@ -326,7 +383,7 @@ class HostLink:
                 self._ended.add(rank)
                 self._incoming.unregister(self._peers[rank])
                 return
-            tag, occurrence, number, block, offset, nbytes = _MESSAGE.unpack(data)
+            tag, occurrence, number, block, offset, nbytes, purpose = _MESSAGE.unpack_from(data)
             for descriptor in descriptors:
                 mapping = _map(descriptor, os.fstat(descriptor).st_size)
                 self._maps[rank, block] = torch.frombuffer(mapping, dtype=torch.uint8)
@@ -336,8 +393,13 @@ class HostLink:
                 sent.unread.discard((number, rank))
                 if not any(message == number for message, _ in sent.unread):
                     del self._in_use[number]
+            elif block == _WAITS:
+                text = data[_MESSAGE.size :].decode(errors="replace")
+                self._waiting[rank] = ((tag, occurrence), text or "a collective")
             else:
-                self._arrived[rank, (tag, occurrence)] = (number, self._maps[rank, block][offset : offset + nbytes])
+                self._waiting.pop(rank, None)
+                piece = self._maps[rank, block][offset : offset + nbytes]
+                self._arrived[rank, (tag, occurrence)] = (number, piece, purpose)
 
     def close(self) -> None:
         """End the link; what was sent can still be read by the others."""
@@ -353,15 +415,23 @@ class _Exchange:
     expect: Sequence[torch.Tensor]
     ticket: Ticket
     then: Callable[[list[torch.Tensor]], None]
+    what: str
+    purpose: int  # a number for `what`
 
     def wait(self) -> None:
         """Return when it is complete; the second time there is nothing to do.
 
         Raises:
             OSError: a rank has ended, or did not send in time.
-            DistributedError: a rank sent another number of bytes.
+            DistributedError: a rank sent another number of bytes, or takes part in something else.
         """
         self.link.wait_for(self)
+
+
+@functools.lru_cache(maxsize=4096)
+def _purpose(what: str) -> int:
+    """A number for what an exchange is for, the same in every process."""
+    return zlib.crc32(what.encode())
 
 
 def _connect(process_group: Any, rank: int, size: int) -> HostLink | None:

@@ -511,7 +511,7 @@ class ShardUnit(FlatValues):
             return
         self._norms = None
         there = self.grad_shard.to(self.device)
-        self.twins.all_reduce(there, label=self._reduce_call["label"])
+        self.twins.all_reduce(there, label="the gradients of tied parameters")
         if there is not self.grad_shard:
             self.grad_shard.copy_(there)
 
