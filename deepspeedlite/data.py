@@ -8,11 +8,13 @@ micro-batch and sees each remaining sample of the epoch once.
 The order is that of torch's DistributedSampler: a permutation seeded with seed + epoch, of which rank r of W takes
 every W-th sample from the r-th. All ranks get equally many batches of equal sizes: samples from the epoch's
 start fill up the last round, or with `drop_last` what does not fill a micro-batch on every rank is left out.
+An IterableDataset is shared out in the same way as it runs.
 """
 
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from deepspeedlite.errors import DataError
+from deepspeedlite.log import log_dist_once
 
 
 class ResumableDistributedSampler(Sampler[int]):
@@ -112,6 +115,32 @@ class LoaderOptions:
     pin_memory: bool = False  # honoured where there is a GPU to copy to
     shuffle: bool = True
     seed: int = 0
+    split_iterable: bool = True  # an IterableDataset, that does not say `splits_itself`, over the ranks
+
+
+class _ShareOfStream(IterableDataset[Any]):
+    """One rank's part of an iterable dataset that gives all of them the same: of W in a row, the rank-th.
+
+    A worker process has its own copy, whose `__iter__` shares the samples out among the workers as torch's
+    `get_worker_info` tells it to; what the worker gets is then shared among the ranks. All ranks get equally many: the
+    first samples fill up the last round, or with `drop_last` it is left out.
+    """
+
+    def __init__(self, dataset: Iterable[Any], rank: int, world_size: int, drop_last: bool) -> None:
+        self.dataset, self.rank, self.world_size, self.drop_last = dataset, rank, world_size, drop_last
+
+    def __iter__(self) -> Iterator[Any]:
+        stream = iter(self.dataset)
+        first: list[Any] = []
+        while True:
+            in_a_row = list(itertools.islice(stream, self.world_size))
+            first = first or in_a_row
+            missing = self.world_size - len(in_a_row)
+            if not in_a_row or (missing and self.drop_last):
+                return
+            yield [*in_a_row, *itertools.islice(itertools.cycle(first), missing)][self.rank]
+            if missing:
+                return
 
 
 class DeepSpeedDataLoader:
@@ -137,6 +166,7 @@ class DeepSpeedDataLoader:
         self.rank, self.world_size = rank, world_size
         self.data_sampler = _sampler_for(dataset, rank, world_size, options) if sampler is None else sampler
         own = isinstance(self.data_sampler, ResumableDistributedSampler)
+        self._splits = self.data_sampler is None and world_size > 1 and _is_to_be_split(dataset, options)
         self._position: _Position = _SamplePosition(self) if own else _BatchPosition(self)
         self._running: object | None = None  # the latest loop over this loader, while it has batches left
         self._running_epoch = 0
@@ -150,8 +180,10 @@ class DeepSpeedDataLoader:
         """Batches in a whole epoch; `TypeError` where the dataset or the sampler given has no length."""
         if self.data_sampler is not None:
             return self._batches(len(self.data_sampler))  # type: ignore[arg-type]
-        share: int = len(self.dataset)
-        return self._batches(share)
+        samples: int = len(self.dataset)
+        if self._splits:
+            samples = samples // self.world_size if self.options.drop_last else math.ceil(samples / self.world_size)
+        return self._batches(samples)
 
     def __iter__(self) -> Iterator[Any]:
         this_loop = object()
@@ -195,8 +227,11 @@ class DeepSpeedDataLoader:
         options = self.options
         mixed = (options.seed * 1_000_003 + epoch) * 65_537 + self.rank
         generator = torch.Generator().manual_seed(mixed % 2**63)
+        dataset = self.dataset
+        if self._splits:
+            dataset = _ShareOfStream(dataset, self.rank, self.world_size, options.drop_last)
         loader: DataLoader[Any] = DataLoader(
-            self.dataset,
+            dataset,
             batch_size=self.batch_size,
             sampler=sampler,
             collate_fn=options.collate_fn,
@@ -336,8 +371,9 @@ def build_dataloader(
 ) -> DeepSpeedDataLoader:
     """A loader of this rank's micro-batches of `micro_batch_size` samples.
 
-    `options` are the fields of `LoaderOptions`. A `sampler` gives this rank's indices itself. An IterableDataset is
-    iterated as it is on each rank: it must share its samples out itself, equally many to each.
+    `options` are the fields of `LoaderOptions`. A `sampler` gives this rank's indices itself. An IterableDataset gives
+    every rank the same samples in the same order and is shared out over them, unless `split_iterable` is false or its
+    attribute `splits_itself` is true: then it does that itself, and gives equally many to each.
     Both have `set_epoch(epoch)` called each epoch where they have it, and resume only with the same micro-batch
     and world size. Raises `DataError` for data without samples or that is no dataset, and for sizes that leave none.
     """
@@ -397,6 +433,20 @@ class RepeatingLoader:
                 "deepspeedlite (training_data=... or build_dataloader)"
             )
         return self.loader
+
+
+def _is_to_be_split(dataset: Any, options: LoaderOptions) -> bool:
+    """Whether all ranks are given the same samples, as far as can be known."""
+    # Hugging Face's split_dataset_by_node leaves `_distributed` behind.
+    itself = getattr(dataset, "splits_itself", False) or getattr(dataset, "_distributed", None) is not None
+    if itself or not options.split_iterable:
+        return False
+    log_dist_once(
+        f"each rank takes its part of the {type(dataset).__name__}, one sample in as many as there are ranks; if the "
+        "dataset shares its samples out by rank itself, set dataloader_split_iterable to false",
+        level=logging.WARNING,
+    )
+    return True
 
 
 def _sampler_for(

@@ -469,6 +469,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             world_size=self._parts.group.size,
             collate_fn=collate_fn or self.collate_fn,
             drop_last=self._parts.config.dataloader_drop_last,
+            split_iterable=self._parts.config.dataloader_split_iterable,
             num_workers=num_local_io_workers or 0,
             pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
             shuffle=route == ROUTE_TRAIN,

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections import Counter
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
+import deepspeedlite
 from deepspeedlite.data import DeepSpeedDataLoader, RepeatingLoader, ResumableDistributedSampler, build_dataloader
 from deepspeedlite.errors import DataError
+from tests.harness import distributed
 
 sizes = st.integers(1, 60)
 worlds = st.integers(1, 5)
@@ -287,6 +291,74 @@ def test_data_with_an_order_of_its_own():
         build_dataloader(range(7), 2).load_state_dict(stream.state_dict())
     with pytest.raises(DataError, match="had a length"):
         stream.load_state_dict(build_dataloader(range(7), 2).state_dict())
+
+
+class SharedAmongWorkers(Stream):
+    """As torch asks of an IterableDataset that is read by several workers."""
+
+    def __iter__(self):
+        info = get_worker_info()
+        numbers = super().__iter__()
+        return numbers if info is None else itertools.islice(numbers, info.id, None, info.num_workers)
+
+
+def streams(count: int, world: int, dataset=Stream, **options) -> list[list[list[int]]]:
+    return [epoch_of(build_dataloader(dataset(count), 2, rank=r, world_size=world, **options)) for r in range(world)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(count=sizes, world=worlds, drop_last=st.booleans())
+def test_an_iterable_dataset_is_shared_out_over_the_ranks(count, world, drop_last):
+    got = streams(count, world, drop_last=drop_last)
+    assert len({tuple(map(len, batches)) for batches in got}) == 1, "equally many batches of equal sizes"
+    if drop_last:
+        rounds = count // world // 2 * 2
+        assert [flat(one) for one in got] == [list(range(r, rounds * world, world)) for r in range(world)]
+    else:
+        padded = [*range(count), *itertools.islice(itertools.cycle(range(min(count, world))), -count % world)]
+        assert [flat(one) for one in got] == [padded[r::world] for r in range(world)]
+
+
+@pytest.mark.slow
+def test_an_iterable_dataset_is_shared_out_over_workers_and_ranks():
+    got = streams(24, 2, SharedAmongWorkers, num_workers=2)
+    assert sorted(flat(got[0]) + flat(got[1])) == list(range(24))
+    assert len(flat(got[0])) == len(flat(got[1])) == 12
+
+
+def test_an_iterable_dataset_that_shares_itself_out_is_left_alone():
+    class Own(Stream):
+        splits_itself = True
+
+    class Sized(Stream):
+        def __len__(self) -> int:
+            return self.count
+
+    assert streams(4, 2, Own) == streams(4, 2, split_iterable=False) == [[[0, 1], [2, 3]]] * 2
+    split = Stream(4)
+    split._distributed = object()  # as datasets.distributed.split_dataset_by_node leaves it
+    assert epoch_of(build_dataloader(split, 2, rank=1, world_size=2)) == [[0, 1], [2, 3]]
+    for drop_last, batches in ((False, 3), (True, 2)):
+        loader = build_dataloader(Sized(9), 2, rank=1, world_size=2, drop_last=drop_last)
+        assert len(loader) == len(epoch_of(loader)) == batches
+
+
+def test_an_iterable_datasets_part_resumes():
+    whole = epoch_of(build_dataloader(Stream(11), 2, rank=1, world_size=2))
+    loader = build_dataloader(Stream(11), 2, rank=1, world_size=2)
+    stream = iter(loader)
+    seen = [next(stream).tolist() for _ in range(2)]
+    resumed = build_dataloader(Stream(11), 2, rank=1, world_size=2)
+    resumed.load_state_dict(loader.state_dict())
+    assert seen + epoch_of(resumed) == whole
+
+
+@distributed(world_size=2)
+def test_an_engine_shares_an_iterable_dataset_out():
+    for split, expected in ((True, [0.0, 2.0, 4.0, 6.0]), (False, [float(n) for n in range(8)])):
+        config = {"train_micro_batch_size_per_gpu": 2, "dataloader_split_iterable": split}
+        *_, loader, _ = deepspeedlite.initialize(model=torch.nn.Linear(1, 1), training_data=Stream(8), config=config)
+        assert flat(epoch_of(loader)) == [n + dist.get_rank() * split for n in expected]
 
 
 def test_repeating_loader_over_torchs_own():

@@ -136,6 +136,9 @@ class DeepSpeedConfig(Section):
     flops_profiler: FlopsProfiler = part(FlopsProfiler, "FLOP counts.")
 
     dataloader_drop_last: Flag = key(False, "Leave out the last batch when it is not full.")
+    dataloader_split_iterable: Flag = key(
+        True, "Give each rank its part of an IterableDataset; false: the dataset does that itself."
+    )
     data_efficiency: DataEfficiency = part(DataEfficiency, "Choosing samples and tokens.")
     disable_python_gc: Flag = key(
         False,
