@@ -8,6 +8,7 @@
 #             ACCEL, OPS, ARCHS  what `make wheel` compiles: see docs/ops.md
 #             CUDA, ROCM  which version's image `make image-cuda` and `image-rocm` build  (13.0 and 7.1)
 #             BASE, IMAGE_ARGS   another base image, and more options of `python -m env build`
+#             FUZZ_S, FUZZ_SEED  for how long `make fuzz` goes on, and from which seed         (3600, 1000)
 #             HOSTFILE, INSTALL_ARGS  the machines of `make install-hosts`, and more options of install.sh (-r for root)
 
 PYTHON ?= python3
@@ -24,6 +25,8 @@ CUDA ?= 13.0
 ROCM ?= 7.1
 BASE ?=
 IMAGE_ARGS ?=
+FUZZ_S ?= 3600
+FUZZ_SEED ?= 1000
 HOSTFILE ?=
 INSTALL_ARGS ?=
 
@@ -32,7 +35,7 @@ TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-clients test-images test-wheels test-cluster lint format typecheck wheel bench ops report
+.PHONY: help demo test test-fast test-clients test-images test-wheels test-cluster fuzz lint format typecheck wheel bench ops report
 .PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
@@ -60,6 +63,10 @@ test-cluster:  ## run the tests on many hosts, which namespaces make (needs root
 
 test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT, TRL and Megatron core, in an environment of their own
 	$(TIMED) "make test-clients" $(MAKE) --no-print-directory clients-here VENV=$(VENV)-clients
+
+fuzz:  ## train random small models under random configurations for an hour, each beside an unsharded loop (FUZZ_S, FUZZ_SEED)
+	$(TIMED) "make fuzz" env DSL_FUZZ_S=$(FUZZ_S) DSL_FUZZ_SEED=$(FUZZ_SEED) $(MAKE) --no-print-directory test-here \
+		PYTEST_ARGS="tests/test_fuzz.py -k for_a_while $(PYTEST_ARGS)"
 
 .PHONY: demo-here test-here clients-here
 clients-here: $(VENV)/.ready-clients
