@@ -105,7 +105,8 @@ class Bare(Part):
         self.register_buffer("fixed", torch.ones(1), persistent=False)
 
     def forward(self, x: Tensor, index: int) -> Tensor:
-        return self.linear(x * self.scale + self.offset) * self.fixed + self.nothing.sum()
+        x = x * self.scale + self.offset.to(x.dtype)  # buffers stay fp32
+        return self.linear(x) * self.fixed.to(x.dtype) + self.nothing.sum()
 
 
 class Reader(Part):

@@ -34,7 +34,9 @@ class Reference:
     def __init__(self, scenario: Scenario) -> None:
         torch.manual_seed(scenario.seed)
         self.scenario = scenario
-        self.model = scenario.finish(Model(scenario)).to(scenario.torch_dtype)
+        self.model = scenario.finish(Model(scenario))
+        for param in self.model.parameters():
+            param.data = param.data.to(scenario.torch_dtype)
         self.trained = [param for param in self.model.parameters() if param.requires_grad]
         self.masters = [torch.nn.Parameter(param.detach().float().clone()) for param in self.trained]
         groups = scenario.groups_of(self.masters) if scenario.groups > 1 else [{"params": self.masters}]
