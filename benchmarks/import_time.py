@@ -1,10 +1,10 @@
 """What importing costs beyond torch itself, and how fast the command line answers; DeepSpeed's beside ours.
 
-    python benchmarks/import_time.py [--peer-python ENV/bin/python] [--runs 9]
+    python benchmarks/import_time.py [--peer-python ENV/bin/python] [--before CHECKOUT] [--runs 9]
 
 Each run is a fresh process that imports torch first and then times the rest inside itself. The contenders take turns,
 so that a slow minute of the machine hits all of them. `deepspeedlite` imports lazily; what a script pays when it first
-touches `initialize` is therefore measured as well.
+touches `initialize` is measured as well. `--before` names another checkout of this project, measured beside it.
 """
 
 from __future__ import annotations
@@ -46,17 +46,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--runs", type=int, default=9, help="processes per contender (the first round is not counted)")
     parser.add_argument("--peer-python", help="the Python of an environment that has the real DeepSpeed")
+    parser.add_argument("--before", type=Path, metavar="CHECKOUT", help="another checkout of this project")
     args = parser.parse_args()
 
-    contenders = {name: (sys.executable, statement) for name, statement in OURS.items()}
+    contenders = {name: (sys.executable, statement, ROOT) for name, statement in OURS.items()}
+    if args.before:
+        earlier = args.before.resolve()
+        contenders |= {
+            f"{name}, before": (sys.executable, statement.replace(str(ROOT), str(earlier)), earlier)
+            for name, statement in OURS.items()
+        }
     if args.peer_python:
         version = run([args.peer_python, "-c", PEER_VERSION]).stdout.strip()
-        contenders |= {f"{name} ({version})": (args.peer_python, code) for name, code in PEER.items()}
+        contenders |= {f"{name} ({version})": (args.peer_python, code, ROOT) for name, code in PEER.items()}
     samples_ms: dict[str, list[float]] = {name: [] for name in (*contenders, "deepspeedlite --help")}
     torch_versions: dict[str, str] = {"deepspeedlite --help": "-"}
     for round_number in range(args.runs + 1):
-        for name, (python, statement) in contenders.items():
-            elapsed_ms, torch_versions[name] = time_import(python, statement)
+        for name, contender in contenders.items():
+            elapsed_ms, torch_versions[name] = time_import(*contender)
             if round_number:  # the first one warms the page cache and writes the .pyc files
                 samples_ms[name].append(elapsed_ms)
         elapsed_ms = time_help()
@@ -75,9 +82,9 @@ def main() -> None:
     print_table(title, ("what", "torch", "median ms", "min", "max"), rows)
 
 
-def time_import(python: str, statement: str) -> tuple[float, str]:
+def time_import(python: str, statement: str, checkout: Path) -> tuple[float, str]:
     """Milliseconds that the statement takes in a fresh process after `import torch`, and torch's version."""
-    output = run([python, "-c", TIMED_IMPORT.format(statement=statement)]).stdout
+    output = run([python, "-c", TIMED_IMPORT.format(statement=statement)], checkout).stdout
     line = next(line for line in output.splitlines() if line.startswith("import_ms"))
     _, elapsed_ms, torch_version = line.split()
     return float(elapsed_ms), torch_version
@@ -92,11 +99,11 @@ def time_help() -> float:
     return (time.perf_counter() - start_s) * 1e3
 
 
-def run(command: list[str]) -> subprocess.CompletedProcess[str]:
-    """Run to the end from the repository's root; a failure shows what the process said."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+def run(command: list[str], checkout: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """Run to the end from the root of a checkout, whose code it imports; a failure shows what the process said."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
     environment.pop("PYTHONDONTWRITEBYTECODE", None)  # an installed package has its .pyc files, and so has the peer
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True, timeout=300)
     if done.returncode:
         raise SystemExit(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
     return done

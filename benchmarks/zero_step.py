@@ -2,6 +2,7 @@
 
     python benchmarks/zero_step.py [--peer-python ENV/bin/python] [--dtype fp32|bf16] [--accumulation 1]
                                    [--rounds 5] [--steps 5] [--layers 8] [--only NAME...]
+                                   [--before CHECKOUT]
 
 All train the 33.6 M-parameter GPT of examples/gpt from the same weights on the same batches: 2 ranks, gloo, CPU, one
 thread a rank, AdamW in torch's fused form, no clipping. Every contender has two processes of its own, so DeepSpeed can
@@ -16,6 +17,8 @@ a persistence threshold of 0); once, "default", with the defaults of both, besid
 keeps the root's parameters. "whole after forward" shows what a rank really held then. DeepSpeed holds on to what its
 prefetch has passed over; `ds3-no-prefetch` lets go of everything, which is slower. DeepSpeed's rows that are not called
 default get `--peer-bucket-numel`: smaller buckets than its own of 5e8 elements are faster and leaner on this model.
+
+`--before` names another checkout of this project (of an earlier commit, say): each of our rows is followed by its.
 """
 
 from __future__ import annotations
@@ -53,6 +56,7 @@ class Contender(NamedTuple):
     label: str
     kind: str  # a key of the worker's MAKERS
     options: dict[str, Any]
+    checkout: str = ""  # whose code it runs, if not this one's
 
 
 CONTENDERS = {
@@ -259,6 +263,8 @@ def start_worker(name: str, rank: int, log: Path, args: argparse.Namespace) -> s
         # DeepSpeed compiles with the ninja of its own environment.
         "PATH": f"{Path(python).absolute().parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
+    if contender.checkout:
+        settings["PYTHONPATH"] = contender.checkout
     with log.open("w") as errors:
         return subprocess.Popen(
             [python, str(WORKER), json.dumps(job)],
@@ -331,6 +337,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--peer-bucket-numel", type=int, default=5_000_000, help="DeepSpeed's bucket sizes; 0: its defaults"
     )
+    parser.add_argument("--before", metavar="CHECKOUT", help="another checkout of this project, to measure beside this")
     args = parser.parse_args()
     args.only = args.only or [
         name
@@ -339,7 +346,18 @@ def parse() -> argparse.Namespace:
     ]
     if not args.peer_python and any(CONTENDERS[name].kind == "deepspeed" for name in args.only):
         parser.error("DeepSpeed's contenders need --peer-python")
+    if args.before:
+        args.only = [each for name in args.only for each in (name, *add_earlier(name, args.before))]
     return args
+
+
+def add_earlier(name: str, checkout: str) -> list[str]:
+    """Make a contender of another checkout's, and name it, if this one is ours."""
+    ours = CONTENDERS[name]
+    if ours.kind != "lite":
+        return []
+    CONTENDERS[f"{name}-before"] = ours._replace(label=f"{ours.label}, before", checkout=str(Path(checkout).resolve()))
+    return [f"{name}-before"]
 
 
 def free_mib() -> float:
@@ -400,6 +418,7 @@ def table_row(name: str, figures: Found, found: dict[str, Found]) -> tuple[str, 
 
 def peers_of(name: str) -> tuple[str, str, str]:
     """The contenders that the three columns of ratios are to; "" where there is none."""
+    name = name.removesuffix("-before")
     default = "-default" if name.endswith("-default") else ""
     return "ddp", "fsdp2" + default, name.replace("lite", "ds") if name.startswith("lite") else ""
 
