@@ -173,6 +173,21 @@ def test_tensors_kept_beyond_the_context_have_their_values():
 
 
 @distributed(world_size=2)
+def test_another_shape_on_one_rank_is_an_error_on_all():
+    model = tied_model()
+    engine_of(model)
+    weight = model.norm.weight
+    said = r"parameter norm\.weight of shape \(32,\) was given a tensor of shape \(40,\) on rank 0"
+    with pytest.raises(EngineStateError, match=said), GatheredParameters(weight, modifier_rank=0):
+        if dist.get_rank() == 0:
+            weight.data = torch.ones(40)
+    with GatheredParameters(weight, modifier_rank=1):
+        if dist.get_rank() == 1:
+            weight.data = torch.full((32,), 3.0)
+    assert weight.numel() == 0 and is_everywhere(values_of(weight)[0], 3)
+
+
+@distributed(world_size=2)
 def test_the_order_given_may_differ_between_ranks():
     model = tied_model()
     engine_of(model)

@@ -127,8 +127,9 @@ class GatheredParameters:
     @torch.no_grad()
     def _spread(self) -> None:
         """The modifier's values, to all."""
-        for owner in self._held:
-            owner.take_replaced()
+        wrong = self._agree([(owner, said) for owner in self._held if (said := owner.take_replaced())])
+        if wrong:
+            raise EngineStateError(wrong[0])
         for reading in self._readings:
             group = reading.owner.group
             if reading.param.numel():
@@ -145,14 +146,18 @@ class GatheredParameters:
     def _agreed_changes(self) -> list[str]:
         """Which rank has changed what, the same on every rank."""
         wrong = [reading for reading in self._readings if reading.was_changed()]
+        return self._agree([(reading.owner, f"parameter {reading.name} was changed on rank RANK") for reading in wrong])
+
+    def _agree(self, mine: list[tuple[FlatValues, str]]) -> list[str]:
+        """What the ranks have to say of values that they hold, with their number for RANK; the same on every rank."""
         told: list[str] = []
         for group in dict.fromkeys(owner.group for owner in self._held):
-            names = [reading.name for reading in wrong if reading.owner.group is group]
-            someone = torch.tensor([float(bool(names))], device=group.device)
-            group.all_reduce(someone, "max", label="whether a rank changed what it gathered")
+            said = [words for owner, words in mine if owner.group is group]
+            someone = torch.tensor([float(bool(said))], device=group.device)
+            group.all_reduce(someone, "max", label="what a rank did with the parameters it gathered")
             if someone.item():
-                everyone = zip(group.ranks, group.all_gather_objects(names[:_SHOWN]))
-                told += [f"parameter {name} was changed on rank {rank}" for rank, names in everyone for name in names]
+                everyone = zip(group.ranks, group.all_gather_objects(said[:_SHOWN]))
+                told += [words.replace("RANK", str(rank)) for rank, said in everyone for words in said]
         return told[:_SHOWN]
 
 

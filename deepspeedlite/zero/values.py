@@ -361,21 +361,24 @@ class FlatValues:
         self._show()
 
     @torch.no_grad()
-    def take_replaced(self) -> None:
+    def take_replaced(self) -> str:
         """The parameters, whole now, may have been given new memory (`.data =`): take the values from it.
 
-        Raises:
-            EngineStateError: they are of another shape.
+        Returns what is wrong, with RANK for this rank, where one was given another shape; its former values are back.
         """
+        wrong = ""
         for (slot, param), view in zip(self.slots, self._views):
             if param.shape != view.shape:
-                raise EngineStateError(
-                    f"parameter {slot.name} of shape {slot.shape} was given a tensor of shape {tuple(param.shape)} in "
-                    "GatheredParameters; sharded parameters keep their shape: assign a new Parameter to the module"
+                wrong = wrong or (
+                    f"parameter {slot.name} of shape {slot.shape} was given a tensor of shape {tuple(param.shape)} on "
+                    "rank RANK in GatheredParameters; sharded parameters keep their shape: assign a new Parameter to "
+                    "the module"
                 )
-            if param.data_ptr() != view.data_ptr():
+                param.data = view
+            elif param.data_ptr() != view.data_ptr():
                 view.copy_(param.data)
                 param.data = view
+        return wrong
 
     def is_attached(self) -> bool:
         """Whether the parameters, whole now, still have the buffer's memory."""
