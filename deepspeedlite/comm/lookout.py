@@ -13,7 +13,6 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import sysconfig
 import threading
 import time
 import weakref
@@ -42,7 +41,7 @@ _LOADER = os.path.join("torch", "utils", "data", "dataloader.py")
 _LIBRARIES = (
     os.path.dirname(torch.__file__),
     os.path.dirname(os.path.dirname(__file__)),
-    sysconfig.get_paths()["stdlib"],
+    os.path.dirname(os.__file__),
     f"{os.sep}site-packages{os.sep}",
     "<",
 )
