@@ -66,6 +66,14 @@ CONTENDERS = {
     "fsdp2-default": Contender("FSDP2 + fused AdamW, default (root kept)", "fsdp2", {"reshard_root": None}),
     **{f"lite{stage}": Contender(f"deepspeedlite stage {stage}", "lite", {"stage": stage}) for stage in (0, 1, 2)},
     "lite3": Contender("deepspeedlite stage 3, reuse distance 0", "lite", {"stage": 3, **AS_FSDP2}),
+    **{
+        f"lite{stage}-unchecked": Contender(
+            f"deepspeedlite stage {stage}, check_grad_overflow false",
+            "lite",
+            {"stage": stage, "check_grad_overflow": False, **(AS_FSDP2 if stage == 3 else {})},
+        )
+        for stage in range(4)
+    },
     "lite3-default": Contender("deepspeedlite stage 3, default", "lite", {"stage": 3}),
     **{f"ds{stage}": Contender(f"DeepSpeed stage {stage}", "deepspeed", {"stage": stage}) for stage in (1, 2)},
     "lite2-cpu": Contender("deepspeedlite stage 2, optimizer on CPU", "lite", {"stage": 2, **ON_CPU}),
@@ -83,6 +91,7 @@ CONTENDERS = {
 }
 LEFT_OUT = (
     "lite0",
+    *(f"lite{stage}-unchecked" for stage in range(4)),
     "lite2-cpu",
     "ds2-cpu",
     "ds1-default",

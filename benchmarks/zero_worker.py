@@ -173,7 +173,10 @@ def make_fsdp2(model: GPT, job: Job) -> Training:
 
 def make_lite(model: GPT, job: Job) -> Training:
     """deepspeedlite, its AdamW named in the configuration."""
-    engine = our_engine(model, engine_config(job.options, job.bf16, job.accumulation))
+    options = {key: value for key, value in job.options.items() if key != "check_grad_overflow"}
+    config = engine_config(options, job.bf16, job.accumulation)
+    config["check_grad_overflow"] = job.options.get("check_grad_overflow", True)
+    engine = our_engine(model, config)
     from deepspeedlite import __version__
 
     return Training(engine, engine_step(engine), __version__)
