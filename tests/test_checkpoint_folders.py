@@ -352,6 +352,12 @@ def test_two_jobs_that_save_into_one_folder_are_told_of_each_other(tmp_path):
         assert time.monotonic() - since_s < 10
         assert f"two jobs save into {folder}: process {pid[0]} on {socket.gethostname()}, started 20" in said, said
         assert "theirs" in said and tree(folder) == before
+        if how == "between saves":  # before this one had started: an idle notebook must not cost this job its work
+            copied = tmp_path / "earlier"
+            on_first(lambda folder=folder, to=copied: (shutil.copytree(folder, to), _make_old(to / "theirs")))
+            with redirect_stderr(StringIO()) as warned:
+                engine.save_checkpoint(copied, tag="mine")
+            assert dist.get_rank() or f"process {pid[0]} on" in warned.getvalue()
         on_first(lambda pid=pid: os.kill(pid[0], signal.SIGKILL))
         until_s = time.monotonic() + 20
         while Path(f"/proc/{pid[0]}").exists() and time.monotonic() < until_s:
@@ -359,6 +365,11 @@ def test_two_jobs_that_save_into_one_folder_are_told_of_each_other(tmp_path):
         engine.save_checkpoint(folder, tag="mine")  # nothing has to be cleared by hand
         left = {"mine", "latest", "zero_to_fp32.py"} | ({"theirs"} if how == "between saves" else set())
         assert set(os.listdir(folder)) == left
+
+
+def _make_old(tag: Path) -> None:
+    for path in tag.iterdir():
+        os.utime(path, (1e9, 1e9))
 
 
 @distributed(world_size=[1, 2])

@@ -104,7 +104,7 @@ def _is_blank(path: Path) -> bool:
 
 
 def _check_alone(save_dir: Path, tags: list[str]) -> None:
-    """Raise where another process that is alive saves into the folder; warn where that cannot be known."""
+    """Raise where a living process saves into the folder, or has since this one started; warn where it only may."""
     here = Owner.here()
     for workplace, work in workplaces(save_dir):
         if work is None or work.owner == here or (alive := work.owner.is_alive()) is False:
@@ -123,11 +123,13 @@ def _check_alone(save_dir: Path, tags: list[str]) -> None:
         saver = saver_of(save_dir / tag)
         if saver is None or saver == here or (alive := saver.is_alive()) is False or saver.is_kin():
             continue
-        if alive:
-            raise CheckpointError(two_jobs(save_dir, f"{saver} has saved {tag} and still runs"))
-        if (save_dir / tag / FILE_NAME).stat().st_mtime > _SINCE_S:
-            what = f"{saver} has saved {tag} while this one runs on {here.host}"
-            log_once(two_jobs(save_dir, what), logging.WARNING)
+        is_newer = (save_dir / tag / FILE_NAME).stat().st_mtime > _SINCE_S
+        when = "and still runs" if alive else f"while this one runs on {here.host}"
+        what = two_jobs(save_dir, f"{saver} has saved {tag} {when}")
+        if alive and is_newer:
+            raise CheckpointError(what)
+        if alive or is_newer:  # an idle notebook, perhaps, whose work goes on here: no reason to lose this job's
+            log_once(what, logging.WARNING)
 
 
 class TagWriter:
