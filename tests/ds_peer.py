@@ -192,6 +192,8 @@ def main() -> None:
     import deepspeed
 
     deepspeed.init_distributed("gloo")
+    # It asks the processor whether it multiplies fp16 numbers itself; torch computes with them on any.
+    type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True
     for job in json.loads(Path(jobs).read_text()):
         do(Job(**job))
     dist.barrier()
