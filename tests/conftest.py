@@ -12,7 +12,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -45,6 +45,16 @@ def pytest_sessionfinish() -> None:
     harness = sys.modules.get("harness")
     if harness is not None:
         harness.close_pool()
+
+
+@pytest.fixture(autouse=True)
+def left_alone() -> Iterator[None]:
+    """Fails a test that leaves torch.distributed running in pytest's own process, which others need to be alone in."""
+    yield
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        distributed.destroy_process_group()
+        pytest.fail("the test left torch.distributed running in pytest's own process: use @distributed", pytrace=False)
 
 
 @pytest.fixture

@@ -62,6 +62,7 @@ def expected(half):
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("stage", [0, 1, 3])
+@distributed(world_size=1)
 def test_buffers_keep_their_types(stage, dtype):
     net = Net()
     frequencies, statistics = net.rotary.frequencies, net.plain_norm.running_mean.clone()
@@ -95,6 +96,7 @@ def test_init_and_checkpoints_keep_them_too(tmp_path):
             assert torch.equal(dict(other.module.named_buffers())[name], buffer), name
 
 
+@distributed(world_size=1)
 def test_buffer_dtype_and_what_it_leaves():
     """By experiment with DeepSpeed 0.19.8: patterns are searched for in the buffers' full names; what stays is fp32."""
 
@@ -120,6 +122,7 @@ def test_buffer_dtype_and_what_it_leaves():
 
 @pytest.mark.parametrize("strict", [True, False])
 @pytest.mark.parametrize("buffer_dtype", ["bf16", "fp16"])
+@distributed(world_size=1)
 def test_a_model_says_itself_what_stays(strict, buffer_dtype):
     net = Net()
     setattr(net, "_keep_in_fp32_modules_strict" if strict else "_keep_in_fp32_modules", ["rotary"])
@@ -129,6 +132,7 @@ def test_a_model_says_itself_what_stays(strict, buffer_dtype):
     assert net.exact.dtype == HALF[buffer_dtype]
 
 
+@distributed(world_size=1)
 def test_full_precision_leaves_everything_alone_but_what_it_is_told():
     net = Net()
     deepspeedlite.initialize(model=net, config=config_of(0, "fp32"))
@@ -137,6 +141,7 @@ def test_full_precision_leaves_everything_alone_but_what_it_is_told():
     assert net.rotary.frequencies.dtype == torch.bfloat16 and net.norm.running_mean.dtype == torch.float32
 
 
+@distributed(world_size=1)
 def test_a_type_of_parameters_that_nothing_trains_in_is_refused():
     for dtype, said in (("fp32", "bf16"), ("bf16", "fp32"), ("fp16", "bf16")):
         with pytest.raises(ConfigError, match=r"data_types.param_dtype.*enable the section of that type"):
