@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -433,13 +434,13 @@ engine.train_batch(data)
 @pytest.mark.slow
 @pytest.mark.parametrize("death, said", [
     ("os.kill(os.getpid(), 9)", "rank 1 failed first: killed by SIGKILL"),
-    ("raise ArithmeticError('in the middle')", "ArithmeticError: in the middle"),
+    ("raise ArithmeticError('in the middle')", r"stage 1 .*rank 1.* ArithmeticError: in the middle"),
 ])  # fmt: skip
 def test_a_stage_that_dies_in_the_middle_of_a_batch_ends_the_others(death, said, tmp_path):
-    """The stages before and after it are in the middle of passes of their own; the launcher says who was first."""
+    """The stages before and after it are in the middle of passes of their own; who it was is said."""
     script = tmp_path / "dying.py"
     script.write_text(DYING.format(tests=str(Path(__file__).parent), death=death))
     launcher = [sys.executable, "-m", "deepspeedlite.launcher", "--num_gpus", "3", str(script)]
     done = subprocess.run(launcher, capture_output=True, text=True, timeout=60, stdin=subprocess.DEVNULL)
     assert done.returncode != 0
-    assert said in done.stderr + done.stdout and "rank 1 failed first" in done.stderr + done.stdout
+    assert re.search(said, done.stderr + done.stdout), done.stderr

@@ -35,6 +35,7 @@ from deepspeedlite.zero.estimate import model_states_bytes, ways_of
 from deepspeedlite.zero.fit import Training, fit_all
 from deepspeedlite.zero.layout import FlatLayout
 from deepspeedlite.zero.machine import Machine
+from deepspeedlite.zero.unit import ShardUnit
 
 WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 96, 4, 24, 64, 2  # 2.7 M parameters, of which each block has 4 %
 TOLERANCE = 0.02
@@ -148,13 +149,22 @@ def lent_bytes() -> int:
 def reachable_bytes() -> int:
     """Bytes of the distinct storages behind all tensors that Python can reach: another way to count.
 
-    Not those of the blocks through which ranks of one host exchange shards: the allocator does not know them either.
+    Not those of the blocks through which ranks of one host exchange shards: the allocator does not know them either;
+    nor those of parameters, which lie in that of their flat buffer.
     """
     gc.collect()
     storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
     found = link()
     blocks = [*found._maps.values(), *(block.memory for block in found._blocks)] if found else []
-    return sum({storage._cdata: storage.nbytes() for storage in storages}.values()) - sum(map(torch.numel, blocks))
+    distinct = {storage._cdata: storage for storage in storages}
+    flat = [owner.values.untyped_storage() for owner in gc.get_objects() if type(owner) is ShardUnit]
+    inside = [(values.data_ptr(), values.data_ptr() + values.nbytes(), values._cdata) for values in flat]
+    counted = sum(
+        storage.nbytes()
+        for key, storage in distinct.items()
+        if not any(start <= storage.data_ptr() < stop and key != whole for start, stop, whole in inside)
+    )
+    return counted - sum(map(torch.numel, blocks))
 
 
 def link() -> HostLink | None:

@@ -25,7 +25,6 @@ from deepspeedlite.log import log_once
 from deepspeedlite.zero.hooks import ParameterSchedule
 from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.values import FlatValues, make_whole, owners_of
 
 _SHOWN = 3  # names in a message
@@ -76,7 +75,8 @@ class Lease:
     def held_by(self, engine: Any) -> None:
         """From now on the lease is this engine's; when the script lets go of it, gradients are the module's alone."""
         self._holder = weakref.ref(engine)
-        weakref.finalize(engine, _unhook, self.schedule.units).atexit = False
+        # Weakly: else what the engine trained would outlive the garbage collection that ends it.
+        weakref.finalize(engine, _unhook, weakref.ref(self.schedule)).atexit = False
 
     @property
     def in_use(self) -> bool:
@@ -190,8 +190,9 @@ def _shown(names: dict[torch.Tensor, str], params: Collection[torch.Tensor]) -> 
     return ", ".join(known[:_SHOWN]) + more
 
 
-def _unhook(units: Iterable[ShardUnit]) -> None:
-    for unit in units:
+def _unhook(reference: weakref.ref[GradientSchedule]) -> None:
+    schedule = reference()
+    for unit in schedule.units if schedule is not None else ():
         unit.unhook()
 
 

@@ -434,7 +434,7 @@ def _in_storage_of_its_own(view: torch.Tensor) -> torch.Tensor:
     What saves or compares tensors looks at their storages: torch.save writes all of one, safetensors takes tensors that
     have one in common for tied ones.
     """
-    if not view.numel():
+    if not view.numel() or view.is_meta:
         return view
     raw = view.view(-1).view(torch.uint8)  # not every dtype has a name in DLPack
     alone: torch.Tensor = torch.from_dlpack(torch.utils.dlpack.to_dlpack(raw))
