@@ -103,11 +103,15 @@ class LiveBytes(TorchDispatchMode):
 
     def __enter__(self) -> LiveBytes:
         self._patch.start()
+        # A parameter's storage of its own lies in its flat buffer's: counted once, as on the meta device.
+        self._views = mock.patch("deepspeedlite.zero.values._in_storage_of_its_own", lambda view: view)
+        self._views.start()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
+        self._views.stop()
         self._patch.stop()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
