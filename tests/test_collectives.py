@@ -126,6 +126,7 @@ def test_the_mesh_and_the_log() -> None:
     """A grid of ranks; calls are counted with their sizes, by name, and one by one where asked."""
     mesh = comm.initialize_mesh_device((1, 2), ("data_parallel", "sequence_parallel"))
     assert dist.get_world_size(mesh.get_group("sequence_parallel")) == 2
+    comm.reset_log()
     comm.configure(enabled=True, prof_all=True)
     try:
         comm.all_reduce(of(0))

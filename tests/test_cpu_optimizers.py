@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from harness import distributed
 from torch import Tensor
 
 import deepspeedlite
@@ -228,6 +229,7 @@ def test_one_pass_scales_the_gradient_and_writes_the_copy(rule):
         ("Adagrad", {"foreach": True}, torch.optim.Adagrad),
     ],
 )
+@distributed(world_size=1)
 def test_a_configuration_gets_the_op_unless_it_asks_for_what_the_op_has_not(name, params, expected):
     config = {"train_batch_size": 1, "optimizer": {"type": name, "params": {"lr": 1e-3, **params}}}
     engine, *_ = deepspeedlite.initialize(model=torch.nn.Linear(3, 2), config=config)

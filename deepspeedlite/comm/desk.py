@@ -18,6 +18,7 @@ import socket
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -100,6 +101,12 @@ def _state(pid: int) -> tuple[str, str]:
     return fields[0], fields[19]
 
 
+def _is_file(store: dist.Store) -> bool:
+    while isinstance(store, dist.PrefixStore):
+        store = store.underlying_store
+    return isinstance(store, dist.FileStore)
+
+
 class Desk(threading.Thread):
     """One rank's side of it.
 
@@ -141,6 +148,8 @@ class Desk(threading.Thread):
         """Until `leave` or `end`."""
         with contextlib.suppress(RuntimeError, NotImplementedError, AttributeError):
             self._store = self._store.clone()  # type: ignore[attr-defined]  # stubs lack it
+            if _is_file(self._store):  # removed with its job as a rule, and then waited for, with a look every 10 ms
+                self._store.set_timeout(timedelta(seconds=self._period_s))
         pause_s = min(self._period_s, _FIRST_ROUND_S)
         while not self._over.wait(pause_s):
             pause_s = self._period_s

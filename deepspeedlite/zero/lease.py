@@ -18,6 +18,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
@@ -75,8 +76,8 @@ class Lease:
     def held_by(self, engine: Any) -> None:
         """From now on the lease is this engine's; when the script lets go of it, gradients are the module's alone."""
         self._holder = weakref.ref(engine)
-        # Weakly: else what the engine trained would outlive the garbage collection that ends it.
-        weakref.finalize(engine, _unhook, weakref.ref(self.schedule)).atexit = False
+        # The handles alone, which hold nothing: else what the engine trained would outlive the collection that ends it.
+        weakref.finalize(engine, _unhook, [unit.hooks for unit in self.schedule.units]).atexit = False
 
     @property
     def in_use(self) -> bool:
@@ -190,10 +191,10 @@ def _shown(names: dict[torch.Tensor, str], params: Collection[torch.Tensor]) -> 
     return ", ".join(known[:_SHOWN]) + more
 
 
-def _unhook(reference: weakref.ref[GradientSchedule]) -> None:
-    schedule = reference()
-    for unit in schedule.units if schedule is not None else ():
-        unit.unhook()
+def _unhook(units: list[list[RemovableHandle]]) -> None:
+    for hooks in units:
+        for hook in hooks:
+            hook.remove()
 
 
 def weak_call(method: Callable[[], Any]) -> Callable[[], None]:

@@ -46,6 +46,7 @@ from functools import partial
 from typing import Any, NamedTuple, Protocol
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from deepspeedlite.comm import Group
 from deepspeedlite.errors import EngineStateError
@@ -186,7 +187,8 @@ class ShardUnit(FlatValues):
         self._prescaled = False
         self._in_pass = False
         self._launched = False
-        self._hooks = self._hooked()
+        self.hooks: list[RemovableHandle] = []  # the same list for good: whoever ends the unit may hold it alone
+        self._hook()
 
     # --- gradients' memory ----------------------------------------------------------------------------------------
 
@@ -540,8 +542,8 @@ class ShardUnit(FlatValues):
             if not bool(torch.isfinite(grads[segment.start : segment.stop]).all())
         ]
 
-    def _hooked(self) -> list[Any]:
-        return [
+    def _hook(self) -> None:
+        self.hooks += [
             param.register_post_accumulate_grad_hook(_weak_hook(self._arrived, index))
             for index, param in enumerate(self.params)
             if param.requires_grad
@@ -556,9 +558,9 @@ class ShardUnit(FlatValues):
 
     def unhook(self) -> None:
         """Leave gradients to come to the parameters."""
-        for hook in self._hooks:
+        for hook in self.hooks:
             hook.remove()
-        self._hooks = []
+        self.hooks.clear()
 
     def attach(self) -> None:
         """Take gradients again after `close`, where the values are not sharded.
@@ -571,7 +573,7 @@ class ShardUnit(FlatValues):
                 raise EngineStateError(f"parameter {slot.name} is another engine's by now: use that one")
         self.verify_attached()
         self.own()
-        self._hooks = self._hooked()
+        self._hook()
 
     def close(self) -> None:
         """Remove the hooks, and forget the optimizer. See `FlatValues.close` for what becomes of the values."""
