@@ -184,8 +184,8 @@ hosts=("$here")
 if [ -n "$hostfile" ]; then
     names=$(PYTHONPATH=$root "$python" - "$hostfile" <<'END'
 import sys
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.hostfile import read_hostfile
+from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.launcher.hostfile import read_hostfile
 try:
     print("\n".join(read_hostfile(sys.argv[1], slots_needed=False)))
 except LaunchError as error:

@@ -37,7 +37,7 @@ def fio_turns(names: Iterable[str], file: str, options: argparse.Namespace) -> d
     if not shutil.which("fio"):
         print("fio is not measured: it is not installed")
         return {}
-    from deepspeedlite.io import Setting, fio_seconds
+    from deepspeedlite.tools.io_tune import Setting, fio_seconds
 
     settings = {FIO[name]: Setting(name, options.block_bytes, options.depth) for name in names if name in FIO}
     return {
@@ -50,8 +50,8 @@ def ours(file: str, options: argparse.Namespace) -> dict[str, Turn]:
     """By name, every engine that there is."""
     import torch
 
-    from deepspeedlite.errors import OpError
     from deepspeedlite.ops.aio import ENGINES, aio_handle
+    from deepspeedlite.runtime.errors import OpError
 
     turns: dict[str, Turn] = {}
     memory = None

@@ -20,12 +20,12 @@ import torch
 from machine import print_json, print_table
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from deepspeedlite.errors import OpError
 from deepspeedlite.ops import load
 from deepspeedlite.ops.adam import FusedAdam
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion
 from deepspeedlite.ops.one_pass import OnePassUpdate
+from deepspeedlite.runtime.errors import OpError
 
 OPTIONS = {"lr": 1e-3, "betas": (0.9, 0.95), "weight_decay": 0.1}
 TENSOR_NUMEL = 1 << 24  # of most tensors; the last is what is left

@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from deepspeedlite._version import __version__
-from deepspeedlite.drop_in.finder import name_of, serve
+from deepspeedlite.compat.drop_in.finder import name_of, serve
 
 if TYPE_CHECKING:
     from deepspeedlite.comm import init_distributed

@@ -23,32 +23,32 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.consolidate import GivesWeights
+from deepspeedlite.checkpoint.coordination import Ranks
 from deepspeedlite.checkpoint.load import Loader, LoadOptions
 from deepspeedlite.checkpoint.save import Saver
-from deepspeedlite.checkpoint.together import Ranks
 from deepspeedlite.comm import Group
-from deepspeedlite.compat.answers import ABSENT, Answers
+from deepspeedlite.compat.engine_accessors import ABSENT, Answers
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
-from deepspeedlite.data import build_dataloader
-from deepspeedlite.device import Device
-from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
-from deepspeedlite.log import log_once, logger
-from deepspeedlite.memory.asleep import Asleep, states_of
-from deepspeedlite.memory.offload import Offload
+from deepspeedlite.data.loader import build_dataloader
+from deepspeedlite.metrics.train_log import StepReport, StepWatch
+from deepspeedlite.offload.offload_states import Asleep, states_of
+from deepspeedlite.offload.options import Offload
+from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.optim.step import ShardedOptimizer
+from deepspeedlite.parallel.replica import Replica
 from deepspeedlite.passes import note_clearing, note_hidden, note_losses
-from deepspeedlite.precision import LossScaler, Precision, cast_floating, check_loss, widen
-from deepspeedlite.watch import StepReport, StepWatch
-from deepspeedlite.weights import GivesWeights
+from deepspeedlite.runtime.device import Device
+from deepspeedlite.runtime.errors import ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.runtime.log import log_once, logger
 from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
-from deepspeedlite.zero.hooks import ParameterSchedule, tensors_in
+from deepspeedlite.zero.flat_params import FlatValues
+from deepspeedlite.zero.grad_reducer import GradientSchedule
 from deepspeedlite.zero.lease import Lease, weak_call
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.replica import Replica
-from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.prefetch import ParameterSchedule, tensors_in
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.values import FlatValues
 
 ROUTE_TRAIN = "train"
 STEPPED = "optimizer.step() has taken this step: leave it out, for engine.step() also counts and moves the schedule"

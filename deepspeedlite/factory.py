@@ -18,35 +18,35 @@ import torch
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group
+from deepspeedlite.compat.stage3_names import ParameterOffload, describe_whole
 from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
-from deepspeedlite.device import pick_device
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
-from deepspeedlite.errors import ConfigError, OptimizerError, UnsupportedError
-from deepspeedlite.log import log_dist, log_once
-from deepspeedlite.memory.offload import Offload, make_offload
+from deepspeedlite.metrics.train_log import StepWatch
+from deepspeedlite.offload.options import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
+from deepspeedlite.optim.precision import DTYPES, LossScaler, Precision
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
 from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
-from deepspeedlite.pipe.engine import PipelineEngine
-from deepspeedlite.pipe.module import PipelineModule, ties_of
-from deepspeedlite.precision import DTYPES, LossScaler, Precision
+from deepspeedlite.parallel.pipe.engine import PipelineEngine
+from deepspeedlite.parallel.pipe.module import PipelineModule, ties_of
+from deepspeedlite.parallel.replica import Replica, groups_of
+from deepspeedlite.runtime.device import pick_device
+from deepspeedlite.runtime.errors import ConfigError, OptimizerError, UnsupportedError
+from deepspeedlite.runtime.log import log_dist, log_once
 from deepspeedlite.utils import groups
-from deepspeedlite.watch import StepWatch
-from deepspeedlite.zero.agree import all_state, check_model, check_optimizer, load_alike
-from deepspeedlite.zero.for_clients import ParameterOffload, describe_whole
-from deepspeedlite.zero.hooks import ParameterSchedule
+from deepspeedlite.zero.flat_params import FlatValues, make_whole, owner_of
+from deepspeedlite.zero.grad_reducer import GradientSchedule
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.lease import Lease, take_over
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.replica import Replica, groups_of
-from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.prefetch import ParameterSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.trace import GatherLimits
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
 from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
-from deepspeedlite.zero.values import FlatValues, make_whole, owner_of
+from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.wrap import (
     FROZEN,
     NamedParameter,

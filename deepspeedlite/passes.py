@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from deepspeedlite.log import log_dist_once
+from deepspeedlite.runtime.log import log_dist_once
 
 MANY_PASSES = 8
 """Losses that a step may well be made of."""

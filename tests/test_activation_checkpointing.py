@@ -16,7 +16,7 @@ from models import TiedTokenModel, tied_model, tokens
 
 import deepspeedlite
 from deepspeedlite import checkpointing
-from deepspeedlite.errors import ConfigError, EngineStateError
+from deepspeedlite.runtime.errors import ConfigError, EngineStateError
 
 
 class Mpu:

@@ -12,9 +12,9 @@ from harness import distributed
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.config import ConfigError, load_config
-from deepspeedlite.config.agree import must_agree
-from deepspeedlite.errors import DistributedError
-from deepspeedlite.zero.agree import load_alike
+from deepspeedlite.config.agreement import must_agree
+from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.zero.verify_model import load_alike
 
 BASE = {
     "train_micro_batch_size_per_gpu": 1,

@@ -22,8 +22,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from deepspeedlite.errors import OpError
 from deepspeedlite.ops.aio import ALIGNMENT, ENGINES, aio_handle
+from deepspeedlite.runtime.errors import OpError
 
 SIZES = (0, 1, 511, 4095, 4096, 4097, 8192, 65_536, 65_537, 1_000_003)
 
@@ -174,7 +174,7 @@ def test_an_engine_that_does_not_exist_is_refused(monkeypatch):
 FILTERED = """
 import ctypes, os, sys
 import torch
-from deepspeedlite.errors import OpError
+from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.ops.aio import aio_handle
 
 class Filter(ctypes.Structure):
@@ -322,7 +322,7 @@ def test_failures_say_which_file_where_and_why_and_the_handle_goes_on(handle, tm
 def test_a_full_disk_is_an_error_that_names_the_byte(tmp_path):
     script = f"""
 import resource, torch
-from deepspeedlite.errors import OpError
+from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.ops.aio import aio_handle
 handles = [aio_handle(block_size=65536, queue_depth=4, engine=engine) for engine in {engines()}]
 resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))  # as a disk that ends there
@@ -479,7 +479,7 @@ def test_threads_of_the_program_may_share_a_handle(handle, tmp_path):
 # where, n, how, whether there was a fault in it, and whether the data came back or else what was told.
 FAULTY = """
 import ctypes, sys, torch
-from deepspeedlite.errors import OpError
+from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.ops.aio import aio_handle
 
 engine, folder = sys.argv[1:3]

@@ -13,8 +13,8 @@ import pytest
 from cluster import Cluster, needs_cluster
 from harness import distributed
 
-from deepspeedlite.bench.plot import draw
-from deepspeedlite.bench.points import Point, human_bytes, human_time, parse_sizes
+from deepspeedlite.tools.bench.plot import draw
+from deepspeedlite.tools.bench.points import Point, human_bytes, human_time, parse_sizes
 
 ROOT = Path(__file__).resolve().parent.parent
 TOOL = [sys.executable, "-m", "deepspeedlite.bench"]
@@ -128,9 +128,9 @@ def test_ranks_of_two_hosts(tmp_path: Path) -> None:
 def test_wrong_results_are_found():
     import torch
 
-    from deepspeedlite.bench.measure import _check
     from deepspeedlite.comm import Group
-    from deepspeedlite.errors import DistributedError
+    from deepspeedlite.runtime.errors import DistributedError
+    from deepspeedlite.tools.bench.measure import _check
 
     class Broken(Group):
         def all_reduce(self, tensor, *arguments, **options):

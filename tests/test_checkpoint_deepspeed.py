@@ -16,13 +16,13 @@ from harness import distributed
 
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
-from deepspeedlite.checkpoint.deepspeed import DeepSpeedReader
-from deepspeedlite.checkpoint.export import open_checkpoint
-from deepspeedlite.checkpoint.pickles import load_inert, save_for_deepspeed, verify_zip
-from deepspeedlite.checkpoint.to_deepspeed import export_to_deepspeed
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.checkpoint.formats.deepspeed.pickles import load_inert, save_for_deepspeed, verify_zip
+from deepspeedlite.checkpoint.formats.deepspeed.reader import DeepSpeedReader
+from deepspeedlite.checkpoint.formats.deepspeed.writer import export_to_deepspeed
+from deepspeedlite.checkpoint.formats.hugging_face import open_checkpoint
+from deepspeedlite.compat.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
-from deepspeedlite.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
 MODEL, MODEL_3 = "mp_rank_00_model_states.pt", "zero_pp_rank_1_mp_rank_00_model_states.pt"
 OPTIMIZER = "bf16_zero_pp_rank_1_mp_rank_00_optim_states.pt"

@@ -14,7 +14,7 @@ from models import tied_model, tokens
 from torch.optim import lr_scheduler as lr
 
 import deepspeedlite
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand

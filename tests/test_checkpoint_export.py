@@ -18,15 +18,15 @@ from torch import nn
 import deepspeedlite
 from deepspeedlite.checkpoint import tensors
 from deepspeedlite.checkpoint.__main__ import main as command
-from deepspeedlite.checkpoint.export import parse_bytes
+from deepspeedlite.checkpoint.formats.hugging_face import parse_bytes
 from deepspeedlite.checkpoint.tensors import write_tensors
-from deepspeedlite.errors import CheckpointError
-from deepspeedlite.utils import safe_get_full_fp32_param
-from deepspeedlite.utils.zero_to_fp32 import (
+from deepspeedlite.compat.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,
     get_fp32_state_dict_from_zero_checkpoint,
     load_state_dict_from_zero_checkpoint,
 )
+from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.utils import safe_get_full_fp32_param
 
 
 class Net(nn.Module):

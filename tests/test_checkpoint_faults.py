@@ -25,12 +25,12 @@ from harness import distributed
 from models import tied_model
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
-from deepspeedlite.checkpoint import together
+from deepspeedlite.checkpoint import coordination
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.comm.stall import explained
-from deepspeedlite.errors import CheckpointError, DistributedError, EngineStateError
+from deepspeedlite.runtime.errors import CheckpointError, DistributedError, EngineStateError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
@@ -232,7 +232,7 @@ def test_a_call_by_one_rank_alone_is_an_error_that_says_so(tmp_path):
     engine = engine_of(tied_model(), config(1))
     store = dist.distributed_c10d._get_default_store()
     if dist.get_rank() == 0:
-        together._PATIENCE = timedelta(seconds=0.2)
+        coordination._PATIENCE = timedelta(seconds=0.2)
         with (
             redirect_stderr(StringIO()) as said,
             pytest.raises(CheckpointError, match=r"must be called by every rank, and ranks \[1\]"),

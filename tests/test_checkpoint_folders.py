@@ -30,7 +30,7 @@ from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.checkpoint.work import Work
 from deepspeedlite.checkpoint.writer import TagWriter
-from deepspeedlite.errors import CheckpointError, EngineStateError
+from deepspeedlite.runtime.errors import CheckpointError, EngineStateError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 

@@ -27,7 +27,7 @@ from test_checkpoint_elastic import assert_same, config, engine_of, everything, 
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.checkpoint.writer import TagWriter
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(500)]
 HERE = Path(__file__).parent

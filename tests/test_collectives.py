@@ -10,7 +10,7 @@ import torch.distributed as dist
 from harness import distributed
 
 from deepspeedlite import comm
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 
 def of(rank: int, numel: int = 6) -> torch.Tensor:

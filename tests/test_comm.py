@@ -26,7 +26,7 @@ from harness import distributed
 from deepspeedlite import comm
 from deepspeedlite.comm import CommsLogger, Group, init_distributed
 from deepspeedlite.comm.logger import OpStats
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 ROOT = Path(__file__).resolve().parent.parent
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

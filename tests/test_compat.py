@@ -10,14 +10,14 @@ from pathlib import Path
 import numpy
 import pytest
 import torch
-from deepspeedlite.runtime import utils
 from deepspeedlite.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.accelerator import DeepSpeedAccelerator, get_accelerator
-from deepspeedlite.errors import ConfigError, DistributedError, EngineStateError, UnsupportedError
+from deepspeedlite.compat.accelerator import DeepSpeedAccelerator, get_accelerator
+from deepspeedlite.runtime import utils
+from deepspeedlite.runtime.errors import ConfigError, DistributedError, EngineStateError, UnsupportedError
 from deepspeedlite.utils import OnDevice, groups, instrument_w_nvtx
 
 
@@ -143,8 +143,8 @@ def test_groups_are_those_of_the_engines_mpu():
 def test_the_accelerator(monkeypatch):
     """One object; on this machine's device each method answers with what torch says."""
     accelerator = get_accelerator()
-    assert accelerator is get_accelerator() is deepspeedlite.accelerator.get_accelerator()
-    assert deepspeedlite.accelerator.is_current_accelerator_supported()
+    assert accelerator is get_accelerator() is deepspeedlite.compat.accelerator.get_accelerator()
+    assert deepspeedlite.compat.accelerator.is_current_accelerator_supported()
     cpu = DeepSpeedAccelerator("cpu")
     assert (cpu.device_name(), cpu.device_name(1), cpu.current_device_name()) == ("cpu", "cpu", "cpu")
     assert cpu.communication_backend_name() == "gloo" and cpu.is_available() and cpu.is_synchronized_device()
@@ -340,7 +340,7 @@ def test_a_monitor_of_one_s_own(tmp_path):
     """Made without an engine, from a part of a configuration."""
     from deepspeedlite.monitor.config import get_monitor_config
 
-    from deepspeedlite.monitor.monitor import MonitorMaster
+    from deepspeedlite.metrics.monitor.registry import MonitorMaster
 
     config = {"anything": 1, "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "mine"}}
     monitor = MonitorMaster(get_monitor_config(config))

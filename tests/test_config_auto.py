@@ -18,7 +18,7 @@ from harness import distributed
 from test_config import faults_of, only_fault
 
 import deepspeedlite
-from deepspeedlite import drop_in
+from deepspeedlite.compat import drop_in
 from deepspeedlite.config import load_config
 from deepspeedlite.config.__main__ import main
 from deepspeedlite.config.load import examine

@@ -15,8 +15,8 @@ from test_config import only_fault
 import deepspeedlite
 from deepspeedlite.config import ConfigError, load_config, recipes
 from deepspeedlite.config.load import examine
-from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.optim import lr_schedules, registry
+from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 REFUSED = [
     ({"optimizer": {"type": "AdmaW"}}, 'optimizer.type = "AdmaW": is unknown (did you mean "AdamW"?)'),

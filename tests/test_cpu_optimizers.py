@@ -16,12 +16,12 @@ from harness import distributed
 from torch import Tensor
 
 import deepspeedlite
-from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.ops import load
 from deepspeedlite.ops.adagrad import DeepSpeedCPUAdagrad, adagrad_in_torch
 from deepspeedlite.ops.adam import Adam, adam_in_torch
 from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
+from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (0, 1, 15, 1023, 1024, 1025, 40_000)  # around a vector, a tile and a block of one thread

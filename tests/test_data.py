@@ -14,8 +14,13 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, get_worker_info
 
 import deepspeedlite
-from deepspeedlite.data import DeepSpeedDataLoader, RepeatingLoader, ResumableDistributedSampler, build_dataloader
-from deepspeedlite.errors import DataError
+from deepspeedlite.data.loader import (
+    DeepSpeedDataLoader,
+    RepeatingLoader,
+    ResumableDistributedSampler,
+    build_dataloader,
+)
+from deepspeedlite.runtime.errors import DataError
 from tests.harness import distributed
 
 sizes = st.integers(1, 60)

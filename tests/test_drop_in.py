@@ -14,11 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from deepspeedlite.drop_in import VERSION, with_stand_in
-from deepspeedlite.drop_in.docs import render
-from deepspeedlite.drop_in.modules import ABSENT_MODULES, MODULES
-from deepspeedlite.drop_in.table import canonical
-from deepspeedlite.errors import AbsentError
+from deepspeedlite.compat.drop_in import VERSION, with_stand_in
+from deepspeedlite.compat.drop_in.docs import render
+from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
+from deepspeedlite.compat.drop_in.table import canonical
+from deepspeedlite.runtime.errors import AbsentError
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -222,7 +222,7 @@ def test_no_module_takes_the_place_of_a_name_that_ours_use():
     """Python puts an imported module into its parent, whatever had that name there."""
     code = """
 import importlib
-from deepspeedlite.drop_in.modules import MODULES
+from deepspeedlite.compat.drop_in.modules import MODULES
 for path in filter(None, MODULES):
     parent, _, name = f"deepspeedlite.{path}".rpartition(".")
     parent = importlib.import_module(parent)
@@ -332,7 +332,7 @@ print("PUBLIC", *(name for name in dir(DeepSpeedEngine) if name[0] != "_" and no
     assert done.returncode == 0, done.stderr[-3000:]
     theirs = json.loads(done.stdout.rpartition("ANSWER")[2])["deepspeed.runtime.engine"]
     from deepspeedlite import DeepSpeedEngine
-    from deepspeedlite.compat.answers import ABSENT
+    from deepspeedlite.compat.engine_accessors import ABSENT
 
     names = set(done.stdout.partition("PUBLIC")[2].splitlines()[0].split())
     assert len(names) > 150

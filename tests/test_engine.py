@@ -14,8 +14,8 @@ from models import tied_model, tokens
 from torch.utils.checkpoint import checkpoint
 
 import deepspeedlite
-from deepspeedlite.compat.answers import OFF, SETTINGS
-from deepspeedlite.errors import (
+from deepspeedlite.compat.engine_accessors import OFF, SETTINGS
+from deepspeedlite.runtime.errors import (
     ConfigError,
     DistributedError,
     EngineStateError,

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 
 import deepspeedlite
-from deepspeedlite import log
-from deepspeedlite.errors import EngineStateError, OptimizerError, UnsupportedError
+from deepspeedlite.runtime import log
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from tests.harness import distributed
 
 LR = 0.1

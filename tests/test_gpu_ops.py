@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 import deepspeedlite
-from deepspeedlite.errors import OpError, OptimizerError
 from deepspeedlite.ops import is_available, load, one_pass
 from deepspeedlite.ops import multi_tensor as mt
 from deepspeedlite.ops.adam import FusedAdam, fused_adam_in_torch
@@ -23,6 +22,7 @@ from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
 from deepspeedlite.optim import registry
+from deepspeedlite.runtime.errors import OpError, OptimizerError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 

@@ -11,7 +11,7 @@ import torch
 from harness import distributed
 
 import deepspeedlite
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.log import logger
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_set_full_grad
 
 ADAMW = {"type": "AdamW", "params": {"lr": 0.1}}

@@ -14,7 +14,7 @@ from harness import distributed
 from torch import nn
 
 import deepspeedlite
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.log import logger
 from deepspeedlite.utils import safe_get_full_fp32_param
 
 SGD = {"type": "SGD", "params": {"lr": 1.0}}
@@ -46,7 +46,7 @@ class Lines(logging.Handler):
     def __init__(self) -> None:
         super().__init__()
         self.lines: list[str] = []
-        deepspeedlite.log._said.clear()
+        deepspeedlite.runtime.log._said.clear()
 
     def emit(self, record: logging.LogRecord) -> None:
         self.lines.append(record.getMessage())

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.hostfile import read_hostfile
+from deepspeedlite.launcher.hostfile import read_hostfile
+from deepspeedlite.runtime.errors import LaunchError
 
 
 def read(tmp_path: Path, text: str | bytes, **options: bool) -> dict[str, int]:

@@ -18,7 +18,7 @@ from harness import distributed
 
 from deepspeedlite.comm import Group, hostlink
 from deepspeedlite.comm.hostlink import SWITCH, HostLink, link_of
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create (Linux)")

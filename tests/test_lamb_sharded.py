@@ -12,8 +12,8 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 
-from deepspeedlite.errors import OptimizerError
 from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.zero.layout import FlatLayout, Run
 
 STEPS = 5

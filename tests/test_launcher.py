@@ -352,7 +352,7 @@ def test_ranks_that_wait_for_one_that_has_left_fail_soon(script: Script, call: s
         f"""
         import torch
         from deepspeedlite import comm
-        from deepspeedlite.checkpoint.together import Ranks
+        from deepspeedlite.checkpoint.coordination import Ranks
         comm.init_distributed()
         comm.save_checkpoint = lambda ranks=Ranks(): ranks.meet("save_checkpoint")
         for step in range(3):

@@ -1,4 +1,4 @@
-"""What the launcher decides without starting anything: hosts, slots, places, commands, the check; and its wire."""
+"""What the launcher decides without starting anything: hosts, slots, places, commands, the check; and its protocol."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from hypothesis import strategies as st
 
 from deepspeedlite.env_report.preflight import Found, check, facts, table
 from deepspeedlite.env_report.rows import BAD, WARN
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.hostfile import select
-from deepspeedlite.launcher import wire
+from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
 from deepspeedlite.launcher.cli import parse
+from deepspeedlite.launcher.hostfile import select
 from deepspeedlite.launcher.job import Place, Work, build_job, parse_cores
-from deepspeedlite.launcher.many import dry_run, places_of
+from deepspeedlite.launcher.multinode import dry_run, places_of
 from deepspeedlite.launcher.start import choose_hosts
+from deepspeedlite.runtime.errors import LaunchError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -209,21 +209,21 @@ def test_cores_are_shared_out_evenly() -> None:
 # The wire
 
 
-def pair() -> tuple[wire.Link, wire.Link]:
+def pair() -> tuple[protocol.Link, protocol.Link]:
     one, two = socket.socketpair()
-    return wire.Link(one.detach()), wire.Link(two.detach())
+    return protocol.Link(one.detach()), protocol.Link(two.detach())
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"O", b"T"]), st.binary(max_size=300)), max_size=20), st.integers(1, 50))
 def test_frames_arrive_whole_however_they_are_cut(frames: list[tuple[bytes, bytes]], size: int) -> None:
     near, far = socket.socketpair()
-    sender = wire.Link(os.dup(near.fileno()))
+    sender = protocol.Link(os.dup(near.fileno()))
     collected = b"motd: welcome\n" + far.recv(1000)
     for kind, body in frames:
         sender.send(kind, body.hex(), raw=body if kind == b"O" else None)
         collected += far.recv(100_000)
     read_fd, write_fd = os.pipe()
-    receiver = wire.Link(read_fd, os.open(os.devnull, os.O_WRONLY))
+    receiver = protocol.Link(read_fd, os.open(os.devnull, os.O_WRONLY))
     got = []
     for start in range(0, len(collected), size):
         os.write(write_fd, collected[start : start + size])
@@ -240,7 +240,7 @@ def test_a_link_that_is_not_read_keeps_no_writer_waiting() -> None:
     near, far = pair()
     started_s = time.monotonic()
     for _ in range(100):
-        near.send(wire.OUTPUT, raw=bytes(1 << 16))
+        near.send(protocol.OUTPUT, raw=bytes(1 << 16))
     assert near.pending and time.monotonic() - started_s < 1
     received = 0
     while received < 100:
@@ -253,9 +253,10 @@ def test_a_link_that_is_not_read_keeps_no_writer_waiting() -> None:
 
 
 def test_garbage_closes_a_link() -> None:
-    for garbage in (wire.MAGIC + b"\xff\xff\xff\xffO", wire.MAGIC + (3).to_bytes(4, "big") + b"J{]", b"x" * (2 << 20)):
+    headers = (b"\xff\xff\xff\xffO", (3).to_bytes(4, "big") + b"J{]")
+    for garbage in (*(protocol.MAGIC + header for header in headers), b"x" * (2 << 20)):
         near, far = socket.socketpair()
-        link = wire.Link(far.detach())
+        link = protocol.Link(far.detach())
         threading.Thread(target=near.sendall, args=(garbage,), daemon=True).start()
         deadline_s = time.monotonic() + 5
         while not link.closed and time.monotonic() < deadline_s:
@@ -276,14 +277,14 @@ def test_an_agent_runs_nothing_for_one_who_does_not_know_its_key(tmp_path: Path)
         ]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "DSL_LAUNCHER_KEY": "ours"}
         agent = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
-        link = wire.Link(server.accept()[0].detach())
-        link.send(wire.CHALLENGE, {"nonce": "n"})
-        kind, hello = link.expect(wire.HELLO, within_s=20)
-        assert kind and hello["proof"] == wire.proof("ours", "n", "node") and "ours" not in str(hello)
-        link.send(wire.WELCOME, {"proof": wire.proof("theirs", hello["nonce"], "launcher")})
+        link = protocol.Link(server.accept()[0].detach())
+        link.send(protocol.CHALLENGE, {"nonce": "n"})
+        kind, hello = link.expect(protocol.HELLO, within_s=20)
+        assert kind and hello["proof"] == protocol.proof("ours", "n", "node") and "ours" not in str(hello)
+        link.send(protocol.WELCOME, {"proof": protocol.proof("theirs", hello["nonce"], "launcher")})
         work = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
         place = {"slots": [0], "world_size": 1, "master_addr": "x", "master_port": 1}
-        link.send(wire.JOB, {"work": work, "place": place, "terminals": {}})
+        link.send(protocol.JOB, {"work": work, "place": place, "terminals": {}})
         assert "is not the one that started it" in agent.communicate(timeout=20)[1]
         assert agent.returncode == 0 and not (tmp_path / "ran").exists()
         link.close()

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 import pytest
 
-from deepspeedlite.errors import LossScaleError
-from deepspeedlite.precision import LossScaler
+from deepspeedlite.optim.precision import LossScaler
+from deepspeedlite.runtime.errors import LossScaleError
 
 
 def rule(overflows: Iterable[bool], scale: float, window: int, hysteresis: int, consecutive: bool) -> list[float]:

@@ -11,9 +11,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeedlite.errors import OptimizerError
 from deepspeedlite.optim import lr_schedules as schedules
 from deepspeedlite.optim.lr_schedules import OneCycle, WarmupCosineLR, WarmupLR, build_scheduler
+from deepspeedlite.runtime.errors import OptimizerError
 
 
 def make_optimizer(cls=torch.optim.AdamW, lrs=(0.3, 0.07)) -> torch.optim.Optimizer:

@@ -16,7 +16,7 @@ from models import tied_model, tokens
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm import meet as meetings
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.zero import GatheredParameters
 
 

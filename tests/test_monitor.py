@@ -17,9 +17,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeedlite.errors import ConfigError, UnsupportedError
+from deepspeedlite.metrics.monitor.csv_files import MAX_OPEN_FILES, CsvWriter, file_stem
 from deepspeedlite.monitor import Monitor
-from deepspeedlite.monitor.csv import MAX_OPEN_FILES, CsvWriter, file_stem
+from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 
 LOSS, LR = "Train/Samples/train_loss", "Train/Samples/lr"
 

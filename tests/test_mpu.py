@@ -14,13 +14,13 @@ from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, marked, parallel_m
 import deepspeedlite
 from deepspeedlite import checkpointing
 from deepspeedlite.compat.helpers import clip_grad_norm_
-from deepspeedlite.errors import DistributedError, LossScaleError, OptimizerError
-from deepspeedlite.log import logger
 from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.parallel.replica import groups_of
+from deepspeedlite.runtime.errors import DistributedError, LossScaleError, OptimizerError
+from deepspeedlite.runtime.log import logger
 from deepspeedlite.utils import groups, safe_get_full_fp32_param
 from deepspeedlite.zero import GatheredParameters, Init
 from deepspeedlite.zero.layout import FlatLayout
-from deepspeedlite.zero.replica import groups_of
 
 HYPER = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01}
 CLIP = 0.25

@@ -19,11 +19,11 @@ from test_mpu import config, engine_of, everywhere, take_step
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as checkpoint_tool
 from deepspeedlite.checkpoint.manifest import Parameter
+from deepspeedlite.checkpoint.merge import Holding, unite
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
-from deepspeedlite.checkpoint.union import Holding, unite
 from deepspeedlite.checkpoint.writer import TagWriter
-from deepspeedlite.errors import CheckpointError, EngineStateError
+from deepspeedlite.runtime.errors import CheckpointError, EngineStateError
 from deepspeedlite.utils import safe_get_full_fp32_param
 
 pytestmark = pytest.mark.slow

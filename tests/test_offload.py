@@ -19,16 +19,15 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.errors import CheckpointError, ConfigError, EngineStateError, OffloadError, UnsupportedError
-from deepspeedlite.memory import asleep
-from deepspeedlite.memory.asleep import OffloadStateTypeEnum
-from deepspeedlite.memory.disk import Disk
-from deepspeedlite.memory.home import DiskHome, HostHome
-from deepspeedlite.memory.host import HostMemory
-from deepspeedlite.memory.offload import Means, Offload
-from deepspeedlite.memory.parcel import Parcel
-from deepspeedlite.memory.placement import Placement, Tier
-from deepspeedlite.memory.ring import Ring
+from deepspeedlite.offload.offload_states import OffloadStateTypeEnum
+from deepspeedlite.offload.options import Means, Offload
+from deepspeedlite.offload.param_store import DiskHome, HostHome
+from deepspeedlite.offload.pinned import HostMemory
+from deepspeedlite.offload.placement import Placement, Tier
+from deepspeedlite.offload.swap_file import Disk
+from deepspeedlite.offload.swap_pipeline import Ring
+from deepspeedlite.offload.swapped_run import Parcel
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, OffloadError, UnsupportedError
 from deepspeedlite.utils import (
     safe_get_full_fp32_param,
     safe_get_full_optimizer_state,
@@ -37,7 +36,7 @@ from deepspeedlite.utils import (
     safe_set_full_fp32_param,
     safe_set_full_optimizer_state,
 )
-from deepspeedlite.zero.values import owner_of
+from deepspeedlite.zero.flat_params import owner_of
 
 DTYPES = {
     "fp32": {},

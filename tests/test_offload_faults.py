@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow  # each starts processes of its own
 COMMON = """
 import ctypes, errno, os, sys, torch
 import deepspeedlite
-from deepspeedlite.errors import EngineStateError, OffloadError
+from deepspeedlite.runtime.errors import EngineStateError, OffloadError
 
 def engine_of(sizes, path, stage=3, dtype="bf16", **more):
     made_in = torch.bfloat16 if dtype == "bf16" else None

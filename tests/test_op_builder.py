@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 
 import deepspeedlite.ops
-from deepspeedlite.errors import OpError
 from deepspeedlite.ops import op_builder
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, Record, built, cache_entries, gpu, jit, misfit, prebuilt
 from deepspeedlite.ops.op_builder import toolchain as toolchains
@@ -21,6 +20,7 @@ from deepspeedlite.ops.op_builder.prebuilt import supports
 from deepspeedlite.ops.op_builder.toolchain import Toolchain
 from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
 from deepspeedlite.ops.op_builder.torch_build import _read as read_torch
+from deepspeedlite.runtime.errors import OpError
 
 ROOT = Path(__file__).resolve().parent.parent
 VARIABLES = "CUDA_HOME CUDA_PATH ROCM_HOME ROCM_PATH TORCH_CUDA_ARCH_LIST PYTORCH_ROCM_ARCH DS_SKIP_CUDA_CHECK MAX_JOBS"

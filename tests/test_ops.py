@@ -18,12 +18,12 @@ from harness import distributed
 from torch import Tensor
 
 import deepspeedlite
-from deepspeedlite.errors import OptimizerError
 from deepspeedlite.ops import load
 from deepspeedlite.ops.adam import Adam, DeepSpeedCPUAdam, adam_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, built, jit
 from deepspeedlite.ops.op_builder.toolchain import Toolchain
+from deepspeedlite.runtime.errors import OptimizerError
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (0, 1, 15, 1023, 1024, 1025, 40_000)  # around a vector, a tile and a block of one thread

@@ -10,11 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion
 from deepspeedlite.optim import registry
 from deepspeedlite.optim.registry import UncorrectedAdam, build_optimizer, check_flat_compatible, choose_fused
+from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 SHAPES = ((3, 4), (5,), (2, 2, 2), (1,))
 

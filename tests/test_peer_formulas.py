@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from deepspeedlite.optim import lr_schedules
-from deepspeedlite.precision import LossScaler
+from deepspeedlite.optim.precision import LossScaler
 
 pytestmark = [
     pytest.mark.slow,

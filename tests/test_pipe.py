@@ -16,9 +16,13 @@ from models import VOCABULARY, WIDTH
 from pipe_models import HYPER, Block, Reference, Sequential, batches, layers, loss_fn
 
 import deepspeedlite
-from deepspeedlite.errors import ConfigError, DistributedError, PipelineError, UnsupportedError
+from deepspeedlite.parallel.pipe.topology import (
+    PipeDataParallelTopology,
+    PipeModelDataParallelTopology,
+    ProcessTopology,
+)
 from deepspeedlite.pipe import LayerSpec, PipelineModule, TiedLayerSpec
-from deepspeedlite.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
+from deepspeedlite.runtime.errors import ConfigError, DistributedError, PipelineError, UnsupportedError
 
 MICRO_BATCHES = 3
 DTYPES: dict[str, dict[str, Any]] = {

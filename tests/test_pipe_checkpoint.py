@@ -12,8 +12,8 @@ from pipe_models import Sequential, batches, layers, loss_fn
 from test_pipe import MICRO_BATCHES, assert_copies_are_equal, config, pipeline
 
 from deepspeedlite.checkpoint.manifest import Manifest
-from deepspeedlite.errors import CheckpointError
-from deepspeedlite.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeedlite.compat.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeedlite.runtime.errors import CheckpointError
 
 pytestmark = pytest.mark.slow
 

@@ -14,8 +14,8 @@ from models import VOCABULARY
 from pipe_models import Reference, batches, layers, loss_fn
 from test_pipe import MICRO_BATCHES, assert_copies_are_equal, assert_same_values, config, pipeline
 
-from deepspeedlite.errors import PipelineError
 from deepspeedlite.pipe import LayerSpec
+from deepspeedlite.runtime.errors import PipelineError
 
 WITHIN_S = 10
 

@@ -8,13 +8,17 @@ import random
 import pytest
 import torch
 
-from deepspeedlite.errors import ConfigError, PipelineError
+from deepspeedlite.parallel.pipe.partition import check_no_empty_stage, partition_balanced, partition_uniform
+from deepspeedlite.parallel.pipe.schedule import ORDERS, before
+from deepspeedlite.parallel.pipe.specs import layer_numel
+from deepspeedlite.parallel.pipe.stage_comm import Outline
+from deepspeedlite.parallel.pipe.topology import (
+    PipeDataParallelTopology,
+    PipeModelDataParallelTopology,
+    ProcessTopology,
+)
 from deepspeedlite.pipe import LayerSpec, TiedLayerSpec
-from deepspeedlite.pipe.channel import Outline
-from deepspeedlite.pipe.order import ORDERS, before
-from deepspeedlite.pipe.partition import check_no_empty_stage, partition_balanced, partition_uniform
-from deepspeedlite.pipe.specs import layer_numel
-from deepspeedlite.pipe.topology import PipeDataParallelTopology, PipeModelDataParallelTopology, ProcessTopology
+from deepspeedlite.runtime.errors import ConfigError, PipelineError
 
 
 def test_uniform_parts():

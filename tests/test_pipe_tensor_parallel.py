@@ -13,8 +13,8 @@ from tensor_parallel import _Enter, _Leave
 from torch import Tensor, nn
 
 import deepspeedlite
+from deepspeedlite.parallel.pipe.topology import PipeModelDataParallelTopology
 from deepspeedlite.pipe import LayerSpec, PipelineModule
-from deepspeedlite.pipe.topology import PipeModelDataParallelTopology
 
 pytestmark = pytest.mark.slow
 

@@ -18,9 +18,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from deepspeedlite.device import Device
-from deepspeedlite.errors import ConfigError, EngineStateError
-from deepspeedlite.log import logger
+from deepspeedlite.metrics.flops_report import si
+from deepspeedlite.metrics.timers import MAX_UNREAD_INTERVALS, Stopwatch
 from deepspeedlite.profiling import (
     FlopsProfiler,
     ThroughputTimer,
@@ -29,8 +28,9 @@ from deepspeedlite.profiling import (
     memory_breakdown,
     see_memory_usage,
 )
-from deepspeedlite.profiling.flops_report import si
-from deepspeedlite.profiling.timers import MAX_UNREAD_INTERVALS, Stopwatch
+from deepspeedlite.runtime.device import Device
+from deepspeedlite.runtime.errors import ConfigError, EngineStateError
+from deepspeedlite.runtime.log import logger
 
 CPU = Device(torch.device("cpu"))
 

@@ -25,8 +25,8 @@ import deepspeedlite
 from deepspeedlite import comm
 from deepspeedlite.comm import lookout, stall
 from deepspeedlite.comm.lookout import advice
-from deepspeedlite.errors import DistributedError
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.log import logger
 
 TIMEOUT_S = 4
 

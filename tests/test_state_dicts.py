@@ -13,7 +13,7 @@ from harness import distributed
 from torch import nn
 
 import deepspeedlite
-from deepspeedlite.errors import EngineStateError, OptimizerError
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
 from deepspeedlite.zero import GatheredParameters
 
 WIDTH = 8

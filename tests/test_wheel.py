@@ -19,7 +19,7 @@ from pathlib import Path
 
 import pytest
 
-from deepspeedlite.drop_in import VERSION as STAND_IN_VERSION
+from deepspeedlite.compat.drop_in import VERSION as STAND_IN_VERSION
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, wheel
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -158,7 +158,7 @@ def test_it_runs_where_there_is_no_compiler(cuda_python, tmp_path):
 
 ANOTHER_CUDA = """
 import torch
-from deepspeedlite.errors import OpError
+from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.ops import load
 {patch}
 load("cpu_adam")  # has nothing for GPUs

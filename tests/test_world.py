@@ -1,4 +1,4 @@
-"""How a process finds its place from its launcher's variables: deepspeedlite/env.py, by table and by hypothesis."""
+"""How a process finds its place from its launcher's variables: runtime/env.py, by table and by hypothesis."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeedlite.env import World, discover_world, expand_nodelist
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.env import World, discover_world, expand_nodelist
+from deepspeedlite.runtime.errors import DistributedError
 
 TORCHRUN = {
     "RANK": "3",
@@ -235,6 +235,6 @@ def test_nodelists_round_trip(parts: list[tuple[str, int, int]], width: int) -> 
 
 
 def test_it_needs_no_torch() -> None:
-    """env.py is layer 0."""
-    code = "import sys, deepspeedlite.env; sys.exit('torch' in sys.modules)"
+    """runtime/env.py is layer 0."""
+    code = "import sys, deepspeedlite.runtime.env; sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

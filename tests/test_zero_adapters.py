@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import deepspeedlite
 from deepspeedlite import zero
-from deepspeedlite.errors import EngineStateError, OptimizerError
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
 
 HYPER = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.1}
 STAGES = [0, 1, 2, 3]

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 import deepspeedlite
-from deepspeedlite.errors import UnsupportedError
+from deepspeedlite.runtime.errors import UnsupportedError
 from deepspeedlite.zero import GatheredParameters, Init, building
 
 

@@ -14,9 +14,9 @@ import pytest
 import torch
 from models import tied_model
 
-from deepspeedlite.errors import ConfigError
-from deepspeedlite.zero import estimate
-from deepspeedlite.zero.estimate import OFFLOADS, Setup, all_ways, model_states_bytes
+from deepspeedlite.runtime.errors import ConfigError
+from deepspeedlite.tools.memory_plan import estimate
+from deepspeedlite.tools.memory_plan.estimate import OFFLOADS, Setup, all_ways, model_states_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs/zero-memory.md"
@@ -259,7 +259,7 @@ def test_a_refusal_as_a_process():
 
 
 def test_it_needs_neither_torch_nor_rich():
-    code = "import sys, deepspeedlite.zero.estimate as e; e.main(sys.argv[1:]); print(*sys.modules)"
+    code = "import sys, deepspeedlite.tools.memory_plan.estimate as e; e.main(sys.argv[1:]); print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", code, *EXAMPLE], capture_output=True, text=True, cwd=ROOT, check=True)
     assert not {"torch", "numpy", "rich", "pydantic"} & set(done.stdout.splitlines()[-1].split())
 

@@ -14,10 +14,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from deepspeedlite.errors import ConfigError
-from deepspeedlite.zero import estimate, machine
-from deepspeedlite.zero.fit import Fit, Training, activation_bytes, fit_all, step_parts
-from deepspeedlite.zero.machine import Machine, measure
+from deepspeedlite.runtime.errors import ConfigError
+from deepspeedlite.tools.memory_plan import estimate, machine
+from deepspeedlite.tools.memory_plan.fit import Fit, Training, activation_bytes, fit_all, step_parts
+from deepspeedlite.tools.memory_plan.machine import Machine, measure
 
 ROOT = Path(__file__).resolve().parents[1]
 G = 10**9

@@ -11,7 +11,7 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.errors import EngineStateError
+from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero import GatheredParameters, Init
 
 

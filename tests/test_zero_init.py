@@ -12,7 +12,7 @@ from models import TiedTokenModel, tied_model, tokens
 
 import deepspeedlite
 from deepspeedlite import zero
-from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.runtime.errors import ConfigError, EngineStateError, UnsupportedError
 from deepspeedlite.zero import GatheredParameters, Init, ZeroParamStatus
 
 OPTIMIZER = {"lr": 1e-3, "eps": 1e-4, "weight_decay": 0.1}

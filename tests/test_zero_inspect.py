@@ -20,9 +20,9 @@ from torch import Tensor, nn
 import deepspeedlite
 from deepspeedlite import utils
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import DeepSpeedLiteError, EngineStateError, OptimizerError
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.zero.values import FlatValues, ValueState, owner_of
+from deepspeedlite.runtime.errors import DeepSpeedLiteError, EngineStateError, OptimizerError
+from deepspeedlite.zero.flat_params import FlatValues, ValueState, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.05}

@@ -20,7 +20,7 @@ from harness import distributed
 from torch import Tensor, nn
 
 import deepspeedlite
-from deepspeedlite.errors import ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.runtime.errors import ConfigError, EngineStateError, UnsupportedError
 
 BLOCKS = 6
 UNITS = ["first", *(f"blocks.{i}" for i in range(BLOCKS)), "head"]  # of stage 3, in the order of use

@@ -29,12 +29,12 @@ from torch.autograd.profiler import profile, record_function
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.hostlink import HostLink, link_of
-from deepspeedlite.memory.disk import Disk, Slot
+from deepspeedlite.offload.swap_file import Disk, Slot
+from deepspeedlite.tools.memory_plan.estimate import model_states_bytes, ways_of
+from deepspeedlite.tools.memory_plan.fit import Training, fit_all
+from deepspeedlite.tools.memory_plan.machine import Machine
 from deepspeedlite.zero import building
-from deepspeedlite.zero.estimate import model_states_bytes, ways_of
-from deepspeedlite.zero.fit import Training, fit_all
 from deepspeedlite.zero.layout import FlatLayout
-from deepspeedlite.zero.machine import Machine
 from deepspeedlite.zero.unit import ShardUnit
 
 WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 96, 4, 24, 64, 2  # 2.7 M parameters, of which each block has 4 %

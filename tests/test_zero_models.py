@@ -22,7 +22,7 @@ from harness import distributed
 from torch import Tensor, nn
 
 import deepspeedlite
-from deepspeedlite.errors import DeepSpeedLiteError
+from deepspeedlite.runtime.errors import DeepSpeedLiteError
 
 # Stage 3 keeps values that are used again soon, which here are all of them; "3 tight" releases them after every use.
 STAGES: list[int | str] = [0, 1, 2, 3, "3 tight"]

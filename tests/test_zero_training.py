@@ -12,7 +12,7 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.errors import EngineStateError, OptimizerError, UnsupportedError
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from deepspeedlite.zero import GatheredParameters
 
 HYPER = {"lr": 2e-3, "eps": 1e-4, "weight_decay": 0.1}

@@ -21,16 +21,15 @@ import torch
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
-from deepspeedlite.accelerator import get_accelerator
-from deepspeedlite.activation_checkpointing.keep import Fetched, Keeper
 from deepspeedlite.activation_checkpointing.rng import CudaRNGStatesTracker, Generators
+from deepspeedlite.activation_checkpointing.saved_inputs import Fetched, Keeper
 from deepspeedlite.comm import Group
+from deepspeedlite.compat.accelerator import get_accelerator
 from deepspeedlite.config import load_config
-from deepspeedlite.drop_in.finder import name_of
-from deepspeedlite.errors import ConfigError
-from deepspeedlite.log import log_dist, log_once
-from deepspeedlite.profiling.memory import current_device
-from deepspeedlite.profiling.timers import Stopwatch
+from deepspeedlite.metrics.memory import current_device
+from deepspeedlite.metrics.timers import Stopwatch
+from deepspeedlite.runtime.errors import ConfigError
+from deepspeedlite.runtime.log import log_dist, log_once
 
 __all__ = [
     "CudaRNGStatesTracker",
@@ -231,7 +230,3 @@ def _model_parallel_group(mpu: Any) -> Group | None:
     method = getattr(mpu, "get_tensor_model_parallel_group", None) or getattr(mpu, "get_model_parallel_group", None)
     group = None if method is None else method()  # None: nothing is sharded over ranks
     return None if group is None else Group(group)
-
-
-def __getattr__(name: str) -> Any:
-    return name_of(__name__, name)

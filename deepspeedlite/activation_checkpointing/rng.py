@@ -12,8 +12,8 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspeedlite.accelerator import get_accelerator
-from deepspeedlite.errors import EngineStateError
+from deepspeedlite.compat.accelerator import get_accelerator
+from deepspeedlite.runtime.errors import EngineStateError
 
 
 class CudaRNGStatesTracker:

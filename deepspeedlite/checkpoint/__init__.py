@@ -4,13 +4,3 @@
 at all, `reader` reads ranges of parameters, `save` and `load` connect them with an engine.
 docs/checkpoint-format.md has the bytes.
 """
-
-from __future__ import annotations
-
-from typing import Any
-
-from deepspeedlite.drop_in.finder import name_of
-
-
-def __getattr__(name: str) -> Any:
-    return name_of(__name__, name)

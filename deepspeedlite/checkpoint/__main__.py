@@ -19,11 +19,12 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
-from deepspeedlite.checkpoint import convert, inspect
-from deepspeedlite.checkpoint.deepspeed import open_tag
-from deepspeedlite.checkpoint.export import export_weights, open_checkpoint, parse_bytes
+from deepspeedlite.checkpoint.formats.deepspeed import convert
+from deepspeedlite.checkpoint.formats.deepspeed.reader import open_tag
+from deepspeedlite.checkpoint.formats.hugging_face import export_weights, open_checkpoint, parse_bytes
 from deepspeedlite.checkpoint.tag import is_whole, read_latest, tags_in
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.tools import checkpoint_inspect
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -43,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     to_fp32.add_argument("--max_shard_size", default="5GB", metavar="SIZE", help="bytes of a file (5GB)")
     to_fp32.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
     to_fp32.set_defaults(run=_to_fp32)
-    inspect.add_commands(commands)
+    checkpoint_inspect.add_commands(commands)
     convert.add_commands(commands)
     args = parser.parse_args(argv)
     try:

@@ -12,7 +12,7 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 _MOST_VALUES = 20_000_000  # of a JSON text: far more than a model of half a million parameters needs
 _KINDS = {

@@ -14,15 +14,15 @@ from typing import Any, cast
 import numpy as np
 import torch
 
+from deepspeedlite.checkpoint.coordination import Ranks
 from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Parameter
-from deepspeedlite.checkpoint.model import Flat, flats_of, owners, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.save import COUNTERS, MACHINE_OPTIONS
+from deepspeedlite.checkpoint.state_map import Flat, flats_of, owners, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.tag import find_tag
-from deepspeedlite.checkpoint.together import Ranks
-from deepspeedlite.errors import CheckpointError
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.runtime.log import logger
 
 # Optimizers that keep the same states.
 _ALIKE = (
@@ -59,7 +59,9 @@ class Loader:
         if path is None:
             logger.warning("no checkpoint in %s: nothing was loaded", load_dir)
             return None, {}
-        from deepspeedlite.checkpoint.deepspeed import open_tag  # what a training that loads nothing need not wait for
+        from deepspeedlite.checkpoint.formats.deepspeed.reader import (
+            open_tag,  # what a training that loads nothing need not wait for
+        )
 
         what = f"loading checkpoint {path}"
         opened: list[Reader] = []

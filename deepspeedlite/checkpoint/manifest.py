@@ -24,7 +24,7 @@ import torch
 
 from deepspeedlite.checkpoint.files import parse_json
 from deepspeedlite.checkpoint.tensors import CODES, MALFORMED, FileRecord
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 FILE_NAME = "manifest.json"
 FORMAT, VERSION = "deepspeedlite", 1

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeedlite import comm
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 _PATIENCE_S = 2.0  # for another process that has locked a folder to say who it is
 _MOST_GENERATIONS = 64  # of parents that are looked at

@@ -28,7 +28,7 @@ from deepspeedlite.checkpoint.manifest import (
 )
 from deepspeedlite.checkpoint.tag import find_tag_dir
 from deepspeedlite.checkpoint.tensors import MALFORMED, Place, checksum, read_into, read_places
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 _CAST_NUMEL = 1 << 20  # elements read at a time where they must be cast
 

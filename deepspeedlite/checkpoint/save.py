@@ -21,17 +21,17 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepspeedlite.checkpoint.coordination import Ranks
 from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Manifest, Parameter, Piece, encode, merge_pieces
-from deepspeedlite.checkpoint.model import Flat, flats_of, parameters_of, with_extra_state
+from deepspeedlite.checkpoint.merge import Holding, unite
+from deepspeedlite.checkpoint.state_map import Flat, flats_of, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.tag import check_new_tag
 from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
-from deepspeedlite.checkpoint.together import Ranks
-from deepspeedlite.checkpoint.union import Holding, unite
 from deepspeedlite.checkpoint.writer import TagWriter, survey
-from deepspeedlite.errors import CheckpointError
-from deepspeedlite.log import logger
-from deepspeedlite.memory.disk import Stored
+from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.runtime.log import logger
 
 # Of param groups: how a step is computed on this machine, which is not the run's business.
 MACHINE_OPTIONS = {"params", "fused", "foreach", "capturable", "differentiable"}

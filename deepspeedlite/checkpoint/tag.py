@@ -17,12 +17,12 @@ import re
 from pathlib import Path
 from typing import Any
 
-from deepspeedlite.checkpoint.deepspeed_layout import is_deepspeed
 from deepspeedlite.checkpoint.files import edge_of, kind_of, read_regular
+from deepspeedlite.checkpoint.formats.deepspeed.layout import is_deepspeed
 from deepspeedlite.checkpoint.manifest import FILE_NAME, MOST_NBYTES, Manifest, is_plain_name
 from deepspeedlite.checkpoint.owner import Owner
 from deepspeedlite.checkpoint.work import workplaces
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 LATEST = "latest"
 PROGRAM = Path(__file__).with_name("zero_to_fp32.py")

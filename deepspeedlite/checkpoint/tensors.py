@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.checkpoint.files import open_regular, parse_json
-from deepspeedlite.errors import CheckpointError
-from deepspeedlite.memory.disk import Stored
+from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.runtime.errors import CheckpointError
 
 try:
     from zlib_ng.zlib_ng import crc32  # the same sum, by carry-less multiplication: six times as fast

@@ -11,7 +11,7 @@ from pathlib import Path
 from deepspeedlite.checkpoint.files import kind_of, read_regular
 from deepspeedlite.checkpoint.manifest import is_plain_name
 from deepspeedlite.checkpoint.owner import Owner
-from deepspeedlite.errors import CheckpointError
+from deepspeedlite.runtime.errors import CheckpointError
 
 TMP = ".tmp."
 OWNER = "owner.json"

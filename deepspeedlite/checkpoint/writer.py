@@ -29,8 +29,8 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.deepspeed_layout import is_deepspeed
 from deepspeedlite.checkpoint.files import check_folder, kind_of, read_regular, sync_dir, write_bytes
+from deepspeedlite.checkpoint.formats.deepspeed.layout import is_deepspeed
 from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
 from deepspeedlite.checkpoint.owner import Owner, Turn, two_jobs
 from deepspeedlite.checkpoint.tag import (
@@ -47,9 +47,9 @@ from deepspeedlite.checkpoint.tag import (
 )
 from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.checkpoint.work import OWNER, TMP, Work, is_workplace, workplaces
-from deepspeedlite.errors import CheckpointError
-from deepspeedlite.log import log_once, logger
-from deepspeedlite.memory.disk import Stored
+from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.runtime.log import log_once, logger
 
 _NEW, _RETIRED, _NEXT = "new", "retired.", "next."
 _SINCE_S = time.time()  # nearly when this process started

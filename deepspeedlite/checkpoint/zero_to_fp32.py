@@ -25,8 +25,8 @@ def main() -> None:
     parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
     args = parser.parse_args()
     try:
-        from deepspeedlite.errors import CheckpointError
-        from deepspeedlite.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+        from deepspeedlite.compat.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+        from deepspeedlite.runtime.errors import CheckpointError
     except ImportError as error:
         sys.exit(
             f"zero_to_fp32.py reads checkpoints with deepspeedlite, which {sys.executable} cannot import ({error}); "

@@ -47,8 +47,7 @@ from deepspeedlite.comm.group import Group, Work
 from deepspeedlite.comm.init import default_timeout, init_distributed
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
 from deepspeedlite.comm.stall import whereabouts
-from deepspeedlite.drop_in.finder import name_of
-from deepspeedlite.env import discover_world
+from deepspeedlite.runtime.env import discover_world
 
 __all__ = [
     "CommsLogger",
@@ -226,7 +225,3 @@ def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict
 def reset_log() -> None:
     """Forget what was measured."""
     comms_logger.reset()
-
-
-def __getattr__(name: str) -> Any:
-    return name_of(__name__, name)

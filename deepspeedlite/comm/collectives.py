@@ -23,7 +23,7 @@ from torch.distributed import ProcessGroup, ReduceOp
 from deepspeedlite.comm.group import Group
 from deepspeedlite.comm.logger import comms_logger
 from deepspeedlite.comm.stall import LabelledWork, explained
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NAMES = {ReduceOp.SUM: "sum", ReduceOp.AVG: "avg", ReduceOp.MAX: "max", ReduceOp.MIN: "min"}

@@ -32,7 +32,7 @@ from deepspeedlite.comm.hostlink import HostLink, link_of
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
 from deepspeedlite.comm.meet import LEFT_ALONE_S, meet
 from deepspeedlite.comm.stall import LabelledWork, explained
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 # torch 2.13 renamed both, and warns where the older names are used.
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor

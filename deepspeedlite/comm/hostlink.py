@@ -54,7 +54,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 SWITCH = "DEEPSPEEDLITE_SHARED_MEMORY"
 """Environment variable; 0 on any rank keeps all ranks on gloo's TCP."""

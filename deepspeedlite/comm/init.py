@@ -1,8 +1,8 @@
 """`init_distributed`: find this process's world, meet the other ranks, start torch.distributed.
 
-The world comes from the arguments, else from the launcher's variables (`deepspeedlite.env`), else from MPI itself
-(mpi4py, only when MPI spans hosts and nothing else tells where rank 0 is), else it is this process alone. The
-backend follows the device: NCCL on GPUs, gloo on CPUs. A process group that exists is used as it is.
+The world comes from the arguments, else from the launcher's variables (`runtime.env`), else from MPI itself (mpi4py,
+only when MPI spans hosts and nothing else tells where rank 0 is), else it is this process alone. The backend follows
+the device: NCCL on GPUs, gloo on CPUs. A process group that exists is used as it is.
 
 Waiting for the others takes `timeout` at most, 10 minutes as in DeepSpeed, or `DEEPSPEED_TIMEOUT` minutes; rank 0
 names whom it waits for every 30 s, and the error names the ranks that never came (`comm.rendezvous`).
@@ -27,10 +27,10 @@ import torch.distributed as dist
 from deepspeedlite.comm import rendezvous
 from deepspeedlite.comm.logger import comms_logger
 from deepspeedlite.comm.lookout import leave, look_out
-from deepspeedlite.device import Device, pick_device
-from deepspeedlite.env import World, discover_world
-from deepspeedlite.errors import ConfigError, DistributedError
-from deepspeedlite.log import log_dist
+from deepspeedlite.runtime.device import Device, pick_device
+from deepspeedlite.runtime.env import World, discover_world
+from deepspeedlite.runtime.errors import ConfigError, DistributedError
+from deepspeedlite.runtime.log import log_dist
 
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
 _DEFAULT_TIMEOUT_MIN = 10.0

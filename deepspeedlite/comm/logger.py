@@ -23,7 +23,7 @@ from typing import Any, Protocol, TextIO
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.log import logger as text_log
+from deepspeedlite.runtime.log import logger as text_log
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PENDING_LIMIT = 512

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeedlite.comm.desk import Desk, Place, Wait, here
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.log import logger
 
 VARIABLE = "DEEPSPEEDLITE_STALL_NOTICE_S"
 _NOTICE_S = 30.0

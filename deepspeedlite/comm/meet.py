@@ -25,7 +25,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.log import logger
 
 PATIENCE_S = 5.0
 """How long a rank waits for the others."""

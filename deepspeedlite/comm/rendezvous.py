@@ -24,8 +24,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeedlite.errors import DistributedError
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.log import logger
 
 _POLL_S = 0.05
 _STILL_WAITING_EVERY_S = 30.0

@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm.desk import Wait, here
 from deepspeedlite.comm.lookout import advice, condition, seen
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 _OTHERS_SPEAK_S = 5.0
 _POLL_S = 0.05

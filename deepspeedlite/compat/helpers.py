@@ -13,13 +13,13 @@ from typing import Any, TypeVar
 import numpy
 import torch
 
-from deepspeedlite.accelerator import get_accelerator
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import ConfigError, UnsupportedError
-from deepspeedlite.log import log_dist, log_once, logger
-from deepspeedlite.profiling.memory import current_device, memory_breakdown
-from deepspeedlite.zero.replica import Replica, replica_of
-from deepspeedlite.zero.replica import is_model_parallel_parameter as is_model_parallel_parameter
+from deepspeedlite.compat.accelerator import get_accelerator
+from deepspeedlite.metrics.memory import current_device, memory_breakdown
+from deepspeedlite.parallel.replica import Replica, replica_of
+from deepspeedlite.parallel.replica import is_model_parallel_parameter as is_model_parallel_parameter
+from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
+from deepspeedlite.runtime.log import log_dist, log_once, logger
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LEVELS = ("debug", "info", "warning", "error", "critical")

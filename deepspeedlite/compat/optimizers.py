@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.errors import UnsupportedError
 from deepspeedlite.optim.step import ShardedOptimizer
+from deepspeedlite.runtime.errors import UnsupportedError
 
 
 class _Kind(type):

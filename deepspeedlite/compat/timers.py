@@ -11,9 +11,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from deepspeedlite.log import log_dist
-from deepspeedlite.profiling.memory import current_device, memory_breakdown
-from deepspeedlite.profiling.timers import Stopwatch, Timers
+from deepspeedlite.metrics.memory import current_device, memory_breakdown
+from deepspeedlite.metrics.timers import Stopwatch, Timers
+from deepspeedlite.runtime.log import log_dist
 
 
 class NamedTimer:

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.drop_in import STANDS_IN_FOR, VERSION
+from deepspeedlite.compat.drop_in import STANDS_IN_FOR, VERSION
 
 version, git_hash, git_branch = VERSION, "unknown", "unknown"
 __version_major__, __version_minor__, __version_patch__ = (int(part) for part in STANDS_IN_FOR.split("."))

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.errors import EngineStateError
+from deepspeedlite.runtime.errors import EngineStateError
 
 ZeRORuntimeException = EngineStateError
 

@@ -14,7 +14,7 @@ from deepspeedlite.config.batch import BatchSizes, solve_batch
 from deepspeedlite.config.features import FEATURES, Feature
 from deepspeedlite.config.load import load_config
 from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
-from deepspeedlite.errors import ConfigError
+from deepspeedlite.runtime.errors import ConfigError
 
 __all__ = [
     "ALL_SECTIONS",

@@ -12,7 +12,7 @@ from deepspeedlite.config.docs import render, schema
 from deepspeedlite.config.faults import MISSING, Fault, raise_faults
 from deepspeedlite.config.load import examine
 from deepspeedlite.config.root import DeepSpeedConfig
-from deepspeedlite.errors import ConfigError
+from deepspeedlite.runtime.errors import ConfigError
 
 DOCS = os.path.join("docs", "config.md")
 

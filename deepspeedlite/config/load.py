@@ -24,6 +24,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
+from deepspeedlite.compat.drop_in.finder import stands_in
 from deepspeedlite.config.base import Section, copy_tree, default_of, inner_section, kind_of, standing
 from deepspeedlite.config.batch import NAMES, batch_problem
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, nearest, raise_faults
@@ -32,8 +33,7 @@ from deepspeedlite.config.recipes import Faults, optimizer_faults, refused_combi
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import read_source
-from deepspeedlite.drop_in.finder import stands_in
-from deepspeedlite.log import log_dist_once, log_once
+from deepspeedlite.runtime.log import log_dist_once, log_once
 
 AUTO = "auto"
 AUTO_REMEDY = (

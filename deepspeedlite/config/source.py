@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, show
-from deepspeedlite.errors import ConfigError
+from deepspeedlite.runtime.errors import ConfigError
 
 _DEEPEST = 40
 

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 from deepspeedlite._version import __version__
-from deepspeedlite.env import discover_world
 from deepspeedlite.env_report.machine import gpu_vendor
 from deepspeedlite.env_report.probe import Probe, compiled_libraries, op_builder
 from deepspeedlite.env_report.rows import (
@@ -26,7 +25,8 @@ from deepspeedlite.env_report.rows import (
     torch_files,
     version_numbers,
 )
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.env import discover_world
+from deepspeedlite.runtime.errors import DistributedError
 
 MIN_PYTHON = (3, 10)
 MIN_TORCH = "2.10"

@@ -19,7 +19,7 @@ from typing import Any
 
 from deepspeedlite._version import __version__
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, torch_files
-from deepspeedlite.gpus import find_devices
+from deepspeedlite.runtime.gpus import find_devices
 
 _SKEW_S = 2.0  # logs and file times of the nodes stop making sense together
 _ALIKE = {

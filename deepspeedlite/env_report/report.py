@@ -17,8 +17,8 @@ from deepspeedlite.env_report.packages import ops, software, torch_section, vari
 from deepspeedlite.env_report.probe import Probe, compiled_libraries
 from deepspeedlite.env_report.rows import BAD, INFO, OK, WARN, Row
 from deepspeedlite.env_report.tools import accelerators, cache, compilers, mpi
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.hostfile import read_hostfile
+from deepspeedlite.launcher.hostfile import read_hostfile
+from deepspeedlite.runtime.errors import LaunchError
 
 Section = Callable[[], list[Row]]
 SECTIONS: Mapping[str, Callable[..., list[Row]]] = {

@@ -16,13 +16,13 @@ import subprocess
 import time
 from dataclasses import asdict, dataclass, field
 
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.launcher import guard, wire
+from deepspeedlite.launcher import process_tree, protocol
 from deepspeedlite.launcher.early import EarlyEnds
-from deepspeedlite.launcher.ears import ENDING, PASSED_ON, Ears
 from deepspeedlite.launcher.job import Job, RankCommand
 from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, open_channel, set_window_size
 from deepspeedlite.launcher.report import ErrorTail, Failure, first_failure
+from deepspeedlite.launcher.signals import ENDING, PASSED_ON, Ears
+from deepspeedlite.runtime.errors import LaunchError
 
 FAILURE_GRACE_S = 2.0  # from SIGTERM to SIGKILL after a rank failed
 SIGNAL_GRACE_S = 5.0  # the same after Ctrl-C: a script may be saving
@@ -70,7 +70,7 @@ class _Rank:
 class Agent:
     """Runs one Job on this machine. Use once."""
 
-    def __init__(self, job: Job, screen: Screen, ears: Ears, link: wire.Link | None = None) -> None:
+    def __init__(self, job: Job, screen: Screen, ears: Ears, link: protocol.Link | None = None) -> None:
         self._job, self._screen, self._ears, self._link = job, screen, ears, link
         self._ranks: list[_Rank] = []
         self._ptys: list[tuple[int, int, int]] = []
@@ -85,8 +85,8 @@ class Agent:
         Raises:
             LaunchError: a rank could not be started; those that were are ended first.
         """
-        guard.become_subreaper()
-        self._guardian = guard.Guardian()
+        process_tree.become_subreaper()
+        self._guardian = process_tree.Guardian()
         self._outcome = Outcome(time.monotonic())
         try:
             for command in self._job.ranks:
@@ -118,7 +118,7 @@ class Agent:
                 stdout=channels[0][1],
                 stderr=channels[1][1],
                 start_new_session=True,
-                preexec_fn=guard.die_with(os.getpid(), command.cores),  # safe: no other thread runs yet
+                preexec_fn=process_tree.die_with(os.getpid(), command.cores),  # safe: no other thread runs yet
             )
         except OSError as error:
             raise LaunchError(f"rank {command.rank}: cannot start {command.argv[0]}: {error.strerror}") from error
@@ -151,7 +151,7 @@ class Agent:
             select.select([self._ears], [], [], timeout_s)
             numbers = self._ears.take()
         else:
-            timeout_s = wire.BEAT_S if timeout_s is None else min(timeout_s, wire.BEAT_S)
+            timeout_s = protocol.BEAT_S if timeout_s is None else min(timeout_s, protocol.BEAT_S)
             link_fd = [] if self._link.closed else [self._link.fileno()]
             select.select([self._ears.fileno(), *link_fd], [], [], timeout_s)
             numbers = self._ears.take() + self._orders(self._link)
@@ -163,7 +163,7 @@ class Agent:
                 if self._outcome.interrupted_by is None and not self._is_ending and not self._is_ordered_to_end:
                     self._outcome.interrupted_by = number
             elif number in PASSED_ON:
-                guard.send(self._running_pids(), number)
+                process_tree.send(self._running_pids(), number)
             elif number in (signal.SIGTSTP, signal.SIGCONT):
                 self._suspend(number)
             elif number == signal.SIGWINCH:
@@ -171,20 +171,20 @@ class Agent:
                     set_window_size(pty, self._screen.window_size(sink), width)
         return asked
 
-    def _orders(self, link: wire.Link) -> bytes:
+    def _orders(self, link: protocol.Link) -> bytes:
         """What the launcher has sent, as signals."""
         numbers = []
         for kind, value in link.receive():
-            if kind == wire.BEAT:
-                link.send(wire.BEAT, [time.monotonic(), value])
-            elif kind == wire.SIGNAL:
+            if kind == protocol.BEAT:
+                link.send(protocol.BEAT, [time.monotonic(), value])
+            elif kind == protocol.SIGNAL:
                 numbers.append(int(value))
-            elif kind == wire.END:
+            elif kind == protocol.END:
                 self._is_ordered_to_end = True
-            elif kind == wire.ACK:
+            elif kind == protocol.ACK:
                 self._screen.acknowledge(value)
         link.flush()
-        silent = not self._is_paused and time.monotonic() - link.heard_s > wire.SILENCE_S
+        silent = not self._is_paused and time.monotonic() - link.heard_s > protocol.SILENCE_S
         if (link.closed or silent) and not self._is_ending:
             link.closed = True
             self._screen.acknowledge(None)
@@ -239,7 +239,7 @@ class Agent:
                 return
             if self._outcome.failures or self._is_ordered_to_end:
                 if self._link is not None:  # ending takes seconds; the launcher should know now
-                    self._link.send(wire.FAILED, [asdict(failure) for failure in self._outcome.failures])
+                    self._link.send(protocol.FAILED, [asdict(failure) for failure in self._outcome.failures])
                 self._end(signal.SIGTERM, FAILURE_GRACE_S)
                 return
         self._end_left_behind()
@@ -290,7 +290,7 @@ class Agent:
             self._signal_groups(number)  # as a terminal does
         else:
             # Workers of a rank that saves on SIGTERM must stay alive until it has saved.
-            guard.send(self._running_pids(), signal.SIGTERM if number == signal.SIGPIPE else number)
+            process_tree.send(self._running_pids(), signal.SIGTERM if number == signal.SIGPIPE else number)
         leaders = {rank.pid for rank in self._ranks}
         if self._link is not None and self._link.closed:
             grace_s = min(grace_s, FAILURE_GRACE_S)  # nobody to wait for
@@ -307,28 +307,28 @@ class Agent:
         """After a good end: what the ranks left running in their sessions is ended; what made its own stays."""
         sessions = [rank.pid for rank in self._ranks]
         self._await_sessions(sessions, 0.5)  # helpers of multiprocessing end by themselves
-        left = guard.in_sessions(sessions)
+        left = process_tree.in_sessions(sessions)
         self._outcome.left_behind = len(left)
-        guard.send(left, signal.SIGTERM)
+        process_tree.send(left, signal.SIGTERM)
         self._await_sessions(sessions, FAILURE_GRACE_S)
 
     def _await_sessions(self, sessions: list[int], grace_s: float) -> None:
         deadline_s = time.monotonic() + grace_s
-        while guard.in_sessions(sessions) and time.monotonic() < deadline_s and not self._wait(_POLL_S):
+        while process_tree.in_sessions(sessions) and time.monotonic() < deadline_s and not self._wait(_POLL_S):
             pass
 
     def _descendants(self) -> set[int]:
-        return guard.descendants(os.getpid()) - {self._guardian.pid}
+        return process_tree.descendants(os.getpid()) - {self._guardian.pid}
 
     def _kill_all(self) -> set[int]:
         """SIGKILL whatever is left, and return what even that does not end (a process stuck in the kernel)."""
         in_order = len(self._ranks) == len(self._job.ranks) and not self._is_ending
         sessions = [rank.pid for rank in self._ranks]
         deadline_s = time.monotonic() + _KILL_S
-        while left := guard.in_sessions(sessions) if in_order else self._descendants():
+        while left := process_tree.in_sessions(sessions) if in_order else self._descendants():
             if time.monotonic() > deadline_s:
                 break
-            guard.send(left, signal.SIGKILL)
+            process_tree.send(left, signal.SIGKILL)
             time.sleep(0.01)
             self._reap()
         return left

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from deepspeedlite._version import __version__
-from deepspeedlite.errors import LaunchError
+from deepspeedlite.runtime.errors import LaunchError
 
 if TYPE_CHECKING:  # at run time these wait until there is something to start: --help answers sooner
     from deepspeedlite.launcher.start import LaunchOptions
@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         options, level = parse(sys.argv[1:] if argv is None else argv)
         from deepspeedlite.launcher.start import start
-        from deepspeedlite.log import logger
+        from deepspeedlite.runtime.log import logger
 
         if level is not None:
             logger.setLevel(level.upper())

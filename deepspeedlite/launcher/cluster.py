@@ -25,15 +25,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deepspeedlite.env_report.preflight import Found
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.launcher import guard, wire
+from deepspeedlite.launcher import process_tree, protocol
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Outcome
 from deepspeedlite.launcher.backends import Launch
 from deepspeedlite.launcher.early import EarlyEnds
-from deepspeedlite.launcher.ears import ENDING, PASSED_ON, Ears
 from deepspeedlite.launcher.job import Place, Work
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.report import Failure
+from deepspeedlite.launcher.signals import ENDING, PASSED_ON, Ears
+from deepspeedlite.runtime.errors import LaunchError
 
 _POLL_S = 0.05
 _KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
@@ -45,7 +45,7 @@ class Node:
     """One machine, as the launcher sees it."""
 
     found: Found
-    link: wire.Link | None = None
+    link: protocol.Link | None = None
     told: dict[str, Any] | None = None  # the answer to the last question
     outcome: dict[str, Any] | None = None
     failures: list[Failure] = field(default_factory=list)
@@ -81,7 +81,7 @@ class _Printer(threading.Thread):
     def __init__(self, screen: Screen) -> None:
         super().__init__(name="node output", daemon=True)
         self._screen = screen
-        self.queue: queue.SimpleQueue[tuple[wire.Link | None, bytes] | None] = queue.SimpleQueue()
+        self.queue: queue.SimpleQueue[tuple[protocol.Link | None, bytes] | None] = queue.SimpleQueue()
 
     def run(self) -> None:
         """Until None comes."""
@@ -90,7 +90,7 @@ class _Printer(threading.Thread):
             fd = self._screen.out_fd if body[0] == 1 else self._screen.err_fd
             (self._screen.live if body[1] else self._screen.lines)(fd, body[2:])
             if link is not None:
-                link.send(wire.ACK, len(body) - 2)
+                link.send(protocol.ACK, len(body) - 2)
 
 
 class _Starter:
@@ -106,7 +106,7 @@ class _Starter:
                 stdout=pipe if launch.node is not None else subprocess.PIPE,
                 stderr=subprocess.PIPE if launch.node is not None else subprocess.STDOUT,
                 start_new_session=True,
-                preexec_fn=guard.die_with(os.getpid()),  # safe: no other thread runs yet
+                preexec_fn=process_tree.die_with(os.getpid()),  # safe: no other thread runs yet
             )
         except OSError as error:
             raise LaunchError(f"cannot start {launch.argv[0]}: {error.strerror}") from error
@@ -128,10 +128,10 @@ class _Starter:
         self.last_words = (self.last_words + data)[-4096:]
         return data if not data or data.endswith(b"\n") else data + b"\n"
 
-    def link(self) -> wire.Link:
+    def link(self) -> protocol.Link:
         """Over the process's own pipes."""
         assert self.process.stdin is not None and self.process.stdout is not None
-        return wire.Link(os.dup(self.process.stdout.fileno()), os.dup(self.process.stdin.fileno()))
+        return protocol.Link(os.dup(self.process.stdout.fileno()), os.dup(self.process.stdin.fileno()))
 
 
 class Cluster:
@@ -149,7 +149,7 @@ class Cluster:
         self.nodes = [Node(found) for found in hosts]
         self._key, self._listener, self._screen, self._ears = key, listener, screen, ears
         self._starters: list[_Starter] = []
-        self._strangers: dict[wire.Link, str] = {}  # connected, and not yet known -> the nonce they were given
+        self._strangers: dict[protocol.Link, str] = {}  # connected, and not yet known -> the nonce they were given
         self._printer = _Printer(screen)
         self._beat_s = 0.0
         self.started_s = time.monotonic()
@@ -158,7 +158,7 @@ class Cluster:
 
     # --- turning --------------------------------------------------------------------------------------------------
 
-    def _turn(self, timeout_s: float = wire.BEAT_S) -> bool:
+    def _turn(self, timeout_s: float = protocol.BEAT_S) -> bool:
         """Wait for something and handle it. True if someone asked for the end (again)."""
         links = [*self._strangers, *(n.link for n in self.nodes if n.link is not None and not n.link.closed)]
         poll = select.poll()
@@ -171,9 +171,9 @@ class Cluster:
         if self._listener is not None:
             poll.register(self._listener, select.POLLIN)
         pending = any(link.pending for link in links)
-        ready = {fd for fd, _ in poll.poll(1000 * min(timeout_s, _POLL_S if pending else wire.BEAT_S))}
+        ready = {fd for fd, _ in poll.poll(1000 * min(timeout_s, _POLL_S if pending else protocol.BEAT_S))}
         if self._listener is not None and self._listener.fileno() in ready:
-            self._welcome_stranger(wire.Link(self._listener.accept()[0].detach()))
+            self._welcome_stranger(protocol.Link(self._listener.accept()[0].detach()))
         for starter in self._starters:
             if starter.said in ready and (data := starter.read()):
                 tag = f"[{self.nodes[starter.node].found.host}] " if starter.node is not None else ""
@@ -181,7 +181,7 @@ class Cluster:
                 self._printer.queue.put((None, b"\2\0" + b"".join(lines)))
         for link in list(self._strangers):
             for kind, value in link.receive():
-                if kind == wire.HELLO:
+                if kind == protocol.HELLO:
                     self._recognise(link, value)
                     break
             if link.closed:
@@ -196,17 +196,17 @@ class Cluster:
         if link is None or node.lost:
             return
         for kind, value in link.receive():
-            if kind == wire.OUTPUT:
+            if kind == protocol.OUTPUT:
                 self._printer.queue.put((link, value))
-            elif kind == wire.BEAT:
+            elif kind == protocol.BEAT:
                 node.hear_beat(*value)
-            elif kind == wire.TELL:
+            elif kind == protocol.TELL:
                 node.told = value
-            elif kind == wire.ERROR:
+            elif kind == protocol.ERROR:
                 node.found.error = str(value)
-            elif kind == wire.FAILED:
+            elif kind == protocol.FAILED:
                 node.hear_failures(value)
-            elif kind == wire.DONE:
+            elif kind == protocol.DONE:
                 node.outcome = value
                 node.hear_failures(value["failures"])
         link.flush()
@@ -214,15 +214,15 @@ class Cluster:
             silent_s = time.monotonic() - link.heard_s
             if link.closed:
                 node.lost = "it was lost (its connection closed)"
-            elif silent_s > wire.SILENCE_S:
+            elif silent_s > protocol.SILENCE_S:
                 node.lost = f"it was lost (no word from it for {silent_s:.1f} s)"
                 link.closed = True
 
     def _beat(self) -> None:
         now_s = time.monotonic()
-        if now_s - self._beat_s >= wire.BEAT_S:
+        if now_s - self._beat_s >= protocol.BEAT_S:
             self._beat_s = now_s
-            self._tell(wire.BEAT, now_s)
+            self._tell(protocol.BEAT, now_s)
 
     def _tell(self, kind: bytes, value: Any = None) -> None:
         for node in self.nodes:
@@ -235,16 +235,16 @@ class Cluster:
             if number in ENDING:
                 asked = True
                 self.interrupted_by = number if self.interrupted_by is None else self.interrupted_by
-                self._tell(wire.SIGNAL, int(signal.SIGTERM if number == signal.SIGPIPE else number))
+                self._tell(protocol.SIGNAL, int(signal.SIGTERM if number == signal.SIGPIPE else number))
             elif number in PASSED_ON:
-                self._tell(wire.SIGNAL, number)
+                self._tell(protocol.SIGNAL, number)
             elif number == signal.SIGTSTP:
-                self._tell(wire.SIGNAL, number)
+                self._tell(protocol.SIGNAL, number)
                 os.kill(os.getpid(), signal.SIGSTOP)
                 for node in self.nodes:
                     if node.link is not None:
                         node.link.heard_s = time.monotonic()
-                self._tell(wire.SIGNAL, int(signal.SIGCONT))
+                self._tell(protocol.SIGNAL, int(signal.SIGCONT))
         return asked
 
     def _until(self, done: Callable[[], bool], limit_s: float) -> bool:
@@ -283,15 +283,15 @@ class Cluster:
         node.found.error = about[-1] if about else f"its starter ended with {own.process.returncode}"
         return True
 
-    def _welcome_stranger(self, link: wire.Link) -> None:
-        nonce = wire.new_secret()
+    def _welcome_stranger(self, link: protocol.Link) -> None:
+        nonce = protocol.new_secret()
         self._strangers[link] = nonce
-        link.send(wire.CHALLENGE, {"nonce": nonce})
+        link.send(protocol.CHALLENGE, {"nonce": nonce})
 
-    def _recognise(self, link: wire.Link, hello: Any) -> None:
+    def _recognise(self, link: protocol.Link, hello: Any) -> None:
         """Who knows the key is the node that its starter named; under MPI and Slurm, the one with its host's name."""
         nonce = self._strangers.pop(link)
-        if not isinstance(hello, dict) or hello.get("proof") != wire.proof(self._key, nonce, "node"):
+        if not isinstance(hello, dict) or hello.get("proof") != protocol.proof(self._key, nonce, "node"):
             link.close()
             return
         index = hello["index"]
@@ -301,8 +301,8 @@ class Cluster:
         if node is None:
             link.close()
             return
-        link.send(wire.WELCOME, {"proof": wire.proof(self._key, hello["nonce"], "launcher")})
-        link.send(wire.BEAT, time.monotonic())
+        link.send(protocol.WELCOME, {"proof": protocol.proof(self._key, hello["nonce"], "launcher")})
+        link.send(protocol.BEAT, time.monotonic())
         node.link, node.found.facts = link, hello
         node.found.skew_s = hello["time"] - time.time()
         if node.found.slots is None:
@@ -331,8 +331,8 @@ class Cluster:
         for node in nodes:
             node.told = None
             assert node.link is not None
-            node.link.send(wire.ASK, question)
-        self._until(lambda: all(node.told is not None or node.lost for node in nodes), 2 * wire.SILENCE_S)
+            node.link.send(protocol.ASK, question)
+        self._until(lambda: all(node.told is not None or node.lost for node in nodes), 2 * protocol.SILENCE_S)
         if self.interrupted_by is not None:
             raise KeyboardInterrupt
         for node in nodes:
@@ -350,7 +350,7 @@ class Cluster:
             node.first_rank = place.first_rank
             assert node.link is not None
             job = {"work": asdict(work), "place": _plain(place)}
-            node.link.send(wire.JOB, {**job, "terminals": terminals, "colour": self._screen.has_colour})
+            node.link.send(protocol.JOB, {**job, "terminals": terminals, "colour": self._screen.has_colour})
         early, ended_s = EarlyEnds("machine", outcome.started_s), dict[str, float]()
         while any(node.is_working for node in self.nodes) and not self._is_over():
             self._turn()
@@ -362,7 +362,7 @@ class Cluster:
             self._finish(SIGNAL_GRACE_S + _KILL_S)
         elif self._is_over():
             self._settle()
-            self._tell(wire.END)
+            self._tell(protocol.END)
             self._finish(FAILURE_GRACE_S + _KILL_S)
         outcome.ended_s = time.monotonic()
         outcome.interrupted_by = self.interrupted_by
@@ -392,7 +392,7 @@ class Cluster:
     def _settle(self) -> None:
         """Learn the true cause: every node must have spoken since the first failure was known, or be lost."""
         begin_s = time.monotonic()
-        self._tell(wire.BEAT, begin_s)
+        self._tell(protocol.BEAT, begin_s)
 
         def is_known() -> bool:
             working = [node for node in self.nodes if node.is_working and node.link is not None]
@@ -401,7 +401,7 @@ class Cluster:
             is_sure = any(not failure.lost_peer for failure in self._failures())
             return is_sure or not working or time.monotonic() > begin_s + _SETTLE_S
 
-        self._until(is_known, wire.SILENCE_S + _SETTLE_S)
+        self._until(is_known, protocol.SILENCE_S + _SETTLE_S)
 
     def _finish(self, limit_s: float) -> None:
         """Wait for the nodes to say that all has ended; asked once more, no longer."""
@@ -411,7 +411,7 @@ class Cluster:
 
     def close(self, status: int) -> None:
         """Let the agents go, and kill what started them if it stays."""
-        self._tell(wire.END, status)
+        self._tell(protocol.END, status)
         for node in self.nodes:
             if node.link is not None:
                 node.link.flush(1.0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from deepspeedlite.launcher.report import duration
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.log import logger
 
 GRACE_S = 5.0
 _NAMED = 8

@@ -16,10 +16,10 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deepspeedlite.drop_in import with_stand_in
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.gpus import Devices, find_devices
-from deepspeedlite.hostfile import numbers_in
+from deepspeedlite.compat.drop_in import with_stand_in
+from deepspeedlite.launcher.hostfile import numbers_in
+from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.gpus import Devices, find_devices
 
 DEFAULT_PORT = 29500
 _LOWEST_PICKED = 10_000

@@ -19,12 +19,12 @@ from dataclasses import asdict
 from typing import Any
 
 from deepspeedlite.env_report.preflight import facts
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.launcher import wire
+from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Agent
-from deepspeedlite.launcher.ears import Ears
 from deepspeedlite.launcher.job import Place, Work, build_job, choose_port
 from deepspeedlite.launcher.output import Screen
+from deepspeedlite.launcher.signals import Ears
+from deepspeedlite.runtime.errors import LaunchError
 
 KEY = "DSL_LAUNCHER_KEY"
 _WINDOW_BYTES = 1 << 20  # output on its way that the launcher has not shown yet
@@ -45,7 +45,7 @@ _SLURM_TASK = (
 class WireScreen(Screen):
     """A screen at the other end of a link. Its writers wait while too much has not been shown."""
 
-    def __init__(self, link: wire.Link, sizes: Mapping[str, str], has_colour: bool) -> None:
+    def __init__(self, link: protocol.Link, sizes: Mapping[str, str], has_colour: bool) -> None:
         super().__init__()
         self.has_colour = has_colour
         self._link, self._sizes = link, {int(fd): bytes.fromhex(size) for fd, size in sizes.items()}
@@ -79,9 +79,9 @@ class WireScreen(Screen):
         with self._room:
             self._room.wait_for(lambda: self._unshown_bytes < _WINDOW_BYTES or self._link.closed)
             self._unshown_bytes += len(data)
-        self._link.send(wire.OUTPUT, raw=bytes([fd, is_live]) + data)
+        self._link.send(protocol.OUTPUT, raw=bytes([fd, is_live]) + data)
         while self._link.pending and not self._link.closed:
-            self._link.flush(wire.BEAT_S)
+            self._link.flush(protocol.BEAT_S)
 
 
 class Node:
@@ -93,7 +93,7 @@ class Node:
     """
 
     def __init__(
-        self, link: wire.Link, key: str, index: int | None, own: Work | None = None, is_told: bool = True
+        self, link: protocol.Link, key: str, index: int | None, own: Work | None = None, is_told: bool = True
     ) -> None:
         self._link, self._key, self._index, self._own, self._is_told = link, key, index, own, is_told
         self._listener: socket.socket | None = None
@@ -101,20 +101,20 @@ class Node:
     def run(self) -> int:
         """Meet the launcher, do what it asks, and give the exit status of the whole job."""
         link = self._link
-        _, challenge = link.expect(wire.CHALLENGE, within_s=wire.SILENCE_S)
+        _, challenge = link.expect(protocol.CHALLENGE, within_s=protocol.SILENCE_S)
         if challenge is None:
             return _complain("the launcher did not answer")
-        nonce = wire.new_secret()
+        nonce = protocol.new_secret()
         hello = {**facts(), "index": self._index, "is_told": self._is_told, "nonce": nonce}
-        link.send(wire.HELLO, {**hello, "proof": wire.proof(self._key, challenge["nonce"], "node")})
-        _, welcome = link.expect(wire.WELCOME, within_s=wire.SILENCE_S)
-        if welcome is None or welcome["proof"] != wire.proof(self._key, nonce, "launcher"):
+        link.send(protocol.HELLO, {**hello, "proof": protocol.proof(self._key, challenge["nonce"], "node")})
+        _, welcome = link.expect(protocol.WELCOME, within_s=protocol.SILENCE_S)
+        if welcome is None or welcome["proof"] != protocol.proof(self._key, nonce, "launcher"):
             return _complain("the launcher refused this node, or is not the one that started it")
         while True:
-            kind, value = link.expect(wire.ASK, wire.JOB, wire.END)
-            if kind == wire.ASK:
-                link.send(wire.TELL, self._answer(value))
-            elif kind == wire.JOB:
+            kind, value = link.expect(protocol.ASK, protocol.JOB, protocol.END)
+            if kind == protocol.ASK:
+                link.send(protocol.TELL, self._answer(value))
+            elif kind == protocol.JOB:
                 self._work(value)
             elif isinstance(value, int) or not kind:
                 return value if isinstance(value, int) else 1
@@ -152,9 +152,9 @@ class Node:
                 outcome = Agent(job, screen, ears, self._link).run()
             told_back = {"outcome": {**vars(outcome), "failures": [asdict(failure) for failure in outcome.failures]}}
         except (LaunchError, OSError) as error:
-            self._link.send(wire.ERROR, str(error))
+            self._link.send(protocol.ERROR, str(error))
             return
-        self._link.send(wire.DONE, told_back["outcome"])
+        self._link.send(protocol.DONE, told_back["outcome"])
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:
@@ -195,16 +195,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal's Ctrl-C is for the launcher, which tells us
     if args.connect is None:
-        link = wire.Link(os.dup(0), os.dup(1))
+        link = protocol.Link(os.dup(0), os.dup(1))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         os.dup2(2, 1)  # what anything here prints is no frame
     else:
         addresses, _, port = args.connect.rpartition(":")
         try:
-            found = connect(addresses.split(","), int(port), wire.SILENCE_S)
+            found = connect(addresses.split(","), int(port), protocol.SILENCE_S)
         except LaunchError as error:
             return _complain(str(error))
-        link = wire.Link(found.detach(), -1)
+        link = protocol.Link(found.detach(), -1)
     index = args.index
     for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
         index = int(os.environ[name]) if index is None and name in os.environ else index

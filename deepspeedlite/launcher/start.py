@@ -11,15 +11,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from deepspeedlite.errors import LaunchError
-from deepspeedlite.gpus import choose_ranks, find_devices
-from deepspeedlite.hostfile import DEFAULT_HOSTFILE, read_hostfile, select
 from deepspeedlite.launcher.agent import Agent, Outcome
-from deepspeedlite.launcher.ears import Ears
+from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile, select
 from deepspeedlite.launcher.job import Job, Place, Work, build_job, choose_port, shell_line
 from deepspeedlite.launcher.output import Screen, ScreenText
 from deepspeedlite.launcher.report import duration, failure_report
-from deepspeedlite.log import logger
+from deepspeedlite.launcher.signals import Ears
+from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.gpus import choose_ranks, find_devices
+from deepspeedlite.runtime.log import logger
 
 _EXPORTED = ("NCCL", "PYTHON", "MV2", "UCX", "MLFLOW")
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
@@ -71,7 +71,7 @@ def start(options: LaunchOptions) -> int:
     with _pid_file(options.save_pid):
         if alone and not (options.force_multi or options.no_ssh or options.check or (is_listed and not is_here(alone))):
             return _start_here(options, hosts[alone], screen)
-        from deepspeedlite.launcher.many import start_many
+        from deepspeedlite.launcher.multinode import start_many
 
         return start_many(options, hosts, spares, screen)
 
@@ -93,7 +93,7 @@ def choose_hosts(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[Ho
     if path is not None:
         hosts = {host: list(range(slots)) for host, slots in read_hostfile(path).items()}
     elif nodelist:
-        from deepspeedlite.env import expand_nodelist
+        from deepspeedlite.runtime.env import expand_nodelist
 
         hosts = dict.fromkeys(expand_nodelist(nodelist))
     elif options.no_ssh:

@@ -5,14 +5,7 @@ Each writer is one file with the interface of writer.py; none imports its packag
 
 from __future__ import annotations
 
-from typing import Any
-
-from deepspeedlite.drop_in.finder import name_of
-from deepspeedlite.monitor.monitor import Monitor
-from deepspeedlite.monitor.writer import Event
+from deepspeedlite.metrics.monitor.registry import Monitor
+from deepspeedlite.metrics.monitor.writer import Event
 
 __all__ = ["Event", "Monitor"]
-
-
-def __getattr__(name: str) -> Any:
-    return name_of(__name__, name)

@@ -10,10 +10,9 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.drop_in.finder import name_of
-from deepspeedlite.errors import OpError
-from deepspeedlite.log import log_once
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops
+from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.log import log_once
 
 
 @cache
@@ -45,7 +44,3 @@ def is_available(name: str, device_type: str = "cpu") -> bool:
         log_once(f"{error}\n  torch does its work instead, more slowly")
         return False
     return True
-
-
-def __getattr__(name: str) -> Any:
-    return name_of(__name__, name)

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeedlite.errors import UnsupportedError
 from deepspeedlite.ops import is_available, load
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate, zeros_like
-
-__path__: list[str] = []  # DeepSpeed has modules below this one; drop_in serves them
+from deepspeedlite.runtime.errors import UnsupportedError
 
 
 def adagrad_in_torch(

@@ -29,8 +29,6 @@ from deepspeedlite.ops.one_pass import (
     zeros_like,
 )
 
-__path__: list[str] = []  # DeepSpeed has modules below this one; drop_in serves them
-
 
 class Adam(NamedTuple):
     """The numbers of a step, as in the formulas above."""

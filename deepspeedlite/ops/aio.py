@@ -21,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeedlite.errors import OpError
-from deepspeedlite.log import log_once
 from deepspeedlite.ops import load
+from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.log import log_once
 
 ALIGNMENT = 4096
 ENGINES = ("io_uring", "aio", "threads")  # the best first

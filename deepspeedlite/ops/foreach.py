@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from deepspeedlite.errors import UnsupportedError
+from deepspeedlite.runtime.errors import UnsupportedError
 
 
 def check_dense(optimizer: Optimizer, param: Tensor, grad: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from deepspeedlite.errors import OptimizerError
+from deepspeedlite.runtime.errors import OptimizerError
 
 
 def check_hyperparameters(name: str, lr: float | Tensor, betas: tuple[float, float], **not_negative: float) -> None:

@@ -27,15 +27,13 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from deepspeedlite.errors import OptimizerError, UnsupportedError
 from deepspeedlite.ops import load
 from deepspeedlite.ops.foreach import check_dense, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassUpdate
+from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 SumOverRanks = Callable[[Tensor], None]
-
-__path__: list[str] = []  # DeepSpeed has modules below this one; drop_in serves them
 
 _T = TypeVar("_T")
 

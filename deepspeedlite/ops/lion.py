@@ -23,8 +23,6 @@ from deepspeedlite.ops.foreach import check_dense, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnDevice, OnePassOptimizer, OnePassUpdate, put_back, zeros_like
 
-__path__: list[str] = []  # DeepSpeed has modules below this one; drop_in serves them
-
 
 def lion_in_torch(
     params: list[Tensor],

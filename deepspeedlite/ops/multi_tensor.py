@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from deepspeedlite.errors import OpError
 from deepspeedlite.ops import is_available, load
+from deepspeedlite.runtime.errors import OpError
 
 _KNOWN = (torch.float32, torch.bfloat16, torch.float16)
 

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspeedlite.errors import OptimizerError
 from deepspeedlite.ops import is_available, load
+from deepspeedlite.runtime.errors import OptimizerError
 
 
 class OnePassUpdate(NamedTuple):

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from deepspeedlite.config.recipes import accepted_parameters, nearest, scheduler_faults
-from deepspeedlite.errors import OptimizerError
-from deepspeedlite.log import logger
 from deepspeedlite.optim.registry import fault_line
+from deepspeedlite.runtime.errors import OptimizerError
+from deepspeedlite.runtime.log import logger
 
 PerGroup = float | Sequence[float]  # one value for all parameter groups, or one for each
 

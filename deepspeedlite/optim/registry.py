@@ -24,8 +24,6 @@ from deepspeedlite.config.recipes import (
     refused_combination,
     refused_optimizer,
 )
-from deepspeedlite.errors import OptimizerError, UnsupportedError
-from deepspeedlite.log import log_once
 from deepspeedlite.ops import is_available
 from deepspeedlite.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeedlite.ops.adam import DeepSpeedCPUAdam, FusedAdam
@@ -33,6 +31,8 @@ from deepspeedlite.ops.foreach import dense_gradients, moment
 from deepspeedlite.ops.hyperparameters import check_hyperparameters
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
+from deepspeedlite.runtime.log import log_once
 
 
 class UncorrectedAdam(Optimizer):

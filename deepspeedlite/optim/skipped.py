@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from deepspeedlite.errors import LossScaleError
-from deepspeedlite.log import log_dist, logger
-from deepspeedlite.precision import LossScaler
+from deepspeedlite.optim.precision import LossScaler
+from deepspeedlite.runtime.errors import LossScaleError
+from deepspeedlite.runtime.log import log_dist, logger
 
 _SHOWN = 8  # names in a message
 

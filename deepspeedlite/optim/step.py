@@ -22,23 +22,23 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepspeedlite.errors import EngineStateError, OptimizerError, UnsupportedError
-from deepspeedlite.log import log_dist, log_once
-from deepspeedlite.memory.offload import Offload
-from deepspeedlite.memory.parcel import MASTER, STATE, VALUES, Parcel
-from deepspeedlite.memory.placement import Tier
-from deepspeedlite.memory.ring import run_through
+from deepspeedlite.offload.options import Offload
+from deepspeedlite.offload.placement import Tier
+from deepspeedlite.offload.swap_pipeline import run_through
+from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES, Parcel
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
+from deepspeedlite.optim.precision import LossScaler
 from deepspeedlite.optim.registry import accepted_parameters
 from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_segments
-from deepspeedlite.precision import LossScaler
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
+from deepspeedlite.runtime.log import log_dist, log_once
 from deepspeedlite.zero.clearing import clear_with
+from deepspeedlite.zero.flat_params import owner_of
+from deepspeedlite.zero.grad_reducer import GradientSchedule
 from deepspeedlite.zero.layout import Run
-from deepspeedlite.zero.schedule import GradientSchedule
 from deepspeedlite.zero.unit import ShardUnit
-from deepspeedlite.zero.values import owner_of
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_

@@ -11,10 +11,10 @@ from functools import partial
 
 import torch
 
-from deepspeedlite.errors import OptimizerError
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.zero.replica import is_model_parallel_parameter
-from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.parallel.replica import is_model_parallel_parameter
+from deepspeedlite.runtime.errors import OptimizerError
+from deepspeedlite.zero.grad_reducer import GradientSchedule
 
 
 def tell_segments(lamb: FusedLamb, schedule: GradientSchedule, sub_groups: Sequence[int]) -> None:

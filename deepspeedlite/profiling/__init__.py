@@ -6,12 +6,9 @@ profiler removes every hook that it set.
 
 from __future__ import annotations
 
-from typing import Any
-
-from deepspeedlite.drop_in.finder import name_of
-from deepspeedlite.profiling.flops import FlopsProfiler, get_model_profile
-from deepspeedlite.profiling.memory import memory_breakdown, see_memory_usage
-from deepspeedlite.profiling.timers import ThroughputTimer, Timers
+from deepspeedlite.metrics.flops import FlopsProfiler, get_model_profile
+from deepspeedlite.metrics.memory import memory_breakdown, see_memory_usage
+from deepspeedlite.metrics.timers import ThroughputTimer, Timers
 
 __all__ = [
     "FlopsProfiler",
@@ -21,7 +18,3 @@ __all__ = [
     "memory_breakdown",
     "see_memory_usage",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    return name_of(__name__, name)

@@ -8,12 +8,9 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from deepspeedlite.drop_in.finder import name_of
-
 if TYPE_CHECKING:
-    from deepspeedlite.data import RepeatingLoader
-    from deepspeedlite.log import log_dist, log_dist_once, logger
-    from deepspeedlite.utils.inspect import (
+    from deepspeedlite.compat.on_device import OnDevice
+    from deepspeedlite.compat.param_access import (
         safe_get_full_fp32_param,
         safe_get_full_grad,
         safe_get_full_optimizer_state,
@@ -28,7 +25,8 @@ if TYPE_CHECKING:
         safe_set_local_optimizer_state,
         safe_update_full_grad_vectorized,
     )
-    from deepspeedlite.utils.on_device import OnDevice
+    from deepspeedlite.data.loader import RepeatingLoader
+    from deepspeedlite.runtime.log import log_dist, log_dist_once, logger
     from deepspeedlite.zero.leaf import (
         get_z3_leaf_modules,
         set_z3_leaf_module,
@@ -70,16 +68,16 @@ __all__ = [
 
 def _home(name: str) -> str:
     if name.startswith("safe_"):
-        return "deepspeedlite.utils.inspect"
+        return "deepspeedlite.compat.param_access"
     if "z3_leaf" in name:
         return "deepspeedlite.zero.leaf"
-    homes = {"RepeatingLoader": "data", "OnDevice": "utils.on_device"}
-    return f"deepspeedlite.{homes.get(name, 'log')}"
+    homes = {"RepeatingLoader": "data.loader", "OnDevice": "compat.on_device"}
+    return f"deepspeedlite.{homes.get(name, 'runtime.log')}"
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        return name_of(__name__, name)
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_home(name)), name)
     globals()[name] = value
     return value

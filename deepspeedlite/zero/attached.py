@@ -17,11 +17,11 @@ from torch.nn.modules.module import (
     register_module_parameter_registration_hook,
 )
 
-from deepspeedlite.errors import EngineStateError
-from deepspeedlite.zero.hooks import is_scheduled
+from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.zero.flat_params import make_whole, owner_of
 from deepspeedlite.zero.plain import Hook
+from deepspeedlite.zero.prefetch import is_scheduled
 from deepspeedlite.zero.unit import ShardUnit
-from deepspeedlite.zero.values import make_whole, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 

@@ -33,8 +33,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import UnsupportedError
-from deepspeedlite.zero.values import FlatValues, ValueState, full_shape, make_whole, owner_of, tensors_over
+from deepspeedlite.runtime.errors import UnsupportedError
+from deepspeedlite.zero.flat_params import FlatValues, ValueState, full_shape, make_whole, owner_of, tensors_over
 from deepspeedlite.zero.wrap import NamedParameter, refuse_unusable
 
 Shard = Callable[[Sequence[NamedParameter]], None]

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.zero.grad_reducer import GradientSchedule
 
 
 class ModuleClearing:

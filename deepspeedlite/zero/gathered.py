@@ -28,10 +28,10 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.errors import EngineStateError
+from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.building import settle_active
-from deepspeedlite.zero.hooks import register_external_parameter
-from deepspeedlite.zero.values import FlatValues, owner_of
+from deepspeedlite.zero.flat_params import FlatValues, owner_of
+from deepspeedlite.zero.prefetch import register_external_parameter
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 _SHOWN = 3  # names in a message

@@ -23,12 +23,12 @@ import torch
 from deepspeedlite import comm
 from deepspeedlite.comm import Group
 from deepspeedlite.config import DeepSpeedConfig, load_config
-from deepspeedlite.device import pick_device
-from deepspeedlite.errors import ConfigError, UnsupportedError
-from deepspeedlite.memory.offload import make_offload
-from deepspeedlite.memory.placement import Placement, Tier
+from deepspeedlite.offload.options import make_offload
+from deepspeedlite.offload.placement import Placement, Tier
+from deepspeedlite.runtime.device import pick_device
+from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.zero.building import Building, built, give_values
-from deepspeedlite.zero.values import FlatValues, owner_of
+from deepspeedlite.zero.flat_params import FlatValues, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
-from deepspeedlite.errors import ConfigError
+from deepspeedlite.runtime.errors import ConfigError
 
 ALWAYS = (torch.nn.MultiheadAttention,)
 # Blocks of transformers that route tokens to experts; the default of zero_optimization.leaf_module.classes.

@@ -21,12 +21,12 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import EngineStateError
-from deepspeedlite.log import log_once
-from deepspeedlite.zero.hooks import ParameterSchedule
-from deepspeedlite.zero.schedule import GradientSchedule
+from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.runtime.log import log_once
+from deepspeedlite.zero.flat_params import FlatValues, make_whole, owners_of
+from deepspeedlite.zero.grad_reducer import GradientSchedule
+from deepspeedlite.zero.prefetch import ParameterSchedule
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.values import FlatValues, make_whole, owners_of
 
 _SHOWN = 3  # names in a message
 _TAKEN = (

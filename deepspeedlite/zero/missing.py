@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 
 
 class MissingTensor(torch.Tensor):

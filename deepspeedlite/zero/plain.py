@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.errors import EngineStateError
+from deepspeedlite.runtime.errors import EngineStateError
 
 
 def _nothing(*args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from deepspeedlite.errors import ConfigError
+from deepspeedlite.runtime.errors import ConfigError
 
 
 @dataclass(frozen=True)

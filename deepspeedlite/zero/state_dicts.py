@@ -21,11 +21,11 @@ from typing import Any
 import torch
 
 from deepspeedlite.comm.meet import PATIENCE_S
-from deepspeedlite.errors import DistributedError
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.log import logger
+from deepspeedlite.zero.flat_params import FlatValues, ValueState, full_shape, owners_of
 from deepspeedlite.zero.missing import MissingTensor
 from deepspeedlite.zero.plain import Hook, copy_plainly, end_plain_copies
-from deepspeedlite.zero.values import FlatValues, ValueState, full_shape, owners_of
 
 
 @dataclass(frozen=True)

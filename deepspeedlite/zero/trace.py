@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
 
-from deepspeedlite.zero.values import FlatValues
+from deepspeedlite.zero.flat_params import FlatValues
 
 
 @dataclass(frozen=True)

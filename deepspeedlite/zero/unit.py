@@ -49,13 +49,13 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepspeedlite.comm import Group
-from deepspeedlite.errors import EngineStateError
-from deepspeedlite.memory.home import Home
-from deepspeedlite.memory.parcel import Parcel
+from deepspeedlite.offload.param_store import Home
+from deepspeedlite.offload.swapped_run import Parcel
+from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.zero.flat_params import FlatValues, owner_of
 from deepspeedlite.zero.layout import Run, Slot
 from deepspeedlite.zero.norm import norm_dtype, norms_of
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.values import FlatValues, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 
@@ -81,7 +81,7 @@ class Stepper(Protocol):
 
 
 class Lodging(NamedTuple):
-    """Where a unit's states are kept; see `deepspeedlite.memory`. By default where they are used."""
+    """Where a unit's states are kept; see `deepspeedlite.offload`. By default where they are used."""
 
     home: Callable[[torch.Tensor], Home | None] | None = None  # of a shard of values
     # Makes memory, of zeros, for a shard of averaged gradients.

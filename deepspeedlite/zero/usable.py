@@ -6,10 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from deepspeedlite.errors import OptimizerError, UnsupportedError
-from deepspeedlite.log import logger
+from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
+from deepspeedlite.runtime.log import logger
+from deepspeedlite.zero.flat_params import full_shape
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.values import full_shape
 
 _SHOWN = 5  # names in a message
 _Groups = Sequence[Sequence[torch.Tensor]]

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from deepspeedlite.errors import UnsupportedError
+from deepspeedlite.runtime.errors import UnsupportedError
 
 # Large enough to reach the wire's full bandwidth, small enough that the last bucket, whose reduction nothing hides,
 # is short. Used where the configuration leaves `reduce_bucket_size` out.

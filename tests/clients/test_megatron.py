@@ -13,9 +13,9 @@ from tensor_parallel import HIDDEN, WIDTH, Mlp, piece_of, whole_model
 from test_mpu import Unsharded, assert_trained_alike, config, take_step
 
 import deepspeedlite
-from deepspeedlite.errors import DistributedError
+from deepspeedlite.parallel.replica import groups_of
+from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
-from deepspeedlite.zero.replica import groups_of
 
 pytest.importorskip("megatron.core", reason="needs megatron-core: make test-clients makes an environment that has it")
 pytestmark = [pytest.mark.clients, pytest.mark.slow]

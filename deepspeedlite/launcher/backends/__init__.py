@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from deepspeedlite.errors import LaunchError
+from deepspeedlite.runtime.errors import LaunchError
 
 BACKENDS = ("pdsh", "ssh", "openmpi", "mpich", "slurm", "impi", "mvapich")
 

@@ -3,6 +3,6 @@
 The import system hands out what `sys.modules` holds when this file is done.
 """
 
-from deepspeedlite.drop_in.finder import stand_in
+from deepspeedlite.compat.drop_in.finder import stand_in
 
 stand_in()

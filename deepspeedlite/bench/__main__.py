@@ -1,7 +1,0 @@
-"""`python -m deepspeedlite.bench` is the `dslite_bench` command, and what its ranks run."""
-
-import sys
-
-from deepspeedlite.bench.cli import main
-
-sys.exit(main())

@@ -1,0 +1,386 @@
+"""The table: DeepSpeed's public modules and names, where each is here, how it differs, or why it is absent.
+
+docs/compatibility.md is generated from it. `tests/test_drop_in.py` asks every entry for its object and, where the real
+DeepSpeed is installed, checks that each name exists there and that what is called "same" takes the same arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from deepspeedlite.compat.drop_in.entry import Names, at, no, renamed
+
+_NO_DUALPIPE = "DualPipeV is not in this release; PipelineModule has the 1F1B and GPipe schedules"
+_ORDER = (
+    "the order of passes is a list, made by deepspeedlite.parallel.pipe.schedule; PipelineModule(schedule=) chooses one"
+)
+_NO_MOE = "expert parallelism and its layers are not in this release; models that bring their own experts train"
+_NO_INFERENCE = "inference engines are not in this release; use the trained module itself, or vLLM"
+_NO_TENSOR = "tensor parallelism is not in this release; torch.distributed.tensor.parallel shards modules"
+_NO_SEQUENCE = "sequence parallelism is not in this release"
+_NO_UNIVERSAL = (
+    "there is no universal format: a checkpoint loads at any number of ranks and any stage as it is, and "
+    "`python -m deepspeedlite.checkpoint` imports and exports DeepSpeed's own"
+)
+_NO_KERNELS = "the fused transformer layers are not in this release; torch's scaled_dot_product_attention is fused too"
+_INTERNAL = "an internal of DeepSpeed's engine, of which nothing is left here"
+_ONE_OPTIMIZER = "one class does all stages; isinstance tells them apart as in DeepSpeed"
+
+_MADE = (
+    "made by initialize; its methods take what DeepSpeed's take, but for module_state_dict's destination, prefix and "
+    "keep_vars, and what compile takes for DeepCompile; get_batch_info returns numbers; those that it has not, such as "
+    "allreduce_gradients, say why"
+)
+_CONFIG = "settings and sections under the configuration's own names, and a dozen of DeepSpeed's; read-only"
+_PIPELINE = "also takes schedule=; ties all parameters of a tied module; see docs/pipeline.md"
+_PIPELINE_ENGINE = "made by initialize; refuses stage 3; ends a batch that some rank has no data for on all ranks"
+_MPU = "an mpu may have data, tensor and pipeline parallel groups, no others; see docs/model-parallelism.md"
+_INIT = "takes nothing of ZeRO++ (quantized weights, hierarchical groups), nor tensor_overrides"
+
+_SAFE = (
+    "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state safe_set_full_fp32_param "
+    "safe_set_full_grad safe_set_full_optimizer_state safe_get_local_fp32_param safe_get_local_grad "
+    "safe_get_local_optimizer_state safe_set_local_fp32_param safe_set_local_grad safe_set_local_optimizer_state "
+    "safe_update_full_grad_vectorized"
+)
+_LEAVES = "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module"
+_LEAVES_BY_NAME = at(
+    "zero.leaf",
+    "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix",
+    "returns the modules alone; set_z3_leaf_module(module, False) undoes it",
+)
+_GROUPS = (
+    "get_tensor_model_parallel_group get_model_parallel_group get_data_parallel_group "
+    "get_tensor_model_parallel_world_size get_model_parallel_world_size get_tensor_model_parallel_rank "
+    "get_model_parallel_rank get_tensor_model_parallel_src_rank get_data_parallel_world_size get_data_parallel_rank "
+    "_get_data_parallel_group _get_data_parallel_world_size _get_data_parallel_rank _get_model_parallel_world_size "
+    "_get_broadcast_src_rank _get_sequence_parallel_world_size _get_sequence_parallel_rank "
+    "_get_sequence_parallel_group _get_sequence_data_parallel_world_size _get_sequence_data_parallel_rank "
+    "_get_sequence_data_parallel_group"
+)
+_COLLECTIVES = (
+    "broadcast broadcast_object_list all_gather all_gather_object reduce_scatter_fn reduce_scatter_tensor "
+    "all_gather_into_tensor allgather_fn all_to_all_single all_to_all send recv isend irecv batch_isend_irecv "
+    "gather scatter barrier monitored_barrier reduce reduce_scatter all_gather_coalesced all_reduce "
+    "inference_all_reduce all_reduce_coalesced"
+)
+
+# Modules of which nothing is here, and all below them.
+ABSENT_MODULES: Mapping[str, str] = {
+    "moe": _NO_MOE,
+    "runtime.pipe.schedule": _ORDER,
+    "runtime.pipe.p2p": _INTERNAL,
+    "runtime.pipe.dualpipev": _NO_DUALPIPE,
+    "inference": _NO_INFERENCE,
+    "module_inject": f"{_NO_INFERENCE}; {_NO_TENSOR}",
+    "model_implementations": _NO_INFERENCE,
+    "runtime.hybrid_engine": "not in this release; zero.unwrap_model_for_generation makes a model whole to generate",
+    "runtime.tensor_parallel": _NO_TENSOR,
+    "runtime.sequence_parallel": _NO_SEQUENCE,
+    "runtime.domino": _NO_TENSOR,
+    "sequence": _NO_SEQUENCE,
+    "linear": "OptimizedLinear is not in this release; peft has LoRA layers",
+    "compression": "the compression library is not part of this library",
+    "autotuning": "the autotuner is not in this release; `python -m deepspeedlite.zero.estimate` says what fits",
+    "elasticity": "elastic training is not part of this library; --max_restarts restarts with spare machines",
+    "nebula": "Nebula is not part of this library; checkpoint.async_save saves in the background",
+    "compile": "DeepCompile is not in this release; torch.compile the module before `initialize` (stages 0 to 2)",
+    "datastates": "DataStates checkpointing is not in this release; checkpoint.async_save saves in the background",
+    "nvme": "dslite_io measures and tunes disks; see docs/ops.md",
+    "runtime.zenflow": "ZenFlow is not in this release",
+    "runtime.superoffload": "SuperOffload is not in this release",
+    "runtime.data_pipeline": "the data efficiency library is not in this release",
+    "runtime.rollout": _NO_INFERENCE,
+    "runtime.swap_tensor": _INTERNAL,
+    "runtime.checkpoint_engine": "checkpoints are written by deepspeedlite.checkpoint; see docs/checkpoints.md",
+    "runtime.model_checkpointing": "checkpoints are written by deepspeedlite.checkpoint; see docs/checkpoints.md",
+    "runtime.compressed": "gradients are not compressed; communication_data_type halves their traffic",
+    "runtime.comm": "coalesced collectives are deepspeedlite.comm's *_coalesced",
+    "runtime.state_dict_factory": _NO_INFERENCE,
+    "runtime.weight_quantizer": _NO_INFERENCE,
+    "runtime.sparse_tensor": "sparse gradients are not averaged; use nn.Embedding(sparse=False)",
+    "runtime.zero.linear": _INTERNAL,
+    "runtime.zero.tiling": "tiled layers are not in this release; a linear layer may be split in the model",
+    "runtime.zero.muon": "Muon is not in this release; it needs whole matrices, which ZeRO shards",
+    "zero.linear": _INTERNAL,
+    "zero.tiling": "tiled layers are not in this release; a linear layer may be split in the model",
+    "zero.muon": "Muon is not in this release; it needs whole matrices, which ZeRO shards",
+    "zero.parameter_offload": _INTERNAL,
+    "zero.partitioned_param_coordinator": _INTERNAL,
+    "zero.contiguous_memory_allocator": _INTERNAL,
+    "checkpoint.ds_to_universal": _NO_UNIVERSAL,
+    "checkpoint.universal_checkpoint": _NO_UNIVERSAL,
+    "checkpoint.deepspeed_checkpoint": _NO_UNIVERSAL,
+    "checkpoint.reshape_meg_2d": _NO_UNIVERSAL,
+    "checkpoint.reshape_3d_utils": _NO_UNIVERSAL,
+    "checkpoint.reshape_utils": _NO_UNIVERSAL,
+    "checkpoint.zero_checkpoint": _NO_UNIVERSAL,
+    "checkpoint.constants": _NO_UNIVERSAL,
+    "launcher.launch": "the agent is part of `deepspeedlite`, which starts ranks here and elsewhere",
+    "launcher.multinode_runner": "launchers are small functions in deepspeedlite.launcher.backends",
+    "ops.transformer": _NO_KERNELS,
+    "ops.fp_quantizer": "quantized weights are not in this release",
+    "ops.quantizer": "quantized weights are not in this release",
+    "ops.deepspeed4science": "use torch.nn.attention.flex_attention",
+    "ops.random_ltd": "random layer dropping is not part of this library",
+    "ops.sparse_attention": "use torch.nn.attention.flex_attention",
+    "ops.gds": "GPUDirect Storage is not in this release; ops.aio goes past the page cache",
+    "utils.numa": "deepspeedlite --bind_cores_to_rank gives each rank its cores",
+    "utils.bwc": _INTERNAL,
+    "utils.debug": _INTERNAL,
+    "utils.mixed_precision_linkage": _INTERNAL,
+    "accelerator.cuda_accelerator": "one class, accelerator.DeepSpeedAccelerator, is all accelerators",
+    "accelerator.cpu_accelerator": "one class, accelerator.DeepSpeedAccelerator, is all accelerators",
+    "runtime.fp16.onebit": "the 1-bit optimizers are not here; communication_data_type halves the gradients' traffic",
+}
+
+MODULES: Mapping[str, Names] = {
+    "": at("factory", "initialize", _MPU)
+    | at("factory", "add_config_arguments")
+    | at("comm", "init_distributed")
+    | at("engine", "DeepSpeedEngine", _MADE)
+    | at("utils", "log_dist logger OnDevice")
+    | at("accelerator", "get_accelerator")
+    | at("compat.config", "DeepSpeedConfig", _CONFIG)
+    | at("compat.version", "version git_hash git_branch")
+    | at("compat.names", "TORCH_DISTRIBUTED_DEFAULT_PORT")
+    | renamed("compat.names", dist="comm")
+    | renamed("runtime.errors", DeepSpeedConfigError="ConfigError")
+    | renamed("optim.step", _ONE_OPTIMIZER, DeepSpeedOptimizer="ShardedOptimizer")
+    | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
+    | at("data.loader", "DeepSpeedDataLoader", "made by build_dataloader; its position can be saved")
+    | at("compat.version", "__version_major__ __version_minor__ __version_patch__ __git_hash__ __git_branch__")
+    | no(_NO_INFERENCE, "init_inference default_inference_config InferenceEngine DeepSpeedInferenceConfig")
+    | no(_NO_INFERENCE, "replace_transformer_layer DeepSpeedHybridEngine")
+    | no(_NO_TENSOR, "tp_model_init set_autotp_mode")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | at("parallel.pipe.engine", "PipelineEngine", _PIPELINE_ENGINE)
+    | no(_NO_DUALPIPE, "DualPipeVModule DualPipeVEngine")
+    | no(_NO_KERNELS, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig")
+    | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
+    | no("resolved when heads are split, which is not in this release", "resolve_per_head_muon_after_sharding")
+    | no(_INTERNAL, "set_optimizer_flags"),
+    # --- runtime ------------------------------------------------------------------------------------------------------
+    "runtime.engine": at("engine", "DeepSpeedEngine", _MADE)
+    | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
+    | no(_INTERNAL, "EngineTimers split_half_float_double_sparse"),
+    "runtime.base_optimizer": renamed("optim.step", _ONE_OPTIMIZER, DeepSpeedOptimizer="ShardedOptimizer")
+    | at("compat.optimizers", "ZeROOptimizer", _ONE_OPTIMIZER),
+    "runtime.bf16_optimizer": at("compat.optimizers", "BF16_Optimizer", _ONE_OPTIMIZER),
+    "runtime.fp16.fused_optimizer": at("compat.optimizers", "FP16_Optimizer", _ONE_OPTIMIZER),
+    "runtime.fp16.unfused_optimizer": at("compat.optimizers", "FP16_UnfusedOptimizer", _ONE_OPTIMIZER),
+    "runtime.fp16.loss_scaler": at(
+        "optim.precision", "LossScaler", "static and dynamic in one, LossScaler(dynamic=True)"
+    )
+    | no("use optim.precision.LossScaler(dynamic=True); the configuration's fp16 section makes it", "DynamicLossScaler")
+    | no("the engine makes it from the fp16 section", "CreateLossScaler LossScalerBase LossScaleConfig"),
+    "runtime.config": at("compat.config", "DeepSpeedConfig", _CONFIG)
+    | renamed("runtime.errors", DeepSpeedConfigError="ConfigError")
+    | at("compat.names", "ADAM_OPTIMIZER ADAMW_OPTIMIZER ADAGRAD_OPTIMIZER LAMB_OPTIMIZER LION_OPTIMIZER")
+    | no("write the dict and give it to initialize(config=...)", "DeepSpeedConfigWriter"),
+    "runtime.config_utils": renamed(
+        "config.base", "a pydantic model that rejects what it does not know", DeepSpeedConfigModel="Section"
+    ),
+    "runtime.constants": at("compat.names", "ROUTE_TRAIN ROUTE_EVAL ROUTE_PREDICT ROUTE_ENCODE")
+    | at(
+        "compat.names",
+        "TRAIN_BATCH_SIZE TRAIN_MICRO_BATCH_SIZE_PER_GPU GRADIENT_ACCUMULATION_STEPS GRADIENT_CLIPPING OPTIMIZER "
+        "SCHEDULER TYPE FP16 STEPS_PER_PRINT COMMUNICATION_DATA_TYPE WALL_CLOCK_BREAKDOWN PRESCALE_GRADIENTS "
+        "GRADIENT_PREDIVIDE_FACTOR ZERO_ALLOW_UNTESTED_OPTIMIZER DUMP_STATE MAX_GRAD_NORM GLOBAL_RANK",
+    ),
+    "runtime.dataloader": at("data.loader", "RepeatingLoader")
+    | at("data.loader", "DeepSpeedDataLoader", "made by build_dataloader; its position can be saved"),
+    "runtime.lr_schedules": at(
+        "optim.lr_schedules",
+        "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR add_tuning_arguments get_config_from_args "
+        "VALID_LR_SCHEDULES",
+    )
+    | at(
+        "compat.names",
+        "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR WARMUP_MIN_LR WARMUP_MAX_LR "
+        "WARMUP_NUM_STEPS WARMUP_TYPE WARMUP_LOG_RATE WARMUP_LINEAR_RATE TOTAL_NUM_STEPS",
+    )
+    | no("add_tuning_arguments and argparse's parse_known_args", "parse_arguments")
+    | no("get_config_from_args takes what the command line says", "override_params get_lr_from_config"),
+    "runtime.utils": at(
+        "compat.helpers",
+        "set_random_seed move_to_device copy_to_device clip_grad_norm_ get_global_norm get_global_norm_of_tensors "
+        "clip_tensors_by_global_norm has_inf_or_nan ensure_directory_exists empty_cache is_model_parallel_parameter "
+        "get_only_unique_item get_tensor_bytes noop_decorator get_ma_status memory_status",
+    )
+    | at("compat.helpers", "DummyOptim")
+    | at("metrics.memory", "see_memory_usage")
+    | no("optimizer.overflow says whether the last step overflowed", "CheckOverflow")
+    | no("engine.get_global_grad_norm()", "get_flattened_grad_norm get_grad_zeros get_weight_norm")
+    | at("parallel.pipe.partition", "partition_uniform partition_balanced")
+    | no(_INTERNAL, "prefix_sum_inc PartitionedTensor call_to_str")
+    | no(_NO_MOE, "get_norm_with_moe_layers get_norm_with_moe_layers_fast"),
+    "runtime.compiler": at("compat.helpers", "is_compile_supported")
+    | no("use torch.compiler.disable", "disable enable lazy_disable"),
+    "runtime.activation_checkpointing.checkpointing": at(
+        "activation_checkpointing",
+        "checkpoint non_reentrant_checkpoint configure is_configured get_cuda_rng_tracker "
+        "model_parallel_cuda_manual_seed model_parallel_reconfigure_tp_seed partition_activations_in_checkpoint "
+        "set_num_layers reset CudaRNGStatesTracker",
+    )
+    | no("checkpoint() is a function over torch's own recomputation", "CheckpointFunction")
+    | no(_INTERNAL, "partition_activations gather_partitioned_activations"),
+    "runtime.activation_checkpointing.config": renamed(
+        "config.sections.storage",
+        "a section of DeepSpeedConfig",
+        DeepSpeedActivationCheckpointingConfig="ActivationCheckpointing",
+    ),
+    # --- pipelines ----------------------------------------------------------------------------------------------------
+    "pipe": at("pipe", "LayerSpec TiedLayerSpec")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | no(_NO_DUALPIPE, "DualPipeVModule"),
+    "runtime.pipe": at("pipe", "LayerSpec TiedLayerSpec")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | at("parallel.pipe.topology", "ProcessTopology"),
+    "runtime.pipe.module": at("pipe", "LayerSpec TiedLayerSpec")
+    | at("pipe", "PipelineModule", _PIPELINE)
+    | at("runtime.errors", "PipelineError"),
+    "runtime.pipe.engine": at("parallel.pipe.engine", "PipelineEngine", _PIPELINE_ENGINE),
+    "runtime.pipe.topology": at(
+        "parallel.pipe.topology", "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology"
+    )
+    | at("parallel.pipe.topology", "PipelineParallelGrid", "takes a topology; its groups are those of all ranks"),
+    # --- ZeRO ---------------------------------------------------------------------------------------------------------
+    "runtime.zero": at("zero", "GatheredParameters register_external_parameter ZeroParamStatus")
+    | at("zero", "Init", _INIT)
+    | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
+    | at("compat.zero", "ZeroParamType")
+    | no("tiled layers are not in this release", "TiledLinear TiledLinearReturnBias")
+    | no(_INTERNAL, "DeepSpeedZeRoOffload DeepSpeedTensorOverride"),
+    "runtime.zero.partition_parameters": at("zero", "GatheredParameters register_external_parameter ZeroParamStatus")
+    | at("zero", "Init", _INIT)
+    | at("compat.zero", "ZeroParamType")
+    | at(
+        "compat.zero",
+        "zero_wrapper_for_fp_tensor_constructor _orig_torch_arange",
+        "replacing it changes nothing: zero.Init leaves torch's constructors alone",
+    )
+    | at("accelerator", "get_accelerator")
+    | no("register_external_parameter lasts as long as the module", "unregister_external_parameter")
+    | no("zero.Init is a context: leave it", "shutdown_init_context restore_init_context"),
+    "runtime.zero.config": renamed(
+        "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroConfig="ZeroOptimization"
+    )
+    | at("compat.zero", "ZeroStageEnum"),
+    "runtime.zero.offload_config": at("compat.zero", "OffloadDeviceEnum")
+    | at("offload.offload_states", "OffloadStateTypeEnum")
+    | renamed(
+        "config.sections.zero",
+        "a section of DeepSpeedConfig",
+        DeepSpeedZeroOffloadParamConfig="OffloadParam",
+        DeepSpeedZeroOffloadOptimizerConfig="OffloadOptimizer",
+    ),
+    "runtime.zero.utils": at("compat.zero", "is_zero_param ZeRORuntimeException")
+    | no("optim.registry.check_flat_compatible says why an optimizer cannot be sharded", "is_zero_supported_optimizer"),
+    "runtime.zero.stage3": at("compat.optimizers", "DeepSpeedZeroOptimizer_Stage3", _ONE_OPTIMIZER)
+    | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
+    | at(
+        "tools.memory_plan.estimate",
+        "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",
+    )
+    | no("tools.memory_plan.estimate.model_states_bytes", "estimate_zero3_model_states_mem_needs"),
+    "runtime.zero.stage_1_and_2": at("compat.optimizers", "DeepSpeedZeroOptimizer", _ONE_OPTIMIZER)
+    | at(
+        "tools.memory_plan.estimate",
+        "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold",
+    )
+    | no("tools.memory_plan.estimate.model_states_bytes", "estimate_zero2_model_states_mem_needs"),
+    # --- ops ----------------------------------------------------------------------------------------------------------
+    "ops.adam": at("ops.adam", "DeepSpeedCPUAdam FusedAdam") | no("ZenFlow is not in this release", "ZenFlowCPUAdam"),
+    "ops.adam.cpu_adam": at("ops.adam", "DeepSpeedCPUAdam"),
+    "ops.adam.fused_adam": at("ops.adam", "FusedAdam"),
+    "ops.adagrad": at("ops.adagrad", "DeepSpeedCPUAdagrad"),
+    "ops.adagrad.cpu_adagrad": at("ops.adagrad", "DeepSpeedCPUAdagrad"),
+    "ops.lion": at("ops.lion", "DeepSpeedCPULion FusedLion"),
+    "ops.lion.cpu_lion": at("ops.lion", "DeepSpeedCPULion"),
+    "ops.lion.fused_lion": at("ops.lion", "FusedLion"),
+    "ops.lamb": at("ops.lamb", "FusedLamb"),
+    "ops.lamb.fused_lamb": at("ops.lamb", "FusedLamb"),
+    "ops.op_builder": at("ops.op_builder", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder AsyncIOBuilder")
+    | at("ops.op_builder", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder"),
+    # --- communication and machine ------------------------------------------------------------------------------------
+    "comm": at("comm", _COLLECTIVES)
+    | at(
+        "comm",
+        "is_initialized is_available get_rank get_world_size get_local_rank get_global_rank get_world_group "
+        "get_all_ranks_from_group new_group init_distributed log_summary reset_log configure P2POp "
+        "destroy_process_group initialize_mesh_device has_all_gather_into_tensor "
+        "has_reduce_scatter_tensor has_all_reduce_coalesced has_coalescing_manager",
+    )
+    | at("comm", "ReduceOp ProcessGroup", "torch.distributed's own")
+    | no("init_distributed asks MPI where nothing else tells", "mpi_discovery")
+    | no("clusters' own variables are read by init_distributed", "in_aml in_aws_sm in_dlts")
+    | no(_INTERNAL, "cdb timed_op set_backend init_deepspeed_backend enable_symm_mem_for_group"),
+    "comm.reduce_op": at("comm", "ReduceOp", "torch.distributed's own"),
+    "comm.torch": no("collectives go to torch.distributed directly", "TorchBackend"),
+    "comm.config": renamed("config.sections.monitors", "a section of DeepSpeedConfig", CommsLoggerConfig="CommsLogger"),
+    "accelerator": at("accelerator", "get_accelerator set_accelerator is_current_accelerator_supported")
+    | at("accelerator", "DeepSpeedAccelerator", "one class for cuda, rocm and cpu; see get_accelerator"),
+    "constants": at("compat.names", "TORCH_DISTRIBUTED_DEFAULT_PORT default_pg_timeout"),
+    "git_version_info": at("compat.version", "version git_hash git_branch installed_ops torch_info"),
+    "env_report": at("env_report", "main", "takes our options; see docs/env-report.md"),
+    "launcher.runner": at("compat.names", "DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE")
+    | at("launcher.cli", "main", "takes DeepSpeed's options and some more; see docs/launcher.md")
+    | no(
+        "deepspeedlite.launcher.hostfile reads hostfiles",
+        "fetch_hostfile parse_resource_filter parse_inclusion_exclusion",
+    ),
+    "launcher.constants": at(
+        "compat.names", "PDSH_LAUNCHER OPENMPI_LAUNCHER MPICH_LAUNCHER IMPI_LAUNCHER SLURM_LAUNCHER MVAPICH_LAUNCHER"
+    ),
+    # --- utils --------------------------------------------------------------------------------------------------------
+    "utils": at("utils", f"{_SAFE} {_LEAVES} logger log_dist RepeatingLoader OnDevice log_dist_once")
+    | _LEAVES_BY_NAME
+    | at("compat.groups", " ".join(name for name in _GROUPS.split() if not name.startswith("_")))
+    | at("compat.helpers", "instrument_w_nvtx")
+    | no("whole parameters are leaves' own; mark the module", "z3_leaf_parameter")
+    | no(_INTERNAL, "tensor_fragment get_full_hp_param get_full_hp_grad link_hp_params")
+    | no("deepspeedlite --bind_cores_to_rank", "get_numactl_cmd"),
+    "utils.groups": at("compat.groups", _GROUPS)
+    | at("compat.groups", "initialize", "takes an mpu; an expert-parallel size over 1 is refused"),
+    "utils.logging": at("runtime.log", "logger log_dist")
+    | at("utils", "log_dist_once")
+    | at("compat.helpers", "print_dist warning_once set_log_level_from_string"),
+    "utils.timer": at("compat.timers", "SynchronizedWallClockTimer NoopTimer")
+    | at("metrics.timers", "ThroughputTimer", "takes the batch size; times are of the device"),
+    "utils.tensor_fragment": at("utils", _SAFE),
+    "utils.z3_leaf_module": at("utils", _LEAVES) | _LEAVES_BY_NAME,
+    "utils.nvtx": at("compat.helpers", "instrument_w_nvtx"),
+    "utils.init_on_device": at("utils", "OnDevice"),
+    "utils.comms_logging": at("comm.logger", "CommsLogger", "made without arguments; configured by its section"),
+    "utils.torch": at("compat.helpers", "required_torch_version"),
+    "utils.zero_to_fp32": at(
+        "compat.zero_to_fp32",
+        "get_fp32_state_dict_from_zero_checkpoint convert_zero_checkpoint_to_fp32_state_dict "
+        "load_state_dict_from_zero_checkpoint",
+    )
+    | no("a checkpoint's files are not pickles; `python -m deepspeedlite.checkpoint` reads them", "get_optim_files")
+    | no(
+        "a checkpoint's files are not pickles; `python -m deepspeedlite.checkpoint` reads them", "get_model_state_file"
+    ),
+    # --- the rest -----------------------------------------------------------------------------------------------------
+    "checkpoint": no(_NO_UNIVERSAL, "DeepSpeedCheckpoint ZeROCheckpoint enable_universal_checkpoint"),
+    "checkpoint.utils": at("compat.helpers", "clone_tensors_for_torch_save")
+    | no("files are named by their manifest; see docs/checkpoint-format.md", "get_model_ckpt_name_for_rank")
+    | no("files are named by their manifest; see docs/checkpoint-format.md", "get_zero_ckpt_name_for_rank"),
+    "monitor.monitor": at(
+        "metrics.monitor.registry", "MonitorMaster Monitor", "a failing disk ends a monitor, not the training"
+    ),
+    "monitor.config": at("compat.config", "get_monitor_config")
+    | renamed("compat.config", "a tuple of the sections", DeepSpeedMonitorConfig="MonitorConfig")
+    | renamed(
+        "config.sections.monitors",
+        "a section of the configuration",
+        TensorBoardConfig="TensorBoard",
+        WandbConfig="Wandb",
+        CSVConfig="CsvMonitor",
+        CometConfig="Comet",
+    ),
+    "profiling.flops_profiler": at("profiling", "FlopsProfiler get_model_profile"),
+    "profiling.flops_profiler.profiler": at("profiling", "FlopsProfiler get_model_profile"),
+}

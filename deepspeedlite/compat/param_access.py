@@ -1,0 +1,328 @@
+"""Reading and writing what training keeps of a parameter: its fp32 values, its gradient, its optimizer states.
+
+The names and signatures are DeepSpeed's. `full` functions speak of whole tensors of the parameter's shape, `local` ones
+of this rank's fragment: the 1-D piece of the flattened parameter that this rank's optimizer updates, empty where it
+updates none of it. At stage 0 the fragment is everything.
+
+- What is read is a copy, in fp32 (fp64 for fp64 parameters). Of a frozen parameter None is read.
+- Full readers are collective at stages 1 to 3: every rank of the group calls them, and each gets the whole tensor. Full
+  writers are given the same tensor on every rank. Only `safe_set_local_fp32_param` is a collective writer, at times.
+- A gradient is there between the backward pass and the step: the average over the ranks, without the loss scale, as
+  `param.grad` would be, with zeros where no gradient came. Before the pass that averages (stages 0 and 1 average at the
+  end of an accumulation window, 2 and 3 in every pass) the full functions speak of what this rank has accumulated.
+- Optimizer states are there from the first step on; before it None is read.
+
+Raised are `EngineStateError` for a parameter that requires grad and that no engine trains, during a backward pass, and
+where there is nothing to write to (a frozen parameter, no gradient, no states yet); and `OptimizerError` for a value of
+another shape and for a state that the optimizer does not keep. Full readers raise on every rank, writers and local
+readers may find a wrong state's name only on the ranks that hold a part of the parameter.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import TypeVar
+
+import torch
+
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
+from deepspeedlite.zero.flat_params import ValueState, full_shape, owner_of
+from deepspeedlite.zero.unit import GradState, ShardUnit, Stepper
+
+_T = TypeVar("_T")
+_FINE, _NOT_MADE, _UNKNOWN = range(3)
+
+
+class _Pieces:
+    """A fragment of a parameter in some kind of tensor, which may lie in several runs."""
+
+    def __init__(self, numel: int, like: torch.Tensor) -> None:
+        self._like, self._numel = like, numel
+        self._views: list[tuple[slice, torch.Tensor]] = []
+
+    def add(self, where: slice, view: torch.Tensor) -> None:
+        """Elements `where` of the fragment are in this view."""
+        self._views.append((where, view))
+
+    def read(self) -> torch.Tensor:
+        """The fragment; a copy."""
+        whole = self._like.new_empty(self._numel)
+        for where, view in self._views:
+            whole[where] = view
+        return whole
+
+    def write(self, fragment: torch.Tensor) -> None:
+        """Change it."""
+        for where, view in self._views:
+            view.copy_(fragment[where])
+
+
+class _Place:
+    """Where a parameter lies in its unit, and which part of it this rank's optimizer updates.
+
+    What offloading keeps on a disk is in memory `inside`: use `master`, `values` (the model's) and `states` there.
+    """
+
+    def __init__(self, param: torch.Tensor, unit: ShardUnit, stepper: Stepper) -> None:
+        self.unit, self.slot, self.loss_scale = unit, unit.slot_of(param), stepper.loss_scale
+        self.dtype = torch.float64 if unit.dtype is torch.float64 else torch.float32
+        self.is_split = unit.layout.shard_count > 1
+        self.in_slot, self.in_shard = unit.own_part(self.slot)
+        start, stop = self.slot.start + self.in_slot.start, self.slot.start + self.in_slot.stop
+        self.numel, self._stepper = stop - start, stepper
+        self._runs = [
+            (run, values, master, parcel)
+            for (run, values, _), master, parcel in zip(unit.runs(), unit.masters, unit.parcels)
+            if max(run.start, start) < min(run.stop, stop)
+        ]
+        self._start, self._stop = start, stop
+        self.master, self.values = _Pieces(self.numel, self._empty), _Pieces(self.numel, self._empty)
+        self.states: dict[str, _Pieces] = {}
+
+    @property
+    def _empty(self) -> torch.Tensor:
+        return torch.empty(0, dtype=self.dtype, device=self.unit.device)
+
+    @contextmanager
+    def inside(self, write: bool = False) -> Iterator[None]:
+        """`write`: what is changed inside is kept."""
+        with ExitStack() as stack:
+            for run, values, master, parcel in self._runs:
+                if parcel is not None:
+                    stack.enter_context(parcel.in_memory(write))
+                start, stop = max(run.start, self._start), min(run.stop, self._stop)
+                where, in_run = (
+                    slice(start - self._start, stop - self._start),
+                    slice(start - run.start, stop - run.start),
+                )
+                self.master.add(where, master[in_run])
+                self.values.add(where, values[in_run])
+                for key, value in self._stepper.state.get(master, {}).items():
+                    if isinstance(value, torch.Tensor) and value.shape == master.shape:  # not a count of steps
+                        pieces = self.states.setdefault(key, _Pieces(self.numel, self._empty.to(value.dtype)))
+                        pieces.add(where, value[in_run])
+            yield
+
+    def state(self, key: str, collective: bool = False) -> _Pieces | None:
+        """The fragment of an optimizer state, None before the first step; all ranks agree where `collective`."""
+        found = _FINE if key in self.states or self.numel == 0 else _UNKNOWN if self.states else _NOT_MADE
+        collective = collective and self.is_split
+        if collective:  # a rank that holds nothing of the parameter cannot know
+            worst = torch.tensor([found], device=self.unit.device)
+            self.unit.group.all_reduce(worst, "max")
+            found = int(worst)
+        if found == _UNKNOWN:
+            everyone = self.unit.group.all_gather_objects(list(self.states)) if collective else [list(self.states)]
+            shown = ", ".join(sorted({name for names in everyone for name in names}))
+            raise OptimizerError(
+                f"the optimizer keeps no state {key!r} per element of {self.slot.name}; it keeps {shown}"
+            )
+        return self.states.get(key, self.master) if found == _FINE else None
+
+    def grad(self) -> tuple[torch.Tensor | None, bool]:
+        """The gradient in the unit's memory, times the loss scale: 1-D, and whether it is more than the fragment."""
+        self.unit.take_in()
+        own = self.unit.own_grad(self.slot)
+        if own is None and self.unit.grad_state is GradState.AVERAGED:
+            return self.unit.grad_shard[self.in_shard], False
+        return own, self.is_split
+
+    def local_grad(self) -> torch.Tensor | None:
+        """The fragment of a gradient that needs no more averaging, in the unit's memory."""
+        grad, is_more = self.grad()
+        return None if is_more else grad
+
+    def join(self, fragment: torch.Tensor) -> torch.Tensor:
+        """The whole tensor from all ranks' fragments; a copy."""
+        whole = torch.zeros(self.slot.numel, dtype=self.dtype, device=self.unit.device)
+        whole[self.in_slot] = fragment
+        if self.is_split:  # each element is one rank's and 0 elsewhere; as integers the sum is exact to the bit
+            self.unit.group.all_reduce(whole.view(torch.int64 if self.dtype is torch.float64 else torch.int32))
+        return whole.view(self.slot.shape)
+
+    def checked(self, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+        """A value that is to be written, flat and precise."""
+        if not isinstance(value, torch.Tensor) or value.shape != torch.Size(shape):
+            given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
+            raise OptimizerError(f"{self.slot.name} needs a value of shape {tuple(shape)} here, not {given}")
+        return value.detach().to(self.unit.device, self.dtype).flatten()
+
+    def existing(self, target: _T | None, what: str) -> _T:
+        """What is to be overwritten."""
+        if target is None:
+            raise EngineStateError(f"{self.slot.name} has no {what}")
+        return target
+
+    def store(self, fragment: torch.Tensor, whole: torch.Tensor | None) -> None:
+        """Write the master and the model's values; `whole` is joined where it is needed and not given."""
+        self.unit.wait_for_gather()
+        self.unit.settle()
+        self.master.write(fragment)
+        self.values.write(fragment)
+        if self.unit.state is ValueState.WHOLE:
+            everything = self.join(fragment).flatten() if whole is None else whole
+            self.unit.values[self.slot.start : self.slot.stop] = everything
+
+
+def _readable(param: torch.Tensor) -> _Place | None:
+    """The parameter's place; None for a frozen one."""
+    unit = owner_of(param)
+    if isinstance(unit, ShardUnit) and unit.stepper is not None:
+        return _Place(param, unit, unit.stepper)
+    if isinstance(param, torch.nn.Parameter) and not param.requires_grad:
+        return None
+    raise EngineStateError(
+        f"no engine trains this {type(param).__name__} of shape {tuple(full_shape(param))}: pass a parameter of a "
+        "model given to deepspeedlite.initialize, which its optimizer updates, before engine.destroy()"
+    )
+
+
+def _writable(param: torch.Tensor) -> _Place:
+    place = _readable(param)
+    if place is None:
+        raise EngineStateError(
+            f"a parameter of shape {tuple(full_shape(param))} is frozen (requires_grad=False): its engine keeps no "
+            "fp32 values, gradient or states of it; write its values in deepspeedlite.zero.GatheredParameters"
+        )
+    return place
+
+
+# --- whole tensors ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
+    """The values that the optimizer updates, which a 16-bit model holds rounded."""
+    place = _readable(param)
+    if place is None:
+        return None
+    with place.inside():
+        return place.join(place.master.read())
+
+
+@torch.no_grad()
+def safe_set_full_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the values that the optimizer updates, and the model's."""
+    place = _writable(param)
+    whole = place.checked(value, place.slot.shape)
+    with place.inside(write=True):
+        place.store(whole[place.in_slot], whole)
+
+
+@torch.no_grad()
+def safe_get_full_grad(param: torch.Tensor) -> torch.Tensor | None:
+    """The gradient, or None where there is none at this time. Collective once it is averaged."""
+    place = _readable(param)
+    grad, is_more = (None, False) if place is None else place.grad()
+    if place is None or grad is None:
+        return None
+    unscaled = grad.to(place.dtype) / place.loss_scale
+    return unscaled.view(place.slot.shape) if is_more else place.join(unscaled)
+
+
+@torch.no_grad()
+def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the gradient. In fp16 it is held times the loss scale, and may overflow."""
+    place = _writable(param)
+    whole = place.checked(value, place.slot.shape) * place.loss_scale
+    grad, is_more = place.grad()
+    place.existing(grad, _NO_GRAD).copy_(whole if is_more else whole[place.in_slot])
+    place.unit.forget_norm()
+
+
+def safe_update_full_grad_vectorized(
+    param_list: Iterable[torch.Tensor], update_func: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+) -> None:
+    """Replace the gradient of each parameter that has one by `update_func(gradient, parameter)`. Collective."""
+    for param in param_list:
+        grad = safe_get_full_grad(param)
+        if grad is not None:
+            safe_set_full_grad(param, update_func(grad, param))
+
+
+@torch.no_grad()
+def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
+    """An optimizer state, such as AdamW's `exp_avg`; None before the first step."""
+    place = _readable(param)
+    if place is None:
+        return None
+    with place.inside():
+        state = place.state(optim_state_key, collective=True)
+        return None if state is None else place.join(state.read())
+
+
+@torch.no_grad()
+def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
+    """Write an optimizer state."""
+    place = _writable(param)
+    whole = place.checked(value, place.slot.shape)
+    with place.inside(write=True):
+        place.existing(place.state(optim_state_key), _NO_STATE).write(whole[place.in_slot])
+
+
+# --- this rank's fragments --------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
+    """The fragment of what `safe_get_full_fp32_param` reads."""
+    place = _readable(param)
+    if place is None:
+        return None
+    with place.inside():
+        return place.master.read()
+
+
+@torch.no_grad()
+def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the fragment.
+
+    Collective where the model's values are whole, which then stay equal on all ranks: at stages 1 and 2, for small
+    parameters at stage 3, and inside GatheredParameters.
+    """
+    place = _writable(param)
+    fragment = place.checked(value, (place.numel,))
+    with place.inside(write=True):
+        place.store(fragment, None)
+
+
+@torch.no_grad()
+def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
+    """The fragment of the averaged gradient, or None where it is not averaged at this time."""
+    place = _readable(param)
+    grad = None if place is None else place.local_grad()
+    return None if place is None or grad is None else grad.to(place.dtype) / place.loss_scale
+
+
+@torch.no_grad()
+def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
+    """Write the fragment of the averaged gradient."""
+    place = _writable(param)
+    fragment = place.checked(value, (place.numel,)) * place.loss_scale
+    place.existing(place.local_grad(), _NO_GRAD).copy_(fragment)
+    place.unit.forget_norm()
+
+
+@torch.no_grad()
+def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
+    """The fragment of an optimizer state; None before the first step, but empty where there is no fragment."""
+    place = _readable(param)
+    if place is None:
+        return None
+    with place.inside():
+        state = place.state(optim_state_key)
+        return None if state is None else state.read().to(place.dtype)
+
+
+@torch.no_grad()
+def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
+    """Write the fragment of an optimizer state."""
+    place = _writable(param)
+    fragment = place.checked(value, (place.numel,))
+    with place.inside(write=True):
+        place.existing(place.state(optim_state_key), _NO_STATE).write(fragment)
+
+
+_NO_GRAD = "averaged gradient to write to: there is one between the backward pass and the step"
+_NO_STATE = "optimizer states yet: the first step makes them"

@@ -1,0 +1,57 @@
+"""What clients of DeepSpeed look for at stage 3 on parameters that stay whole, and on the optimizer.
+
+TRL takes DeepSpeed's hooks off around a generation and puts them on again, by `optimizer.parameter_offload`. Here hooks
+may stay: inside `GatheredParameters` they find every value there, and do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from deepspeedlite.comm import Group
+from deepspeedlite.zero.flat_params import describe_as_whole
+
+
+class ParameterOffload:
+    """What clients touch of DeepSpeed's object of that name: lists without hooks, a trace that is never stale."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self.module = _WithExternal(module)
+        self.forward_hooks: list[Any] = []
+        self.backward_hooks: list[Any] = []
+        self.param_coordinator = _Coordinator()
+
+    def _register_deepspeed_module(self, module: Any) -> None:
+        """Nothing was taken off."""
+
+
+class _WithExternal:
+    """A module, and the method that DeepSpeed gives every module."""
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._module = module
+
+    def ds_external_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """None: registered ones are among the parameters of the module that owns them."""
+        return iter(())
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
+
+
+class _Coordinator:
+    def is_invalid_trace(self) -> bool:
+        return True
+
+    def _invalidate_trace(self) -> None:
+        pass
+
+
+def describe_whole(parameters: Iterable[torch.Tensor], group: Group) -> None:
+    """Give parameters that are not sharded at stage 3 what the sharded ones have: clients ask all of them alike."""
+    for param in parameters:
+        if not hasattr(param, "ds_id"):
+            describe_as_whole(param, group)

@@ -1,0 +1,213 @@
+"""A start on several machines: their agents, the check before, the run, and again on those that are left.
+
+There is no rendezvous: the launcher knows every node, gives every rank its place, and after a failure starts all
+of them anew, so that a lost machine, the first one too, is replaced by a spare one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from deepspeedlite.env_report.preflight import Found, check, facts, table
+from deepspeedlite.env_report.rows import BAD
+from deepspeedlite.launcher import protocol
+from deepspeedlite.launcher.agent import Outcome
+from deepspeedlite.launcher.backends import Launch, Reach, find_backend
+from deepspeedlite.launcher.cluster import Cluster
+from deepspeedlite.launcher.job import DEFAULT_PORT, Place
+from deepspeedlite.launcher.node import KEY, Node, connect
+from deepspeedlite.launcher.output import Screen, ScreenText
+from deepspeedlite.launcher.signals import Ears
+from deepspeedlite.launcher.start import EVERY_RANK, Hosts, LaunchOptions, conclude, goes_on, is_here, say
+from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.log import logger
+
+
+def start_many(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Screen) -> int:
+    """Run a training on these machines; its exit status.
+
+    Raises:
+        LaunchError: it could not be started.
+    """
+    if options.no_ssh and options.node_rank != 0:
+        return _join(options, len(hosts))
+    if options.dry_run:
+        print(dry_run(options, hosts))
+        return 0
+    wanted, least, status = len(hosts), options.min_nodes or len(hosts), 0
+    pool = {**hosts, **spares}
+    with contextlib.redirect_stderr(ScreenText(screen)), Ears() as ears:
+        attempt = 0
+        while True:
+            run = _Run(options, dict(list(pool.items())[:wanted]), attempt, screen, ears)
+            try:
+                outcome = run.run()
+            except LaunchError:
+                if not attempt or not run.gone:
+                    raise
+                outcome = None  # a machine to spare does not answer either: try those that are left
+            else:
+                if outcome is None:
+                    return 0
+                conclude(outcome, run.num_ranks, screen)
+                status = outcome.exit_status
+                if not goes_on(outcome, attempt, options):
+                    return status
+                attempt += 1
+            pool = {host: slots for host, slots in pool.items() if host not in run.gone}
+            if len(pool) < least:
+                raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
+
+
+class _Run:
+    """One attempt."""
+
+    def __init__(self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, ears: Ears) -> None:
+        self._options, self._attempt, self._screen = options, attempt, screen
+        self._is_checked = not options.no_check
+        listener, key, connect_to, backend = _way_in(options)
+        names = list(hosts)
+        here = frozenset(host for host in names if is_here(host))
+        path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
+        reach = Reach(names, here, connect_to, key, options.ssh_port, options.launcher_args, path)
+        self._launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
+        self._cluster = Cluster([Found(h, s) for h, s in hosts.items()], "".join(key.values()), listener, screen, ears)
+        self.num_ranks = 0
+        self.gone: set[str] = set()  # machines that were lost, or did not answer
+
+    def run(self) -> Outcome | None:
+        """How it went; None if it was only to be checked, and is well.
+
+        Raises:
+            LaunchError: it did not start.
+        """
+        cluster, status = self._cluster, 1
+        try:
+            cluster.gather(self._launches, self._options.start_timeout_s)
+            try:
+                outcome = self._outcome()
+            except KeyboardInterrupt:  # while machines were still being asked
+                outcome = Outcome(cluster.started_s, time.monotonic(), interrupted_by=cluster.interrupted_by)
+            status = outcome.exit_status if outcome else 0
+            return outcome
+        finally:
+            self.gone = {node.found.host for node in cluster.nodes if node.lost or not node.found.facts}
+            cluster.close(status)
+
+    def _outcome(self) -> Outcome | None:
+        options, cluster = self._options, self._cluster
+        if cluster.interrupted_by is not None:
+            raise KeyboardInterrupt
+        found = [node.found for node in cluster.nodes]
+        address = ""
+        if all(node.facts for node in found):
+            address, port, note = cluster.meet(options.master_port, options.master_addr, self._is_checked)
+        self._judge(found, address)
+        if options.check:
+            return None
+        say([note] * bool(note))
+        visible = {node.host: node.facts["visible"] for node in found if node.facts["visible"]}
+        say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
+        places = places_of(found, address, port, self._attempt)
+        self.num_ranks = places[0].world_size
+        work = replace(options.work, cwd=os.getcwd())
+        say([f"{self.num_ranks} ranks on {len(places)} machines, which meet at {address}:{port}"])
+        return cluster.work(work, places)
+
+    def _judge(self, found: Sequence[Found], address: str) -> None:
+        rows = check(found, address)
+        bad = [row for row in rows if row.status == BAD and (self._is_checked or row.name == "reached")]
+        if bad or self._options.check:
+            self._screen.say(table(rows, self._screen.is_terminal(2) and self._screen.has_colour) + "\n")
+        if bad:
+            hosts = ", ".join(dict.fromkeys(row.section for row in bad))
+            skip = "" if any(row.name == "reached" for row in bad) else "; --no_check starts all the same"
+            raise LaunchError(f"{hosts}: not ready, nothing was started (see the table above{skip})")
+        if self._options.check:
+            logger.info("all %d machines are ready", len(found), extra=EVERY_RANK)
+
+
+def _way_in(options: LaunchOptions) -> tuple[socket.socket | None, dict[str, str], str, Any]:
+    """How agents come to us: the listener, the variable with their key, our address, the backend that starts them."""
+    if options.no_ssh:
+        try:
+            listener = socket.create_server(("", _control_port(options)), backlog=1024)
+        except OSError as error:
+            raise LaunchError(
+                f"port {_control_port(options)}, where nodes join, cannot be used: {error.strerror}"
+            ) from error
+        return listener, {KEY: os.environ.get(KEY, "")}, "", None
+    backend = find_backend(options.launcher)
+    if backend.__name__.endswith(".ssh"):
+        return None, {}, "", backend
+    listener = socket.create_server(("", 0), backlog=1024)
+    addresses = [*facts()["addresses"], "127.0.0.1"]
+    return listener, {KEY: protocol.new_secret()}, f"{','.join(addresses)}:{listener.getsockname()[1]}", backend
+
+
+def _control_port(options: LaunchOptions) -> int:
+    return (options.master_port or DEFAULT_PORT) + 1
+
+
+def _join(options: LaunchOptions, num_nodes: int) -> int:
+    """Without ssh: meet node 0's launcher and be its agent here, on this machine's own screen."""
+    index = options.node_rank
+    if index is None or not 0 <= index < num_nodes or not options.master_addr:
+        raise LaunchError(
+            f"--no_ssh needs on every node: --node_rank (0 to {num_nodes - 1}; here {index}), --master_addr (that of "
+            "node 0), and --num_nodes or a hostfile"
+        )
+    port = _control_port(options)
+    say([f"node {index}: joining node 0 at {options.master_addr}:{port}"])
+    found = connect([options.master_addr], port, max(options.start_timeout_s, 600.0))
+    return Node(protocol.Link(found.detach()), os.environ.get(KEY, ""), index, options.work).run()
+
+
+def places_of(found: Sequence[Found], address: str, port: int, restarts: int) -> list[Place]:
+    """Each node's place: ranks are numbered through the nodes in their order."""
+    sizes = [len(node.slots or ()) for node in found]
+    return [
+        Place(
+            tuple(node.slots or ()),
+            sum(sizes),
+            address,
+            port,
+            node.host,
+            sum(sizes[:index]),
+            index,
+            len(found),
+            restarts,
+        )
+        for index, node in enumerate(found)
+    ]
+
+
+def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
+    """What would run where: a table, and the commands; nothing is asked of any machine."""
+    backend = None if options.no_ssh else find_backend(options.launcher)
+    names = list(hosts)
+    found = [Found(host, slots if slots is not None else [0]) for host, slots in hosts.items()]
+    places = places_of(found, options.master_addr or names[0], options.master_port or DEFAULT_PORT, 0)
+    first, width = max(4, *map(len, names)), 0
+    spans = [f"{p.first_rank}-{p.first_rank + len(p.slots) - 1}" for p in places]
+    width = max(5, *map(len, spans))
+    lines = [f"{'node'.ljust(first)}  {'ranks'.ljust(width)}  slots"]
+    for place, span in zip(places, spans):
+        known = ",".join(map(str, place.slots)) if hosts[place.host] is not None else "as many as it has devices"
+        lines.append(f"{place.host.ljust(first)}  {span.ljust(width)}  {known}")
+    here = frozenset(host for host in names if is_here(host))
+    reach = Reach(names, here, "ADDRESS:PORT", {KEY: "KEY"}, options.ssh_port, options.launcher_args)
+    launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
+    lines += [shlex.join(launch.argv) for launch in launches]
+    script = ["python", *["-m"] * options.work.module, options.work.script, *options.work.script_args]
+    names_only = " ".join(sorted(options.work.env)) or "none"
+    return "\n".join(
+        [*lines, f"each rank: {shlex.join(script)}", f"variables handed on (values not shown): {names_only}"]
+    )

@@ -1,0 +1,1 @@
+"""What is told of a training: progress lines, monitors, timers, memory, floating-point work."""

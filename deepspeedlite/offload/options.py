@@ -1,0 +1,153 @@
+"""What one rank offloads and by what means: made of the configuration once, asked by units and by the step.
+
+[Note: freed memory goes back]
+glibc serves blocks below a threshold from heaps, and raises the threshold, up to 32 MiB, when larger blocks are freed.
+Values, gradients and states that come and go in many sizes then leave holes: of a model with 340 MiB in use it held
+2.3 GiB. Who offloads to a disk does so for want of memory, so the threshold is fixed there: larger blocks are mapped
+one by one, and are the system's again when they are freed.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+
+import torch
+
+from deepspeedlite.comm import Group
+from deepspeedlite.config import DeepSpeedConfig
+from deepspeedlite.offload.param_store import DiskHome, Home, HostHome, SlotPool
+from deepspeedlite.offload.pinned import HostMemory
+from deepspeedlite.offload.placement import Placement, Tier
+from deepspeedlite.offload.swap_file import Disk
+from deepspeedlite.offload.swap_pipeline import Ring
+from deepspeedlite.runtime.errors import OffloadError
+
+# Elements of a run that passes through the ring as one: large enough for the disk, small enough to keep several of, and
+# a little more than a power of two, so that a weight of that size and its bias are one.
+TILE_NUMEL = (1 << 22) + (1 << 19)
+_M_MMAP_THRESHOLD, _MAPPED_NBYTES = -3, 1 << 20  # glibc's number, from malloc.h
+
+
+@dataclass
+class Means:
+    """The numbers of the configuration's offload sections; see there."""
+
+    pinned: bool = True
+    ratio: float = 1.0
+    sub_group_numel: int = TILE_NUMEL
+    slots: int = 4
+    read_ahead: bool = True
+    write_behind: bool = True
+    param_slots: int = 5
+    max_in_cpu_numel: int = 0
+
+
+@dataclass
+class Offload:
+    """Where this rank's states go. `disk` is there where anything lives on one."""
+
+    placement: Placement = field(default_factory=Placement)
+    means: Means = field(default_factory=Means)
+    disk: Disk | None = None
+
+    def __post_init__(self) -> None:
+        self.ring: Ring | None = None
+        self.host = HostMemory(self.means.pinned)
+        self._pool: SlotPool | None = None
+        self._in_cpu_numel = 0
+        self._seen_numel = self._taken_numel = 0
+        if self.disk is not None:
+            _give_freed_memory_back()
+            self.ring = Ring(self.disk, self.means.slots, self.means.read_ahead, self.means.write_behind)
+            if self.placement.params is Tier.NVME:
+                self._pool = SlotPool(self.disk, max(1, self.means.param_slots))
+
+    def __str__(self) -> str:
+        pinned = self.host.pinned_nbytes
+        return str(self.placement) + (f", {pinned / 2**30:.2f} GiB of host memory page-locked" if pinned else "")
+
+    @property
+    def run_numel(self) -> int | None:
+        """At how many elements runs are cut; None where they need not be."""
+        if self.placement.states is Tier.DEVICE and self.placement.params is Tier.DEVICE:
+            return None
+        return min(self.means.sub_group_numel, TILE_NUMEL)
+
+    def home(self, shard: torch.Tensor) -> Home | None:
+        """Where a shard of sharded parameters lives; None: it stays where it is."""
+        tier = self.placement.params
+        if tier is Tier.NVME and self._in_cpu_numel + shard.numel() <= self.means.max_in_cpu_numel:
+            self._in_cpu_numel += shard.numel()
+            tier = Tier.CPU
+        if tier is Tier.NVME and self._pool is not None:
+            return DiskHome(shard, self._pool)
+        return HostHome(shard, self.host) if tier is Tier.CPU and self.is_apart(shard.device) else None
+
+    def is_apart(self, device: torch.device) -> bool:
+        """Whether a device's memory is another one than the host's."""
+        return device.type != "cpu"
+
+    def takes_states(self, numel: int) -> bool:
+        """Whether the states of a run, of so many elements, are among the share that is offloaded."""
+        if self.placement.states is Tier.DEVICE:
+            return False
+        self._seen_numel += numel
+        takes = self._taken_numel + numel / 2 <= self.means.ratio * self._seen_numel
+        self._taken_numel += numel * takes
+        return takes
+
+    @property
+    def takes_grads(self) -> bool:
+        """Whether averaged gradients may live elsewhere than on the device."""
+        return self.placement.grads is not Tier.DEVICE
+
+    def grads(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory for a shard of averaged gradients, all zeros."""
+        if self.placement.grads is Tier.DEVICE or not self.is_apart(device):
+            return torch.zeros(numel, dtype=dtype, device=device)
+        return self.host.empty(numel, dtype).zero_()
+
+    def close(self) -> None:
+        """Give the disk its space back."""
+        if self.disk is not None:
+            self.disk.close()
+
+
+def make_offload(settings: DeepSpeedConfig, group: Group, placement: Placement | None = None) -> Offload:
+    """What a configuration offloads, or what `placement` says, with this rank's file on the disk where it needs one.
+
+    Raises:
+        OffloadError: on every rank, if the disk of one cannot be used.
+    """
+    zero = settings.zero_optimization
+    placement = placement or Placement.from_config(zero)
+    states, params = zero.offload_optimizer, zero.offload_param
+    means = Means(
+        pinned=states.pin_memory if placement.states is not Tier.DEVICE else params.pin_memory,
+        ratio=states.ratio,
+        sub_group_numel=zero.sub_group_size,
+        slots=states.buffer_count,
+        read_ahead=states.pipeline_read is not False,
+        write_behind=states.pipeline_write is not False,
+        param_slots=params.buffer_count,
+        max_in_cpu_numel=params.max_in_cpu,
+    )
+    if not placement.uses_disk:
+        return Offload(placement, means)
+    offload, problem = None, ""
+    try:
+        path = states.nvme_path if placement.states is Tier.NVME else params.nvme_path
+        offload = Offload(placement, means, Disk(str(path), settings.aio.model_dump(exclude={"use_gds"}), means.pinned))
+    except OffloadError as error:
+        problem = str(error)
+    problems = [(rank, told) for rank, told in enumerate(group.all_gather_objects(problem)) if told]
+    if offload is None or problems:
+        raise OffloadError(f"rank {problems[0][0]}: {problems[0][1]}")
+    return offload
+
+
+def _give_freed_memory_back() -> None:
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's alone
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, _MAPPED_NBYTES)

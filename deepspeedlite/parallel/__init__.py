@@ -1,0 +1,1 @@
+"""Axes of parallelism beside data: which ranks hold one model together, and a folder for each way to split it."""

@@ -1,0 +1,11 @@
+"""Pipeline parallelism: a model that is a list of layers, cut into stages; micro-batches pass from rank to rank.
+
+    net = PipelineModule([LayerSpec(Embedding, ...), *[LayerSpec(Block, ...)] * 12, LayerSpec(Head, ...)],
+                         num_stages=2, loss_fn=loss)
+    engine, *_ = deepspeedlite.initialize(model=net, config="ds_config.json")
+    loss = engine.train_batch(batches)        every rank; it takes gradient_accumulation_steps micro-batches
+
+`topology.py` says which rank is which stage of which replica, `partition.py` where the list is cut, `module.py` builds
+this rank's layers, `schedule.py` is the order of forward and backward passes, `stage_comm.py` moves what passes between
+stages, and `engine.py` runs it all.
+"""

@@ -1,0 +1,250 @@
+"""When gradients are reduced: during the backward pass where that is possible, at its end for the rest.
+
+Units are always launched in the same order, on every rank, whatever the order in which gradients arrive: collectives
+are matched by order, so a rank whose parameters were used differently would otherwise average the wrong buffers. A
+unit therefore waits for those before it; what is left when the pass ends is launched then, and what no pass
+launched (a rank that had nothing to compute) is launched by the step. Every rank reduces every unit exactly once
+per reducing pass.
+
+Where gradients are sharded, every pass reduces, and at most `MAX_IN_FLIGHT` reductions are under way, because each of
+them keeps a whole gradient buffer alive.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+
+import torch
+
+from deepspeedlite.comm import Group
+from deepspeedlite.parallel.replica import Replica
+from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.zero.norm import joined, norm_dtype, norm_of_all
+from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.unit import GradState, Lodging, ReducePolicy, ShardUnit
+from deepspeedlite.zero.wrap import NamedParameter
+
+MAX_IN_FLIGHT = 2
+
+
+class GradientSchedule:
+    """The units of one engine and the progress of their reduction.
+
+    Args:
+        buckets: the parameters of each unit, in launch order, and whether the unit's values are sharded.
+        policy: how gradients are averaged.
+        plan: what is sharded.
+        grad_dtype: dtype in which gradients accumulate; each parameter's own if None.
+        overlap: launch a unit as soon as it is complete rather than at the end of the pass.
+        lodging: where the units' states are kept.
+        replica: the ranks whose gradients are one model's, for its norm and its overflow.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[tuple[Sequence[NamedParameter], bool]],
+        policy: ReducePolicy,
+        *,
+        plan: ShardingPlan | None = None,
+        grad_dtype: torch.dtype | None = None,
+        overlap: bool = True,
+        lodging: Lodging | None = None,
+        replica: Replica | None = None,
+    ) -> None:
+        self._lodging = lodging
+        self.replica = replica or Replica()
+        self.plan = plan or ShardingPlan()
+        self.group: Group = policy.group
+        self._overlap = overlap
+        # A reduction under way keeps a whole gradient alive where they are sharded; on gloo, the other ranks' pieces.
+        self._bounded = self.plan.shard_grads or (self.plan.shard_optimizer and self.group.backend == "gloo")
+        self._launched_units = 0
+        self._awaited_units = 0
+        self._reducing = False
+        self._outer_pass = -1
+        self.in_backward = False
+        # Called when gradients arrive in a pass that nobody began; must call `begin_backward`. The engine sets it.
+        self.on_unannounced: Callable[[], None] = lambda: self.begin_backward(1.0, reduce=False)
+        # Called when a user clears gradients. The engine sets it.
+        self.on_forget: Callable[[], None] = lambda: None
+        # Called when a pass is over, before what is left is reduced: parameters are released first.
+        self.on_pass_end: Callable[[], None] = lambda: None
+        self._policy, self._grad_dtype = policy, grad_dtype
+        self.units: list[ShardUnit] = []
+        for bucket, sharded in buckets:
+            self._add_unit(bucket, sharded)
+
+    def _add_unit(self, bucket: Sequence[NamedParameter], sharded: bool) -> None:
+        unit = ShardUnit(
+            bucket,
+            policy=self._policy,
+            plan=self.plan,
+            sharded=sharded,
+            grad_dtype=self._grad_dtype,
+            lodging=self._lodging,
+        )
+        unit.on_complete, unit.is_nested = self._launch_complete, self._is_nested
+        unit.on_unannounced = lambda: self.on_unannounced()
+        counted = {slot.name for slot, param in unit.slots if self.replica.counts(param)}
+        unit.counted = [slice(*span) for span in unit.layout.spans(unit.index, counted)]
+        self.units.append(unit)
+
+    def add_units(self, buckets: Sequence[Sequence[NamedParameter]]) -> list[ShardUnit]:
+        """Units for parameters that are trained from now on; their values stay whole on every rank."""
+        known = len(self.units)
+        for bucket in buckets:
+            self._add_unit(bucket, sharded=False)
+        return self.units[known:]
+
+    def begin_backward(self, scale: float, reduce: bool, measure: bool = False) -> None:
+        """A backward pass starts, whose gradients count `scale` times.
+
+        Args:
+            scale: a factor on them.
+            reduce: average them when they are complete, as at the end of an accumulation window.
+            measure: the step that comes next asks for their norm.
+        """
+        if self.in_backward:
+            raise EngineStateError("a backward pass began before the previous one had ended")
+        self.in_backward = True
+        self._reducing = reduce
+        self._launched_units = self._awaited_units = 0
+        self._outer_pass = torch._C._current_graph_task_id()
+        for unit in self.units:
+            unit.begin_backward(scale, reduce, measure)
+
+    def note_pass(self) -> None:
+        """Called from the outermost backward pass, by a hook on the model's output: the pass is known from now on."""
+        self._outer_pass = torch._C._current_graph_task_id()
+
+    def _is_nested(self) -> bool:
+        """Whether the gradient that arrives now comes from a pass inside the pass (reentrant checkpointing)."""
+        current = torch._C._current_graph_task_id()
+        if self._outer_pass == -1:
+            self._outer_pass = current
+        return current != self._outer_pass
+
+    def _launch_complete(self) -> None:
+        if not (self._reducing and self.in_backward and (self._overlap or self.plan.shard_grads)):
+            return
+        while self._launched_units < len(self.units) and self.units[self._launched_units].complete:
+            self._launch_next()
+
+    def _launch_next(self) -> None:
+        self.units[self._launched_units].reduce()
+        self._launched_units += 1
+        if self._bounded:
+            in_flight = MAX_IN_FLIGHT if self._overlap or not self.plan.shard_grads else 0
+            while self._awaited_units < self._launched_units - in_flight:
+                self.units[self._awaited_units].wait_for_reduce()
+                self._awaited_units += 1
+
+    def end_backward(self, is_shared: bool = False) -> None:
+        """The backward pass is over: reduce what is left, wait for all of it and show the gradients.
+
+        `is_shared`: all ranks run it, so that one that has no gradients takes part in its reductions too.
+        """
+        if not self.in_backward:
+            return
+        self.in_backward = False
+        self.on_pass_end()
+        if self._reducing and (is_shared or self.has_grads):
+            while self._launched_units < len(self.units):
+                self._launch_next()
+            self._wait()
+        for unit in self.units:
+            try:
+                unit.end_backward()
+            except RuntimeError:  # torch takes no gradient of another dtype
+                unit.verify_attached()
+                raise
+
+    def finish(self) -> None:
+        """Before a step: make every unit hold the average, also on a rank that ran no backward pass."""
+        self.end_backward()
+        for unit in self.units:
+            unit.take_in()
+            if unit.grad_state is not GradState.AVERAGED:
+                unit.reduce()
+                if self.plan.shard_grads:
+                    unit.wait_for_reduce()
+        self._wait()
+        for unit in self.units:
+            unit.sum_over_twins()
+
+    def _wait(self) -> None:
+        for unit in self.units:
+            unit.wait_for_reduce()
+        if any(unit.grad_shard.device != unit.device for unit in self.units):
+            torch.cuda.synchronize()  # averages are on their way to the host's memory, in the current stream
+
+    @property
+    def has_grads(self) -> bool:
+        """Whether any gradient has arrived since the last `clear`."""
+        return any(unit.grad_state is not GradState.EMPTY for unit in self.units)
+
+    def forget(self, params: Iterable[torch.Tensor] | None = None) -> None:
+        """Clear the gradients of these parameters, or all, as a user asks for it between two passes."""
+        if not self.has_grads:
+            return
+        self.on_forget()
+        if params is None:
+            self.clear()
+            return
+        ids = {id(param) for param in params}
+        for unit in self.units:
+            unit.forget_grads(ids)
+
+    def clear(self) -> None:
+        """Forget all gradients and any pass in progress."""
+        self.in_backward = False
+        for unit in self.units:
+            unit.clear()
+
+    @torch.no_grad()
+    def grad_norm(self, alone: bool = False, precise: bool = False) -> torch.Tensor:
+        """The 2-norm of the model's gradients as the buffers hold them: a 0-dim tensor.
+
+        fp32, or fp64 where gradients are, where ranks hold a model together, and where it is to be `precise`: squares
+        of gradients beyond 1e19 are beyond fp32. Collective; over the replica only, if `alone` and every rank of the
+        group holds all gradients.
+        """
+        alike = not self.plan.shard_optimizer
+        dtype = torch.float64 if precise else norm_dtype(self.units[0].grad_dtype) if self.units else torch.float32
+        device = self.units[0].device if self.units else self.replica.group.device
+        total = joined([norm for unit in self.units for norm in unit.norms(precise)], dtype, device)
+        if not (alone and alike):
+            total = norm_of_all(total, self.group, alike)
+        return norm_of_all(total.double(), self.replica.group) if self.replica.group.size > 1 else total
+
+    def overflowed(self) -> list[str]:
+        """Names, as in checkpoints, of the model's parameters with gradients that are not finite. Collective."""
+        mine = [name for unit in self.units for name in unit.overflowed()]
+        if self.group.size > 1:
+            everyone = {name for names in self.group.all_gather_objects(mine) for name in names}
+            mine = [slot.name for unit in self.units for slot in unit.layout.slots if slot.name in everyone]
+        parts = self.replica.group.all_gather_objects([self.replica.name_prefix + name for name in mine])
+        return list(dict.fromkeys(name for names in parts for name in names))
+
+    def share_values(self, in_flight_numel: int) -> None:
+        """After a step wrote this rank's shards: make values that stay whole equal on all ranks again.
+
+        Values of at most `in_flight_numel` elements, or of one unit, are under way at a time.
+        """
+        if not self.plan.shard_optimizer:
+            return
+        awaited, room = 0, in_flight_numel
+        for index, unit in enumerate(self.units):
+            while awaited < index and room < unit.numel:
+                self.units[awaited].wait_for_sharing()
+                room += self.units[awaited].numel
+                awaited += 1
+            unit.start_sharing()
+            room -= unit.numel
+        for unit in self.units[awaited:]:
+            unit.wait_for_sharing()
+
+    def close(self) -> None:
+        """Remove all hooks from the parameters."""
+        for unit in self.units:
+            unit.close()
