@@ -360,7 +360,7 @@ def test_states_leave_the_device_and_come_back():
     kinds = [None, ["optim_states", OffloadStateTypeEnum.hp_params], {"lp_params"}]
     with (
         engine_of(config(2, "bf16")) as engine,
-        patch.object(asleep, "is_on_device", lambda storage: storage.resizable()),
+        patch.object(offload_states, "is_on_device", lambda storage: storage.resizable()),
     ):
         found = []
         for step, include in enumerate([*kinds, None]):
