@@ -19,6 +19,7 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
+from deepspeedlite.offload import offload_states
 from deepspeedlite.offload.offload_states import OffloadStateTypeEnum
 from deepspeedlite.offload.options import Means, Offload
 from deepspeedlite.offload.param_store import DiskHome, HostHome
