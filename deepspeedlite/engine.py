@@ -5,7 +5,7 @@
     engine.step()               every gradient_accumulation_steps calls: clip, update, schedule, clear
 
 The engine keeps count and passes the work on: gradients to `zero.GradientSchedule`, the update to
-`optim.ShardedOptimizer`, what is printed to `watch.StepWatch`.
+`optim.ShardedOptimizer`, what is printed to `metrics.TrainLog`.
 
 [Note: backward passes the engine does not start]
 `loss.backward()` works as `engine.backward(loss)` does. The forward pass puts a hook on every output; the first one to
@@ -28,10 +28,10 @@ from deepspeedlite.checkpoint.coordination import Ranks
 from deepspeedlite.checkpoint.load import Loader, LoadOptions
 from deepspeedlite.checkpoint.save import Saver
 from deepspeedlite.comm import Group
-from deepspeedlite.compat.engine_accessors import ABSENT, Answers
+from deepspeedlite.compat.engine_accessors import ABSENT, EngineAccessors
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
 from deepspeedlite.data.loader import build_dataloader
-from deepspeedlite.metrics.train_log import StepReport, StepWatch
+from deepspeedlite.metrics.train_log import StepReport, TrainLog
 from deepspeedlite.offload.offload_states import Asleep, states_of
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
@@ -72,7 +72,7 @@ class EngineParts:
     schedule: GradientSchedule
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
-    watch: StepWatch
+    train_log: TrainLog
     lease: Lease
     state_dicts: StateDicts
     parameters: ParameterSchedule | None = None  # where parameters are sharded
@@ -83,7 +83,7 @@ class EngineParts:
     collate_fn: Callable[..., Any] | None = None
 
 
-class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
+class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
     """A model with its optimizer, precision, accumulation and data-parallel average. Made by `initialize`.
 
     Attributes that the engine does not have are looked up on the wrapped `module`.
@@ -109,7 +109,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             self._schedule.on_pass_end = self._gathering.end_backward
         self._scaler = parts.scaler
         self._casts_inputs = parts.precision.cast_inputs
-        self._watch = parts.watch
+        self._train_log = parts.train_log
         self.micro_steps = 0
         self.global_steps = 0
         self.global_samples = 0
@@ -150,7 +150,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         precision, recording = self._parts.precision, torch.is_grad_enabled()
         if recording and self.optimizer is not None:
             self.optimizer.train_thawed()
-        watched = self._watch.forward_pass(self.global_steps, self.training and recording)
+        watched = self._train_log.forward_pass(self.global_steps, self.training and recording)
         if self._casts_inputs and precision.model_dtype is not None:
             inputs = cast_floating(inputs, precision.model_dtype)
             kwargs = cast_floating(kwargs, precision.model_dtype)
@@ -190,7 +190,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._losses_since_step += 1
         note_losses(self._losses_since_step, self._batch.accumulation)
         share = 1.0 / self._batch.accumulation if scale_wrt_gas else 1.0
-        self._watch.saw_loss(loss)
+        self._train_log.saw_loss(loss)
         factor = share * self._scaler.scale
         self._run_backward([widen(loss) * factor if factor != 1.0 else loss], None, retain_graph)
         return loss.detach() * share if share != 1.0 else loss.detach()
@@ -199,7 +199,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self, tensors: Sequence[torch.Tensor], grads: Sequence[torch.Tensor] | None, retain_graph: bool = False
     ) -> None:
         """A backward pass from tensors that carry loss scale and share of the batch, or from their gradients."""
-        with self._watch.phase("backward"):
+        with self._train_log.phase("backward"):
             self._loss_is_scaled = True
             self._begin_backward()
             try:
@@ -214,7 +214,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
     def scale(self, loss: torch.Tensor) -> torch.Tensor:
         """The loss as `engine.scale(loss).backward()` needs it: its share of the batch times the loss scale."""
         check_loss(loss)
-        self._watch.saw_loss(loss)
+        self._train_log.saw_loss(loss)
         self._loss_is_scaled = True
         return widen(loss) * (self._scaler.scale / self._batch.accumulation)
 
@@ -244,16 +244,16 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
                 + (STEPPED if self.optimizer.stepped_alone else NO_PASS)
             )
         boundary = self.is_gradient_accumulation_boundary()
-        with self._watch.phase("step"):
+        with self._train_log.phase("step"):
             self._schedule.end_backward()
             if boundary:
                 self._take_step(self.optimizer, lr_kwargs or {})
         self._passes_since_step = self._losses_since_step = 0
         self.micro_steps += 1
         self._window_steps = 0 if boundary else self._window_steps + 1
-        self._watch.end_micro_step(boundary)
+        self._train_log.end_micro_step(boundary)
         if boundary:
-            self._watch.after_step(self._report())
+            self._train_log.after_step(self._report())
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
         self._attached.verify_trained(optimizer.dormant)
@@ -268,7 +268,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
             self.lr_scheduler.step(**lr_kwargs)
 
     def _report(self) -> StepReport:
-        norm = self.get_global_grad_norm() if self._watch.writes_norm else None
+        norm = self.get_global_grad_norm() if self._train_log.writes_norm else None
         return StepReport(
             self.global_steps,
             self.global_samples,
@@ -408,7 +408,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
                 f"({self._batch.micro}) x world size ({world}) = {self._batch.micro * world}"
             )
         self._batch = solve_batch(train_batch_size, self._batch.micro, None, world)
-        self._watch.throughput.batch_size = train_batch_size
+        self._train_log.throughput.batch_size = train_batch_size
 
     def get_lr(self) -> list[float]:
         """The learning rate of each param group."""
@@ -583,5 +583,5 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, Answers):
         self._parts.offload.close()
         self._clearing.close()
         self._attached.close()
-        self._watch.close()
+        self._train_log.close()
         logger.debug("engine destroyed after %d steps", self.global_steps)

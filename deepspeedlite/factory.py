@@ -22,7 +22,7 @@ from deepspeedlite.compat.stage3_names import ParameterOffload, describe_whole
 from deepspeedlite.config import DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.engine import DeepSpeedEngine, EngineParts
-from deepspeedlite.metrics.train_log import StepWatch
+from deepspeedlite.metrics.train_log import TrainLog
 from deepspeedlite.offload.options import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
@@ -223,7 +223,7 @@ def _build_parts(
     step_settings = _step_settings(settings, precision, offload)
     wrapped = None if base is None else _wrap(base, schedule, scaler, step_settings, model, named)
     scheduler = _make_scheduler(settings, base, lr_scheduler)
-    watch = StepWatch(settings, device, model, batch.train, comm.get_rank())
+    train_log = TrainLog(settings, device, model, batch.train, comm.get_rank())
     lease = Lease(schedule, *sharded, trains=base is not None, borrows=bool(left))
     return EngineParts(
         settings,
@@ -236,7 +236,7 @@ def _build_parts(
         schedule,
         wrapped,
         scheduler,
-        watch,
+        train_log,
         lease,
         *sharded,
         offload=offload,

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from deepspeedlite.parallel.pipe.partition import check_no_empty_stage, partition_balanced, partition_uniform
-from deepspeedlite.parallel.pipe.schedule import ORDERS, before
+from deepspeedlite.parallel.pipe.schedule import SCHEDULES, before
 from deepspeedlite.parallel.pipe.specs import layer_numel
 from deepspeedlite.parallel.pipe.stage_comm import Outline
 from deepspeedlite.parallel.pipe.topology import (
@@ -51,11 +51,11 @@ def test_more_stages_than_layers():
         check_no_empty_stage(partition_uniform(2, 3))
 
 
-@pytest.mark.parametrize("name", ORDERS)
+@pytest.mark.parametrize("name", SCHEDULES)
 @pytest.mark.parametrize("stages, micro_batches", [(1, 1), (1, 4), (2, 1), (2, 5), (4, 2), (4, 4), (4, 9), (7, 16)])
 def test_orders_run_to_their_end(name, stages, micro_batches):
     """Stages that wait for their neighbours' messages, and never for a send, all finish; none holds too much."""
-    orders = [ORDERS[name](stages, stage, micro_batches) for stage in range(stages)]
+    orders = [SCHEDULES[name](stages, stage, micro_batches) for stage in range(stages)]
     at, done = [0] * stages, set()
     while any(at[stage] < len(orders[stage]) for stage in range(stages)):
         moved = False
@@ -77,7 +77,7 @@ def test_orders_run_to_their_end(name, stages, micro_batches):
 
 
 def test_passes_before():
-    order = ORDERS["1f1b"](3, 1, 4)  # F0 F1 B0 F2 B1 F3 B2 B3
+    order = SCHEDULES["1f1b"](3, 1, 4)  # F0 F1 B0 F2 B1 F3 B2 B3
     assert before(order, "forward", "backward") == [0, 0, 1, 2]
     assert before(order, "backward", "forward") == [2, 3, 4, 4]
 

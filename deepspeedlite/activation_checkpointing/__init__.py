@@ -5,8 +5,8 @@
 
 torch's own recomputation (without reentrant backward passes) does the work, so functions may take keywords, return
 anything, be nested, and depend on no input that requires grad. What is added here: inputs may be sharded over the
-model-parallel ranks, which all hold them alike, or be kept in CPU memory (`keep.py`); and every random number is drawn
-again as it was, those of Megatron's tracker too (`rng.py`).
+model-parallel ranks, which all hold them alike, or be kept in CPU memory (`saved_inputs.py`); and every random number
+is drawn again as it was, those of Megatron's tracker too (`rng.py`).
 
 Method: Chen et al. 2016, arXiv:1604.06174; sharded and in CPU memory: Rajbhandari et al. 2020, arXiv:1910.02054, 6.1.
 """
@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from deepspeedlite.activation_checkpointing.rng import CudaRNGStatesTracker, Generators
-from deepspeedlite.activation_checkpointing.saved_inputs import Fetched, Keeper
+from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, Restored
 from deepspeedlite.comm import Group
 from deepspeedlite.compat.accelerator import get_accelerator
 from deepspeedlite.config import load_config
@@ -134,8 +134,8 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     leaves, spec = tree_flatten((args, kwargs))
-    keeper = Keeper(_settings.group if _settings.partition else None, _settings.on_host)
-    segment = _Segment(function, spec, {i: leaf for i, leaf in enumerate(leaves) if keeper.moves(leaf)}, keeper)
+    saver = InputSaver(_settings.group if _settings.partition else None, _settings.on_host)
+    segment = _Segment(function, spec, {i: leaf for i, leaf in enumerate(leaves) if saver.moves(leaf)}, saver)
     there = [None if index in segment.moved else leaf for index, leaf in enumerate(leaves)]
     return torch_checkpoint(segment, *there, use_reentrant=False, preserve_rng_state=False)
 
@@ -148,10 +148,12 @@ def non_reentrant_checkpoint(function: Callable[..., Any], *args: Any) -> Any:
 class _Segment:
     """One checkpointed call. The first time it runs on the inputs themselves, afterwards on what was kept of them."""
 
-    def __init__(self, function: Callable[..., Any], spec: Any, moved: dict[int, torch.Tensor], keeper: Keeper) -> None:
+    def __init__(
+        self, function: Callable[..., Any], spec: Any, moved: dict[int, torch.Tensor], saver: InputSaver
+    ) -> None:
         self._function, self._spec = function, spec
         self._live = moved
-        self.moved = {index: keeper.keep(tensor) for index, tensor in moved.items()}
+        self.moved = {index: saver.save(tensor) for index, tensor in moved.items()}
         self._generators = Generators(_tracker)
         self._is_first = True
 
@@ -176,7 +178,7 @@ class _Segment:
         return self._call(there, live)
 
     def _run_again(self, there: Any) -> Any:
-        fetched = {index: Fetched.of(kept) for index, kept in self.moved.items()}
+        fetched = {index: Restored.of(kept) for index, kept in self.moved.items()}
         with self._generators.as_they_were():
             return self._call(there, fetched)
 

@@ -20,7 +20,7 @@ import torch
 from deepspeedlite.comm import Group
 
 
-class Kept(Protocol):
+class SavedInput(Protocol):
     """One input's values, wherever they are."""
 
     requires_grad: bool
@@ -29,7 +29,7 @@ class Kept(Protocol):
         """A tensor with the values, on the input's device, without a graph."""
 
 
-class Keeper:
+class InputSaver:
     """Decides how inputs are kept. `group`: the ranks to shard over, None: not; `on_host`: GPU inputs go to the CPU."""
 
     def __init__(self, group: Group | None, on_host: bool) -> None:
@@ -43,7 +43,7 @@ class Keeper:
         shards = self._group is not None and leaf.numel() >= self._group.size
         return shards or (self._on_host and leaf.is_cuda)
 
-    def keep(self, tensor: torch.Tensor) -> Kept:
+    def save(self, tensor: torch.Tensor) -> SavedInput:
         """Take a copy of the values, or of this rank's part of them."""
         if self._group is not None and tensor.numel() >= self._group.size:
             return _Sharded(tensor, self._group, self._on_host)
@@ -117,20 +117,20 @@ class _OnHost:
         return back
 
 
-class Fetched(torch.autograd.Function):
+class Restored(torch.autograd.Function):
     """A kept input as the function saw it: part of a graph where it requires grad, so it may be written in place."""
 
     @staticmethod
-    def of(kept: Kept) -> torch.Tensor:
+    def of(saved: SavedInput) -> torch.Tensor:
         """The tensor."""
-        if not kept.requires_grad:
-            return kept.fetch()
-        tensor: torch.Tensor = Fetched.apply(torch.empty(0, requires_grad=True), kept)
+        if not saved.requires_grad:
+            return saved.fetch()
+        tensor: torch.Tensor = Restored.apply(torch.empty(0, requires_grad=True), saved)
         return tensor
 
     @staticmethod
-    def forward(ctx: Any, anchor: torch.Tensor, kept: Kept) -> torch.Tensor:
-        return kept.fetch()
+    def forward(ctx: Any, anchor: torch.Tensor, saved: SavedInput) -> torch.Tensor:
+        return saved.fetch()
 
     @staticmethod
     def backward(ctx: Any, *grads: Any) -> Any:

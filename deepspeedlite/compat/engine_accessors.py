@@ -87,15 +87,15 @@ _ABSENT_BECAUSE = {
 ABSENT = {name: reason for reason, names in _ABSENT_BECAUSE.items() for name in names.split()}
 
 
-class Answers:
-    """Mixed into the engine; `_parts`, `_batch`, `_gathering` and `_watch` are the engine's."""
+class EngineAccessors:
+    """Mixed into the engine; `_parts`, `_batch`, `_gathering` and `_train_log` are the engine's."""
 
     module: torch.nn.Module
     optimizer: Any
     _parts: Any
     _batch: BatchSizes
     _gathering: Any
-    _watch: Any
+    _train_log: Any
 
     # --- this rank's place ----------------------------------------------------------------------------------------
 
@@ -162,7 +162,7 @@ class Answers:
     @property
     def monitor(self) -> Any:
         """Where training's numbers go: `engine.monitor.write_events([(name, value, step), ...])`."""
-        return self._watch.monitor
+        return self._train_log.monitor
 
     @property
     def param_names(self) -> dict[torch.nn.Parameter, str]:
@@ -201,7 +201,7 @@ class Answers:
         """Change the samples of a forward pass, and with them the batch; the accumulation steps stay."""
         accumulation = self._batch.accumulation
         self._batch = BatchSizes(micro_batch_size * accumulation * self.dp_world_size, micro_batch_size, accumulation)
-        self._watch.throughput.batch_size = self._batch.train
+        self._train_log.throughput.batch_size = self._batch.train
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of the parameters and of the gradients that accumulate."""
@@ -297,6 +297,6 @@ def _off(self: Any) -> bool:
 
 
 for _name, _path in SETTINGS.items():
-    setattr(Answers, _name, _answer(_path))
+    setattr(EngineAccessors, _name, _answer(_path))
 for _name in OFF.split():
-    setattr(Answers, _name, _off)
+    setattr(EngineAccessors, _name, _off)

@@ -1,6 +1,6 @@
-"""What people watch while training: progress lines, timings, memory, monitors, and the profile of one step.
+"""What a training says of itself: progress lines, timings, memory, monitors, and the profile of one step.
 
-The engine tells a `StepWatch` what happens; everything that is printed or written to a monitor is decided here. With
+The engine tells a `TrainLog` what happens; everything that is printed or written to a monitor is decided here. With
 nothing switched on it costs a few attribute reads per step and never waits for the device.
 """
 
@@ -34,7 +34,7 @@ class StepReport(NamedTuple):
     grad_norm: float | None
 
 
-class StepWatch:
+class TrainLog:
     """Timers, throughput, monitors and the FLOP profile of one engine, as its configuration asks.
 
     Args:

@@ -1,7 +1,8 @@
 """The engine of a PipelineModule: `train_batch` and `eval_batch` pass micro-batches through the stages.
 
-Every rank follows its stage's order of passes (`order.py`). What is left to the base engine: gradients that accumulate
-over the micro-batches and are averaged over the replicas in the last one's backward pass, the step, and checkpoints.
+Every rank follows its stage's order of passes (`schedule.py`). What is left to the base engine: gradients that
+accumulate over the micro-batches and are averaged over the replicas in the last one's backward pass, the step, and
+checkpoints.
 
 [Note: batches are fetched before the first pass]
 The first stage reads inputs and the last one labels, each from its own iterator. Were one of them, or one replica, to
@@ -26,7 +27,7 @@ from deepspeedlite.engine import DeepSpeedEngine, EngineParts
 from deepspeedlite.optim.precision import check_loss, widen
 from deepspeedlite.parallel.pipe.fault import Faults, scalar
 from deepspeedlite.parallel.pipe.module import PipelineModule
-from deepspeedlite.parallel.pipe.stage_comm import Mail
+from deepspeedlite.parallel.pipe.stage_comm import StageComm
 from deepspeedlite.runtime.errors import DistributedError, PipelineError
 
 _READY, _EXHAUSTED, _FAILED = 0, 1, 2
@@ -43,7 +44,7 @@ class PipelineEngine(DeepSpeedEngine):
         self.num_stages, self.stage_id = module.num_stages, module.stage_id
         self._casts_inputs = parts.precision.cast_inputs and self.is_first_stage()
         self._pipe = Group(self.grid.get_pipe_parallel_group())
-        self._mail = Mail(self.grid, self.device, module.order, module.dynamic_shape)
+        self._comm = StageComm(self.grid, self.device, module.schedule, module.dynamic_shape)
         self._batches: Iterator[Any] | None = None
         self._split: Callable[[Any], Any] = lambda batch: batch
         self._outputs: list[Any] | None = None  # of the last stage, where evaluation is to return them
@@ -72,7 +73,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._begin(count)
         losses: list[torch.Tensor] = []
         held: dict[int, tuple[Any, Any]] = {}
-        for kind, index in self.module.order(self.num_stages, self.stage_id, count):
+        for kind, index in self.module.schedule(self.num_stages, self.stage_id, count):
             if kind == "forward":
                 held[index] = self._forward_micro_batch(index, batches[index], training=True)
                 if self.is_last_stage() and (loss := held[index][1]) is not None:
@@ -81,11 +82,11 @@ class PipelineEngine(DeepSpeedEngine):
             self._backward_micro_batch(index, *held.pop(index))
             if index < count - 1:
                 super().step()
-        self._mail.end_batch()
+        self._comm.end_batch()
         self._faults.ask()
         mean = self._mean(losses)
         self._faults.settle(self._forget_batch)
-        self._watch.saw_loss(mean)
+        self._train_log.saw_loss(mean)
         super().step()
         return mean
 
@@ -131,7 +132,7 @@ class PipelineEngine(DeepSpeedEngine):
         finally:
             self.module.train(was_training)
             outputs, self._outputs = self._outputs, None
-        self._mail.end_batch()
+        self._comm.end_batch()
         return self._result(results, outputs, reduce_output, compute_loss and bcast_loss)
 
     def set_dataiterator(self, iterator: Iterator[Any]) -> None:
@@ -242,7 +243,7 @@ class PipelineEngine(DeepSpeedEngine):
     # --- passes -------------------------------------------------------------------------------------------------------
 
     def _begin(self, count: int) -> None:
-        self._mail.begin_batch(count)
+        self._comm.begin_batch(count)
         self._faults = Faults(self.grid)
         self._before = self.micro_steps, self.module.micro_offset
 
@@ -256,7 +257,7 @@ class PipelineEngine(DeepSpeedEngine):
         self, index: int, batch: Any, training: bool, compute_loss: bool = True
     ) -> tuple[Any, Any]:
         """One forward pass of this stage: its inputs, and its output (on the last stage, its loss if it has one)."""
-        inputs = None if self.is_first_stage() else self._mail.receive_activation(training)
+        inputs = None if self.is_first_stage() else self._comm.receive_activation(training)
         if inputs is None and not self.is_first_stage():
             self._faults.idle = True
         found = self._faults.attempt(
@@ -264,7 +265,7 @@ class PipelineEngine(DeepSpeedEngine):
         )
         result, described = found or (None, None)
         if not self.is_last_stage():
-            self._mail.send_activation(result, described, training)
+            self._comm.send_activation(result, described, training)
         return inputs, result
 
     def _compute(self, inputs: Any, batch: Any, training: bool, compute_loss: bool) -> tuple[Any, Any]:
@@ -274,7 +275,7 @@ class PipelineEngine(DeepSpeedEngine):
         given = tuple(map(_changeable, inputs)) if isinstance(inputs, tuple) else _changeable(inputs)
         result = super().forward(given)
         if not self.is_last_stage():
-            return result, self._mail.outline(result)
+            return result, self._comm.outline(result)
         if self._outputs is not None:
             self._outputs.append(result)
         if self.module.loss_fn is not None and compute_loss:
@@ -285,13 +286,13 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _backward_micro_batch(self, index: int, inputs: Any, result: Any) -> None:
         """One backward pass of this stage, from the loss or from what the next stage sends."""
-        grads = None if self.is_last_stage() else self._mail.receive_gradients()
+        grads = None if self.is_last_stage() else self._comm.receive_gradients()
         passes = self._passes_since_step
         self._faults.attempt("backward", index, partial(self._differentiate, result, grads))
         if self._passes_since_step == passes:
             self._run_backward([], None)  # its replicas reduce in theirs
         if inputs is not None:
-            self._mail.send_gradients(_tensors(inputs))
+            self._comm.send_gradients(_tensors(inputs))
 
     def _differentiate(self, result: Any, grads: list[torch.Tensor] | None) -> None:
         if grads is None:
@@ -329,7 +330,7 @@ class PipelineEngine(DeepSpeedEngine):
             mean = torch.stack(results).float().mean(0) if results and reduce else None
             return mean, _joined(outputs or [])
 
-        found = self._faults.attempt("forward", self._mail.micro_batches - 1, joined)
+        found = self._faults.attempt("forward", self._comm.micro_batches - 1, joined)
         self._faults.ask()
         self._faults.settle(self._forget_batch)
         result, logits = found or (None, None)

@@ -18,7 +18,7 @@ from deepspeedlite import comm
 from deepspeedlite.activation_checkpointing import checkpoint
 from deepspeedlite.comm import Group
 from deepspeedlite.parallel.pipe.partition import check_no_empty_stage, partition_balanced, partition_uniform
-from deepspeedlite.parallel.pipe.schedule import ORDERS
+from deepspeedlite.parallel.pipe.schedule import SCHEDULES
 from deepspeedlite.parallel.pipe.specs import Layer, LayerSpec, TiedLayerSpec, layer_numel, name_of_layer
 from deepspeedlite.parallel.pipe.topology import PipelineParallelGrid, ProcessTopology, make_topology
 from deepspeedlite.runtime.device import pick_device
@@ -90,8 +90,8 @@ class PipelineModule(torch.nn.Module):
         schedule: str = "1f1b",
     ) -> None:
         super().__init__()
-        if schedule not in ORDERS:
-            raise ConfigError(f"schedule={schedule!r} is not known; use {' or '.join(ORDERS)}")
+        if schedule not in SCHEDULES:
+            raise ConfigError(f"schedule={schedule!r} is not known; use {' or '.join(SCHEDULES)}")
         self._specs: list[Any] = list(layers)
         self._topo = make_topology(num_stages, topology)
         self._grid = PipelineParallelGrid(self._topo)
@@ -101,7 +101,7 @@ class PipelineModule(torch.nn.Module):
         self.seed_fn = seed_fn or torch.manual_seed
         self.activation_checkpoint_interval = activation_checkpoint_interval
         self.activation_checkpoint_func, self.checkpointable_layers = activation_checkpoint_func, checkpointable_layers
-        self.dynamic_shape, self.order = dynamic_shape, ORDERS[schedule]
+        self.dynamic_shape, self.schedule = dynamic_shape, SCHEDULES[schedule]
         self.micro_offset = 0  # forward passes so far: by them layers' seeds differ
         self.parts = self._partition(partition_method)
         self._local_start, self._local_stop = self.parts[self.stage_id], self.parts[self.stage_id + 1]

@@ -42,8 +42,8 @@ def one_forward_one_backward(stages: int, stage: int, micro_batches: int) -> lis
     return passes
 
 
-Order = Callable[[int, int, int], list[Pass]]
-ORDERS: Mapping[str, Order] = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
+Schedule = Callable[[int, int, int], list[Pass]]
+SCHEDULES: Mapping[str, Schedule] = {"1f1b": one_forward_one_backward, "gpipe": gpipe}
 
 
 def before(order: Sequence[Pass], kind: Kind, other: Kind) -> list[int]:

@@ -21,7 +21,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeedlite.comm.stall import explained
-from deepspeedlite.parallel.pipe.schedule import Order, before
+from deepspeedlite.parallel.pipe.schedule import Schedule, before
 from deepspeedlite.parallel.pipe.topology import PipelineParallelGrid
 from deepspeedlite.runtime.errors import PipelineError
 
@@ -85,7 +85,7 @@ def _shown(message: Any) -> str:
     )
 
 
-class _Wire:
+class _Channel:
     """One direction between this stage and a neighbour: messages under way to it, or from it.
 
     Args:
@@ -98,7 +98,7 @@ class _Wire:
         self._group, self._peer, self._what = group, peer, what
         self._rank = dist.get_global_rank(group, peer)
         self._sent: deque[tuple[list[Any], Sequence[torch.Tensor]]] = deque()
-        self._let_go = 0
+        self._finished = 0
         self._posted: deque[tuple[list[Any], list[torch.Tensor]]] = deque()
 
     def send(self, tensors: Sequence[torch.Tensor]) -> None:
@@ -108,18 +108,18 @@ class _Wire:
             works = [dist.isend(t, group=self._group, group_dst=self._peer) for t in whole if t.numel()]
         self._sent.append((works, whole))
 
-    def let_go(self, messages: int) -> None:
+    def finish_sends(self, messages: int) -> None:
         """Forget the first `messages` messages of this batch, which have arrived."""
         with explained(f"sending {self._what} to rank {self._rank}", [self._rank]):
-            while self._sent and self._let_go < messages:
+            while self._sent and self._finished < messages:
                 for work in self._sent.popleft()[0]:
                     work.wait()
-                self._let_go += 1
+                self._finished += 1
 
     def end_batch(self) -> None:
         """Wait for what is under way, and count from 0 again."""
-        self.let_go(self._let_go + len(self._sent))
-        self._let_go = 0
+        self.finish_sends(self._finished + len(self._sent))
+        self._finished = 0
 
     def post(self, room: list[torch.Tensor]) -> None:
         """Say where the next message is to be received."""
@@ -141,29 +141,31 @@ class _Wire:
         return room
 
 
-class Mail:
+class StageComm:
     """All that a stage sends and receives in a batch.
 
     Args:
         grid: the pipeline's groups.
         device: where the tensors are.
-        order: of the passes.
+        schedule: of the passes.
         dynamic_shape: whether every message is announced.
     """
 
-    def __init__(self, grid: PipelineParallelGrid, device: torch.device, order: Order, dynamic_shape: bool) -> None:
-        self._stage, self._stages, self._order = grid.stage_id, grid.pipe_parallel_size, order
+    def __init__(
+        self, grid: PipelineParallelGrid, device: torch.device, schedule: Schedule, dynamic_shape: bool
+    ) -> None:
+        self._stage, self._stages, self._schedule = grid.stage_id, grid.pipe_parallel_size, schedule
         self._device, self._dynamic = device, dynamic_shape
         self._to_next = self._from_next = self._to_previous = self._from_previous = None
         self._headers_out = self._headers_in = None
         if self._stage + 1 < self._stages:
-            self._to_next = _Wire(grid.activations, self._stage + 1, "activations")
-            self._from_next = _Wire(grid.gradients, self._stage + 1, "gradients")
-            self._headers_out = _Wire(grid.headers, self._stage + 1, "an activation's shape")
+            self._to_next = _Channel(grid.activations, self._stage + 1, "activations")
+            self._from_next = _Channel(grid.gradients, self._stage + 1, "gradients")
+            self._headers_out = _Channel(grid.headers, self._stage + 1, "an activation's shape")
         if self._stage > 0:
-            self._from_previous = _Wire(grid.activations, self._stage - 1, "activations")
-            self._to_previous = _Wire(grid.gradients, self._stage - 1, "gradients")
-            self._headers_in = _Wire(grid.headers, self._stage - 1, "an activation's shape")
+            self._from_previous = _Channel(grid.activations, self._stage - 1, "activations")
+            self._to_previous = _Channel(grid.gradients, self._stage - 1, "gradients")
+            self._headers_in = _Channel(grid.headers, self._stage - 1, "an activation's shape")
         self.begin_batch(0)
 
     def begin_batch(self, micro_batches: int) -> None:
@@ -173,18 +175,19 @@ class Mail:
         self._going: list[Outline] = []  # of those that were sent
         self._taken = self._grads_posted = self._grads_taken = 0
         self._is_cut_before = self._is_cut_behind = False  # whether no activation comes, or goes, any more
-        order = self._order
         # Per message that comes: how many of those that went to the same neighbour have arrived.
         if self._stage > 0:
-            self._read_by_previous = before(order(self._stages, self._stage - 1, micro_batches), "forward", "backward")
+            passes = self._schedule(self._stages, self._stage - 1, micro_batches)
+            self._read_by_previous = before(passes, "forward", "backward")
         if self._stage + 1 < self._stages:
-            self._read_by_next = before(order(self._stages, self._stage + 1, micro_batches), "backward", "forward")
+            passes = self._schedule(self._stages, self._stage + 1, micro_batches)
+            self._read_by_next = before(passes, "backward", "forward")
 
     def end_batch(self) -> None:
         """Wait until all that was sent has arrived."""
-        for wire in (self._to_next, self._to_previous, self._headers_out):
-            if wire is not None:
-                wire.end_batch()
+        for channel in (self._to_next, self._to_previous, self._headers_out):
+            if channel is not None:
+                channel.end_batch()
 
     # --- forward --------------------------------------------------------------------------------------------------
 
@@ -193,25 +196,25 @@ class Mail:
 
         None if a stage before this one has failed.
         """
-        wire, previous = self._from_previous, self._to_previous
-        assert wire is not None and previous is not None
-        if not wire.expects and not self._is_cut_before:
-            self._post_activation(wire)
+        channel, previous = self._from_previous, self._to_previous
+        assert channel is not None and previous is not None
+        if not channel.expects and not self._is_cut_before:
+            self._post_activation(channel)
         if self._is_cut_before:
             return None
         outline = self._coming
         assert outline is not None
-        tensors = wire.take()
+        tensors = channel.take()
         if training:
-            previous.let_go(self._read_by_previous[self._taken])
+            previous.finish_sends(self._read_by_previous[self._taken])
         self._taken += 1
         if self._taken < self.micro_batches and not self._dynamic:
-            self._post_activation(wire)
+            self._post_activation(channel)
         for tensor, (_, _, requires_grad) in zip(tensors, outline.tensors):
             tensor.requires_grad_(requires_grad and training)
         return tuple(tensors) if outline.is_tuple else tensors[0]
 
-    def _post_activation(self, wire: _Wire) -> None:
+    def _post_activation(self, channel: _Channel) -> None:
         if self._coming is None or self._dynamic:
             assert self._headers_in is not None
             header = torch.empty(_HEADER_NBYTES, dtype=torch.uint8)
@@ -220,7 +223,7 @@ class Mail:
             self._coming = Outline.from_bytes(header.numpy().tobytes())
         self._is_cut_before = self._coming is None
         if self._coming is not None:
-            wire.post(self._coming.room(self._device))
+            channel.post(self._coming.room(self._device))
 
     def outline(self, output: Any) -> tuple[Outline, bytes]:
         """What the next micro-batch's output consists of, and that in the bytes that announce it.
@@ -242,8 +245,8 @@ class Mail:
 
         Without training nothing comes back, and two at most are under way.
         """
-        wire, headers = self._to_next, self._headers_out
-        assert wire is not None and headers is not None
+        channel, headers = self._to_next, self._headers_out
+        assert channel is not None and headers is not None
         if self._is_cut_behind:
             return
         is_announced = not self._going or self._dynamic
@@ -257,11 +260,11 @@ class Mail:
         if described is None:
             output = tuple(tensor.zero_() for tensor in outline.room(self._device))
         self._going.append(outline)
-        wire.send(output if isinstance(output, tuple) else (output,))
+        channel.send(output if isinstance(output, tuple) else (output,))
         if training:
             self._post_gradients()
         else:
-            wire.let_go(len(self._going) - 2)
+            channel.finish_sends(len(self._going) - 2)
 
     # --- backward -------------------------------------------------------------------------------------------------
 
@@ -278,7 +281,7 @@ class Mail:
         if self._grads_taken == len(self._going):
             return []
         grads = self._from_next.take()
-        self._to_next.let_go(self._read_by_next[self._grads_taken])
+        self._to_next.finish_sends(self._read_by_next[self._grads_taken])
         self._grads_taken += 1
         self._post_gradients()
         return grads
