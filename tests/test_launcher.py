@@ -511,8 +511,8 @@ def test_ranks_die_even_when_the_guardian_was_killed_first(script: Script, tmp_p
         wait_for(lambda: len(pids_in(tmp_path)) == 1)
         stats = [stat.read_text() for stat in Path("/proc").glob("[0-9]*/stat") if is_alive(int(stat.parent.name))]
         children = {int(text.split()[0]) for text in stats if text.rpartition(")")[2].split()[1] == str(process.pid)}
-        (guardian,) = children - set(pids_in(tmp_path))
-        os.kill(guardian, signal.SIGKILL)
+        (watchdog,) = children - set(pids_in(tmp_path))
+        os.kill(watchdog, signal.SIGKILL)
         process.kill()
         process.wait(timeout=5)
         assert_gone(pids_in(tmp_path), 1)

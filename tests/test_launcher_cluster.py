@@ -26,6 +26,14 @@ from hypothesis import strategies as st
 ROOT = Path(__file__).resolve().parent.parent
 WORKERS = ["worker-1", "worker-2", "worker-3"]
 pytestmark = [pytest.mark.slow, needs_cluster()]
+PROGRAMS = {"pdsh": ("pdsh",), "openmpi": ("mpirun.openmpi",), "mpich": ("mpirun.mpich",), "slurm": SLURM}
+
+
+def backends(*names: str) -> pytest.MarkDecorator:
+    """The test with each of these, skipped where its programs are missing."""
+    marked = [pytest.param(name, marks=needs_cluster(*PROGRAMS.get(name, ()))) for name in names]
+    return pytest.mark.parametrize("backend", marked)
+
 
 TRAIN = """
 import json, sys
@@ -110,13 +118,10 @@ def losses_in(text: str) -> list[float]:
     return json.loads(found[1])
 
 
-@pytest.mark.parametrize("backend", ["ssh", "pdsh", "openmpi", "mpich", "slurm"])
+@backends("ssh", "pdsh", "openmpi", "mpich", "slurm")
 def test_a_training_is_the_same_as_on_one_machine(
     backend: str, request: pytest.FixtureRequest, tmp_path: Path, local_losses: list[float]
 ) -> None:
-    programs = {"pdsh": ("pdsh",), "openmpi": ("mpirun.openmpi",), "mpich": ("mpirun.mpich",), "slurm": SLURM}
-    if missing := missing_for_cluster(*programs.get(backend, ())):
-        pytest.skip(missing)
     cluster = request.getfixturevalue("slurm_cluster" if backend == "slurm" else "cluster")
     script = write(tmp_path, TRAIN)
     two = ("--hostfile", cluster.hostfile(2), "--num_nodes", 2)
@@ -186,7 +191,7 @@ class Training:
         return [(folder / "out").read_text() for folder in self.folders]
 
 
-@pytest.mark.parametrize("backend", ["ssh", "pdsh", "openmpi"])
+@backends("ssh", "pdsh", "openmpi")
 @pytest.mark.parametrize(
     ("word", "rank", "status", "said"),
     [
@@ -251,7 +256,7 @@ def test_ranks_of_other_machines_are_waited_for_and_end_early(cluster: Cluster, 
 
 
 @pytest.mark.parametrize("loss", ["cut", "power", "silent power"])
-@pytest.mark.parametrize("backend", ["ssh", "pdsh"])
+@backends("ssh", "pdsh")
 def test_a_machine_that_is_lost_ends_all_and_is_blamed(tmp_path: Path, backend: str, loss: str) -> None:
     with Cluster(WORKERS) as cluster:
         training = Training(cluster, tmp_path, 10, "--launcher", backend)
@@ -276,7 +281,7 @@ def test_a_machine_that_is_lost_ends_all_and_is_blamed(tmp_path: Path, backend: 
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
-@pytest.mark.parametrize("backend", ["ssh", "mpich"])
+@backends("ssh", "mpich")
 def test_a_signal_to_the_launcher_ends_all(cluster: Cluster, tmp_path: Path, backend: str, number: int) -> None:
     training = Training(cluster, tmp_path, 10, "--launcher", backend)
     for process in training.processes:
@@ -316,7 +321,7 @@ VALUES = st.text(st.characters(blacklist_characters="\0", blacklist_categories=(
 LINES = st.text(st.characters(blacklist_characters="\0\n", blacklist_categories=("Cs",)), max_size=60)
 
 
-@pytest.mark.parametrize("backend", ["ssh", "pdsh", "mpich"])
+@backends("ssh", "pdsh", "mpich")
 def test_variables_and_arguments_of_any_text_arrive_untouched(cluster: Cluster, tmp_path: Path, backend: str) -> None:
     script = write(tmp_path, SHOW)
     hostfile = cluster.hostfile(1, WORKERS[:2])
@@ -415,7 +420,7 @@ def test_rank_0_of_another_machine_has_the_launchers_terminal(cluster: Cluster, 
     assert shown == b"[worker-1:0] True %d\r\n\r[worker-1:0]  10%%\r[worker-1:0]  20%%\r\n" % width, shown
 
 
-@pytest.mark.parametrize("backend", ["ssh", "pdsh"])
+@backends("ssh", "pdsh")
 def test_a_reader_that_stops_loses_no_machine_and_no_line(cluster: Cluster, tmp_path: Path, backend: str) -> None:
     body = "import os\nfor n in range(40_000): print(os.environ['RANK'], n, 'x' * 100)\n"
     hosts = ("--hostfile", cluster.hostfile(1), "--launcher", backend, "--quiet")

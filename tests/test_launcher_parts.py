@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeedlite.launcher.cli import parse
-from deepspeedlite.launcher.job import Work, rank_argv
+from deepspeedlite.launcher.job import Workload, rank_argv
 from deepspeedlite.launcher.output import RankStream, Screen
 from deepspeedlite.launcher.report import ErrorTail, Failure, extract_traceback, failure_report, first_failure
 from deepspeedlite.launcher.start import LaunchOptions
@@ -76,8 +76,8 @@ def test_faulty_visible_devices_are_named() -> None:
 def test_arguments_of_any_text_stay_as_they_are(words: list[str], module: bool, no_local_rank: bool) -> None:
     flags = ["--module"] * module + ["--no_local_rank"] * no_local_rank
     options, _ = parse([*flags, "--num_gpus=2", "train", *words])
-    assert options.work.script_args == tuple(words) and options.num_gpus == 2
-    argv = rank_argv(options.work, 1, "python")
+    assert options.workload.script_args == tuple(words) and options.num_gpus == 2
+    argv = rank_argv(options.workload, 1, "python")
     expected = ("python", *(["-m"] if module else []), "train", *([] if no_local_rank else ["--local_rank=1"]), *words)
     assert argv == expected
 
@@ -161,8 +161,8 @@ def test_blame_follows_the_traceback_not_the_exit() -> None:
 
 
 def test_options_have_the_documented_defaults() -> None:
-    assert parse(["train.py"]) == (LaunchOptions(Work("train.py")), None)
+    assert parse(["train.py"]) == (LaunchOptions(Workload("train.py")), None)
     assert parse(["-q", "--num_gpus", "-1", "--enable_each_rank_log=None", "t.py"]) == (
-        LaunchOptions(Work("t.py")),
+        LaunchOptions(Workload("t.py")),
         "error",
     )

@@ -22,8 +22,8 @@ from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
 from deepspeedlite.launcher.cli import parse
 from deepspeedlite.launcher.hostfile import select
-from deepspeedlite.launcher.job import Place, Work, build_job, parse_cores
-from deepspeedlite.launcher.multinode import dry_run, places_of
+from deepspeedlite.launcher.job import Assignment, Workload, build_job, parse_cores
+from deepspeedlite.launcher.multinode import assign_ranks, dry_run
 from deepspeedlite.launcher.start import choose_hosts
 from deepspeedlite.runtime.errors import LaunchError
 
@@ -112,9 +112,11 @@ def test_hosts_are_counted_cut_and_spared(tmp_path: Path) -> None:
 
 
 def test_ranks_are_numbered_through_the_hosts() -> None:
-    places = places_of([Found("a", [0, 2]), Found("b", [1])], "a", 29500, 0)
-    assert [(p.host, p.first_rank, p.node_rank, p.world_size) for p in places] == [("a", 0, 0, 3), ("b", 2, 1, 3)]
-    job = build_job(Work(str(ROOT / "setup.py")), places[1], {"CUDA_VISIBLE_DEVICES": "5,7", "DS_ACCELERATOR": "cpu"})
+    assignments = assign_ranks([Found("a", [0, 2]), Found("b", [1])], "a", 29500, 0)
+    assert [(p.host, p.first_rank, p.node_rank, p.world_size) for p in assignments] == [("a", 0, 0, 3), ("b", 2, 1, 3)]
+    job = build_job(
+        Workload(str(ROOT / "setup.py")), assignments[1], {"CUDA_VISIBLE_DEVICES": "5,7", "DS_ACCELERATOR": "cpu"}
+    )
     assert job.ranks[0].prefix == "[b:2] " and job.ranks[0].env["CROSS_RANK"] == "1"
 
 
@@ -196,17 +198,19 @@ def test_cores_are_shared_out_evenly() -> None:
         with pytest.raises(LaunchError, match=said):
             parse_cores(text)
     usable = sorted(os.sched_getaffinity(0))
-    place = Place(range(len(usable)), len(usable), "127.0.0.1", 1)
-    job = build_job(Work(str(ROOT / "setup.py"), bind_cores=True), place, {"DS_ACCELERATOR": "cpu"})
+    assignment = Assignment(range(len(usable)), len(usable), "127.0.0.1", 1)
+    job = build_job(Workload(str(ROOT / "setup.py"), bind_cores=True), assignment, {"DS_ACCELERATOR": "cpu"})
     assert [rank.cores for rank in job.ranks] == [(core,) for core in usable]
     assert job.ranks[0].env["OMP_NUM_THREADS"] == "1"
     with pytest.raises(LaunchError, match="cannot have a core each"):
         build_job(
-            Work(str(ROOT / "setup.py"), bind_cores=True), replace(place, slots=range(999)), {"DS_ACCELERATOR": "cpu"}
+            Workload(str(ROOT / "setup.py"), bind_cores=True),
+            replace(assignment, slots=range(999)),
+            {"DS_ACCELERATOR": "cpu"},
         )
 
 
-# The wire
+# The protocol
 
 
 def pair() -> tuple[protocol.Link, protocol.Link]:
@@ -282,9 +286,9 @@ def test_an_agent_runs_nothing_for_one_who_does_not_know_its_key(tmp_path: Path)
         kind, hello = link.expect(protocol.HELLO, within_s=20)
         assert kind and hello["proof"] == protocol.proof("ours", "n", "node") and "ours" not in str(hello)
         link.send(protocol.WELCOME, {"proof": protocol.proof("theirs", hello["nonce"], "launcher")})
-        work = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
-        place = {"slots": [0], "world_size": 1, "master_addr": "x", "master_port": 1}
-        link.send(protocol.JOB, {"work": work, "place": place, "terminals": {}})
+        workload = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
+        assignment = {"slots": [0], "world_size": 1, "master_addr": "x", "master_port": 1}
+        link.send(protocol.JOB, {"workload": workload, "assignment": assignment, "terminals": {}})
         assert "is not the one that started it" in agent.communicate(timeout=20)[1]
         assert agent.returncode == 0 and not (tmp_path / "ran").exists()
         link.close()

@@ -1,9 +1,9 @@
 """The node agent: starts a Job's ranks, watches them, and leaves nothing behind.
 
 Each rank leads its own session, so that its whole tree can be ended. The agent's main thread sleeps until a
-signal arrives: a rank's end is SIGCHLD, a person's Ctrl-C is SIGINT, and all come through `Ears` in order. On a machine
-that is not the launcher's, a `Link` brings the same orders, and its silence ends the ranks. Output runs in a thread of
-its own (output.py), so that a stopped pager cannot delay the end of a failed run.
+signal arrives: a rank's end is SIGCHLD, a person's Ctrl-C is SIGINT, and all come through `SignalQueue` in order. On a
+machine that is not the launcher's, a `Link` brings the same orders, and its silence ends the ranks. Output runs in a
+thread of its own (output.py), so that a stopped pager cannot delay the end of a failed run.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from deepspeedlite.launcher.early import EarlyEnds
 from deepspeedlite.launcher.job import Job, RankCommand
 from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, open_channel, set_window_size
 from deepspeedlite.launcher.report import ErrorTail, Failure, first_failure
-from deepspeedlite.launcher.signals import ENDING, PASSED_ON, Ears
+from deepspeedlite.launcher.signals import ENDING, PASSED_ON, SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 FAILURE_GRACE_S = 2.0  # from SIGTERM to SIGKILL after a rank failed
@@ -70,14 +70,14 @@ class _Rank:
 class Agent:
     """Runs one Job on this machine. Use once."""
 
-    def __init__(self, job: Job, screen: Screen, ears: Ears, link: protocol.Link | None = None) -> None:
-        self._job, self._screen, self._ears, self._link = job, screen, ears, link
+    def __init__(self, job: Job, screen: Screen, signals: SignalQueue, link: protocol.Link | None = None) -> None:
+        self._job, self._screen, self._signals, self._link = job, screen, signals, link
         self._ranks: list[_Rank] = []
         self._ptys: list[tuple[int, int, int]] = []
         self._streams: list[tuple[int, RankStream]] = []
         self._is_ending = self._is_ordered_to_end = self._is_paused = False
         self._wall_start_s = time.time()
-        screen.on_broken = lambda: ears.poke(signal.SIGPIPE)  # end as a program in a shell pipeline would
+        screen.on_broken = lambda: signals.poke(signal.SIGPIPE)  # end as a program in a shell pipeline would
 
     def run(self) -> Outcome:
         """Start the ranks and return when every one of them, and all they started, has ended.
@@ -86,7 +86,7 @@ class Agent:
             LaunchError: a rank could not be started; those that were are ended first.
         """
         process_tree.become_subreaper()
-        self._guardian = process_tree.Guardian()
+        self._watchdog = process_tree.Watchdog()
         self._outcome = Outcome(time.monotonic())
         try:
             for command in self._job.ranks:
@@ -96,7 +96,7 @@ class Agent:
             self._supervise()
         finally:
             self._outcome.unkillable = tuple(sorted(self._kill_all()))
-            self._guardian.dismiss()
+            self._watchdog.dismiss()
         self._outcome.ended_s = time.monotonic()
         self._flush()
         return self._outcome
@@ -125,7 +125,7 @@ class Agent:
         finally:
             for _, theirs in channels:
                 os.close(theirs)
-        self._guardian.watch(process.pid)
+        self._watchdog.watch(process.pid)
         log = self._open_log(command.rank)
         rank = _Rank(command, process.pid, process, ErrorTail(), log)
         for sink, (ours, _) in zip(sinks, channels):
@@ -148,13 +148,13 @@ class Agent:
     def _wait(self, timeout_s: float | None) -> bool:
         """Sleep until something happens, then note it. True if someone asked for the end (again)."""
         if self._link is None:
-            select.select([self._ears], [], [], timeout_s)
-            numbers = self._ears.take()
+            select.select([self._signals], [], [], timeout_s)
+            numbers = self._signals.take()
         else:
             timeout_s = protocol.BEAT_S if timeout_s is None else min(timeout_s, protocol.BEAT_S)
             link_fd = [] if self._link.closed else [self._link.fileno()]
-            select.select([self._ears.fileno(), *link_fd], [], [], timeout_s)
-            numbers = self._ears.take() + self._orders(self._link)
+            select.select([self._signals.fileno(), *link_fd], [], [], timeout_s)
+            numbers = self._signals.take() + self._orders(self._link)
         self._reap()
         asked = False
         for number in numbers:
@@ -318,7 +318,7 @@ class Agent:
             pass
 
     def _descendants(self) -> set[int]:
-        return process_tree.descendants(os.getpid()) - {self._guardian.pid}
+        return process_tree.descendants(os.getpid()) - {self._watchdog.pid}
 
     def _kill_all(self) -> set[int]:
         """SIGKILL whatever is left, and return what even that does not end (a process stuck in the kernel)."""

@@ -142,7 +142,7 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
     """
     ours, theirs = _split(argv)
     args = _make_parser().parse_args(ours)
-    from deepspeedlite.launcher.job import Work, parse_cores
+    from deepspeedlite.launcher.job import Workload, parse_cores
     from deepspeedlite.launcher.start import LaunchOptions
 
     if not theirs and not args.check:
@@ -161,7 +161,7 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
     if args.bind_core_list is not None:
         parse_cores(args.bind_core_list)
     log_dir = None if args.enable_each_rank_log == "None" else args.enable_each_rank_log
-    work = Work(
+    workload = Workload(
         script=theirs[0] if theirs else "",
         script_args=tuple(theirs[1:]),
         module=args.module,
@@ -176,7 +176,7 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
     import shlex
 
     options = LaunchOptions(
-        work=work,
+        workload=workload,
         launcher_args=tuple(shlex.split(args.launcher_args or "")),
         export=tuple(args.export_env),
         start_timeout_s=60.0 if args.start_timeout is None else float(args.start_timeout),

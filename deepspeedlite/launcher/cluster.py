@@ -2,7 +2,7 @@
 
     gather    start the agents, hear what every node is
     meet      find a port on the first node and an address at which all reach it
-    work      hand out the jobs; show output; on the first failure, signal or silence end all
+    run       hand out the jobs; show output; on the first failure, signal or silence end all
     close     tell everyone the exit status, and kill what does not go
 
 One thread turns in `_turn` and never blocks; another writes to the screen, so that a stopped pager stops neither beats
@@ -29,10 +29,10 @@ from deepspeedlite.launcher import process_tree, protocol
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Outcome
 from deepspeedlite.launcher.backends import Launch
 from deepspeedlite.launcher.early import EarlyEnds
-from deepspeedlite.launcher.job import Place, Work
+from deepspeedlite.launcher.job import Assignment, Workload
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.report import Failure
-from deepspeedlite.launcher.signals import ENDING, PASSED_ON, Ears
+from deepspeedlite.launcher.signals import ENDING, PASSED_ON, SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 _POLL_S = 0.05
@@ -144,17 +144,17 @@ class Cluster:
     """
 
     def __init__(
-        self, hosts: Sequence[Found], key: str, listener: socket.socket | None, screen: Screen, ears: Ears
+        self, hosts: Sequence[Found], key: str, listener: socket.socket | None, screen: Screen, signals: SignalQueue
     ) -> None:
         self.nodes = [Node(found) for found in hosts]
-        self._key, self._listener, self._screen, self._ears = key, listener, screen, ears
+        self._key, self._listener, self._screen, self._signals = key, listener, screen, signals
         self._starters: list[_Starter] = []
         self._strangers: dict[protocol.Link, str] = {}  # connected, and not yet known -> the nonce they were given
         self._printer = _Printer(screen)
         self._beat_s = 0.0
         self.started_s = time.monotonic()
         self.interrupted_by: int | None = None
-        screen.on_broken = lambda: ears.poke(signal.SIGPIPE)
+        screen.on_broken = lambda: signals.poke(signal.SIGPIPE)
 
     # --- turning --------------------------------------------------------------------------------------------------
 
@@ -167,7 +167,7 @@ class Cluster:
         for starter in self._starters:
             if starter.is_open:
                 poll.register(starter.said, select.POLLIN)
-        poll.register(self._ears, select.POLLIN)
+        poll.register(self._signals, select.POLLIN)
         if self._listener is not None:
             poll.register(self._listener, select.POLLIN)
         pending = any(link.pending for link in links)
@@ -189,7 +189,7 @@ class Cluster:
         for node in self.nodes:
             self._hear(node)
         self._beat()
-        return self._obey(self._ears.take())
+        return self._obey(self._signals.take())
 
     def _hear(self, node: Node) -> None:
         link = node.link
@@ -342,14 +342,14 @@ class Cluster:
 
     # --- working --------------------------------------------------------------------------------------------------
 
-    def work(self, work: Work, places: Sequence[Place]) -> Outcome:
+    def run(self, workload: Workload, assignments: Sequence[Assignment]) -> Outcome:
         """Run the training to its end."""
         outcome = Outcome(time.monotonic())
         terminals = {fd: self._screen.window_size(fd).hex() for fd in (1, 2) if self._screen.is_terminal(fd)}
-        for node, place in zip(self.nodes, places):
-            node.first_rank = place.first_rank
+        for node, assignment in zip(self.nodes, assignments):
+            node.first_rank = assignment.first_rank
             assert node.link is not None
-            job = {"work": asdict(work), "place": _plain(place)}
+            job = {"workload": asdict(workload), "assignment": _plain(assignment)}
             node.link.send(protocol.JOB, {**job, "terminals": terminals, "colour": self._screen.has_colour})
         early, ended_s = EarlyEnds("machine", outcome.started_s), dict[str, float]()
         while any(node.is_working for node in self.nodes) and not self._is_over():
@@ -427,9 +427,9 @@ class Cluster:
             deadline_s = time.monotonic() + (1.0 if self.interrupted_by is not None else 1e9)
             while self._printer.is_alive() and time.monotonic() < deadline_s:  # a stopped pager is waited for
                 self._printer.join(_POLL_S)
-                if set(self._ears.take()) & set(ENDING):
+                if set(self._signals.take()) & set(ENDING):
                     return
 
 
-def _plain(place: Place) -> dict[str, Any]:
-    return {**asdict(place), "slots": list(place.slots)}
+def _plain(assignment: Assignment) -> dict[str, Any]:
+    return {**asdict(assignment), "slots": list(assignment.slots)}

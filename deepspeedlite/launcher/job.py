@@ -1,4 +1,4 @@
-"""A node's part of a training: what to run (`Work`), where it stands (`Place`), and from both each rank's command.
+"""A node's part of a training: a `Workload` to run and an `Assignment` of ranks, and from both each rank's command.
 
 `build_job` is called on the machine that will run the ranks: their Python, their GPUs, their cores are found there.
 Everything that can be wrong there is found before a process starts.
@@ -27,7 +27,7 @@ _VENV_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
-class Work:
+class Workload:
     """What every rank of every node runs; the same everywhere."""
 
     script: str
@@ -45,7 +45,7 @@ class Work:
 
 
 @dataclass(frozen=True)
-class Place:
+class Assignment:
     """Where one node's ranks stand in the world. `slots` index into the devices that the node shows."""
 
     slots: Sequence[int]
@@ -85,67 +85,71 @@ class Job:
 
 
 def build_job(
-    work: Work, place: Place, environ: Mapping[str, str], devices: Devices | None = None, keyboard: bool = True
+    workload: Workload,
+    assignment: Assignment,
+    environ: Mapping[str, str],
+    devices: Devices | None = None,
+    keyboard: bool = True,
 ) -> Job:
     """The processes of one node.
 
     Raises:
         LaunchError: naming what is wrong on this node and how to mend it.
     """
-    environ = {**_sourced(work.venv_script, {**environ, **work.env}), **work.env}
-    environ = with_stand_in(environ) if work.as_deepspeed else environ
+    environ = {**_sourced(workload.venv_script, {**environ, **workload.env}), **workload.env}
+    environ = with_stand_in(environ) if workload.as_deepspeed else environ
     devices = find_devices(environ) if devices is None else devices
-    shown = devices.pick(place.slots)
-    size = len(place.slots)
-    python = sys.executable if work.venv_script is None else shutil.which("python", path=environ.get("PATH"))
+    shown = devices.pick(assignment.slots)
+    size = len(assignment.slots)
+    python = sys.executable if workload.venv_script is None else shutil.which("python", path=environ.get("PATH"))
     if python is None:
-        raise LaunchError(f"--venv_script {work.venv_script}: there is no `python` on PATH after it")
-    _check_script(work, environ)
-    if work.log_dir is not None:
-        _make_log_dir(work.log_dir)
-    cores = _cores(work, size)
+        raise LaunchError(f"--venv_script {workload.venv_script}: there is no `python` on PATH after it")
+    _check_script(workload, environ)
+    if workload.log_dir is not None:
+        _make_log_dir(workload.log_dir)
+    cores = _cores(workload, size)
     filled = {"PYTHONUNBUFFERED": "1"}  # a rank that dies must not take its last lines with it
-    if not devices.ids or work.bind_cores:
+    if not devices.ids or workload.bind_cores:
         share = len(cores[0]) or max(1, len(os.sched_getaffinity(0)) // size)
         filled["OMP_NUM_THREADS"] = str(share)  # else each rank takes every core
     filled = {name: value for name, value in filled.items() if name not in environ}
     details = [f"{name}={value} for each rank; set it yourself to change it" for name, value in filled.items()]
-    tag = f"{place.host}:" if place.host else ""
+    tag = f"{assignment.host}:" if assignment.host else ""
     ranks = tuple(
         RankCommand(
-            rank=place.first_rank + local_rank,
+            rank=assignment.first_rank + local_rank,
             local_rank=local_rank,
-            argv=rank_argv(work, local_rank, python),
-            env={**rank_environment(place, local_rank), **shown, **filled},
-            prefix="" if place.world_size == 1 else f"[{tag}{place.first_rank + local_rank}] ",
+            argv=rank_argv(workload, local_rank, python),
+            env={**rank_environment(assignment, local_rank), **shown, **filled},
+            prefix="" if assignment.world_size == 1 else f"[{tag}{assignment.first_rank + local_rank}] ",
             cores=cores[local_rank],
         )
         for local_rank in range(size)
     )
-    return Job(ranks, environ, work.log_dir, place.host, keyboard, details=tuple(details))
+    return Job(ranks, environ, workload.log_dir, assignment.host, keyboard, details=tuple(details))
 
 
-def rank_argv(work: Work, local_rank: int, python: str) -> tuple[str, ...]:
+def rank_argv(workload: Workload, local_rank: int, python: str) -> tuple[str, ...]:
     """The command line of one rank; the script's own arguments follow untouched."""
-    start = [work.script] if work.no_python else [python, *["-m"] * work.module, work.script]
-    if not work.no_local_rank:
+    start = [workload.script] if workload.no_python else [python, *["-m"] * workload.module, workload.script]
+    if not workload.no_local_rank:
         start.append(f"--local_rank={local_rank}")
-    return (*start, *work.script_args)
+    return (*start, *workload.script_args)
 
 
-def rank_environment(place: Place, local_rank: int) -> dict[str, str]:
+def rank_environment(assignment: Assignment, local_rank: int) -> dict[str, str]:
     """The variables that torch.distributed and scripts written for DeepSpeed read to find their place."""
     values = {
-        "RANK": place.first_rank + local_rank,
+        "RANK": assignment.first_rank + local_rank,
         "LOCAL_RANK": local_rank,
-        "WORLD_SIZE": place.world_size,
-        "LOCAL_WORLD_SIZE": len(place.slots),
-        "LOCAL_SIZE": len(place.slots),
-        "CROSS_RANK": place.node_rank,
-        "CROSS_SIZE": place.num_nodes,
-        "MASTER_ADDR": place.master_addr,
-        "MASTER_PORT": place.master_port,
-        **({"TORCHELASTIC_RESTART_COUNT": place.restarts} if place.restarts else {}),
+        "WORLD_SIZE": assignment.world_size,
+        "LOCAL_WORLD_SIZE": len(assignment.slots),
+        "LOCAL_SIZE": len(assignment.slots),
+        "CROSS_RANK": assignment.node_rank,
+        "CROSS_SIZE": assignment.num_nodes,
+        "MASTER_ADDR": assignment.master_addr,
+        "MASTER_PORT": assignment.master_port,
+        **({"TORCHELASTIC_RESTART_COUNT": assignment.restarts} if assignment.restarts else {}),
     }
     return {name: str(value) for name, value in values.items()}
 
@@ -174,11 +178,11 @@ def _sourced(script: str | None, environ: Mapping[str, str]) -> Mapping[str, str
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
 
 
-def _check_script(work: Work, environ: Mapping[str, str]) -> None:
-    script = work.script
-    if work.module:
+def _check_script(workload: Workload, environ: Mapping[str, str]) -> None:
+    script = workload.script
+    if workload.module:
         return  # Python finds it, or says what it did not find
-    if work.no_python:
+    if workload.no_python:
         if shutil.which(script, path=environ.get("PATH")) is None:
             here = f"; write ./{script} for the one in this directory" if os.path.isfile(script) else ""
             raise LaunchError(f"program {script} is not on PATH or not executable{here} (chmod +x makes it so)")
@@ -206,14 +210,16 @@ def _make_log_dir(directory: str) -> None:
     raise LaunchError(f"--enable_each_rank_log {directory}: cannot make files there: {reason}")
 
 
-def _cores(work: Work, size: int) -> list[tuple[int, ...]]:
+def _cores(workload: Workload, size: int) -> list[tuple[int, ...]]:
     """Each rank's cores: equal runs of `core_list`, or of all that this process may use."""
-    if not work.bind_cores:
+    if not workload.bind_cores:
         return [()] * size
     usable = sorted(os.sched_getaffinity(0))
-    cores = usable if work.core_list is None else parse_cores(work.core_list)
+    cores = usable if workload.core_list is None else parse_cores(workload.core_list)
     if missing := [core for core in cores if core not in usable]:
-        raise LaunchError(f"--bind_core_list {work.core_list}: cores {missing} are not this process's; it has {usable}")
+        raise LaunchError(
+            f"--bind_core_list {workload.core_list}: cores {missing} are not this process's; it has {usable}"
+        )
     share = len(cores) // size
     if not share:
         raise LaunchError(f"--bind_cores_to_rank: {size} ranks cannot have a core each of {len(cores)}")

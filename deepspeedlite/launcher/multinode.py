@@ -21,16 +21,16 @@ from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Outcome
 from deepspeedlite.launcher.backends import Launch, Reach, find_backend
 from deepspeedlite.launcher.cluster import Cluster
-from deepspeedlite.launcher.job import DEFAULT_PORT, Place
-from deepspeedlite.launcher.node import KEY, Node, connect
+from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment
+from deepspeedlite.launcher.node import KEY, AgentSession, connect
 from deepspeedlite.launcher.output import Screen, ScreenText
-from deepspeedlite.launcher.signals import Ears
+from deepspeedlite.launcher.signals import SignalQueue
 from deepspeedlite.launcher.start import EVERY_RANK, Hosts, LaunchOptions, conclude, goes_on, is_here, say
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 
 
-def start_many(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Screen) -> int:
+def start_multinode(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Screen) -> int:
     """Run a training on these machines; its exit status.
 
     Raises:
@@ -43,10 +43,10 @@ def start_many(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Scre
         return 0
     wanted, least, status = len(hosts), options.min_nodes or len(hosts), 0
     pool = {**hosts, **spares}
-    with contextlib.redirect_stderr(ScreenText(screen)), Ears() as ears:
+    with contextlib.redirect_stderr(ScreenText(screen)), SignalQueue() as signals:
         attempt = 0
         while True:
-            run = _Run(options, dict(list(pool.items())[:wanted]), attempt, screen, ears)
+            run = _Attempt(options, dict(list(pool.items())[:wanted]), attempt, screen, signals)
             try:
                 outcome = run.run()
             except LaunchError:
@@ -66,10 +66,12 @@ def start_many(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Scre
                 raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
 
 
-class _Run:
+class _Attempt:
     """One attempt."""
 
-    def __init__(self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, ears: Ears) -> None:
+    def __init__(
+        self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, signals: SignalQueue
+    ) -> None:
         self._options, self._attempt, self._screen = options, attempt, screen
         self._is_checked = not options.no_check
         listener, key, connect_to, backend = _way_in(options)
@@ -78,7 +80,9 @@ class _Run:
         path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
         reach = Reach(names, here, connect_to, key, options.ssh_port, options.launcher_args, path)
         self._launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
-        self._cluster = Cluster([Found(h, s) for h, s in hosts.items()], "".join(key.values()), listener, screen, ears)
+        self._cluster = Cluster(
+            [Found(h, s) for h, s in hosts.items()], "".join(key.values()), listener, screen, signals
+        )
         self.num_ranks = 0
         self.gone: set[str] = set()  # machines that were lost, or did not answer
 
@@ -115,11 +119,11 @@ class _Run:
         say([note] * bool(note))
         visible = {node.host: node.facts["visible"] for node in found if node.facts["visible"]}
         say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
-        places = places_of(found, address, port, self._attempt)
-        self.num_ranks = places[0].world_size
-        work = replace(options.work, cwd=os.getcwd())
-        say([f"{self.num_ranks} ranks on {len(places)} machines, which meet at {address}:{port}"])
-        return cluster.work(work, places)
+        assignments = assign_ranks(found, address, port, self._attempt)
+        self.num_ranks = assignments[0].world_size
+        workload = replace(options.workload, cwd=os.getcwd())
+        say([f"{self.num_ranks} ranks on {len(assignments)} machines, which meet at {address}:{port}"])
+        return cluster.run(workload, assignments)
 
     def _judge(self, found: Sequence[Found], address: str) -> None:
         rows = check(found, address)
@@ -167,14 +171,14 @@ def _join(options: LaunchOptions, num_nodes: int) -> int:
     port = _control_port(options)
     say([f"node {index}: joining node 0 at {options.master_addr}:{port}"])
     found = connect([options.master_addr], port, max(options.start_timeout_s, 600.0))
-    return Node(protocol.Link(found.detach()), os.environ.get(KEY, ""), index, options.work).run()
+    return AgentSession(protocol.Link(found.detach()), os.environ.get(KEY, ""), index, options.workload).run()
 
 
-def places_of(found: Sequence[Found], address: str, port: int, restarts: int) -> list[Place]:
-    """Each node's place: ranks are numbered through the nodes in their order."""
+def assign_ranks(found: Sequence[Found], address: str, port: int, restarts: int) -> list[Assignment]:
+    """Each node's ranks: they are numbered through the nodes in their order."""
     sizes = [len(node.slots or ()) for node in found]
     return [
-        Place(
+        Assignment(
             tuple(node.slots or ()),
             sum(sizes),
             address,
@@ -194,20 +198,20 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
     backend = None if options.no_ssh else find_backend(options.launcher)
     names = list(hosts)
     found = [Found(host, slots if slots is not None else [0]) for host, slots in hosts.items()]
-    places = places_of(found, options.master_addr or names[0], options.master_port or DEFAULT_PORT, 0)
+    assignments = assign_ranks(found, options.master_addr or names[0], options.master_port or DEFAULT_PORT, 0)
     first, width = max(4, *map(len, names)), 0
-    spans = [f"{p.first_rank}-{p.first_rank + len(p.slots) - 1}" for p in places]
+    spans = [f"{p.first_rank}-{p.first_rank + len(p.slots) - 1}" for p in assignments]
     width = max(5, *map(len, spans))
     lines = [f"{'node'.ljust(first)}  {'ranks'.ljust(width)}  slots"]
-    for place, span in zip(places, spans):
-        known = ",".join(map(str, place.slots)) if hosts[place.host] is not None else "as many as it has devices"
-        lines.append(f"{place.host.ljust(first)}  {span.ljust(width)}  {known}")
+    for assignment, span in zip(assignments, spans):
+        known = ",".join(map(str, assignment.slots)) if hosts[assignment.host] else "as many as it has devices"
+        lines.append(f"{assignment.host.ljust(first)}  {span.ljust(width)}  {known}")
     here = frozenset(host for host in names if is_here(host))
     reach = Reach(names, here, "ADDRESS:PORT", {KEY: "KEY"}, options.ssh_port, options.launcher_args)
     launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
     lines += [shlex.join(launch.argv) for launch in launches]
-    script = ["python", *["-m"] * options.work.module, options.work.script, *options.work.script_args]
-    names_only = " ".join(sorted(options.work.env)) or "none"
+    script = ["python", *["-m"] * options.workload.module, options.workload.script, *options.workload.script_args]
+    names_only = " ".join(sorted(options.workload.env)) or "none"
     return "\n".join(
         [*lines, f"each rank: {shlex.join(script)}", f"variables handed on (values not shown): {names_only}"]
     )

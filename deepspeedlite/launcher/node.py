@@ -21,9 +21,9 @@ from typing import Any
 from deepspeedlite.env_report.preflight import facts
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Agent
-from deepspeedlite.launcher.job import Place, Work, build_job, choose_port
+from deepspeedlite.launcher.job import Assignment, Workload, build_job, choose_port
 from deepspeedlite.launcher.output import Screen
-from deepspeedlite.launcher.signals import Ears
+from deepspeedlite.launcher.signals import SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 KEY = "DSL_LAUNCHER_KEY"
@@ -42,7 +42,7 @@ _SLURM_TASK = (
 )
 
 
-class WireScreen(Screen):
+class RemoteScreen(Screen):
     """A screen at the other end of a link. Its writers wait while too much has not been shown."""
 
     def __init__(self, link: protocol.Link, sizes: Mapping[str, str], has_colour: bool) -> None:
@@ -84,7 +84,7 @@ class WireScreen(Screen):
             self._link.flush(protocol.BEAT_S)
 
 
-class Node:
+class AgentSession:
     """This machine's side of the talk with the launcher.
 
     Args:
@@ -93,7 +93,7 @@ class Node:
     """
 
     def __init__(
-        self, link: protocol.Link, key: str, index: int | None, own: Work | None = None, is_told: bool = True
+        self, link: protocol.Link, key: str, index: int | None, own: Workload | None = None, is_told: bool = True
     ) -> None:
         self._link, self._key, self._index, self._own, self._is_told = link, key, index, own, is_told
         self._listener: socket.socket | None = None
@@ -115,7 +115,7 @@ class Node:
             if kind == protocol.ASK:
                 link.send(protocol.TELL, self._answer(value))
             elif kind == protocol.JOB:
-                self._work(value)
+                self._run_job(value)
             elif isinstance(value, int) or not kind:
                 return value if isinstance(value, int) else 1
 
@@ -139,17 +139,17 @@ class Node:
         with ThreadPoolExecutor(len(asked["addresses"])) as pool:
             return {"reached": [a for a, ok in zip(asked["addresses"], pool.map(reached, asked["addresses"])) if ok]}
 
-    def _work(self, told: Mapping[str, Any]) -> None:
+    def _run_job(self, told: Mapping[str, Any]) -> None:
         if self._listener is not None:
             self._listener.close()
-        screen = Screen() if self._own is not None else WireScreen(self._link, told["terminals"], told["colour"])
-        work, place = self._own or Work(**told["work"]), Place(**told["place"])
+        screen = Screen() if self._own is not None else RemoteScreen(self._link, told["terminals"], told["colour"])
+        workload, assignment = self._own or Workload(**told["workload"]), Assignment(**told["assignment"])
         try:
-            if work.cwd:
-                os.chdir(work.cwd)
-            job = build_job(work, place, environment(os.environ), keyboard=False)
-            with Ears() as ears:
-                outcome = Agent(job, screen, ears, self._link).run()
+            if workload.cwd:
+                os.chdir(workload.cwd)
+            job = build_job(workload, assignment, environment(os.environ), keyboard=False)
+            with SignalQueue() as signals:
+                outcome = Agent(job, screen, signals, self._link).run()
             told_back = {"outcome": {**vars(outcome), "failures": [asdict(failure) for failure in outcome.failures]}}
         except (LaunchError, OSError) as error:
             self._link.send(protocol.ERROR, str(error))
@@ -208,7 +208,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     index = args.index
     for name in ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "SLURM_PROCID"):
         index = int(os.environ[name]) if index is None and name in os.environ else index
-    Node(link, os.environ.get(KEY, ""), index, is_told=args.index is not None).run()
+    AgentSession(link, os.environ.get(KEY, ""), index, is_told=args.index is not None).run()
     return 0  # whose status the job's is, the launcher says; pdsh and mpirun would only add words of their own
 
 

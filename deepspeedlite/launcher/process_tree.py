@@ -2,10 +2,10 @@
 
 Three kernel facts are used. A *subreaper* adopts the orphans below it, so that a rank's child which left the
 rank's process group is still found. A *parent-death signal* kills a rank the moment the launcher dies. And the
-*guardian*, a forked child that waits on a pipe only the launcher holds, sees that death as end-of-file and kills
+*watchdog*, a forked child that waits on a pipe only the launcher holds, sees that death as end-of-file and kills
 the rest of each rank's session: the parent-death signal reaches only the rank itself, not a python below a shell
 wrapper or a data-loading worker, which would keep GPU memory. Both are needed: `kill -9` of everything named
-deepspeedlite takes the guardian too.
+deepspeedlite takes the watchdog too.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def send(pids: Iterable[int], number: int) -> None:
             os.kill(pid, number)
 
 
-class Guardian:
+class Watchdog:
     """A forked process that outlives the launcher by a moment and kills the sessions it was told of.
 
     Fork it before any thread starts.
@@ -109,7 +109,7 @@ class Guardian:
         self.pid = os.fork()
         if self.pid == 0:
             try:
-                _guard(read_end)
+                _watch_launcher(read_end)
             finally:
                 os._exit(0)
         os.close(read_end)
@@ -128,7 +128,7 @@ class Guardian:
             os.write(self._write_end, line.encode())
 
 
-def _guard(read_end: int) -> None:
+def _watch_launcher(read_end: int) -> None:
     os.setsid()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ import threading
 import time
 from typing import Any
 
-MAGIC = b"\0deepspeedlite-wire-1\n"
+MAGIC = b"\0deepspeedlite-launcher-1\n"
 # From the launcher: CHALLENGE {nonce}, WELCOME {proof}, ASK {port | reach}, JOB, ACK bytes, BEAT time, SIGNAL, END.
 # From the agent: HELLO {facts, nonce, proof}, TELL, ERROR text, OUTPUT, BEAT [its time, ours], FAILED, DONE.
 CHALLENGE, HELLO, WELCOME, ASK, TELL, JOB, ERROR = b"C", b"H", b"W", b"A", b"T", b"J", b"E"

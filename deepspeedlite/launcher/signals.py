@@ -1,4 +1,4 @@
-"""Signals as something to select on: while `Ears` is open they neither end nor interrupt this process."""
+"""Signals as something to select on: while `SignalQueue` is open they neither end nor interrupt this process."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE)
 PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
 
-class Ears:
+class SignalQueue:
     """Hears what ends, pauses or concerns a job, in the order in which it came."""
 
     def __init__(self) -> None:
@@ -19,7 +19,7 @@ class Ears:
         for end in (self._read, self._write):
             end.setblocking(False)
 
-    def __enter__(self) -> Ears:
+    def __enter__(self) -> SignalQueue:
         taken = [*ENDING, *PASSED_ON, signal.SIGCHLD, signal.SIGTSTP, signal.SIGWINCH]
         taken.remove(signal.SIGPIPE)  # Python ignores it; the screen reports a closed reader instead
         if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:

@@ -1,4 +1,4 @@
-"""From options to ranks: which machines, which variables; then the run here, or many.py's; after a failure, again."""
+"""From options to ranks: machines and variables; then the run here, or multinode.py's; after a failure, again."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from deepspeedlite.launcher.agent import Agent, Outcome
 from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile, select
-from deepspeedlite.launcher.job import Job, Place, Work, build_job, choose_port, shell_line
+from deepspeedlite.launcher.job import Assignment, Job, Workload, build_job, choose_port, shell_line
 from deepspeedlite.launcher.output import Screen, ScreenText
 from deepspeedlite.launcher.report import duration, failure_report
-from deepspeedlite.launcher.signals import Ears
+from deepspeedlite.launcher.signals import SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import choose_ranks, find_devices
 from deepspeedlite.runtime.log import logger
@@ -30,7 +30,7 @@ EVERY_RANK = {"ranks": (-1,)}  # the launcher's lines are shown even if RANK is 
 class LaunchOptions:
     """What the user asked for, checked for form but not yet against the machines."""
 
-    work: Work
+    workload: Workload
     hostfile: str | None = None
     include: str | None = None
     exclude: str | None = None
@@ -64,16 +64,16 @@ def start(options: LaunchOptions) -> int:
         LaunchError: it could not be started.
     """
     hosts, spares, is_listed = choose_hosts(options, os.environ)
-    work = replace(options.work, env=exported(options, os.environ))
+    workload = replace(options.workload, env=exported(options, os.environ))
     alone = next(iter(hosts)) if len(hosts) == 1 else None
-    options = replace(options, work=work)
+    options = replace(options, workload=workload)
     screen = Screen()
     with _pid_file(options.save_pid):
         if alone and not (options.force_multi or options.no_ssh or options.check or (is_listed and not is_here(alone))):
             return _start_here(options, hosts[alone], screen)
-        from deepspeedlite.launcher.multinode import start_many
+        from deepspeedlite.launcher.multinode import start_multinode
 
-        return start_many(options, hosts, spares, screen)
+        return start_multinode(options, hosts, spares, screen)
 
 
 def choose_hosts(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[Hosts, Hosts, bool]:
@@ -179,14 +179,14 @@ def _pid_file(is_wanted: bool):  # type: ignore[no-untyped-def]
 
 def plan_here(options: LaunchOptions, slots: Sequence[int] | None, environ: Mapping[str, str]) -> Job:
     """The job of a start on this machine alone."""
-    environ = {**environ, **options.work.env}
+    environ = {**environ, **options.workload.env}
     devices = find_devices(environ)
     count, note = choose_ranks(devices, options.num_gpus if not (slots and options.num_gpus is None) else len(slots))
     port, port_note = choose_port(options.master_port)
     used = list(slots)[:count] if slots else list(range(count))
-    place = Place(used, count, options.master_addr or "127.0.0.1", port)
-    work = replace(options.work, log_dir=None) if options.dry_run else options.work
-    job = build_job(work, place, environ, devices)
+    assignment = Assignment(used, count, options.master_addr or "127.0.0.1", port)
+    workload = replace(options.workload, log_dir=None) if options.dry_run else options.workload
+    job = build_job(workload, assignment, environ, devices)
     return replace(job, notes=tuple(filter(None, (note, port_note))))
 
 
@@ -200,8 +200,8 @@ def _start_here(options: LaunchOptions, slots: Sequence[int] | None, screen: Scr
         if attempt:
             again = {"TORCHELASTIC_RESTART_COUNT": str(attempt)}
             job = replace(job, ranks=tuple(replace(rank, env={**rank.env, **again}) for rank in job.ranks))
-        with contextlib.redirect_stderr(ScreenText(screen)), Ears() as ears:
-            outcome = Agent(job, screen, ears).run()
+        with contextlib.redirect_stderr(ScreenText(screen)), SignalQueue() as signals:
+            outcome = Agent(job, screen, signals).run()
             conclude(outcome, len(job.ranks), screen)
         if not goes_on(outcome, attempt, options):
             break
