@@ -99,10 +99,10 @@ def work(options: dict[str, Any]) -> None:
             steps.append(end - middle)
     found = {"passes_s": statistics.median(passes), "step_s": statistics.median(steps), "numel": numel}
     if options["kind"] == "lite":
-        ring = engine._parts.offload.ring
-        found["written"] = 0 if ring is None else ring.written_nbytes
+        pipeline = engine._parts.offload.pipeline
+        found["written"] = 0 if pipeline is None else pipeline.written_nbytes
         found["read"] = (
-            0 if ring is None else ring.written_nbytes - 2 * numel * ("offload_param" in options["offloads"])
+            0 if pipeline is None else pipeline.written_nbytes - 2 * numel * ("offload_param" in options["offloads"])
         )
         found["passes_read"] = 4 * numel * ("offload_param" in options["offloads"])  # in forward, and in backward
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))

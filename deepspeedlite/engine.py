@@ -32,7 +32,7 @@ from deepspeedlite.compat.engine_accessors import ABSENT, EngineAccessors
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
 from deepspeedlite.data.loader import build_dataloader
 from deepspeedlite.metrics.train_log import StepReport, TrainLog
-from deepspeedlite.offload.offload_states import Asleep, states_of
+from deepspeedlite.offload.offload_states import OffloadedStates, states_of
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.optim.step import ShardedOptimizer
@@ -121,7 +121,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         self._passes_since_step = self._losses_since_step = 0
         self._step_applied = False
         self._destroyed = False
-        self._asleep: Asleep | None = None
+        self._offloaded: OffloadedStates | None = None
         if self.optimizer is not None:
             self.optimizer.names_of = lambda: {id(param): name for name, param in module.named_parameters()}
         self._attached = Attached(module)
@@ -533,7 +533,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         pin_memory: bool = True,
         non_blocking: bool = False,
     ) -> None:
-        """Free the device of model states until `reload_states`; see `memory.asleep`. Meanwhile nothing can train.
+        """Free the device of model states until `reload_states`. Meanwhile nothing can train.
 
         Args:
             include: which states, by DeepSpeed's names for them; all if None.
@@ -543,17 +543,17 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         """
         self._check_alive("offload_states")
         state = self.optimizer.state if self.optimizer is not None else {}
-        self._asleep = Asleep(states_of(self._schedule.units, state), include, device, pin_memory)
+        self._offloaded = OffloadedStates(states_of(self._schedule.units, state), include, device, pin_memory)
         for unit in self._schedule.units:
             unit.follow_memory()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` took away."""
-        if self._asleep is not None:
-            self._asleep.wake(non_blocking)
+        if self._offloaded is not None:
+            self._offloaded.reload(non_blocking)
             for unit in self._schedule.units:
                 unit.follow_memory()
-        self._asleep = None
+        self._offloaded = None
 
     def _check_alive(self, what: str) -> None:
         if self._destroyed:
@@ -562,7 +562,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         refusal = self._parts.lease.refusal(what)
         if refusal:
             raise EngineStateError(f"engine.{what}(): {refusal}")
-        if self._asleep is not None:
+        if self._offloaded is not None:
             raise EngineStateError(f"engine.{what}() after offload_states: call reload_states first")
         if self.optimizer is not None and self.optimizer.broken and what != "load_checkpoint":
             raise EngineStateError(f"engine.{what}(): {self.optimizer.broken}; load a checkpoint first")

@@ -217,7 +217,7 @@ def _build_parts(
     offload = make_offload(settings, Group())
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
-    lodging = Lodging(offload.home, offload.grads if offload.takes_grads else None, run_numel)
+    lodging = Lodging(offload.store, offload.grads if offload.takes_grads else None, run_numel)
     schedule, sharded = _make_schedule(settings, plan, group, replica, model, trained, left, (precision, lodging))
     scaler = make_loss_scaler(settings, precision)
     step_settings = _step_settings(settings, precision, offload)
@@ -294,7 +294,7 @@ def _make_schedule(
     )
     for unit in schedule.units:
         unit.twins = next((tie.group for tie in ties_of(model) if tie.holds(unit.params[0])), None)
-    frozen_values = [FlatValues(bucket, group, sharded=True, home=lodging.home) for bucket in frozen]
+    frozen_values = [FlatValues(bucket, group, sharded=True, store=lodging.store) for bucket in frozen]
     sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
     gathered = {*schedule.units, *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others

@@ -21,13 +21,13 @@ from models import tied_model, tokens
 import deepspeedlite
 from deepspeedlite.offload import offload_states
 from deepspeedlite.offload.offload_states import OffloadStateTypeEnum
-from deepspeedlite.offload.options import Means, Offload
-from deepspeedlite.offload.param_store import DiskHome, HostHome
+from deepspeedlite.offload.options import Offload, OffloadOptions
 from deepspeedlite.offload.pinned import HostMemory
 from deepspeedlite.offload.placement import Placement, Tier
-from deepspeedlite.offload.swap_file import Disk
-from deepspeedlite.offload.swap_pipeline import Ring
-from deepspeedlite.offload.swapped_run import Parcel
+from deepspeedlite.offload.store import DiskStore, HostStore
+from deepspeedlite.offload.swap_file import SwapFile
+from deepspeedlite.offload.swap_pipeline import SwapPipeline
+from deepspeedlite.offload.swapped_run import SwappedRun
 from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, OffloadError, UnsupportedError
 from deepspeedlite.utils import (
     safe_get_full_fp32_param,
@@ -188,8 +188,8 @@ def test_states_in_host_memory_that_is_not_the_devices(dtype, tmp_path):
                 continue
             with apart, engine_of(config(stage, dtype, **sections)) as engine:
                 runs = engine.optimizer._runs
-                homes = [unit.home for unit in engine._schedule.units if unit.sharded]
-                assert all(isinstance(home, HostHome) for home in homes) == (name == "both on cpu" or not homes)
+                stores = [unit.store for unit in engine._schedule.units if unit.sharded]
+                assert all(isinstance(store, HostStore) for store in stores) == (name == "both on cpu" or not stores)
                 assert any(run.staged is not None for run in runs) == ("offload_optimizer" in sections)
                 assert train(engine) == losses, (stage, name)
                 assert_same(everything(engine), states)
@@ -225,9 +225,9 @@ def test_models_are_built_where_their_parameters_will_live(tmp_path):
     files = set(os.listdir("/proc/self/fd"))
     with deepspeedlite.zero.Init(config_dict_or_path=settings):
         model = built()
-    homes = [owner.home for owner in {id(o): o for o in map(owner_of, model.parameters())}.values()]
-    assert any(isinstance(home, DiskHome) for home in homes)
-    del homes
+    stores = [owner.store for owner in {id(o): o for o in map(owner_of, model.parameters())}.values()]
+    assert any(isinstance(store, DiskStore) for store in stores)
+    del stores
     assert three_steps(model) == expected
     gc.collect()
     folder = Path("/proc/self/fd")
@@ -367,7 +367,7 @@ def test_states_leave_the_device_and_come_back():
         for step, include in enumerate([*kinds, None]):
             found += train(engine, range(step, step + 1))
             engine.offload_states(include)
-            assert engine._asleep.nbytes > 0
+            assert engine._offloaded.nbytes > 0
             for call in (lambda: engine(*tokens(0, 0, 0)), engine.step, lambda: engine.save_checkpoint("nowhere")):
                 with pytest.raises(EngineStateError, match="call reload_states first"):
                     call()
@@ -398,7 +398,7 @@ def test_state_dicts_of_the_optimizer_are_refused(tmp_path):
 
 
 def on_disk(engine) -> int:
-    return 0 if engine._parts.offload.disk is None else engine._parts.offload.disk.nbytes
+    return 0 if engine._parts.offload.swap_file is None else engine._parts.offload.swap_file.nbytes
 
 
 @distributed(1)
@@ -431,9 +431,9 @@ def test_keys_reach_the_disk(tmp_path):
     disk = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 2}
     aio = {"block_size": 8192, "queue_depth": 3, "thread_count": 2, "single_submit": True, "overlap_events": False}
     with engine_of({**config(2, offload_optimizer=disk), "aio": aio}) as engine:
-        ring = engine._parts.offload.ring
-        assert len(ring._slots) == 2
-        handle = ring._slots[0]._handle
+        pipeline = engine._parts.offload.pipeline
+        assert len(pipeline._buffers) == 2
+        handle = pipeline._buffers[0]._handle
         assert (handle.get_block_size(), handle.get_queue_depth(), handle.get_intra_op_parallelism()) == (8192, 3, 2)
         assert handle.get_single_submit() and not handle.get_overlap_events()
         train(engine, range(1))
@@ -457,14 +457,14 @@ def test_pinned_memory_is_locked(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "slots, ahead, behind", [(1, True, True), (2, True, True), (4, True, True), (4, False, True), (4, True, False)]
+    "buffers, ahead, behind", [(1, True, True), (2, True, True), (4, True, True), (4, False, True), (4, True, False)]
 )
-def test_what_the_ring_does_while_a_group_is_worked_on(slots, ahead, behind, tmp_path):
-    disk = Disk(tmp_path)
+def test_what_the_pipeline_does_while_a_group_is_worked_on(buffers, ahead, behind, tmp_path):
+    disk = SwapFile(tmp_path)
     tensors = [torch.full((1000,), float(number)) for number in range(6)]
-    groups = [[Parcel(disk, lambda tensor=tensor: {"it": tensor})] for tensor in tensors]
-    for (parcel,) in groups:
-        parcel.move_in()
+    groups = [[SwappedRun(disk, lambda tensor=tensor: {"it": tensor})] for tensor in tensors]
+    for (run,) in groups:
+        run.swap_out()
     assert all(tensor.numel() == 0 for tensor in tensors)
     in_memory = []
 
@@ -472,26 +472,26 @@ def test_what_the_ring_does_while_a_group_is_worked_on(slots, ahead, behind, tmp
         in_memory.append([number for number, tensor in enumerate(tensors) if tensor.numel()])
         tensors[index] += 10
 
-    Ring(disk, slots, ahead, behind).run(groups, work)
+    SwapPipeline(disk, buffers, ahead, behind).run(groups, work)
     assert all(tensor.numel() == 0 for tensor in tensors)
-    reach = {1: 0, 2: 1, 4: 2}[slots] if ahead else 0
+    reach = {1: 0, 2: 1, 4: 2}[buffers] if ahead else 0
     for index, found in enumerate(in_memory):
-        assert len(found) <= slots and index in found
+        assert len(found) <= buffers and index in found
         assert [number for number in found if number > index] == list(range(index + 1, min(index + reach, 5) + 1))
         left = [number for number in found if number < index]
-        waited_for = not behind or (ahead and slots == 2 and index < 5) or slots == 1
+        waited_for = not behind or (ahead and buffers == 2 and index < 5) or buffers == 1
         assert bool(left) == (not waited_for and index > 0)
-    for number, (parcel,) in enumerate(groups):
-        with parcel.in_memory():
+    for number, (run,) in enumerate(groups):
+        with run.in_memory():
             assert torch.equal(tensors[number], torch.full((1000,), number + 10.0))
 
 
-def test_a_ring_that_fails_leaves_nothing_in_memory(tmp_path):
-    disk = Disk(tmp_path)
+def test_a_pipeline_that_fails_leaves_nothing_in_memory(tmp_path):
+    disk = SwapFile(tmp_path)
     tensors = [torch.full((1000,), float(number)) for number in range(6)]
-    groups = [[Parcel(disk, lambda tensor=tensor: {"it": tensor})] for tensor in tensors]
-    for (parcel,) in groups:
-        parcel.move_in()
+    groups = [[SwappedRun(disk, lambda tensor=tensor: {"it": tensor})] for tensor in tensors]
+    for (run,) in groups:
+        run.swap_out()
 
     def work(index: int) -> None:
         tensors[index] += 10
@@ -499,16 +499,16 @@ def test_a_ring_that_fails_leaves_nothing_in_memory(tmp_path):
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        Ring(disk).run(groups, work)
+        SwapPipeline(disk).run(groups, work)
     assert all(tensor.numel() == 0 for tensor in tensors)
-    for number, (parcel,) in enumerate(groups):
-        with parcel.in_memory():
+    for number, (run,) in enumerate(groups):
+        with run.in_memory():
             assert torch.equal(tensors[number], torch.full((1000,), number + 10.0 * (number < 3)))
 
 
 def test_shares_are_spread(tmp_path):
     for ratio in (0.0, 0.25, 0.6, 1.0):
-        offload = Offload(Placement(states=Tier.CPU), Means(ratio=ratio))
+        offload = Offload(Placement(states=Tier.CPU), OffloadOptions(ratio=ratio))
         took = [offload.takes_states(100) for _ in range(20)]
         assert sum(took) == round(20 * ratio)
         assert all(abs(sum(took[:count]) - ratio * count) <= 0.5 for count in range(1, 20))
@@ -534,7 +534,7 @@ def test_paths_that_are_no_directories(tmp_path):
         (tmp_path / "none", "does not exist"),
     ):
         with pytest.raises(OffloadError, match=f"nvme_path {path} {message}"):
-            Disk(path)
+            SwapFile(path)
 
 
 @distributed(1)

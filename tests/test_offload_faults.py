@@ -269,7 +269,7 @@ engine = engine_of(
     stage3_prefetch_bucket_size=2048**2,
 )
 print(*train(engine, range(3)))
-disk = engine._parts.offload.disk
+disk = engine._parts.offload.swap_file
 print(sum(unit.numel for unit in engine._schedule.units), disk.nbytes if disk else 0)
 """
 

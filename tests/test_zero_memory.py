@@ -29,7 +29,7 @@ from torch.autograd.profiler import profile, record_function
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.hostlink import HostLink, link_of
-from deepspeedlite.offload.swap_file import Disk, Slot
+from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
 from deepspeedlite.tools.memory_plan.estimate import model_states_bytes, ways_of
 from deepspeedlite.tools.memory_plan.fit import Training, fit_all
 from deepspeedlite.tools.memory_plan.machine import Machine
@@ -359,18 +359,18 @@ def test_the_estimate_is_right_for_every_offload(stage, offload, dtype, world_si
     expected = {"memory": estimate.gpu_bytes + estimate.host_bytes / world_size, "disk": estimate.nvme_bytes}
     if dtype == "fp32" and what == "optimizer":
         expected["memory" if tier == "cpu" else "disk"] -= FP32_BYTES * PARAMS / (world_size if tier == "cpu" else 1)
-    disk = engine.optimizer._offload.disk
-    found = {"memory": phases["idle 1"].after - slots_bytes(disk)}
+    disk = engine.optimizer._offload.swap_file
+    found = {"memory": phases["idle 1"].after - staging_bytes(disk)}
     found["disk"] = 512 * os.stat(disk.path).st_blocks * world_size if disk else 0
     for where, nbytes in expected.items():
         assert abs(found[where] - nbytes) <= 0.02 * nbytes, (where, found, expected)
 
 
-def slots_bytes(disk: Disk | None) -> int:
-    """What the slots of a disk have for tensors that pass through them: buffers, and no states."""
+def staging_bytes(disk: SwapFile | None) -> int:
+    """What the staging buffers of a disk take, which tensors pass through: no states."""
     gc.collect()
-    slots = [item for item in gc.get_objects() if type(item) is Slot and item._disk is disk]
-    return sum(slot._memory.untyped_storage().nbytes() for slot in slots)
+    buffers = [item for item in gc.get_objects() if type(item) is StagingBuffer and item._swap_file is disk]
+    return sum(buffer._memory.untyped_storage().nbytes() for buffer in buffers)
 
 
 @pytest.mark.slow

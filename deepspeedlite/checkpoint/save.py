@@ -29,7 +29,7 @@ from deepspeedlite.checkpoint.state_map import Flat, flats_of, parameters_of, wi
 from deepspeedlite.checkpoint.tag import check_new_tag
 from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
 from deepspeedlite.checkpoint.writer import TagWriter, survey
-from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 
@@ -58,7 +58,7 @@ class RankPart:
     """What one rank writes, and what it tells rank 0 about it."""
 
     file: str
-    tensors: dict[str, torch.Tensor | Stored] = field(default_factory=dict)
+    tensors: dict[str, torch.Tensor | DiskTensor] = field(default_factory=dict)
     pieces: dict[str, dict[str, list[Piece]]] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # of modules, encoded
@@ -72,14 +72,14 @@ class RankPart:
     def add_flat(self, number: int, flat: Flat, rank: int, size: int) -> None:
         """This rank's slice of a flat: values, or masters from which they follow, and optimizer states."""
         start, stop = flat.slice_of(rank, size)
-        kinds: dict[str, torch.Tensor | Stored] = {}
+        kinds: dict[str, torch.Tensor | DiskTensor] = {}
         if flat.master is None or flat.master is flat.values:
             kinds[WEIGHT] = flat.values
         else:
             kinds[MASTER] = flat.master
         scalars = {}
         for name, value in flat.state.items():
-            if isinstance(value, Stored) or (isinstance(value, torch.Tensor) and value.shape == (flat.numel,)):
+            if isinstance(value, DiskTensor) or (isinstance(value, torch.Tensor) and value.shape == (flat.numel,)):
                 kinds[name] = value
             elif isinstance(value, torch.Tensor) and value.dim() > 0:
                 raise CheckpointError(
@@ -266,12 +266,12 @@ class Saver:
     def _snapshot(self, part: RankPart) -> None:
         """Copy to host memory that is kept for the next save: pinned where there is a GPU to copy from.
 
-        What is on the disk is read while the training goes on, until it is to change: see `Disk.has_been_read`.
+        What is on the disk is read while the training goes on, until it is to change: see `SwapFile.has_been_read`.
         """
         copies: dict[str, torch.Tensor] = {}
-        stored: dict[str, Stored] = {}
+        stored: dict[str, DiskTensor] = {}
         for name, tensor in part.tensors.items():
-            if isinstance(tensor, Stored):
+            if isinstance(tensor, DiskTensor):
                 stored[name] = tensor
                 continue
             host = self._host.get(name)
@@ -286,7 +286,7 @@ class Saver:
             torch.cuda.synchronize()
         self._host, part.tensors = copies, {**copies, **stored}
         if stored:
-            self._has_read = next(iter(stored.values())).disk.has_been_read
+            self._has_read = next(iter(stored.values())).swap_file.has_been_read
             self._has_read.clear()
 
     def _in_background(self, *arguments: Any) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.checkpoint.manifest import Parameter
-from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES
 from deepspeedlite.zero.flat_params import FlatValues, full_shape, owner_of
 from deepspeedlite.zero.layout import Slot
@@ -31,12 +31,12 @@ class Part(NamedTuple):
     first: int
 
 
-Values = torch.Tensor | Stored
+Values = torch.Tensor | DiskTensor
 
 
 @dataclass
 class Flat:
-    """A 1-D tensor of values and what belongs to it; `Stored` where it is on a disk."""
+    """A 1-D tensor of values and what belongs to it; `DiskTensor` where it is on a disk."""
 
     parts: list[Part]
     numel: int
@@ -118,7 +118,7 @@ def _flats(engine: Any, change: bool) -> Iterator[Flat]:
 
 def _own_values(owner: FlatValues, start: int, stop: int, in_memory: bool) -> Values:
     """Elements of this rank's shard, wherever it lives."""
-    return owner.shard[start:stop] if in_memory or owner.home is None else owner.home.stored(start, stop)
+    return owner.shard[start:stop] if in_memory or owner.store is None else owner.store.stored(start, stop)
 
 
 def _of_unit(
@@ -127,22 +127,22 @@ def _of_unit(
     begin, _ = unit.layout.shard(unit.index)
     runs = unit.runs()
     untrained = [None] * len(runs)
-    for (run, values, _), master, parcel in zip(runs, unit.masters or untrained, unit.parcels or untrained):
+    for (run, values, _), master, store in zip(runs, unit.masters or untrained, unit.run_stores or untrained):
         found, replicated = _parts(unit, run, names), unit.layout.shard_count == 1
         state = states.get(master, {}) if master is not None else {}
-        if master is None and unit.home is not None:  # nothing steps it
+        if master is None and unit.store is not None:  # nothing steps it
             with unit.shard_in_memory(write=change):
                 own = _own_values(unit, run.start - begin, run.stop - begin, change)
                 yield Flat(found, run.numel, own, replicated=replicated)
-        elif parcel is None:
+        elif store is None:
             yield Flat(found, run.numel, values, master, state, replicated)
         elif change:
-            with parcel.in_memory(write=True):
+            with store.in_memory(write=True):
                 yield Flat(found, run.numel, values, master, state, replicated)
         else:
-            kept = {name: parcel.stored(STATE + name) if STATE + name in parcel else v for name, v in state.items()}
-            own = parcel.stored(VALUES) if VALUES in parcel else values
-            at = parcel.stored(MASTER) if MASTER in parcel else own if master is values else master
+            kept = {name: store.stored(STATE + name) if STATE + name in store else v for name, v in state.items()}
+            own = store.stored(VALUES) if VALUES in store else values
+            at = store.stored(MASTER) if MASTER in store else own if master is values else master
             yield Flat(found, run.numel, own, at, kept, replicated)
 
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.checkpoint.files import open_regular, parse_json
-from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 
 try:
@@ -82,7 +82,7 @@ def check_dtype(name: str, dtype: torch.dtype) -> None:
         raise CheckpointError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
 
 
-def _header(tensors: Mapping[str, torch.Tensor | Stored]) -> bytes:
+def _header(tensors: Mapping[str, torch.Tensor | DiskTensor]) -> bytes:
     entries: dict[str, Any] = {}
     cursor = 0
     for name, tensor in tensors.items():
@@ -99,7 +99,7 @@ def _header(tensors: Mapping[str, torch.Tensor | Stored]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Stored], fsync: bool = True) -> FileRecord:
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | DiskTensor], fsync: bool = True) -> FileRecord:
     """Write a new safetensors file. Tensors on a device or a disk are brought to memory a chunk at a time.
 
     Raises:
@@ -120,9 +120,9 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor | Stored], fsyn
     return FileRecord(file.nbytes, file.crc)
 
 
-def _pieces(tensor: torch.Tensor | Stored) -> Iterator[torch.Tensor]:
+def _pieces(tensor: torch.Tensor | DiskTensor) -> Iterator[torch.Tensor]:
     """What a tensor holds, from its beginning on, in pieces in memory."""
-    if isinstance(tensor, Stored):
+    if isinstance(tensor, DiskTensor):
         yield from tensor.pieces(_CHUNK_NBYTES)
         return
     flat = tensor.detach().reshape(-1)

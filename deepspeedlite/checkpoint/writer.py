@@ -47,7 +47,7 @@ from deepspeedlite.checkpoint.tag import (
 )
 from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.checkpoint.work import OWNER, TMP, Work, is_workplace, workplaces
-from deepspeedlite.offload.swap_file import Stored
+from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import log_once, logger
 
@@ -177,7 +177,7 @@ class TagWriter:
         self._new.mkdir()
         return leftovers
 
-    def write(self, name: str, tensors: Mapping[str, torch.Tensor | Stored]) -> FileRecord:
+    def write(self, name: str, tensors: Mapping[str, torch.Tensor | DiskTensor]) -> FileRecord:
         """Write one safetensors file; see `tensors.write_tensors`."""
         return write_tensors(self._new / name, tensors, self.fsync)
 

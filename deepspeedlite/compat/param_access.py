@@ -72,8 +72,8 @@ class _Place:
         start, stop = self.slot.start + self.in_slot.start, self.slot.start + self.in_slot.stop
         self.numel, self._stepper = stop - start, stepper
         self._runs = [
-            (run, values, master, parcel)
-            for (run, values, _), master, parcel in zip(unit.runs(), unit.masters, unit.parcels)
+            (run, values, master, store)
+            for (run, values, _), master, store in zip(unit.runs(), unit.masters, unit.run_stores)
             if max(run.start, start) < min(run.stop, stop)
         ]
         self._start, self._stop = start, stop
@@ -88,9 +88,9 @@ class _Place:
     def inside(self, write: bool = False) -> Iterator[None]:
         """`write`: what is changed inside is kept."""
         with ExitStack() as stack:
-            for run, values, master, parcel in self._runs:
-                if parcel is not None:
-                    stack.enter_context(parcel.in_memory(write))
+            for run, values, master, store in self._runs:
+                if store is not None:
+                    stack.enter_context(store.in_memory(write))
                 start, stop = max(run.start, self._start), min(run.stop, self._stop)
                 where, in_run = (
                     slice(start - self._start, stop - self._start),

@@ -1,1 +1,1 @@
-"""Where model states lie between their uses, and how they come and go: see `placement`, `disk`, `parcel`, `ring`."""
+"""Where model states lie between their uses, and how they come and go: see `placement` and `store`."""

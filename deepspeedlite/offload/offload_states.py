@@ -1,6 +1,6 @@
 """Model states that leave the device for a while, between two phases of a program: `engine.offload_states`.
 
-The memory behind the tensors goes, the tensors and all views of them stay: `wake` puts the memory back, with its
+The memory behind the tensors goes, the tensors and all views of them stay: `reload` puts the memory back, with its
 content. On CPU ranks the states are in the host's memory already, and nothing is moved.
 """
 
@@ -38,7 +38,7 @@ def states_of(units: Iterable[Any], state: Mapping[torch.Tensor, Mapping[str, An
     }
 
 
-class Asleep:
+class OffloadedStates:
     """Tensors whose device memory is given back, and their content in host memory.
 
     Args:
@@ -82,7 +82,7 @@ class Asleep:
         """What left the device."""
         return sum(host.nbytes for _, host in self._kept)
 
-    def wake(self, non_blocking: bool = False) -> None:
+    def reload(self, non_blocking: bool = False) -> None:
         """Everything comes back."""
         for storage, host in self._kept:
             storage.resize_(host.nbytes)

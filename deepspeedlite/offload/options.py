@@ -1,4 +1,4 @@
-"""What one rank offloads and by what means: made of the configuration once, asked by units and by the step.
+"""What one rank offloads and how: made of the configuration once, asked by units and by the step.
 
 [Note: freed memory goes back]
 glibc serves blocks below a threshold from heaps, and raises the threshold, up to 32 MiB, when larger blocks are freed.
@@ -16,52 +16,54 @@ import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.config import DeepSpeedConfig
-from deepspeedlite.offload.param_store import DiskHome, Home, HostHome, SlotPool
 from deepspeedlite.offload.pinned import HostMemory
 from deepspeedlite.offload.placement import Placement, Tier
-from deepspeedlite.offload.swap_file import Disk
-from deepspeedlite.offload.swap_pipeline import Ring
+from deepspeedlite.offload.store import BufferPool, DiskStore, HostStore, Store
+from deepspeedlite.offload.swap_file import SwapFile
+from deepspeedlite.offload.swap_pipeline import SwapPipeline
 from deepspeedlite.runtime.errors import OffloadError
 
-# Elements of a run that passes through the ring as one: large enough for the disk, small enough to keep several of, and
-# a little more than a power of two, so that a weight of that size and its bias are one.
+# Elements of a run that is swapped as one: large enough for the disk, small enough to keep several of, and a little
+# more than a power of two, so that a weight of that size and its bias are one.
 TILE_NUMEL = (1 << 22) + (1 << 19)
 _M_MMAP_THRESHOLD, _MAPPED_NBYTES = -3, 1 << 20  # glibc's number, from malloc.h
 
 
 @dataclass
-class Means:
+class OffloadOptions:
     """The numbers of the configuration's offload sections; see there."""
 
     pinned: bool = True
     ratio: float = 1.0
     sub_group_numel: int = TILE_NUMEL
-    slots: int = 4
+    buffers: int = 4
     read_ahead: bool = True
     write_behind: bool = True
-    param_slots: int = 5
+    param_buffers: int = 5
     max_in_cpu_numel: int = 0
 
 
 @dataclass
 class Offload:
-    """Where this rank's states go. `disk` is there where anything lives on one."""
+    """Where this rank's states go. `swap_file` is there where anything lives on a disk."""
 
     placement: Placement = field(default_factory=Placement)
-    means: Means = field(default_factory=Means)
-    disk: Disk | None = None
+    options: OffloadOptions = field(default_factory=OffloadOptions)
+    swap_file: SwapFile | None = None
 
     def __post_init__(self) -> None:
-        self.ring: Ring | None = None
-        self.host = HostMemory(self.means.pinned)
-        self._pool: SlotPool | None = None
+        self.pipeline: SwapPipeline | None = None
+        self.host = HostMemory(self.options.pinned)
+        self._pool: BufferPool | None = None
         self._in_cpu_numel = 0
         self._seen_numel = self._taken_numel = 0
-        if self.disk is not None:
+        if self.swap_file is not None:
             _give_freed_memory_back()
-            self.ring = Ring(self.disk, self.means.slots, self.means.read_ahead, self.means.write_behind)
+            self.pipeline = SwapPipeline(
+                self.swap_file, self.options.buffers, self.options.read_ahead, self.options.write_behind
+            )
             if self.placement.params is Tier.NVME:
-                self._pool = SlotPool(self.disk, max(1, self.means.param_slots))
+                self._pool = BufferPool(self.swap_file, max(1, self.options.param_buffers))
 
     def __str__(self) -> str:
         pinned = self.host.pinned_nbytes
@@ -72,17 +74,17 @@ class Offload:
         """At how many elements runs are cut; None where they need not be."""
         if self.placement.states is Tier.DEVICE and self.placement.params is Tier.DEVICE:
             return None
-        return min(self.means.sub_group_numel, TILE_NUMEL)
+        return min(self.options.sub_group_numel, TILE_NUMEL)
 
-    def home(self, shard: torch.Tensor) -> Home | None:
+    def store(self, shard: torch.Tensor) -> Store | None:
         """Where a shard of sharded parameters lives; None: it stays where it is."""
         tier = self.placement.params
-        if tier is Tier.NVME and self._in_cpu_numel + shard.numel() <= self.means.max_in_cpu_numel:
+        if tier is Tier.NVME and self._in_cpu_numel + shard.numel() <= self.options.max_in_cpu_numel:
             self._in_cpu_numel += shard.numel()
             tier = Tier.CPU
         if tier is Tier.NVME and self._pool is not None:
-            return DiskHome(shard, self._pool)
-        return HostHome(shard, self.host) if tier is Tier.CPU and self.is_apart(shard.device) else None
+            return DiskStore(shard, self._pool)
+        return HostStore(shard, self.host) if tier is Tier.CPU and self.is_apart(shard.device) else None
 
     def is_apart(self, device: torch.device) -> bool:
         """Whether a device's memory is another one than the host's."""
@@ -93,7 +95,7 @@ class Offload:
         if self.placement.states is Tier.DEVICE:
             return False
         self._seen_numel += numel
-        takes = self._taken_numel + numel / 2 <= self.means.ratio * self._seen_numel
+        takes = self._taken_numel + numel / 2 <= self.options.ratio * self._seen_numel
         self._taken_numel += numel * takes
         return takes
 
@@ -110,8 +112,8 @@ class Offload:
 
     def close(self) -> None:
         """Give the disk its space back."""
-        if self.disk is not None:
-            self.disk.close()
+        if self.swap_file is not None:
+            self.swap_file.close()
 
 
 def make_offload(settings: DeepSpeedConfig, group: Group, placement: Placement | None = None) -> Offload:
@@ -123,22 +125,24 @@ def make_offload(settings: DeepSpeedConfig, group: Group, placement: Placement |
     zero = settings.zero_optimization
     placement = placement or Placement.from_config(zero)
     states, params = zero.offload_optimizer, zero.offload_param
-    means = Means(
+    options = OffloadOptions(
         pinned=states.pin_memory if placement.states is not Tier.DEVICE else params.pin_memory,
         ratio=states.ratio,
         sub_group_numel=zero.sub_group_size,
-        slots=states.buffer_count,
+        buffers=states.buffer_count,
         read_ahead=states.pipeline_read is not False,
         write_behind=states.pipeline_write is not False,
-        param_slots=params.buffer_count,
+        param_buffers=params.buffer_count,
         max_in_cpu_numel=params.max_in_cpu,
     )
     if not placement.uses_disk:
-        return Offload(placement, means)
+        return Offload(placement, options)
     offload, problem = None, ""
     try:
         path = states.nvme_path if placement.states is Tier.NVME else params.nvme_path
-        offload = Offload(placement, means, Disk(str(path), settings.aio.model_dump(exclude={"use_gds"}), means.pinned))
+        offload = Offload(
+            placement, options, SwapFile(str(path), settings.aio.model_dump(exclude={"use_gds"}), options.pinned)
+        )
     except OffloadError as error:
         problem = str(error)
     problems = [(rank, told) for rank, told in enumerate(group.all_gather_objects(problem)) if told]

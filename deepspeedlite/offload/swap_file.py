@@ -1,7 +1,7 @@
-"""A file of this rank's own on a fast disk, and slots: the memory through which tensors pass to and from it.
+"""A file of this rank's own on a fast disk, and buffers: the memory through which tensors pass to and from it.
 
     file    | region of a tensor | region | ...        regions begin at pages, and never move
-    slot    | page-aligned, locked memory |            a queue of its own: waiting for it waits for nothing else
+    buffer  | page-aligned, locked memory |            a queue of its own: waiting for it waits for nothing else
 
 [Note: a file without a name]
 The file is unlinked as soon as it is open, and opened again by way of /proc/self/fd. So no other run can meet it,
@@ -44,13 +44,13 @@ def padded(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
-class Disk:
+class SwapFile:
     """The file and its regions.
 
     Args:
         directory: on the disk; it must exist.
-        aio: keyword arguments of `aio_handle`, for every slot.
-        locked: lock the slots' memory, as far as the limit allows.
+        aio: keyword arguments of `aio_handle`, for every buffer.
+        locked: lock the buffers' memory, as far as the limit allows.
 
     Raises:
         OffloadError: the directory cannot be used.
@@ -64,8 +64,8 @@ class Disk:
         # Not set while a checkpoint in the background reads what is here: writes wait for it.
         self.has_been_read = threading.Event()
         self.has_been_read.set()
-        self._file = _open_unnamed(self.directory)  # closed, and thereby gone, with the last slot that moves its bytes
-        self._spare: Slot | None = None
+        self._file = _open_unnamed(self.directory)  # closed, and so gone, with the last buffer that moves its bytes
+        self._spare: StagingBuffer | None = None
 
     @property
     def path(self) -> str:
@@ -73,7 +73,7 @@ class Disk:
         return f"/proc/self/fd/{self._file.number}"
 
     def close(self) -> None:
-        """Give the disk its space back. Slots that are still there cannot be used any more."""
+        """Give the disk its space back. Buffers that are still there cannot be used any more."""
         self._file.close()
 
     def reserve(self, nbytes: int) -> Region:
@@ -96,21 +96,21 @@ class Disk:
         self.nbytes += padded(nbytes)
         return region
 
-    def slot(self) -> Slot:
-        """A new slot."""
-        return Slot(self)
+    def buffer(self) -> StagingBuffer:
+        """A new buffer."""
+        return StagingBuffer(self)
 
     @contextmanager
-    def borrowed_slot(self) -> Iterator[Slot]:
-        """A slot for what happens now and then."""
-        slot, self._spare = self._spare or self.slot(), None
+    def borrowed_buffer(self) -> Iterator[StagingBuffer]:
+        """A buffer for what happens now and then."""
+        buffer, self._spare = self._spare or self.buffer(), None
         try:
-            yield slot
+            yield buffer
         finally:
-            self._spare = slot
+            self._spare = buffer
 
     def new_handle(self) -> aio_handle:
-        """What moves bytes for a slot."""
+        """What moves bytes for a buffer."""
         try:
             return aio_handle(**self._aio)
         except OpError as error:
@@ -155,15 +155,15 @@ def _open_unnamed(directory: Path) -> _File:
     return _File(fd)
 
 
-class Slot:
+class StagingBuffer:
     """Memory that tensors lie in between a read and a write, used for one thing at a time.
 
-    slot.begin(nbytes); memory = slot.take(n); slot.read(memory, region); slot.wait()
+    buffer.begin(nbytes); memory = buffer.take(n); buffer.read(memory, region); buffer.wait()
     """
 
-    def __init__(self, disk: Disk) -> None:
-        self._disk = disk
-        self._handle = disk.new_handle()
+    def __init__(self, swap_file: SwapFile) -> None:
+        self._swap_file = swap_file
+        self._handle = swap_file.new_handle()
         self._memory = torch.empty(0, dtype=torch.uint8)
         self._used = 0
 
@@ -172,7 +172,7 @@ class Slot:
         if self._memory.numel() < nbytes:
             self._memory = torch.empty(0, dtype=torch.uint8)
             example = torch.empty(0, dtype=torch.uint8)
-            if self._disk.locked:
+            if self._swap_file.locked:
                 self._memory = self._handle.new_cpu_locked_tensor(nbytes, example)
             else:
                 memory = torch.empty(nbytes + ALIGNMENT, dtype=torch.uint8)
@@ -192,7 +192,7 @@ class Slot:
 
     def write(self, memory: torch.Tensor, region: Region) -> None:
         """Start writing the memory to the file; it must not change before `wait`."""
-        self._disk.has_been_read.wait()
+        self._swap_file.has_been_read.wait()
         self._submit(self._handle.async_pwrite, memory, region)
 
     def _submit(self, how: Any, memory: torch.Tensor, region: Region) -> None:
@@ -201,9 +201,9 @@ class Slot:
         if region.nbytes == 0:
             return
         try:
-            how(memory, self._disk.path, region.offset)
+            how(memory, self._swap_file.path, region.offset)
         except OpError as error:
-            raise self._disk.explain(error) from error
+            raise self._swap_file.explain(error) from error
 
     def wait(self) -> None:
         """Return when everything started here is done.
@@ -214,14 +214,14 @@ class Slot:
         try:
             self._handle.wait()
         except OpError as error:
-            raise self._disk.explain(error) from error
+            raise self._swap_file.explain(error) from error
 
 
 @dataclass(frozen=True)
-class Stored:
+class DiskTensor:
     """A 1-D tensor that is on the disk: what a checkpoint is given in place of a tensor in memory."""
 
-    disk: Disk
+    swap_file: SwapFile
     region: Region
     dtype: torch.dtype
 
@@ -239,18 +239,18 @@ class Stored:
         """Of one dimension."""
         return (self.numel(),)
 
-    def __getitem__(self, part: slice) -> Stored:
+    def __getitem__(self, part: slice) -> DiskTensor:
         start, stop, _ = part.indices(self.numel())
         region = Region(self.region.offset + start * self.itemsize, max(0, stop - start) * self.itemsize)
-        return Stored(self.disk, region, self.dtype)
+        return DiskTensor(self.swap_file, region, self.dtype)
 
     def pieces(self, nbytes: int = _READ_NBYTES) -> Iterator[torch.Tensor]:
         """Its content from the beginning on, in pieces that are valid until the next one. From any thread."""
-        slot = self.disk.slot()
+        buffer = self.swap_file.buffer()
         for start in range(0, self.region.nbytes, nbytes):
             region = Region(self.region.offset + start, min(nbytes, self.region.nbytes - start))
-            slot.begin(padded(nbytes))
-            memory = slot.take(region.nbytes)
-            slot.read(memory, region)
-            slot.wait()
+            buffer.begin(padded(nbytes))
+            memory = buffer.take(region.nbytes)
+            buffer.read(memory, region)
+            buffer.wait()
             yield memory.view(self.dtype)

@@ -1,10 +1,10 @@
-"""The ring: work on one group of parcels after another while the next is being read and the last one written.
+"""The swap pipeline: one group of runs is worked on while the next is read and the last written.
 
-    slot A   read 0 | work 0 | write 0 | read 3 | work 3 | ...
-    slot B            read 1 | work 1  | write 1 | read 4 | ...
-    slot C                     read 2  | work 2  | write 2 | ...
+    buffer A   read 0 | work 0 | write 0 | read 3 | work 3 | ...
+    buffer B            read 1 | work 1  | write 1 | read 4 | ...
+    buffer C                     read 2  | work 2  | write 2 | ...
 
-Groups without parcels are in memory already, and are worked on where they are.
+Groups without them are in memory already, and are worked on where they are.
 """
 
 from __future__ import annotations
@@ -12,45 +12,47 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from deepspeedlite.offload.swap_file import Disk, Slot
-from deepspeedlite.offload.swapped_run import Parcel
+from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
+from deepspeedlite.offload.swapped_run import SwappedRun
 
-Group = Sequence[Parcel]
+Runs = Sequence[SwappedRun]
 
 
-def run_through(groups: Sequence[Group], work: Callable[[int], None], ring: Ring | None) -> None:
-    """`work(i)` for every group in order, with its parcels in memory; only groups without parcels need no ring."""
-    if ring is not None:
-        ring.run(groups, work)
+def run_through(groups: Sequence[Runs], work: Callable[[int], None], pipeline: SwapPipeline | None) -> None:
+    """`work(i)` for every group in order, with its runs in memory; only groups without them need no pipeline."""
+    if pipeline is not None:
+        pipeline.run(groups, work)
         return
     for index in range(len(groups)):
         work(index)
 
 
-class Ring:
-    """Slots that groups of parcels pass through.
+class SwapPipeline:
+    """Buffers that groups of swapped runs pass through.
 
     Args:
-        disk: where the parcels live.
-        slots: groups in memory at a time, at least 1; three read, work and write at once.
+        swap_file: where the runs live.
+        buffers: groups in memory at a time, at least 1; three read, work and write at once.
         read_ahead: read a group while another one is worked on.
         write_behind: go on while a group is being written.
     """
 
-    def __init__(self, disk: Disk, slots: int = 4, read_ahead: bool = True, write_behind: bool = True) -> None:
-        self._slots = [disk.slot() for _ in range(max(1, slots))]
-        # Reading further ahead than a slot is left for what is being written would wait for that instead of working.
-        self._ahead = min(max(len(self._slots) - 2, 1), 2, len(self._slots) - 1) if read_ahead else 0
+    def __init__(
+        self, swap_file: SwapFile, buffers: int = 4, read_ahead: bool = True, write_behind: bool = True
+    ) -> None:
+        self._buffers = [swap_file.buffer() for _ in range(max(1, buffers))]
+        # Reading further ahead than a buffer is left for what is being written would wait for that instead of working.
+        self._ahead = min(max(len(self._buffers) - 2, 1), 2, len(self._buffers) - 1) if read_ahead else 0
         self._behind = write_behind
         self.written_nbytes = 0
 
-    def run(self, groups: Sequence[Group], work: Callable[[int], None]) -> None:
-        """`work(i)` for every group, in order, with its parcels in memory; what it changed is written back.
+    def run(self, groups: Sequence[Runs], work: Callable[[int], None]) -> None:
+        """`work(i)` for every group, in order, with its runs in memory; what it changed is written back.
 
         Raises:
             OffloadError: a read or a write failed; groups before it may have been worked on.
         """
-        turn = _Turn(self._slots, groups)
+        turn = _Turn(self._buffers, groups)
         self.written_nbytes = 0
         try:
             for index in range(len(groups)):
@@ -66,27 +68,27 @@ class Ring:
 
 
 class _Turn:
-    """One time around: which slot has which group."""
+    """One time around: which buffer has which group."""
 
-    def __init__(self, slots: Sequence[Slot], groups: Sequence[Group]) -> None:
+    def __init__(self, buffers: Sequence[StagingBuffer], groups: Sequence[Runs]) -> None:
         self._groups = groups
-        self._free = deque(slots)
-        self._here: dict[int, Slot] = {}
-        self._leaving: deque[tuple[int, Slot]] = deque()
+        self._free = deque(buffers)
+        self._here: dict[int, StagingBuffer] = {}
+        self._leaving: deque[tuple[int, StagingBuffer]] = deque()
         self._fetched = 0
 
     def fetch_until(self, last: int) -> None:
-        """Start reading groups up to this one, as far as slots can be had without waiting for work to be done."""
+        """Start reading groups up to this one, as far as buffers can be had without waiting for work to be done."""
         while self._fetched <= last and (self._free or self._leaving or not self._groups[self._fetched]):
             index, self._fetched = self._fetched, self._fetched + 1
             if not self._groups[index]:
                 continue
             if not self._free:
                 self._end_leaving()
-            slot = self._here[index] = self._free.popleft()
-            slot.begin(sum(parcel.nbytes for parcel in self._groups[index]))
-            for parcel in self._groups[index]:
-                parcel.fetch(slot)
+            buffer = self._here[index] = self._free.popleft()
+            buffer.begin(sum(run.nbytes for run in self._groups[index]))
+            for run in self._groups[index]:
+                run.fetch(buffer)
 
     def wait_for(self, index: int) -> None:
         if index in self._here:
@@ -96,9 +98,9 @@ class _Turn:
         """Start writing a group; how many bytes."""
         if index not in self._here:
             return 0
-        slot = self._here.pop(index)
-        self._leaving.append((index, slot))
-        return sum(parcel.flush(slot) for parcel in self._groups[index])
+        buffer = self._here.pop(index)
+        self._leaving.append((index, buffer))
+        return sum(run.flush(buffer) for run in self._groups[index])
 
     def end_writes(self) -> None:
         """Wait for all that is being written."""
@@ -106,26 +108,26 @@ class _Turn:
             self._end_leaving()
 
     def _end_leaving(self) -> None:
-        index, slot = self._leaving.popleft()
+        index, buffer = self._leaving.popleft()
         try:
-            slot.wait()
+            buffer.wait()
         finally:
-            self._drop(index, slot)
+            self._drop(index, buffer)
 
-    def _drop(self, index: int, slot: Slot) -> None:
-        for parcel in self._groups[index]:
-            parcel.drop()
-        self._free.append(slot)
+    def _drop(self, index: int, buffer: StagingBuffer) -> None:
+        for run in self._groups[index]:
+            run.drop()
+        self._free.append(buffer)
 
     def settle(self) -> None:
         """Wait for everything that is under way; nothing is in memory afterwards, whatever has failed."""
         failures = []
-        for index, slot in [*self._leaving, *self._here.items()]:
+        for index, buffer in [*self._leaving, *self._here.items()]:
             try:
-                slot.wait()
+                buffer.wait()
             except Exception as error:  # told below; the others are waited for first
                 failures.append(error)
-            self._drop(index, slot)
+            self._drop(index, buffer)
         self._leaving.clear()
         self._here.clear()
         if failures:

@@ -1,7 +1,7 @@
-"""A parcel: tensors that live on the disk together, and are in memory from `fetch` to `drop`.
+"""A swapped run: tensors that live on the disk together, and are in memory from `fetch` to `drop`.
 
 The tensor objects stay the same ones: an optimizer's param groups and state go on holding them. What changes is the
-memory behind them, a slot's while they are in memory, none (a shape of `(0,)`) while they are away.
+memory behind them, a buffer's while they are in memory, none (a shape of `(0,)`) while they are away.
 """
 
 from __future__ import annotations
@@ -11,28 +11,30 @@ from contextlib import contextmanager
 
 import torch
 
-from deepspeedlite.offload.swap_file import Disk, Region, Slot, Stored, padded
+from deepspeedlite.offload.swap_file import DiskTensor, Region, StagingBuffer, SwapFile, padded
 
-# What a run's tensors are called in its parcel; a state's own name follows the prefix.
+# What a run's tensors are called in it; a state's own name follows the prefix.
 VALUES, MASTER, STATE = "values", "master", "state "
 
 
-class Parcel:
+class SwappedRun:
     """Tensors of one run.
 
     Args:
-        disk: where they live.
+        swap_file: where they live.
         held: the tensors by name. Ones that appear, such as the moments that the first step makes, are on the disk from
             the next `flush` on.
         derived: names of tensors that follow from the others. A step writes them and does not read them.
     """
 
-    def __init__(self, disk: Disk, held: Callable[[], Mapping[str, torch.Tensor]], derived: Sequence[str] = ()) -> None:
-        self.disk = disk
+    def __init__(
+        self, swap_file: SwapFile, held: Callable[[], Mapping[str, torch.Tensor]], derived: Sequence[str] = ()
+    ) -> None:
+        self.swap_file = swap_file
         self._held, self._derived = held, frozenset(derived)
         self._regions: dict[str, Region] = {}
 
-    def settle_in(self, name: str, region: Region) -> None:
+    def set_region(self, name: str, region: Region) -> None:
         """A tensor's place on the disk, where it has one already."""
         self._regions[name] = region
 
@@ -41,37 +43,37 @@ class Parcel:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of a slot that a fetch fills."""
+        """Bytes of a buffer that a fetch fills."""
         return sum(padded(self._regions[name].nbytes) for name in self._held() if name in self._regions)
 
-    def fetch(self, slot: Slot, everything: bool = False) -> None:
-        """Start reading into the slot's memory; of derived tensors too if `everything`."""
+    def fetch(self, buffer: StagingBuffer, everything: bool = False) -> None:
+        """Start reading into the buffer's memory; of derived tensors too if `everything`."""
         for name, tensor in self._held().items():
             if name in self._regions:
-                memory = slot.take(self._regions[name].nbytes)
+                memory = buffer.take(self._regions[name].nbytes)
                 if everything or name not in self._derived:
-                    slot.read(memory, self._regions[name])
+                    buffer.read(memory, self._regions[name])
                 tensor.data = memory.view(tensor.dtype)
 
-    def flush(self, slot: Slot) -> int:
+    def flush(self, buffer: StagingBuffer) -> int:
         """Start writing all tensors; how many bytes."""
         nbytes = 0
         for name, tensor in self._held().items():
             region = self._regions.get(name)
             if region is None or region.nbytes != tensor.nbytes:
-                region = self._regions[name] = self.disk.reserve(tensor.nbytes)
-            slot.write(tensor, region)
+                region = self._regions[name] = self.swap_file.reserve(tensor.nbytes)
+            buffer.write(tensor, region)
             nbytes += region.nbytes
         return nbytes
 
-    def move_in(self) -> None:
+    def swap_out(self) -> None:
         """Write the tensors that are not on the disk yet, and let go of all memory."""
-        with self.disk.borrowed_slot() as slot:
+        with self.swap_file.borrowed_buffer() as buffer:
             for name, tensor in self._held().items():
                 if name not in self._regions:
-                    self._regions[name] = self.disk.reserve(tensor.nbytes)
-                    slot.write(tensor, self._regions[name])
-            slot.wait()
+                    self._regions[name] = self.swap_file.reserve(tensor.nbytes)
+                    buffer.write(tensor, self._regions[name])
+            buffer.wait()
         self.drop()
 
     def drop(self) -> None:
@@ -80,21 +82,21 @@ class Parcel:
             if name in self._regions:
                 tensor.data = torch.empty(0, dtype=tensor.dtype)
 
-    def stored(self, name: str) -> Stored:
+    def stored(self, name: str) -> DiskTensor:
         """A tensor as it is on the disk."""
-        return Stored(self.disk, self._regions[name], self._held()[name].dtype)
+        return DiskTensor(self.swap_file, self._regions[name], self._held()[name].dtype)
 
     @contextmanager
     def in_memory(self, write: bool = False) -> Iterator[None]:
         """The tensors are in memory inside, all of them; `write`: and changed there, so they are written back."""
-        with self.disk.borrowed_slot() as slot:
-            slot.begin(self.nbytes)
-            self.fetch(slot, everything=True)
+        with self.swap_file.borrowed_buffer() as buffer:
+            buffer.begin(self.nbytes)
+            self.fetch(buffer, everything=True)
             try:
-                slot.wait()
+                buffer.wait()
                 yield
                 if write:
-                    self.flush(slot)
-                    slot.wait()
+                    self.flush(buffer)
+                    buffer.wait()
             finally:
                 self.drop()

@@ -25,7 +25,7 @@ import torch
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.placement import Tier
 from deepspeedlite.offload.swap_pipeline import run_through
-from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES, Parcel
+from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES, SwappedRun
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
 from deepspeedlite.optim.precision import LossScaler
@@ -53,7 +53,7 @@ class SteppedRun(NamedTuple):
     master: torch.Tensor
     values: torch.Tensor
     grads: torch.Tensor
-    parcel: Parcel | None = None  # what of it is on the disk between steps
+    store: SwappedRun | None = None  # what of it is on the disk between steps
     staged: torch.Tensor | None = None  # host memory that the device's values are copied from, if they are apart
 
     def in_one_pass(self) -> OnePassUpdate:
@@ -144,11 +144,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
             for (cut, _, _), run in zip(unit.runs(), runs):
                 self.optimizer.param_groups[cut.group]["params"].append(run.master)
                 self._adopt_state(unit, cut, run.master)
-                if run.parcel is not None:
-                    run.parcel.move_in()
+                if run.store is not None:
+                    run.store.swap_out()
             unit.on_new_values = partial(self._refresh, runs)
             unit.stepper, unit.masters = self, [run.master for run in runs]
-            unit.parcels = [run.parcel for run in runs]
+            unit.run_stores = [run.store for run in runs]
             for param in unit.params:
                 self.optimizer.state.pop(param, None)
             self._runs_of_units.append(runs)
@@ -177,7 +177,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         start, _ = unit.layout.shard(unit.index)
         shard = unit.shard[run.start - start : run.stop - start]
         dtype = shard.dtype if self._are_precise(unit) else torch.float32
-        apart = unit.home is None and self._offload.is_apart(unit.device)  # the values are the device's
+        apart = unit.store is None and self._offload.is_apart(unit.device)  # the values are the device's
         if not away:
             device = unit.device
             master = values if dtype == shard.dtype and values.device == device else shard.to(device, dtype, copy=True)
@@ -189,11 +189,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._stepped(unit, run, SteppedRun(master, values, grads, staged=staged), away)
 
     def _stepped(self, unit: ShardUnit, cut: Run, run: SteppedRun, away: bool) -> SteppedRun:
-        """The run with its parcel, if anything of it lives on the disk."""
+        """The run with its store, if anything of it lives on the disk."""
         start, _ = unit.layout.shard(unit.index)
-        region = unit.home.region(cut.start - start, cut.stop - start) if unit.home is not None else None
+        region = unit.store.region(cut.start - start, cut.stop - start) if unit.store is not None else None
         on_disk = away and self._offload.placement.states is Tier.NVME
-        if self._offload.disk is None or not (on_disk or region):
+        if self._offload.swap_file is None or not (on_disk or region):
             return run
         master, values = run.master, run.values
 
@@ -206,10 +206,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                     found[STATE + name] = value
             return found
 
-        parcel = Parcel(self._offload.disk, held, derived=() if master is values else (VALUES,))
+        store = SwappedRun(self._offload.swap_file, held, derived=() if master is values else (VALUES,))
         if region is not None:
-            parcel.settle_in(VALUES, region)
-        return run._replace(parcel=parcel)
+            store.set_region(VALUES, region)
+        return run._replace(store=store)
 
     @torch.no_grad()
     def _adopt_state(self, unit: ShardUnit, run: Run, master: torch.Tensor) -> None:
@@ -355,10 +355,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 norm = self._measure_norm(precise=True)
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
-        parcels = [[run.parcel for run in runs if run.parcel is not None] for runs in self._sub_groups]
+        stores = [[run.store for run in runs if run.store is not None] for runs in self._sub_groups]
         try:
             run_through(
-                parcels, lambda index: self._update(self._sub_groups[index], factor, frozen), self._offload.ring
+                stores, lambda index: self._update(self._sub_groups[index], factor, frozen), self._offload.pipeline
             )
         except BaseException as error:
             self.broken = f"a step ended half-way, and the model is that of no step ({error})"
@@ -370,15 +370,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def _tell_wear(self) -> None:
         """Once, when the first step has shown what each will write: how long a drive lasts."""
-        ring, disk = self._offload.ring, self._offload.disk
-        if ring is None or disk is None or not ring.written_nbytes or self._has_told_wear:
+        pipeline, swap_file = self._offload.pipeline, self._offload.swap_file
+        if pipeline is None or swap_file is None or not pipeline.written_nbytes or self._has_told_wear:
             return
         self._has_told_wear = True
         ranks = self._schedule.group.size * self._schedule.replica.group.size
-        nbytes = ring.written_nbytes * ranks
+        nbytes = pipeline.written_nbytes * ranks
         log_dist(
-            f"every step writes {nbytes / 2**30:.3g} GiB to {disk.directory} ({ranks} x this rank's): a drive that is "
-            f"rated for {RATED_TB} TB written is worn out after {RATED_TB * 1e12 / nbytes:,.0f} steps",
+            f"every step writes {nbytes / 2**30:.3g} GiB to {swap_file.directory} ({ranks} x this rank's): a drive "
+            f"that is rated for {RATED_TB} TB written is worn out after {RATED_TB * 1e12 / nbytes:,.0f} steps",
             level=logging.WARNING,
         )
 
@@ -454,9 +454,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @staticmethod
     @torch.no_grad()
     def _refresh(runs: Sequence[SteppedRun]) -> None:
-        for master, values, _, parcel, _ in runs:
+        for master, values, _, store, _ in runs:
             if master is not values:
-                with nullcontext() if parcel is None else parcel.in_memory(write=True):
+                with nullcontext() if store is None else store.in_memory(write=True):
                     master.copy_(values)
 
     # --- norms ----------------------------------------------------------------------------------------------------

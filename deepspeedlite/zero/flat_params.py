@@ -19,8 +19,8 @@ On the CPU ranks of one host the shard lies in memory that the others read when 
 them, so whoever writes a shard, a step or a user, calls `settle` first.
 
 [Note: a shard that lives elsewhere]
-With a home (parameters that are offloaded) the tensor `shard` has memory only while it is gathered from, and inside
-`shard_in_memory`; its elements change there, or where the home says that they are stored.
+With a store (parameters that are offloaded) the tensor `shard` has memory only while it is gathered from, and inside
+`shard_in_memory`; its elements change there, or where the store says that they are stored.
 
 [Note: no stream of our own]
 On a GPU, NCCL runs a collective on its own stream, which first waits for what the current stream had been given when
@@ -43,7 +43,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
-from deepspeedlite.offload.param_store import Home
+from deepspeedlite.offload.store import Store
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.layout import FlatLayout, Slot
 from deepspeedlite.zero.plain import copy_parameter_plainly
@@ -100,7 +100,7 @@ class FlatValues:
         sharded: let each rank keep only its shard while nobody holds the values.
         shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
         source: the rank of the group whose values count on all ranks; None: they agree already.
-        home: makes, of the shard, the place where it lives while the values are sharded; None: it stays where it is.
+        store: makes, of the shard, the place where it lives while the values are sharded; None: it stays where it is.
         run_numel: see `FlatLayout`.
     """
 
@@ -112,7 +112,7 @@ class FlatValues:
         sharded: bool,
         shard_count: int | None = None,
         source: int | None = 0,
-        home: Callable[[torch.Tensor], Home | None] | None = None,
+        store: Callable[[torch.Tensor], Store | None] | None = None,
         run_numel: int | None = None,
     ) -> None:
         ordered = sorted(members, key=lambda member: member.group)
@@ -139,15 +139,15 @@ class FlatValues:
         """A number that no other values of these ranks have, the same on all of them."""
         self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * self.key}
         self._work: Any = None
-        self.home: Home | None = None
+        self.store: Store | None = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
         self._slot_of = {id(param): slot for slot, param in self.slots}
-        self._take(sharded, source, home)
+        self._take(sharded, source, store)
 
     # --- taking parameters over -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, sharded: bool, source: int | None, home: Callable[[torch.Tensor], Home | None] | None) -> None:
+    def _take(self, sharded: bool, source: int | None, store: Callable[[torch.Tensor], Store | None] | None) -> None:
         former = owners_of(self.params)
         agreed = len(former) > 0 and all(owner.sharded for owner in former)
         for owner in former:
@@ -165,8 +165,8 @@ class FlatValues:
         self.shard = own
         if sharded:
             self.shard = own.clone()
-            self.home = home(self.shard) if home is not None and own.numel() else None
-            if self.home is None:
+            self.store = store(self.shard) if store is not None and own.numel() else None
+            if self.store is None:
                 self.shard = self._kept_apart(own)
         self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
         for owner in former:
@@ -248,14 +248,14 @@ class FlatValues:
         if self.params and self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
             raise self._detached(self.slots[0][0], self.params[0], self._placeholder)
         self.values.untyped_storage().resize_(self._nbytes)
-        if self.home is not None:
-            self.home.open()
+        if self.store is not None:
+            self.store.open()
         self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, final=True, **self._call)
         self._enter(ValueState.GATHERING)
 
     def fetch(self) -> bool:
         """Begin to bring the shard from where it lives, for a `gather` to come; whether there was memory for it."""
-        return self.home is None or self.state is not ValueState.SHARDED or self.home.fetch()
+        return self.store is None or self.state is not ValueState.SHARDED or self.store.fetch()
 
     def wait_for_gather(self) -> None:
         """Wait until the parameters hold their values (on GPUs: until the current stream will see them)."""
@@ -269,8 +269,8 @@ class FlatValues:
             self._drop()  # what is there is not the values
             raise
         finally:
-            if self.home is not None:
-                self.home.close()
+            if self.store is not None:
+                self.store.close()
         self._show()
 
     def hold(self) -> None:
@@ -305,25 +305,25 @@ class FlatValues:
 
     def settle(self) -> None:
         """Wait until no other rank reads this rank's shard any more; before anything writes it."""
-        if self.home is not None:
-            self.home.forget()
+        if self.store is not None:
+            self.store.forget()
         elif self.sharded:
             self.group.settle(self.shard)
 
     @contextmanager
     def shard_in_memory(self, write: bool = False) -> Iterator[None]:
         """`shard` holds this rank's values inside; `write`: and is changed there."""
-        if self.home is None:
+        if self.store is None:
             yield
             return
         self.wait_for_gather()
-        self.home.open()
+        self.store.open()
         try:
             yield
             if write:
-                self.home.keep()
+                self.store.keep()
         finally:
-            self.home.close()
+            self.store.close()
 
     @torch.no_grad()
     def start_sharing(self) -> None:
@@ -415,7 +415,7 @@ class FlatValues:
         self.on_new_values, self.on_live = lambda: None, lambda numel: None
         if self.sharded:
             self.release()
-            self.home = None if self.home is None else self.home.outlast()
+            self.store = None if self.store is None else self.store.outlast()
             return
         for param in self.params:
             if owner_of(param) is self:

@@ -156,7 +156,7 @@ class ParameterSchedule:
         self._read_elsewhere: set[FlatValues] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
-        self._has_homes = any(owner.home is not None for owner in self.owners)
+        self._has_stores = any(owner.store is not None for owner in self.owners)
         self._find_users(root, set(leaves))
         for module in list(self._users):
             self._attach(module)
@@ -242,7 +242,7 @@ class ParameterSchedule:
 
     def _prefetch(self) -> None:
         forward_only = not self._recording
-        if self._has_homes:  # from where they live, as far ahead as there is memory for it
+        if self._has_stores:  # from where they live, as far ahead as there is memory for it
             self._fetches.each(FlatValues.fetch, None, forward_only)
         # A unit larger than what is left of the room is gathered too: else large blocks never were.
         self._gathers.each(self._gather_ahead, self.limits.prefetch_numel, forward_only)

@@ -49,8 +49,8 @@ import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepspeedlite.comm import Group
-from deepspeedlite.offload.param_store import Home
-from deepspeedlite.offload.swapped_run import Parcel
+from deepspeedlite.offload.store import Store
+from deepspeedlite.offload.swapped_run import SwappedRun
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.flat_params import FlatValues, owner_of
 from deepspeedlite.zero.layout import Run, Slot
@@ -83,7 +83,7 @@ class Stepper(Protocol):
 class Lodging(NamedTuple):
     """Where a unit's states are kept; see `deepspeedlite.offload`. By default where they are used."""
 
-    home: Callable[[torch.Tensor], Home | None] | None = None  # of a shard of values
+    store: Callable[[torch.Tensor], Store | None] | None = None  # of a shard of values
     # Makes memory, of zeros, for a shard of averaged gradients.
     grads: Callable[[int, torch.dtype, torch.device], torch.Tensor] | None = None
     run_numel: int | None = None
@@ -144,8 +144,8 @@ class ShardUnit(FlatValues):
         lodging: Lodging | None = None,
     ) -> None:
         plan, lodging = plan or ShardingPlan(), lodging or Lodging()
-        count, home, run_numel = plan.shard_count(policy.group.size), lodging.home, lodging.run_numel
-        super().__init__(members, policy.group, sharded=sharded, shard_count=count, home=home, run_numel=run_numel)
+        count, store, run_numel = plan.shard_count(policy.group.size), lodging.store, lodging.run_numel
+        super().__init__(members, policy.group, sharded=sharded, shard_count=count, store=store, run_numel=run_numel)
         self._values_of_runs = self._cut_values()
         self._new_grads = lodging.grads or (lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device))
         self.grad_dtype = grad_dtype or self.dtype
@@ -166,7 +166,7 @@ class ShardUnit(FlatValues):
         # The optimizer, where there is one, and what it updates: a 1-D tensor per run. See `zero.inspect`.
         self.stepper: Stepper | None = None
         self.masters: Sequence[torch.Tensor] = ()
-        self.parcels: Sequence[Parcel | None] = ()  # what of each run is on a disk
+        self.run_stores: Sequence[SwappedRun | None] = ()  # what of each run is on a disk
         # Ranks that hold the same parameters for another part of the model, and a gradient of their own for them.
         self.twins: Group | None = None
         label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
@@ -238,7 +238,7 @@ class ShardUnit(FlatValues):
         """The values of each run, where they lie; without memory if they are brought from a disk."""
         start, _ = self.layout.shard(self.index)
         cuts = [(run.start - start, run.stop - start) for run in self.layout.runs(self.index)]
-        return [self.shard[slice(*cut)] if self.home is None else self.home.piece(*cut) for cut in cuts]
+        return [self.shard[slice(*cut)] if self.store is None else self.store.piece(*cut) for cut in cuts]
 
     def own_grad(self, slot: Slot) -> torch.Tensor | None:
         """What this rank alone has accumulated of a parameter's gradient: a 1-D view; None where it is not LOCAL.
@@ -554,7 +554,7 @@ class ShardUnit(FlatValues):
         self.clear()
         self.unhook()
         if self.sharded:  # the module keeps it alive, and must not keep the optimizer
-            self.stepper, self.masters, self.parcels = None, (), ()
+            self.stepper, self.masters, self.run_stores = None, (), ()
 
     def unhook(self) -> None:
         """Leave gradients to come to the parameters."""

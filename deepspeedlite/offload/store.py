@@ -13,10 +13,10 @@ from typing import Protocol
 import torch
 
 from deepspeedlite.offload.pinned import HostMemory
-from deepspeedlite.offload.swap_file import Disk, Region, Slot, Stored, padded
+from deepspeedlite.offload.swap_file import DiskTensor, Region, StagingBuffer, SwapFile, padded
 
 
-class Home(Protocol):
+class Store(Protocol):
     """Where one shard lives. See the file's first lines."""
 
     def fetch(self) -> bool:
@@ -40,14 +40,14 @@ class Home(Protocol):
     def region(self, start: int, stop: int) -> Region | None:
         """Where on the disk these elements are; None where they are in memory."""
 
-    def stored(self, start: int, stop: int) -> torch.Tensor | Stored:
+    def stored(self, start: int, stop: int) -> torch.Tensor | DiskTensor:
         """These elements as they are stored, to be read."""
 
-    def outlast(self) -> Home:
-        """A home with the same content that needs nothing of the engine's."""
+    def outlast(self) -> Store:
+        """A store with the same content that needs nothing of the engine's."""
 
 
-class HostHome:
+class HostStore:
     """The host's memory."""
 
     def __init__(self, shard: torch.Tensor, memory: HostMemory) -> None:
@@ -85,77 +85,77 @@ class HostHome:
     def region(self, start: int, stop: int) -> None:
         """It is in memory."""
 
-    def outlast(self) -> HostHome:
+    def outlast(self) -> HostStore:
         """Itself."""
         return self
 
 
-class SlotPool:
+class BufferPool:
     """Slots that shards are read into, `count` of them; one more for each that must be opened when all are taken."""
 
-    def __init__(self, disk: Disk, count: int) -> None:
-        self.disk, self._count = disk, count
-        self._idle = deque(disk.slot() for _ in range(count))
+    def __init__(self, swap_file: SwapFile, count: int) -> None:
+        self.swap_file, self._count = swap_file, count
+        self._idle = deque(swap_file.buffer() for _ in range(count))
 
-    def take(self) -> Slot | None:
-        """A slot, if one is idle."""
+    def take(self) -> StagingBuffer | None:
+        """A buffer, if one is idle."""
         return self._idle.popleft() if self._idle else None
 
-    def give(self, slot: Slot) -> None:
+    def give(self, buffer: StagingBuffer) -> None:
         """It is idle again."""
         if len(self._idle) < self._count:
-            self._idle.append(slot)
+            self._idle.append(buffer)
 
 
-class DiskHome:
+class DiskStore:
     """A region of the disk."""
 
-    def __init__(self, shard: torch.Tensor, pool: SlotPool) -> None:
+    def __init__(self, shard: torch.Tensor, pool: BufferPool) -> None:
         self._shard, self._pool = shard, pool
-        self._region = pool.disk.reserve(shard.nbytes)
-        self._slot: Slot | None = None
+        self._region = pool.swap_file.reserve(shard.nbytes)
+        self._buffer: StagingBuffer | None = None
         self._memory: torch.Tensor | None = None
         self.keep()
         self.close()
 
-    def _start(self, slot: Slot) -> None:
-        slot.begin(padded(self._region.nbytes))
-        self._slot, self._memory = slot, slot.take(self._region.nbytes)
-        slot.read(self._memory, self._region)
+    def _start(self, buffer: StagingBuffer) -> None:
+        buffer.begin(padded(self._region.nbytes))
+        self._buffer, self._memory = buffer, buffer.take(self._region.nbytes)
+        buffer.read(self._memory, self._region)
 
     def fetch(self) -> bool:
-        """Start reading, if a slot is idle."""
-        if self._slot is None and (slot := self._pool.take()) is not None:
-            self._start(slot)
-        return self._slot is not None
+        """Start reading, if a buffer is idle."""
+        if self._buffer is None and (buffer := self._pool.take()) is not None:
+            self._start(buffer)
+        return self._buffer is not None
 
     def open(self) -> None:
         """Wait for what was read."""
         self.fetch()
-        if self._slot is None:
-            self._start(self._pool.disk.slot())
-        assert self._slot is not None and self._memory is not None
-        self._slot.wait()
+        if self._buffer is None:
+            self._start(self._pool.swap_file.buffer())
+        assert self._buffer is not None and self._memory is not None
+        self._buffer.wait()
         self._shard.data = self._memory.view(self._shard.dtype).to(self._shard.device)
 
     def close(self) -> None:
-        """Let another shard have the slot."""
+        """Let another shard have the buffer."""
         self._shard.data = self._shard.new_empty(0)
-        slot, self._slot, self._memory = self._slot, None, None
-        if slot is not None:
-            slot.wait()
-            self._pool.give(slot)
+        buffer, self._buffer, self._memory = self._buffer, None, None
+        if buffer is not None:
+            buffer.wait()
+            self._pool.give(buffer)
 
     forget = close
 
     def keep(self) -> None:
         """Write it."""
-        with self._pool.disk.borrowed_slot() as slot:
-            slot.write(self._shard.cpu(), self._region)
-            slot.wait()
+        with self._pool.swap_file.borrowed_buffer() as buffer:
+            buffer.write(self._shard.cpu(), self._region)
+            buffer.wait()
 
     def piece(self, start: int, stop: int) -> torch.Tensor:
-        """A tensor without memory; a parcel brings it."""
+        """A tensor without memory; a `SwappedRun` brings it."""
         return torch.empty(0, dtype=self._shard.dtype)
 
     def region(self, start: int, stop: int) -> Region:
@@ -163,13 +163,13 @@ class DiskHome:
         itemsize = self._shard.dtype.itemsize
         return Region(self._region.offset + start * itemsize, (stop - start) * itemsize)
 
-    def stored(self, start: int, stop: int) -> Stored:
+    def stored(self, start: int, stop: int) -> DiskTensor:
         """What is on the disk."""
-        return Stored(self._pool.disk, self.region(start, stop), self._shard.dtype)
+        return DiskTensor(self._pool.swap_file, self.region(start, stop), self._shard.dtype)
 
-    def outlast(self) -> HostHome:
+    def outlast(self) -> HostStore:
         """The host's memory: the disk goes with the engine."""
         self.open()
-        home = HostHome(self._shard, HostMemory(pinned=False))
+        kept = HostStore(self._shard, HostMemory(pinned=False))
         self.close()
-        return home
+        return kept
