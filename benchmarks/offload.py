@@ -100,10 +100,8 @@ def work(options: dict[str, Any]) -> None:
     found = {"passes_s": statistics.median(passes), "step_s": statistics.median(steps), "numel": numel}
     if options["kind"] == "lite":
         pipeline = engine._parts.offload.pipeline
-        found["written"] = 0 if pipeline is None else pipeline.written_nbytes
-        found["read"] = (
-            0 if pipeline is None else pipeline.written_nbytes - 2 * numel * ("offload_param" in options["offloads"])
-        )
+        found["written"] = pipeline.written_nbytes
+        found["read"] = pipeline.written_nbytes - 2 * numel * ("offload_param" in options["offloads"])
         found["passes_read"] = 4 * numel * ("offload_param" in options["offloads"])  # in forward, and in backward
     peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
     print(

@@ -10,6 +10,7 @@ one by one, and are the system's again when they are freed.
 from __future__ import annotations
 
 import ctypes
+import logging
 from dataclasses import dataclass, field
 
 import torch
@@ -22,10 +23,12 @@ from deepspeedlite.offload.store import BufferPool, DiskStore, HostStore, Store
 from deepspeedlite.offload.swap_file import SwapFile
 from deepspeedlite.offload.swap_pipeline import SwapPipeline
 from deepspeedlite.runtime.errors import OffloadError
+from deepspeedlite.runtime.log import log_dist
 
 # Elements of a run that is swapped as one: large enough for the disk, small enough to keep several of, and a little
 # more than a power of two, so that a weight of that size and its bias are one.
 TILE_NUMEL = (1 << 22) + (1 << 19)
+RATED_TB = 600  # what makers promise of a common drive of 1 TB
 _M_MMAP_THRESHOLD, _MAPPED_NBYTES = -3, 1 << 20  # glibc's number, from malloc.h
 
 
@@ -52,18 +55,17 @@ class Offload:
     swap_file: SwapFile | None = None
 
     def __post_init__(self) -> None:
-        self.pipeline: SwapPipeline | None = None
-        self.host = HostMemory(self.options.pinned)
+        options = self.options
+        self.host = HostMemory(options.pinned)
         self._pool: BufferPool | None = None
         self._in_cpu_numel = 0
         self._seen_numel = self._taken_numel = 0
+        self.pipeline = SwapPipeline(self.swap_file, options.buffers, options.read_ahead, options.write_behind)
+        self._has_told_wear = False
         if self.swap_file is not None:
             _give_freed_memory_back()
-            self.pipeline = SwapPipeline(
-                self.swap_file, self.options.buffers, self.options.read_ahead, self.options.write_behind
-            )
             if self.placement.params is Tier.NVME:
-                self._pool = BufferPool(self.swap_file, max(1, self.options.param_buffers))
+                self._pool = BufferPool(self.swap_file, max(1, options.param_buffers))
 
     def __str__(self) -> str:
         pinned = self.host.pinned_nbytes
@@ -109,6 +111,18 @@ class Offload:
         if self.placement.grads is Tier.DEVICE or not self.is_apart(device):
             return torch.zeros(numel, dtype=dtype, device=device)
         return self.host.empty(numel, dtype).zero_()
+
+    def tell_wear(self, ranks: int) -> None:
+        """Once, when the first step has shown what each of the ranks will write: how long a drive lasts."""
+        nbytes = self.pipeline.written_nbytes * ranks
+        if self.swap_file is None or not nbytes or self._has_told_wear:
+            return
+        self._has_told_wear = True
+        log_dist(
+            f"every step writes {nbytes / 2**30:.3g} GiB to {self.swap_file.directory} ({ranks} x this rank's): a "
+            f"drive that is rated for {RATED_TB} TB written is worn out after {RATED_TB * 1e12 / nbytes:,.0f} steps",
+            level=logging.WARNING,
+        )
 
     def close(self) -> None:
         """Give the disk its space back."""

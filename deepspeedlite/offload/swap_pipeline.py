@@ -18,29 +18,20 @@ from deepspeedlite.offload.swapped_run import SwappedRun
 Runs = Sequence[SwappedRun]
 
 
-def run_through(groups: Sequence[Runs], work: Callable[[int], None], pipeline: SwapPipeline | None) -> None:
-    """`work(i)` for every group in order, with its runs in memory; only groups without them need no pipeline."""
-    if pipeline is not None:
-        pipeline.run(groups, work)
-        return
-    for index in range(len(groups)):
-        work(index)
-
-
 class SwapPipeline:
     """Buffers that groups of swapped runs pass through.
 
     Args:
-        swap_file: where the runs live.
+        swap_file: where the runs live; None: there are only groups without.
         buffers: groups in memory at a time, at least 1; three read, work and write at once.
         read_ahead: read a group while another one is worked on.
         write_behind: go on while a group is being written.
     """
 
     def __init__(
-        self, swap_file: SwapFile, buffers: int = 4, read_ahead: bool = True, write_behind: bool = True
+        self, swap_file: SwapFile | None, buffers: int = 4, read_ahead: bool = True, write_behind: bool = True
     ) -> None:
-        self._buffers = [swap_file.buffer() for _ in range(max(1, buffers))]
+        self._buffers = [] if swap_file is None else [swap_file.buffer() for _ in range(max(1, buffers))]
         # Reading further ahead than a buffer is left for what is being written would wait for that instead of working.
         self._ahead = min(max(len(self._buffers) - 2, 1), 2, len(self._buffers) - 1) if read_ahead else 0
         self._behind = write_behind

@@ -24,7 +24,6 @@ import torch
 
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.placement import Tier
-from deepspeedlite.offload.swap_pipeline import run_through
 from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES, SwappedRun
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
@@ -33,7 +32,7 @@ from deepspeedlite.optim.registry import accepted_parameters
 from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
-from deepspeedlite.runtime.log import log_dist, log_once
+from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import clear_with
 from deepspeedlite.zero.flat_params import owner_of
 from deepspeedlite.zero.grad_reducer import GradientSchedule
@@ -44,7 +43,6 @@ from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 # Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
 CONVERTED_NUMEL = 1 << 22
-RATED_TB = 600  # what makers promise of a common drive of 1 TB
 
 
 class SteppedRun(NamedTuple):
@@ -123,7 +121,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
         self._skipped = SkippedSteps(scaler)
-        self._has_told_wear = False
         self.names_of: Callable[[], dict[int, str]] = dict  # the module's present names, by id; the engine sets it
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant: list[NamedParameter] = []
@@ -357,30 +354,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
         frozen = self._frozen_parts()
         stores = [[run.store for run in runs if run.store is not None] for runs in self._sub_groups]
         try:
-            run_through(
-                stores, lambda index: self._update(self._sub_groups[index], factor, frozen), self._offload.pipeline
-            )
+            self._offload.pipeline.run(stores, lambda index: self._update(self._sub_groups[index], factor, frozen))
         except BaseException as error:
             self.broken = f"a step ended half-way, and the model is that of no step ({error})"
             raise
-        self._tell_wear()
+        self._offload.tell_wear(self._schedule.group.size * self._schedule.replica.group.size)
         self._schedule.share_values(self._settings.share_numel)
         self.loss_scaler.update(overflow=False)
         self._schedule.clear()
-
-    def _tell_wear(self) -> None:
-        """Once, when the first step has shown what each will write: how long a drive lasts."""
-        pipeline, swap_file = self._offload.pipeline, self._offload.swap_file
-        if pipeline is None or swap_file is None or not pipeline.written_nbytes or self._has_told_wear:
-            return
-        self._has_told_wear = True
-        ranks = self._schedule.group.size * self._schedule.replica.group.size
-        nbytes = pipeline.written_nbytes * ranks
-        log_dist(
-            f"every step writes {nbytes / 2**30:.3g} GiB to {swap_file.directory} ({ranks} x this rank's): a drive "
-            f"that is rated for {RATED_TB} TB written is worn out after {RATED_TB * 1e12 / nbytes:,.0f} steps",
-            level=logging.WARNING,
-        )
 
     def _update(self, sub_group: list[SteppedRun], factor: float, frozen: dict[torch.Tensor, list[slice]]) -> None:
         """Step runs that are in memory, with their gradients times `factor`."""
