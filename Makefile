@@ -52,21 +52,21 @@ test-fast:  ## run the quick tests of every part, in under three minutes
 
 test-images:  ## run the tests of images and of clusters of containers (needs a Docker engine)
 	$(TIMED) "make test-images" env DSL_TEST_GPU_IMAGES=1 $(MAKE) --no-print-directory test-here \
-		PYTEST_ARGS="tests/test_env.py tests/test_images.py tests/test_images_gpu.py"
+		PYTEST_ARGS=tests/image
 
 test-wheels:  ## run the tests of compiled ops and wheels (with nvcc and hipcc, those for GPUs too)
-	$(TIMED) "make test-wheels" $(MAKE) --no-print-directory test-here PYTEST_ARGS="tests/test_op_builder.py tests/test_wheel.py"
+	$(TIMED) "make test-wheels" $(MAKE) --no-print-directory test-here PYTEST_ARGS=tests/wheel
 
 test-cluster:  ## run the tests on many hosts, which namespaces make (needs root, iproute2, sshd; Slurm, MPI and pdsh for all)
 	$(TIMED) "make test-cluster" $(MAKE) --no-print-directory test-here \
-		PYTEST_ARGS="tests/test_cluster_bed.py tests/test_launcher_cluster.py tests/test_install.py tests/test_ssh.py"
+		PYTEST_ARGS=tests/cluster
 
 test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT, TRL and Megatron core, in an environment of their own
 	$(TIMED) "make test-clients" $(MAKE) --no-print-directory clients-here VENV=$(VENV)-clients
 
 fuzz:  ## train random small models under random configurations for an hour, each beside an unsharded loop (FUZZ_S, FUZZ_SEED)
 	$(TIMED) "make fuzz" env DSL_FUZZ_S=$(FUZZ_S) DSL_FUZZ_SEED=$(FUZZ_SEED) $(MAKE) --no-print-directory test-here \
-		PYTEST_ARGS="tests/test_fuzz.py -k for_a_while $(PYTEST_ARGS)"
+		PYTEST_ARGS="tests/field/test_fuzz.py -k for_a_while $(PYTEST_ARGS)"
 
 .PHONY: demo-here test-here clients-here
 clients-here: $(VENV)/.ready-clients

@@ -4,7 +4,8 @@
 
 Start: from the command to the first line of the later of two local ranks; the script imports nothing. Failure: from the
 moment at which one rank exits with an error until no other rank is left, here and, as root, between hosts of
-tests/cluster.py over ssh, where no peer is timed. Contenders take turns. Without --peer-python DeepSpeed is left out.
+tests/helpers/cluster.py over ssh, where no peer is timed. Contenders take turns. Without --peer-python DeepSpeed is
+left out.
 """
 
 from __future__ import annotations
@@ -140,7 +141,7 @@ def main() -> None:
 
 def across(repeats: int, head: list[str]) -> None:
     """Between hosts, where this machine can have some."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path.insert(0, str(ROOT / "tests" / "helpers"))
     from cluster import Cluster, missing_for_cluster
 
     if missing := missing_for_cluster():

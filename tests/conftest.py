@@ -1,4 +1,4 @@
-"""Pytest's set-up for all tests: puts the repository and tests/ on sys.path, and ends the rank workers at the end.
+"""Pytest's set-up for all tests: what they import from (helpers/paths.py), and the end of the rank workers.
 
 Ranks are started by `harness.distributed`; see its docstring. `from harness import distributed` is how tests use it.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -17,16 +16,10 @@ from pathlib import Path
 
 import pytest
 
-_TESTS = Path(__file__).resolve().parent
-for _folder in (str(_TESTS.parent), str(_TESTS)):
-    if _folder not in sys.path:
-        sys.path.insert(0, _folder)
+sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
+from paths import HELPERS, put_on_path
 
-
-def hear_signals() -> None:
-    """In a child before it starts: what nohup, or a background job of CI, made this process ignore is heard again."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, signal.SIG_DFL)
+put_on_path()
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses
@@ -72,7 +65,7 @@ def aio_faults(tmp_path_factory) -> Path:
     if compiler is None:
         pytest.skip("preloading faults needs a C++ compiler")
     library = tmp_path_factory.mktemp("faults") / "faults_aio.so"
-    source = Path(__file__).with_name("faults_aio.cpp")
+    source = HELPERS / "faults_aio.cpp"
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
     subprocess.run(command, check=True)
     return library

@@ -1,7 +1,7 @@
 """The table: DeepSpeed's public modules and names, where each is here, how it differs, or why it is absent.
 
-docs/compatibility.md is generated from it. `tests/test_drop_in.py` asks every entry for its object and, where the real
-DeepSpeed is installed, checks that each name exists there and that what is called "same" takes the same arguments.
+docs/compatibility.md is generated from it. `tests/field/test_drop_in.py` asks every entry for its object and, where the
+real DeepSpeed is installed, checks that each name exists there and that what is called "same" takes the same arguments.
 """
 
 from __future__ import annotations

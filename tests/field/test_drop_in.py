@@ -1,0 +1,349 @@
+"""The name `deepspeed`: the same objects under two names, in every kind of child, and a table that tells the truth."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import venv
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+from deepspeedlite.compat.drop_in import VERSION, with_stand_in
+from deepspeedlite.compat.drop_in.docs import render
+from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
+from deepspeedlite.compat.drop_in.table import canonical
+from deepspeedlite.runtime.errors import AbsentError
+
+
+def run(code: str, *flags: str, **more: str) -> str:
+    """What a new Python prints that finds the stand-in on its path."""
+    environ = with_stand_in({**os.environ, "PYTHONPATH": str(ROOT), **more})
+    done = subprocess.run([sys.executable, *flags, "-c", code], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+def test_both_names_are_the_same_objects():
+    print_all = """
+import deepspeed, deepspeedlite, deepspeed.comm, deepspeedlite.comm, pickle, importlib
+import deepspeed.runtime.engine as theirs, deepspeedlite.runtime.engine as ours
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero import ZeroParamStatus as again
+from deepspeed.ops.adam.fused_adam import FusedAdam
+import deepspeed.zero
+assert deepspeed is deepspeedlite and deepspeed.comm is deepspeedlite.comm and theirs is ours
+assert deepspeed.comm.comm is deepspeed.comm and deepspeed.runtime.zero is deepspeed.zero
+assert deepspeed.runtime.zero.partition_parameters.Init is deepspeed.zero.Init
+assert ZeroParamStatus is again and deepspeed.ops.adam.FusedAdam is FusedAdam
+assert theirs.DeepSpeedEngine is deepspeed.DeepSpeedEngine
+assert deepspeed.checkpointing is deepspeed.runtime.activation_checkpointing.checkpointing
+assert pickle.loads(pickle.dumps(ZeroParamStatus.AVAILABLE)) is ZeroParamStatus.AVAILABLE
+assert deepspeed.comm.__spec__.name == deepspeed.comm.__name__ == "deepspeedlite.comm"
+assert importlib.reload(deepspeed.comm) is deepspeedlite.comm
+import sys
+theirs = {n: m for n, m in sys.modules.items() if n.startswith("deepspeed.")}
+twice = [n for n, module in theirs.items() if module is not sys.modules[module.__name__]]
+assert not twice, twice
+"""
+    run(print_all)
+
+
+def test_what_libraries_ask_before_they_import():
+    code = """
+import importlib.metadata, importlib.util
+print(importlib.metadata.version("deepspeed"), *(importlib.util.find_spec(name) is not None for name in {names}))
+import deepspeed
+print(deepspeed.__version__, deepspeed.git_version_info.version, importlib.util.find_spec("deepspeed") is not None)
+"""
+    names = ["deepspeed", "deepspeed.comm", "deepspeed.runtime.engine", "deepspeed.none"]
+    first, then = run(code.replace("{names}", str(names))).splitlines()
+    assert first == f"{VERSION} True True True False"
+    assert then == f"{VERSION} {VERSION} True"
+
+
+def test_the_import_is_light():
+    loaded = set(run("import deepspeed, sys; print(*sys.modules)").split())
+    assert not loaded & {"torch", "numpy", "pydantic", "rich"}
+
+
+@pytest.mark.slow_unless(method="spawn")
+@pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
+def test_children_have_the_name(method, tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text(f"""
+import multiprocessing, deepspeed
+def child(queue):
+    import deepspeed.runtime.lr_schedules as schedules
+    import deepspeedlite
+    queue.put((deepspeed is deepspeedlite, schedules.VALID_LR_SCHEDULES[0]))
+if __name__ == "__main__":
+    context = multiprocessing.get_context({method!r})
+    queue = context.Queue()
+    process = context.Process(target=child, args=(queue,))
+    process.start()
+    print(*queue.get())
+    process.join()
+""")
+    environ = with_stand_in({**os.environ, "PYTHONPATH": str(ROOT)})
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environ)
+    assert done.stdout.split() == ["True", "LRRangeTest"], done.stderr
+
+
+@pytest.mark.parametrize("module, says", [("launcher.runner", "deepspeedlite"), ("env_report", "dslite_report")])
+def test_modules_run_as_commands(module, says):
+    environ = with_stand_in({**os.environ, "PYTHONPATH": str(ROOT)})
+    argv = [sys.executable, "-m", f"deepspeed.{module}", "--help"]
+    done = subprocess.run(argv, capture_output=True, text=True, env=environ)
+    assert done.returncode == 0 and f"usage: {says}" in done.stdout, done.stdout + done.stderr
+
+
+def test_the_launcher_gives_the_name_when_asked(tmp_path):
+    """With --as_deepspeed every rank has it; without, no rank."""
+    script = tmp_path / "train.py"
+    script.write_text("import os, deepspeed\nprint(os.environ['RANK'], deepspeed.__name__, flush=True)\n")
+    base = [sys.executable, "-m", "deepspeedlite.launcher", "--num_gpus", "2", "--master_port", "0"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run([*base, "--as_deepspeed", str(script)], capture_output=True, text=True, env=environ)
+    assert done.returncode == 0 and "0 deepspeedlite" in done.stdout and "1 deepspeedlite" in done.stdout, done.stderr
+    done = subprocess.run([*base, str(script)], capture_output=True, text=True, env=environ)
+    assert done.returncode != 0 and "No module named 'deepspeed'" in done.stdout + done.stderr
+
+
+@pytest.fixture
+def environment(tmp_path) -> Path:
+    """A virtual environment that finds this checkout, and this environment's packages, by a `.pth`."""
+    venv.create(tmp_path / "env", with_pip=False, symlinks=True)
+    site = next((tmp_path / "env" / "lib").glob("python*/site-packages"))
+    (site / "under_test.pth").write_text(f"{ROOT}\n{sysconfig.get_path('purelib')}\n")
+    return tmp_path / "env"
+
+
+def drop_in(environment: Path, *argv: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [environment / "bin" / "python", "-m", "deepspeedlite.drop_in", *argv], capture_output=True, text=True
+    )
+
+
+def isolated(environment: Path) -> str:
+    """Where an isolated Python of the environment has `deepspeed` from."""
+    code = "import deepspeed; print(deepspeed.__name__)"
+    done = subprocess.run([environment / "bin" / "python", "-I", "-c", code], capture_output=True, text=True)
+    return done.stdout.strip() or done.stderr.strip().splitlines()[-1]
+
+
+def test_install_and_uninstall(environment):
+    """An environment has the name from one to the other, isolated Pythons and the command too; no file stays."""
+    before = sorted(environment.rglob("*"))
+    assert "No module named" in isolated(environment)
+    done = drop_in(environment, "install")
+    assert done.returncode == 0 and done.stdout.count("wrote") == 2, done.stderr
+    assert isolated(environment) == "deepspeedlite"
+    command = subprocess.run([environment / "bin" / "deepspeed", "--version"], capture_output=True, text=True)
+    assert command.stdout.startswith("deepspeedlite "), command.stderr
+    assert drop_in(environment, "install").returncode == 0  # twice is as good as once
+    assert drop_in(environment, "uninstall").stdout.count("removed") == 2
+    assert "No module named" in isolated(environment)
+    assert [path for path in sorted(environment.rglob("*")) if path not in before and path.name != "__pycache__"] == []
+
+
+def test_install_respects_a_real_deepspeed(environment):
+    """Refused unless forced; then the real one is hidden, its command stays, and uninstalling shows it again."""
+    site = next((environment / "lib").glob("python*/site-packages"))
+    (site / "deepspeed").mkdir()
+    (site / "deepspeed" / "__init__.py").write_text("")
+    (site / "deepspeed-0.17.0.dist-info").mkdir()
+    (site / "deepspeed-0.17.0.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: deepspeed\nVersion: 0.17.0\n"
+    )
+    (environment / "bin" / "deepspeed").write_text("#!/bin/sh\necho real\n")
+    done = drop_in(environment, "install")
+    assert done.returncode == 1 and "DeepSpeed 0.17.0 is installed" in done.stderr and "--force" in done.stderr
+    assert isolated(environment) == "deepspeed"
+    assert drop_in(environment, "install", "--force").returncode == 0
+    assert isolated(environment) == "deepspeedlite"
+    assert (environment / "bin" / "deepspeed").read_text() == "#!/bin/sh\necho real\n"
+    assert drop_in(environment, "uninstall").stdout.count("removed") == 1
+    assert isolated(environment) == "deepspeed"
+
+
+# --- the table --------------------------------------------------------------------------------------------------------
+
+
+def name_in(path: str) -> str:
+    return f"deepspeedlite.{path}" if path else "deepspeedlite"
+
+
+@pytest.mark.parametrize("path", MODULES)
+def test_every_entry_is_what_it_says(path):
+    """What is there can be had in every way, and what is absent says why in every way."""
+    module = importlib.import_module(name_in(path))
+    for name, entry in MODULES[path].items():
+        if entry.home:
+            assert getattr(module, name) is not None
+            exec(f"from {name_in(path)} import {name}", {})
+        elif canonical(f"{path}.{name}".lstrip(".")) not in map(canonical, MODULES):
+            assert not hasattr(module, name), f"{path}.{name} is absent, and there"
+            if hasattr(module, "__path__"):
+                with pytest.raises(AbsentError, match="is not in deepspeedlite"):
+                    exec(f"from {name_in(path)} import {name}", {})
+            if hasattr(module, "__getattr__"):
+                with pytest.raises(AttributeError) as raised:
+                    getattr(module, name)
+                assert entry.note in str(raised.value)
+
+
+@pytest.mark.parametrize("path", ABSENT_MODULES)
+def test_absent_modules_say_why(path):
+    for below in ("", ".anything"):
+        with pytest.raises(AbsentError) as raised:
+            importlib.import_module(f"deepspeedlite.{path}{below}")
+        assert ABSENT_MODULES[path] in str(raised.value)
+    inside = ROOT.joinpath("deepspeedlite", *path.split("."))
+    assert not inside.exists() and not inside.with_suffix(".py").exists(), "there is a file of ours at an absent path"
+
+
+def test_a_name_that_nobody_has_is_an_ordinary_error():
+    with pytest.raises(ImportError, match="cannot import name 'no_such_name'") as raised:
+        exec("from deepspeedlite.runtime.engine import no_such_name", {})
+    assert not isinstance(raised.value, AbsentError)
+    with pytest.raises(ModuleNotFoundError, match="no_such_module"):
+        importlib.import_module("deepspeedlite.runtime.no_such_module")
+
+
+def test_no_module_takes_the_place_of_a_name_that_ours_use():
+    """Python puts an imported module into its parent, whatever had that name there."""
+    code = """
+import importlib
+from deepspeedlite.compat.drop_in.modules import MODULES
+for path in filter(None, MODULES):
+    parent, _, name = f"deepspeedlite.{path}".rpartition(".")
+    parent = importlib.import_module(parent)
+    before = vars(parent).get(name)
+    importlib.import_module(f"deepspeedlite.{path}")
+    if before is not None and before is not vars(parent)[name]:
+        print(path)
+"""
+    assert run(code) == ""
+
+
+def test_names_may_be_replaced():
+    """As transformers replaces a constructor's wrapper around zero.Init, and puts it back."""
+    from deepspeedlite.runtime.zero import partition_parameters as pp
+
+    original = pp.zero_wrapper_for_fp_tensor_constructor
+    assert original(len, None) is len
+    pp.zero_wrapper_for_fp_tensor_constructor = None
+    assert (
+        importlib.import_module(
+            "deepspeedlite.runtime.zero.partition_parameters"
+        ).zero_wrapper_for_fp_tensor_constructor
+        is None
+    )
+    pp.zero_wrapper_for_fp_tensor_constructor = original
+
+
+def test_documentation_is_generated():
+    assert (ROOT / "docs" / "compatibility.md").read_text() == render(), "run: python -m deepspeedlite.drop_in docs"
+
+
+# --- against the real DeepSpeed ---------------------------------------------------------------------------------------
+
+ASK_PEER = """
+import importlib, inspect, json, sys
+asked, answer = json.loads(sys.stdin.read()), {}
+def parameters(value):
+    try:
+        if inspect.isclass(value) and issubclass(value, BaseException) or not callable(value):
+            return None
+        all = inspect.signature(value).parameters.values()
+        return [p.name for p in all if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    except (ValueError, TypeError):
+        return None
+for path, names in asked.items():
+    module = importlib.import_module("deepspeed." + path if path else "deepspeed")
+    answer[path] = {name: parameters(getattr(module, name)) if hasattr(module, name) else "absent" for name in names}
+print("ANSWER" + json.dumps(answer))
+"""
+
+
+@pytest.mark.slow
+def test_the_table_against_the_real_deepspeed():
+    """Every name exists there; what is called the same takes the same arguments, by the same names."""
+    if "DSL_PEER_PYTHON" not in os.environ:
+        pytest.skip("needs the real DeepSpeed: set DSL_PEER_PYTHON to the Python of an environment that has it")
+    asked = json.dumps({path: list(names) for path, names in MODULES.items()})
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [os.environ["DSL_PEER_PYTHON"], "-c", ASK_PEER], input=asked, capture_output=True, text=True, env=environ
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.rpartition("ANSWER")[2])
+    wrong = []
+    for path, names in MODULES.items():
+        for name, entry in names.items():
+            found = theirs[path][name]
+            if found == "absent":
+                wrong.append(f"{path}.{name}: DeepSpeed has no such name")
+            elif found and entry.home and not entry.note:
+                ours = inspect.signature(getattr(importlib.import_module(name_in(path)), name)).parameters.values()
+                missing = set(found) - {parameter.name for parameter in ours}
+                if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in ours):
+                    wrong.append(f"{path}.{name}: does not take {sorted(missing)}")
+    assert not wrong, "\n".join(wrong)
+
+
+ENGINE_METHODS = """
+forward backward step train eval zero_grad no_sync is_gradient_accumulation_boundary set_gradient_accumulation_boundary
+save_checkpoint load_checkpoint save_16bit_model get_global_grad_norm get_lr get_mom train_batch_size
+train_micro_batch_size_per_gpu gradient_accumulation_steps set_train_batch_size zero_optimization
+zero_optimization_stage fp16_enabled bfloat16_enabled gradient_clipping deepspeed_io module_state_dict
+zero_gather_16bit_weights_on_model_save _zero3_consolidated_16bit_state_dict _consolidated_16bit_state_dict destroy
+compile was_step_applied scale save_fp16_model loss_scale get_batch_info set_train_micro_batch_size get_data_types
+"""
+
+
+@pytest.mark.slow
+def test_the_engine_against_the_real_deepspeed():
+    """The methods that scripts and clients call take what DeepSpeed's take."""
+    if "DSL_PEER_PYTHON" not in os.environ:
+        pytest.skip("needs the real DeepSpeed: set DSL_PEER_PYTHON to the Python of an environment that has it")
+    code = ASK_PEER.replace(
+        'importlib.import_module("deepspeed." + path if path else "deepspeed")',
+        "importlib.import_module(path).DeepSpeedEngine",
+    )
+    public = """
+import torch
+from deepspeed.runtime.engine import DeepSpeedEngine
+print("PUBLIC", *(name for name in dir(DeepSpeedEngine) if name[0] != "_" and not hasattr(torch.nn.Module, name)))
+"""
+    asked = json.dumps({"deepspeed.runtime.engine": ENGINE_METHODS.split()})
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    done = subprocess.run(
+        [os.environ["DSL_PEER_PYTHON"], "-c", public + code], input=asked, capture_output=True, text=True, env=environ
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    theirs = json.loads(done.stdout.rpartition("ANSWER")[2])["deepspeed.runtime.engine"]
+    from deepspeedlite import DeepSpeedEngine
+    from deepspeedlite.compat.engine_accessors import ABSENT
+
+    names = set(done.stdout.partition("PUBLIC")[2].splitlines()[0].split())
+    assert len(names) > 150
+    assert {name for name in names if not hasattr(DeepSpeedEngine, name)} == set(ABSENT)
+    wrong = []
+    said = {"destination", "prefix", "keep_vars", "compiled_autograd_enabled", "schedule"}  # in docs/compatibility.md
+    for name in ENGINE_METHODS.split():
+        if theirs[name] == "absent":
+            wrong.append(f"{name}: DeepSpeed has no such method")
+            continue
+        ours = inspect.signature(getattr(DeepSpeedEngine, name)).parameters
+        missing = set(theirs[name]) - set(ours) - said
+        if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in ours.values()):
+            wrong.append(f"{name}: does not take {sorted(missing)}")
+    assert not wrong, "\n".join(wrong)

@@ -1,0 +1,293 @@
+"""What the launcher decides without starting anything: hosts, slots, places, commands, the check; and its protocol."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from paths import ROOT
+
+from deepspeedlite.env_report.preflight import Found, check, facts, table
+from deepspeedlite.env_report.rows import BAD, WARN
+from deepspeedlite.launcher import protocol
+from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
+from deepspeedlite.launcher.cli import parse
+from deepspeedlite.launcher.hostfile import select
+from deepspeedlite.launcher.job import Assignment, Workload, build_job, parse_cores
+from deepspeedlite.launcher.multinode import assign_ranks, dry_run
+from deepspeedlite.launcher.start import choose_hosts
+from deepspeedlite.runtime.errors import LaunchError
+
+# --include and --exclude
+
+SLOTS = st.lists(st.integers(0, 7), unique=True, min_size=1, max_size=8).map(sorted)
+POOLS = st.dictionaries(st.sampled_from(["a", "b", "worker-1", "n.x", "c_d"]), SLOTS, min_size=1)
+
+
+def spelled(slots: list[int], as_ranges: bool) -> str:
+    """A list of slots, runs of at least two written as ranges if asked."""
+    parts: list[str] = []
+    index = 0
+    while index < len(slots):
+        end = index
+        while as_ranges and end + 1 < len(slots) and slots[end + 1] == slots[end] + 1:
+            end += 1
+        parts.append(str(slots[index]) if end == index else f"{slots[index]}-{slots[end]}")
+        index = end + 1
+    return ",".join(parts)
+
+
+@given(POOLS, st.data(), st.booleans(), st.booleans())
+def test_selection_equals_a_plain_one(
+    pool: dict[str, list[int]], data: st.DataObject, wanted: bool, ranges: bool
+) -> None:
+    named = data.draw(st.lists(st.sampled_from(sorted(pool)), unique=True, min_size=1))
+    picks = {
+        host: data.draw(st.none() | st.lists(st.sampled_from(pool[host]), unique=True, min_size=1)) for host in named
+    }
+    text = "@".join(host if slots is None else f"{host}:{spelled(slots, ranges)}" for host, slots in picks.items())
+    pairs = {(host, slot) for host, slots in pool.items() for slot in slots}
+    meant = {(h, s) for h, slots in picks.items() for s in (pool[h] if slots is None else slots)}
+    left = pairs & meant if wanted else pairs - meant
+    plain = {host: sorted(s for h, s in left if h == host) for host in pool if any(h == host for h, _ in left)}
+    if not plain:
+        with pytest.raises(LaunchError, match="leaves no slot"):
+            select(pool, text if wanted else None, None if wanted else text)
+        return
+    found = select(pool, text if wanted else None, None if wanted else text)
+    assert found == plain and list(found) == [host for host in pool if host in plain]
+
+
+@given(POOLS, st.text(st.sampled_from("ab:@,-0123x "), max_size=12))
+def test_a_selection_is_understood_or_refused(pool: dict[str, list[int]], text: str) -> None:
+    try:
+        found = select(pool, text or None, None)
+    except LaunchError as error:
+        assert "--include" in str(error) and text in str(error)
+        return
+    assert all(set(slots) <= set(pool[host]) for host, slots in found.items())
+
+
+@pytest.mark.parametrize(
+    ("include", "said"),
+    [
+        ("worker-3", "no host 'worker-3'; did you mean worker-"),
+        ("worker-1:9", "worker-1 has no slot 9; its slots are [0, 1]"),
+        ("worker-1:0@worker-1:1", "names worker-1 twice"),
+        ("worker-1:0,0-1", "names a slot twice"),
+        ("worker-1:", "'' is no slot"),
+        ("worker-1:1-0", "'1-0' is no slot or range"),
+    ],
+)
+def test_a_wrong_selection_names_what_is_wrong(include: str, said: str) -> None:
+    with pytest.raises(LaunchError) as raised:
+        select({"worker-1": [0, 1], "worker-2": [0, 1]}, include, None)
+    assert said in str(raised.value)
+
+
+def test_slots_of_a_machine_without_gpus_are_free() -> None:
+    assert select({"localhost": None}, "localhost:0-2", None) == {"localhost": [0, 1, 2]}
+
+
+def test_hosts_are_counted_cut_and_spared(tmp_path: Path) -> None:
+    hostfile = tmp_path / "hosts"
+    hostfile.write_text("a slots=4\nb slots=2\nc slots=4\n")
+    options, _ = parse(["--hostfile", str(hostfile), "--num_nodes", "2", "--num_gpus", "2", "t.py"])
+    assert choose_hosts(options, {}) == ({"a": [0, 1], "b": [0, 1]}, {"c": [0, 1]}, True)
+    with pytest.raises(LaunchError, match="--num_gpus 3: b has 2 slots"):
+        choose_hosts(replace(options, num_gpus=3), {})
+    slurm, _ = parse(["--launcher", "slurm", "t.py"])
+    assert choose_hosts(slurm, {"SLURM_JOB_NODELIST": "n[1-2]"}) == ({"n1": None, "n2": None}, {}, True)
+
+
+def test_ranks_are_numbered_through_the_hosts() -> None:
+    assignments = assign_ranks([Found("a", [0, 2]), Found("b", [1])], "a", 29500, 0)
+    assert [(p.host, p.first_rank, p.node_rank, p.world_size) for p in assignments] == [("a", 0, 0, 3), ("b", 2, 1, 3)]
+    job = build_job(
+        Workload(str(ROOT / "setup.py")), assignments[1], {"CUDA_VISIBLE_DEVICES": "5,7", "DS_ACCELERATOR": "cpu"}
+    )
+    assert job.ranks[0].prefix == "[b:2] " and job.ranks[0].env["CROSS_RANK"] == "1"
+
+
+# A hundred hosts
+
+
+def test_a_dry_run_of_a_hundred_hosts(tmp_path: Path) -> None:
+    hosts = {f"node-{index}": list(range(8)) for index in range(100)}
+    for name in BACKENDS:
+        options, _ = parse(["--launcher", name, "t.py", "--x", "a b"])
+        if name not in ("ssh", "pdsh"):
+            continue  # these need no program here that may be absent
+        try:
+            text = dry_run(options, hosts)
+        except LaunchError:
+            assert name == "pdsh"
+            continue
+        lines = text.splitlines()
+        assert len([line for line in lines if line.startswith("node-")]) == 100
+        assert "node-99  792-799  0,1,2,3,4,5,6,7" in text and "'a b'" in text
+        assert sum("deepspeedlite.launcher.node" in line for line in lines) == (100 if name == "ssh" else 1)
+
+
+def test_the_check_of_a_hundred_hosts_shows_each_and_names_the_odd_ones() -> None:
+    own = facts()
+    found = [Found(f"node-{index}", [0], dict(own), reached=True) for index in range(100)]
+    assert not [row for row in check(found, "node-0") if row.status in (BAD, WARN)]
+    found[7].facts = {**own, "torch": "1.0"}
+    found[8].facts = {**own, "python": "3.10.1", "gpus": 2, "vendor": "nvidia"}
+    found[8].slots = [0, 1, 2]
+    found[9] = Found("node-9", [0], error="ssh: connect to host node-9 port 22: Connection timed out")
+    found[10].skew_s = -7.0
+    found[11].reached = False
+    rows = check(found, "node-0")
+    bad = {(row.section, row.name) for row in rows if row.status == BAD}
+    wanted = {
+        ("node-7", "torch"),
+        ("node-8", "python"),
+        ("node-8", "GPUs"),
+        ("node-9", "reached"),
+        ("node-11", "master"),
+    }
+    assert bad == wanted and [row.section for row in rows if row.status == WARN] == ["node-10"]
+    text = table(rows, colour=False)
+    assert len(re.findall(r"^node-\d+ ", text, re.MULTILINE)) == 100
+    assert all(f"{host}: {name}: " in text for host, name in wanted) and "\x1b" not in text
+    assert max(map(len, text.splitlines())) < 200
+
+
+# Commands
+
+
+def test_every_backend_starts_one_agent_per_host(tmp_path: Path) -> None:
+    for name in ("ssh", "pdsh", "mpirun", "srun"):
+        (tmp_path / name).write_text("")
+        (tmp_path / name).chmod(0o755)
+    secret = {"DSL_LAUNCHER_KEY": "s3cr3t"}
+    reach = Reach(["a", "b"], frozenset(), "10.0.0.1:99", secret, 2222, ("-v",), "/lib x", "/py")
+    agent = "/py -m deepspeedlite.launcher.node"
+    for name in BACKENDS:
+        launches: list[Launch] = find_backend(name, path=str(tmp_path)).launches(reach)
+        text = "\n".join(" ".join(launch.argv) for launch in launches)
+        assert agent in text and "-v" in text, name
+        assert ("s3cr3t" in text) == (name in ("pdsh", "ssh")), "only what a shell must be told stands in a command"
+        assert len(launches) == (2 if name == "ssh" else 1)
+        assert all("s3cr3t" in launch.env.values() for launch in launches) or name in ("pdsh", "ssh")
+    impi, mvapich = (find_backend(name, path=str(tmp_path)).launches(reach)[0] for name in ("impi", "mvapich"))
+    for launch, pin in ((impi, "I_MPI_PIN"), (mvapich, "MV2_ENABLE_AFFINITY")):
+        assert list(launch.argv[:8]) == ["mpirun", "-n", "2", "-ppn", "1", "-hosts", "a,b", "-genvlist"]
+        assert launch.env[pin] == "0"
+
+
+# Cores
+
+
+def test_cores_are_shared_out_evenly() -> None:
+    assert parse_cores("0-2, 8") == [0, 1, 2, 8]
+    for text, said in (("", "no core"), ("3-1", "no core"), ("0,0", "twice"), ("x", "no core")):
+        with pytest.raises(LaunchError, match=said):
+            parse_cores(text)
+    usable = sorted(os.sched_getaffinity(0))
+    assignment = Assignment(range(len(usable)), len(usable), "127.0.0.1", 1)
+    job = build_job(Workload(str(ROOT / "setup.py"), bind_cores=True), assignment, {"DS_ACCELERATOR": "cpu"})
+    assert [rank.cores for rank in job.ranks] == [(core,) for core in usable]
+    assert job.ranks[0].env["OMP_NUM_THREADS"] == "1"
+    with pytest.raises(LaunchError, match="cannot have a core each"):
+        build_job(
+            Workload(str(ROOT / "setup.py"), bind_cores=True),
+            replace(assignment, slots=range(999)),
+            {"DS_ACCELERATOR": "cpu"},
+        )
+
+
+# The protocol
+
+
+def pair() -> tuple[protocol.Link, protocol.Link]:
+    one, two = socket.socketpair()
+    return protocol.Link(one.detach()), protocol.Link(two.detach())
+
+
+@given(st.lists(st.tuples(st.sampled_from([b"O", b"T"]), st.binary(max_size=300)), max_size=20), st.integers(1, 50))
+def test_frames_arrive_whole_however_they_are_cut(frames: list[tuple[bytes, bytes]], size: int) -> None:
+    near, far = socket.socketpair()
+    sender = protocol.Link(os.dup(near.fileno()))
+    collected = b"motd: welcome\n" + far.recv(1000)
+    for kind, body in frames:
+        sender.send(kind, body.hex(), raw=body if kind == b"O" else None)
+        collected += far.recv(100_000)
+    read_fd, write_fd = os.pipe()
+    receiver = protocol.Link(read_fd, os.open(os.devnull, os.O_WRONLY))
+    got = []
+    for start in range(0, len(collected), size):
+        os.write(write_fd, collected[start : start + size])
+        got += receiver.receive()
+    assert [f for f in got if f[0] in (b"O", b"T")] == [(k, b if k == b"O" else b.hex()) for k, b in frames]
+    for link in (sender, receiver):
+        link.close()
+    os.close(write_fd)
+    near.close()
+    far.close()
+
+
+def test_a_link_that_is_not_read_keeps_no_writer_waiting() -> None:
+    near, far = pair()
+    started_s = time.monotonic()
+    for _ in range(100):
+        near.send(protocol.OUTPUT, raw=bytes(1 << 16))
+    assert near.pending and time.monotonic() - started_s < 1
+    received = 0
+    while received < 100:
+        near.flush()
+        received += len(far.receive())
+    assert not near.pending
+    near.close()
+    assert far.receive() == [] and far.closed
+    far.close()
+
+
+def test_garbage_closes_a_link() -> None:
+    headers = (b"\xff\xff\xff\xffO", (3).to_bytes(4, "big") + b"J{]")
+    for garbage in (*(protocol.MAGIC + header for header in headers), b"x" * (2 << 20)):
+        near, far = socket.socketpair()
+        link = protocol.Link(far.detach())
+        threading.Thread(target=near.sendall, args=(garbage,), daemon=True).start()
+        deadline_s = time.monotonic() + 5
+        while not link.closed and time.monotonic() < deadline_s:
+            link.receive()
+        assert link.closed
+        link.close()
+        near.close()
+
+
+def test_an_agent_runs_nothing_for_one_who_does_not_know_its_key(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        argv = [
+            sys.executable,
+            "-m",
+            "deepspeedlite.launcher.node",
+            "--connect",
+            f"127.0.0.1:{server.getsockname()[1]}",
+        ]
+        env = {**os.environ, "PYTHONPATH": str(ROOT), "DSL_LAUNCHER_KEY": "ours"}
+        agent = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
+        link = protocol.Link(server.accept()[0].detach())
+        link.send(protocol.CHALLENGE, {"nonce": "n"})
+        kind, hello = link.expect(protocol.HELLO, within_s=20)
+        assert kind and hello["proof"] == protocol.proof("ours", "n", "node") and "ours" not in str(hello)
+        link.send(protocol.WELCOME, {"proof": protocol.proof("theirs", hello["nonce"], "launcher")})
+        workload = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
+        assignment = {"slots": [0], "world_size": 1, "master_addr": "x", "master_port": 1}
+        link.send(protocol.JOB, {"workload": workload, "assignment": assignment, "terminals": {}})
+        assert "is not the one that started it" in agent.communicate(timeout=20)[1]
+        assert agent.returncode == 0 and not (tmp_path / "ran").exists()
+        link.close()

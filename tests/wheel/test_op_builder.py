@@ -1,0 +1,396 @@
+"""The table of ops, finding compilers and GPUs, what a wheel fits, and the cache of compiled ops."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from paths import ROOT
+
+import deepspeedlite.ops
+from deepspeedlite.ops import op_builder
+from deepspeedlite.ops.op_builder import OPS, OpBuildError, Record, built, cache_entries, gpu, jit, misfit, prebuilt
+from deepspeedlite.ops.op_builder import toolchain as toolchains
+from deepspeedlite.ops.op_builder.prebuilt import supports
+from deepspeedlite.ops.op_builder.toolchain import Toolchain
+from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
+from deepspeedlite.ops.op_builder.torch_build import _read as read_torch
+from deepspeedlite.runtime.errors import OpError
+
+VARIABLES = "CUDA_HOME CUDA_PATH ROCM_HOME ROCM_PATH TORCH_CUDA_ARCH_LIST PYTORCH_ROCM_ARCH DS_SKIP_CUDA_CHECK MAX_JOBS"
+# DeepSpeed's names, from its documentation of DS_BUILD_*.
+BUILDERS = {
+    "CPUAdamBuilder": ("cpu_adam", "DS_BUILD_CPU_ADAM"),
+    "CPUAdagradBuilder": ("cpu_adagrad", "DS_BUILD_CPU_ADAGRAD"),
+    "CPULionBuilder": ("cpu_lion", "DS_BUILD_CPU_LION"),
+    "FusedAdamBuilder": ("fused_adam", "DS_BUILD_FUSED_ADAM"),
+    "FusedLambBuilder": ("fused_lamb", "DS_BUILD_FUSED_LAMB"),
+    "FusedLionBuilder": ("fused_lion", "DS_BUILD_FUSED_LION"),
+    "UtilsBuilder": ("utils", "DS_BUILD_UTILS"),
+    "AsyncIOBuilder": ("async_io", "DS_BUILD_AIO"),
+    "TransformerBuilder": ("transformer", "DS_BUILD_TRANSFORMER"),
+    "StochasticTransformerBuilder": ("stochastic_transformer", "DS_BUILD_STOCHASTIC_TRANSFORMER"),
+    "InferenceBuilder": ("transformer_inference", "DS_BUILD_TRANSFORMER_INFERENCE"),
+    "SparseAttnBuilder": ("sparse_attn", "DS_BUILD_SPARSE_ATTN"),
+}
+HERE = [spec for spec in OPS.values() if not spec.pending]
+
+
+@pytest.fixture
+def clean(monkeypatch):
+    """No variables that say what to compile for, and no GPU."""
+    for name in (*VARIABLES.split(), "DS_ACCELERATOR", "DS_ENABLE_NINJA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(gpu, "_gpus_nvidia", tuple)
+    monkeypatch.setattr(gpu, "_gpus_amd", tuple)
+    return monkeypatch
+
+
+@pytest.fixture
+def cold(tmp_path, clean):
+    """A cache in which nothing is compiled yet."""
+    clean.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "deepspeedlite"
+
+
+# --- the table ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("builder", BUILDERS)
+def test_builders_have_deepspeeds_names(builder):
+    made = getattr(op_builder, builder)()
+    name, flag = BUILDERS[builder]
+    assert (made.name, made.spec.flag) == (name, flag)
+    assert made.absolute_name().endswith(f".{name}_op")
+    assert all((ROOT / "csrc" / source).is_file() for source in made.sources())
+    assert made.is_compatible() is not bool(made.spec.pending)
+    if made.spec.pending:
+        with pytest.raises(OpBuildError, match=f"{name}: .*not part of this release"):
+            made.load()
+
+
+def test_the_table_is_those_builders():
+    assert set(op_builder.BUILDERS) == set(BUILDERS) == {spec.builder for spec in OPS.values()}
+    with pytest.raises(AttributeError, match=r"NoSuchBuilder.*CPUAdamBuilder"):
+        op_builder.NoSuchBuilder  # noqa: B018
+
+
+def test_a_builder_loads_what_torch_has():
+    import torch
+
+    ops = op_builder.CPUAdamBuilder().load()
+    assert ops.cpu_adam is torch.ops.deepspeedlite.cpu_adam is deepspeedlite.ops.load("cpu_adam")
+
+
+def test_an_incompatible_op_says_why(clean):
+    clean.setenv("CXX", "/no/such/compiler")
+    assert not op_builder.CPUAdamBuilder().is_compatible()
+    assert "CXX=/no/such/compiler is not a program" in op_builder.why_not(OPS["cpu_adam"])
+    with pytest.raises(OpError, match=r"there is no op nonsense; the ops are cpu_adam"):
+        deepspeedlite.ops.load("nonsense")
+    with pytest.raises(OpError, match=r"sparse_attn.*not part of this release"):
+        deepspeedlite.ops.load("sparse_attn")
+
+
+# --- torch, CUDA and ROCm -------------------------------------------------------------------------------------------
+
+
+def test_torch_is_read_from_its_files(tmp_path, clean):
+    import torch
+
+    assert find_torch() == TorchBuild(
+        Path(torch.__file__).parent, torch.__version__, torch.version.cuda, torch.version.hip
+    )
+    lines = ["__version__ = '2.14.0+cu130'", "cuda: Optional[str] = '13.0'", "hip: Optional[str] = None"]
+    (tmp_path / "version.py").write_text("\n".join(lines))
+    found = read_torch(tmp_path)
+    assert found == TorchBuild(tmp_path, "2.14.0+cu130", "13.0", None) and found.accelerator == "cuda"
+    clean.setenv("DS_ACCELERATOR", "cpu")
+    assert found.accelerator == "cpu"
+    clean.setenv("DS_ACCELERATOR", "cuda")
+    assert found._replace(cuda=None).accelerator == "cuda"
+    assert found._replace(cuda=None, hip="6.4").accelerator == "rocm"
+
+
+ISOLATED = """
+import sys
+sys.path = [p for p in sys.path if "site-packages" not in p]
+sys.path.insert(0, ".")
+import op_builder
+print(op_builder.find_torch().home)
+"""
+
+
+def test_torch_is_found_where_pip_hides_it():
+    done = subprocess.run([sys.executable, "-c", ISOLATED], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert Path(done.stdout.strip()) == find_torch().home
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("8.0;9.0+PTX", ("8.0", "9.0+PTX")),
+        ("8.0 8.6,9.0a", ("8.0", "8.6", "9.0a")),
+        ("Ampere;8.0", ("8.0", "8.6+PTX")),
+        ("Hopper", ("9.0+PTX",)),
+    ],
+)
+def test_a_list_of_cuda_archs(text, expected, clean):
+    clean.setenv("TORCH_CUDA_ARCH_LIST", text)
+    assert gpu.cuda_archs((13, 0)) == expected
+
+
+def test_without_a_list_the_gpus_or_what_the_toolkit_knows(tmp_path, clean):
+    assert gpu.cuda_archs((13, 0)) == ("7.5", "8.0", "8.6", "9.0", "10.0", "12.0+PTX")
+    assert gpu.cuda_archs((12, 4)) == ("7.0", "7.5", "8.0", "8.6", "9.0+PTX")
+    clean.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    with pytest.raises(OpBuildError, match="native, but nvidia-smi shows no GPU"):
+        gpu.cuda_archs((13, 0))
+    clean.undo()
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\nprintf '9.0\\n8.0\\n[N/A]\\n9.0\\n'\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    clean.setenv("TORCH_CUDA_ARCH_LIST", "native")
+    gpu._gpus_nvidia.cache_clear()
+    assert gpu.cuda_archs((13, 0)) == ("8.0", "9.0")
+    gpu._gpus_nvidia.cache_clear()
+
+
+@pytest.mark.parametrize("text", ["sm_80", "8", "80", "Amper", "8.0+ptx"])
+def test_what_is_no_arch_is_named(text, clean):
+    clean.setenv("TORCH_CUDA_ARCH_LIST", f"9.0;{text}")
+    with pytest.raises(OpBuildError, match=rf"{text!r} is neither a capability such as".replace("+", r"\+")):
+        gpu.cuda_archs((13, 0))
+
+
+def test_ptx_is_asked_for_by_name():
+    assert gpu.gencode(["8.0", "9.0+PTX", "9.0a"]) == [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=sm_90",
+        "-gencode=arch=compute_90,code=compute_90",
+        "-gencode=arch=compute_90a,code=sm_90a",
+    ]
+
+
+def fake_toolkit(home: Path, version: int) -> Path:
+    for folder in ("bin", "include"):
+        (home / folder).mkdir(parents=True)
+    (home / "include" / "cuda.h").write_text(f"#define CUDA_VERSION {version}\n")
+    (home / "bin" / "nvcc").write_text("#!/bin/sh\n")
+    (home / "bin" / "nvcc").chmod(0o755)
+    return home
+
+
+def test_cuda_of_another_major_is_refused_unless_told_otherwise(tmp_path, clean):
+    clean.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", 13000)))
+    torch = TorchBuild(tmp_path, "2.10.0+cu128", "12.8", None)
+    with pytest.raises(OpBuildError, match=r"CUDA 13\.0, but torch was built with CUDA 12\.8.*DS_SKIP_CUDA_CHECK=1"):
+        gpu.find_gpu_compiler(torch)
+    assert gpu.find_gpu_compiler(torch._replace(cuda="13.2")).version == "13.0"
+    clean.setenv("DS_SKIP_CUDA_CHECK", "1")
+    found = gpu.find_gpu_compiler(torch)
+    assert (found.kind, found.version, found.define) == ("cuda", "13.0", "-DDSL_CUDA")
+    clean.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(OpBuildError, match=r"CUDA_HOME=.* has no bin/nvcc; install"):
+        gpu.find_gpu_compiler(torch)
+
+
+def test_an_nvcc_that_pip_put_beside_torch_is_found(tmp_path, clean):
+    home = fake_toolkit(tmp_path / "nvidia" / "cu13", 13000)
+    clean.setenv("PATH", str(tmp_path))
+    torch = TorchBuild(tmp_path / "torch", "2.14.0+cu130", "13.0", None)
+    assert gpu.find_gpu_compiler(torch).home == home
+    if not Path("/usr/local/cuda").exists():
+        shutil.rmtree(home)
+        with pytest.raises(OpBuildError, match=r"there is no nvcc on PATH.*pip install nvidia-cuda-nvcc nvidia-nvvm"):
+            gpu.find_gpu_compiler(torch)
+
+
+def test_an_nvcc_that_is_a_script_leads_to_its_toolkit(tmp_path, clean):
+    real = shutil.which("nvcc")
+    if real is None:
+        pytest.skip("needs nvcc")
+    (tmp_path / "nvcc").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
+    (tmp_path / "nvcc").chmod(0o755)
+    clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    clean.setenv("DS_ACCELERATOR", "cuda")
+    found = gpu.find_gpu_compiler(TorchBuild(tmp_path, "2.14.0+cpu", None, None))
+    assert (found.home / "include" / "cuda_runtime.h").is_file() and found.home != tmp_path.parent
+
+
+def test_rocm_is_found_with_what_it_knows(tmp_path, clean):
+    home = tmp_path / "rocm"
+    for folder in ("bin", "include/hip"):
+        (home / folder).mkdir(parents=True)
+    (home / "bin" / "hipcc").write_text("")
+    header = "#define HIP_VERSION_MAJOR 6\n#define HIP_VERSION_MINOR 4\n"
+    (home / "include" / "hip" / "hip_version.h").write_text(header)
+    clean.setenv("ROCM_HOME", str(home))
+    torch = TorchBuild(tmp_path, "2.14.0+rocm6.4", None, "6.4.1")
+    found = gpu.find_gpu_compiler(torch)
+    assert (found.kind, found.version, found.archs) == ("rocm", "6.4", ("gfx90a", "gfx942", "gfx1100"))
+    clean.setenv("PYTORCH_ROCM_ARCH", "gfx90a:xnack-;gfx942")
+    assert gpu.find_gpu_compiler(torch).archs == ("gfx90a:xnack-", "gfx942")
+    command = gpu.find_gpu_compiler(torch).command(Path("a.cu"), Path("csrc"), Path("c++"), Path("a.o"))
+    assert "--offload-arch=gfx942" in command
+    clean.setenv("PYTORCH_ROCM_ARCH", "sm_80")
+    with pytest.raises(OpBuildError, match="'sm_80' is no arch such as gfx90a"):
+        gpu.find_gpu_compiler(torch)
+
+
+def test_amds_gpus_are_those_that_the_driver_lists(tmp_path):
+    for node, number in enumerate((0, 90010, 90402, 110000)):
+        (tmp_path / str(node)).mkdir()
+        (tmp_path / str(node) / "properties").write_text(f"simd_count 4\ngfx_target_version {number}\n")
+    assert gpu._gpus_amd(tmp_path) == ("gfx1100", "gfx90a", "gfx942")
+
+
+# --- what a wheel fits ----------------------------------------------------------------------------------------------
+
+WHEEL = Record("cuda", "2.13.0+cpu", "13.0", None, ("8.0", "9.0"), "abc", {})
+
+
+@pytest.mark.parametrize(
+    ("archs", "device", "expected"),
+    [
+        (("8.0", "9.0"), "8.0", True),
+        (("8.0", "9.0"), "8.9", True),  # a later minor of the same major
+        (("8.6",), "8.0", False),
+        (("8.0", "9.0"), "12.0", False),
+        (("8.0", "9.0+PTX"), "12.0", True),
+        (("9.0+PTX",), "8.0", False),
+        (("9.0a",), "9.0", True),
+        (("10.0a",), "10.3", False),
+        (("10.0f",), "10.3", True),
+        (("10.0a+PTX",), "12.0", False),
+        (("gfx90a",), "gfx90a:sramecc+:xnack-", True),
+        (("gfx90a",), "gfx942", False),
+    ],
+)
+def test_which_gpus_code_runs_on(archs, device, expected):
+    assert supports(archs, device) is expected
+
+
+def test_another_gpu_is_told_the_archs_and_how_to_rebuild():
+    reason = misfit(WHEEL, "13.0", "12.0")
+    assert "this GPU is 12.0" in reason and "8.0, 9.0 alone" in reason
+    assert 'make wheel ACCEL=cuda ARCHS="8.0;9.0;12.0"' in reason
+    assert misfit(WHEEL, "13.1", "9.0") is misfit(WHEEL, None, None) is None
+
+
+def test_another_cuda_is_told_both_versions(clean):
+    reason = misfit(WHEEL, "12.8", "9.0")
+    assert all(text in reason for text in ("CUDA 13.0", "CUDA 12.8", "DS_SKIP_CUDA_CHECK=1", "make wheel ACCEL=cuda"))
+    clean.setenv("DS_SKIP_CUDA_CHECK", "1")
+    assert misfit(WHEEL, "12.8", "9.0") is None
+
+
+def test_a_wheels_library_is_used_for_its_sources_and_accelerator(tmp_path, clean):
+    spec = OPS["fused_adam"]
+    clean.setattr(prebuilt, "lib", lambda: tmp_path)
+    (tmp_path / "fused_adam.so").touch()
+    assert prebuilt.prebuilt(spec, "cpu") is None, "there is no record"
+    ops = {spec.name: prebuilt.sources_hash(spec)}
+    prebuilt.write_record(WHEEL._replace(ops=ops), tmp_path)
+    assert prebuilt.read_record() == WHEEL._replace(ops=ops)
+    assert prebuilt.prebuilt(spec, "cpu") == prebuilt.prebuilt(spec, "cuda") == tmp_path / "fused_adam.so"
+    assert prebuilt.prebuilt(spec, "rocm") is None
+    assert prebuilt.installed_libraries() == {"fused_adam": tmp_path / "fused_adam.so"}
+    assert built(spec) == tmp_path / "fused_adam.so", "the wheel's goes before compiling"
+    prebuilt.write_record(WHEEL._replace(ops={spec.name: "of other sources"}), tmp_path)
+    assert prebuilt.prebuilt(spec, "cpu") is None
+    (tmp_path / "record.json").write_text(json.dumps({"of": "another version"}))
+    assert prebuilt.read_record() is None
+
+
+# --- compiling ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", ["many", "0", "-2", "1.5"])
+def test_max_jobs_is_a_number(value, clean):
+    clean.setenv("MAX_JOBS", value)
+    with pytest.raises(OpBuildError, match=f"MAX_JOBS={value} is no number of compilers; set it"):
+        toolchains.max_jobs()
+
+
+def test_the_cache_tells_what_is_stale_and_what_is_locked(cold):
+    cold.mkdir(parents=True)
+    current = cold / f"cpu_adam-{jit._key(OPS['cpu_adam'], Toolchain.find(OPS['cpu_adam']))}.so"
+    for file in (current, cold / "cpu_adam-0123.so"):
+        file.write_bytes(b"12345")
+    for name in ("utils-1.abc.tmp", "utils-2.abc.tmp"):
+        (cold / name).mkdir()
+        (cold / name / "a.o").write_bytes(b"123")
+        (cold / f"{name.split('.')[0]}.lock").touch()
+    with (cold / "utils-2.lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        found = {entry.library.name: entry for entry in cache_entries()}
+    assert {name: (entry.stale, entry.locked) for name, entry in found.items()} == {
+        current.name: (False, False),
+        "cpu_adam-0123.so": (True, False),
+        "utils-1.abc.tmp": (True, False),
+        "utils-2.abc.tmp": (False, True),
+    }
+    assert found[current.name].size_bytes == 5 and 0 <= found[current.name].age_s < 600
+
+
+def test_each_environment_has_its_own_library(tmp_path, clean):
+    spec = OPS["fused_adam"]
+    found = Toolchain.find(spec)
+    clean.setenv("CUDA_HOME", str(fake_toolkit(tmp_path / "cuda", 13000)))
+    keys = {jit._key(spec, found), jit._key(spec, Toolchain(found.compiler, found.torch._replace(version="2.12.0")))}
+    clean.setenv("DS_ACCELERATOR", "cuda")
+    for archs in ("8.0", "9.0"):
+        clean.setenv("TORCH_CUDA_ARCH_LIST", archs)
+        keys.add(jit._key(spec, Toolchain.find(spec)))
+    assert len(keys) == 4
+
+
+COMPILE = (
+    "from deepspeedlite.ops.op_builder import OPS, built, load_ops; load_ops(OPS['utils']); print(built(OPS['utils']))"
+)
+
+
+@pytest.mark.slow
+def test_the_gpus_kernels_are_compiled_when_first_needed(cold, cuobjdump):
+    """As with a CUDA torch; the result also loads into a CPU torch."""
+    clean_environment = {**os.environ, "DS_ACCELERATOR": "cuda", "TORCH_CUDA_ARCH_LIST": "8.0;9.0"}
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=clean_environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert cuobjdump(Path(done.stdout.strip().splitlines()[-1])) == {"sm_80", "sm_90"}
+
+
+@pytest.mark.slow
+def test_ninja_compiles_too_and_shows_the_first_error(cold, tmp_path, clean):
+    if shutil.which("ninja") is None:
+        pytest.skip("needs ninja")
+    clean.setenv("DS_ENABLE_NINJA", "1")
+    assert built(OPS["cpu_adam"]).exists()
+    sources = tmp_path / "csrc"
+    shutil.copytree(ROOT / "csrc", sources)
+    (sources / "cpu_optim" / "adam_kernel.cpp").write_text("int broken = nonsense;\n")
+    clean.setattr(jit, "csrc", lambda: sources)
+    with pytest.raises(OpBuildError, match="nonsense"):
+        built(OPS["cpu_adam"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
+def test_clang_compiles_every_kernel_for_amds_gpus(arch, tmp_path):
+    """To device code; a newer ROCm than Debian's is needed to link gfx942's."""
+    clang = shutil.which("clang++-19")
+    if clang is None or not Path("/usr/include/hip/hip_runtime.h").exists():
+        pytest.skip("needs clang++-19 and HIP's headers")
+    for source in sorted({source for spec in HERE for source in spec.gpu}):
+        target = tmp_path / "kernel.s"
+        flags = ["-x", "hip", "--rocm-path=/usr", "-nogpulib", "--cuda-device-only", f"--offload-arch={arch}", "-S"]
+        command = [clang, *flags, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", str(ROOT / "csrc" / source)]
+        done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert f"amdgcn-amd-amdhsa--{arch}" in target.read_text()
