@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from deepspeedlite.runtime.text import columns
 from env import cluster, show
 from env.environment import CONSTRAINTS, FOLDER, check_constraints, load, names, read
 from env.errors import ImageError
@@ -111,7 +112,7 @@ def _list(args: argparse.Namespace) -> int:
         found = load(name)
         gpu = f"{found.accelerator} {found.version}".strip()
         rows.append([name, gpu, found.python, found.torch.spec, " ".join(found.archs) or "-", found.about])
-    print(show.table(["name", "for", "Python", "torch", "archs", "about"], rows))
+    print("\n".join(columns([["name", "for", "Python", "torch", "archs", "about"], *rows])))
     return 0
 
 

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from deepspeedlite.runtime.text import did_you_mean
 from env.errors import ImageError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,8 +46,8 @@ def _exact_torch(spec: str) -> str:
 def _known_op(name: str) -> str:
     ops = buildable_ops()
     if name not in ops:
-        near = get_close_matches(name, ops, 1)
-        raise ValueError(f"is no op{f'; did you mean {near[0]}?' if near else '.'} The ops are {', '.join(ops)}")
+        hint = did_you_mean(name, ops, otherwise=".", form="; did you mean {}?")
+        raise ValueError(f"is no op{hint} The ops are {', '.join(ops)}")
     return name
 
 
@@ -148,8 +148,7 @@ def load(name: str) -> Environment:
     if name.endswith((".yaml", ".yml")):
         path = Path(name)
     if not path.is_file():
-        near = get_close_matches(name, names(), 1)
-        hint = f"; did you mean {near[0]}?" if near else "."
+        hint = did_you_mean(name, names(), otherwise=".", form="; did you mean {}?")
         raise ImageError(f"there is no environment {name}{hint} They are {', '.join(names())}")
     return read(path)
 
@@ -215,8 +214,7 @@ def _explain(fault: Mapping[str, Any]) -> str:
     where = _dotted(key)
     if kind == "extra_forbidden":
         siblings = _fields(key[:-1])
-        near = get_close_matches(str(key[-1]), siblings, 1)
-        hint = f"did you mean {near[0]}?" if near else f"the keys here are {', '.join(siblings)}"
+        hint = did_you_mean(str(key[-1]), siblings, otherwise=f"the keys here are {', '.join(siblings)}")
         return f"{where}: there is no such key; {hint}"
     if kind == "missing":
         return f"{where}: is missing"

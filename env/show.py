@@ -4,14 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from deepspeedlite.runtime.text import columns
 from env.images import Made
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as they need to be; the last one is not padded."""
-    widths = [max(len(row[column]) for row in (head, *rows)) for column in range(len(head))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in (head, *rows)]
-    return "\n".join(lines)
 
 
 def megabytes(size_bytes: int) -> str:
@@ -30,9 +24,9 @@ def image(made: Made) -> str:
     ]
     beside = f", {made.size_bytes / torch_bytes:.2f} times torch's own {megabytes(torch_bytes)}" if torch_bytes else ""
     parts = [
-        table(["size", "layer"], rows),
+        "\n".join(columns([["size", "layer"], *rows])),
         f"{megabytes(made.size_bytes)} in all{beside}",
-        table(["", "verified", "time", "found"], checks),
+        "\n".join(columns([["", "verified", "time", "found"], *checks])),
         f"built in {made.built.seconds:.1f} s, verified in {made.verify_s:.1f} s",
         f"{made.name}: {made.problem}" if made.problem else f"{made.name}: tagged {' and '.join(made.tags)}",
     ]
@@ -48,4 +42,4 @@ def matrix(all_made: Sequence[Made]) -> str:
             rows.append([made.name, "ok", *times, made.tags[-1]])
         else:
             rows.append([made.name, "FAILED" if made.built else "-", "", "", "", made.problem])
-    return table(["environment", "", "built", "verified", "size", "tag, or why not"], rows)
+    return "\n".join(columns([["environment", "", "built", "verified", "size", "tag, or why not"], *rows]))

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeedlite.runtime.log import logger as text_log
+from deepspeedlite.runtime.text import columns, size_text
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
 _PENDING_LIMIT = 512
@@ -128,7 +129,7 @@ class CommsLogger:
         self.stats.setdefault((op, size_bytes), OpStats()).add(elapsed_ms, ranks)
         if self.verbose:
             text_log.info(
-                f"comm {op}: {_human_bytes(size_bytes)} in {elapsed_ms:.3f} ms, algbw "
+                f"comm {op}: {size_text(size_bytes, 2)} in {elapsed_ms:.3f} ms, algbw "
                 f"{one.algbw_gb_s(size_bytes):.3f} GB/s, busbw {one.busbw_gb_s(op, size_bytes):.3f} GB/s"
             )
 
@@ -252,32 +253,18 @@ def _caller() -> str:
 
 
 def _table(stats: Mapping[tuple[str, int], OpStats]) -> str:
-    width = max([24, *(len(op) for op, _ in stats)])
-    header = f"{'operation':<{width}}{'size':>12}{'count':>8}{'total ms':>12}{'mean ms':>10}"
-    lines = [header + f"{'algbw GB/s':>12}{'busbw GB/s':>12}"]
+    rows: list[tuple[str, ...]] = [("operation", "size", "count", "total ms", "mean ms", "algbw GB/s", "busbw GB/s")]
     for (op, size_bytes), one in sorted(stats.items()):
-        lines.append(
-            f"{op:<{width}}{_human_bytes(size_bytes):>12}{one.count:>8}{one.total_ms:>12.3f}{one.mean_ms:>10.3f}"
-            f"{one.algbw_gb_s(size_bytes):>12.3f}{one.busbw_gb_s(op, size_bytes):>12.3f}"
-        )
+        times = one.total_ms, one.mean_ms, one.algbw_gb_s(size_bytes), one.busbw_gb_s(op, size_bytes)
+        rows.append((op, size_text(size_bytes, 2), str(one.count), *(f"{value:.3f}" for value in times)))
+    lines = columns(rows, right=range(1, 7))
     return "\n".join(lines if stats else [*lines, "(no collective was measured)"])
 
 
 def _straggler_table(totals_by_rank: Sequence[Mapping[tuple[str, int], float]]) -> str:
-    keys = sorted(set().union(*totals_by_rank))
-    width = max([24, *(len(op) for op, _ in keys)])
-    lines = [f"{'operation':<{width}}{'size':>12}{'least ms':>12}  waited for others, ms by rank"]
-    for key in keys:
-        totals = [totals.get(key, 0.0) for totals in totals_by_rank]
+    rows = [("operation", "size", "least ms", "waited for others, ms by rank")]
+    for op, size_bytes in sorted(set().union(*totals_by_rank)):
+        totals = [totals.get((op, size_bytes), 0.0) for totals in totals_by_rank]
         waits = " ".join(f"{total - min(totals):.3f}" for total in totals)
-        lines.append(f"{key[0]:<{width}}{_human_bytes(key[1]):>12}{min(totals):>12.3f}  {waits}")
-    return "\n".join(lines)
-
-
-def _human_bytes(size_bytes: int) -> str:
-    size = float(size_bytes)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if size < 1024:
-            return f"{size:.0f} B" if unit == "B" else f"{size:.2f} {unit}"
-        size /= 1024
-    return f"{size:.2f} TiB"
+        rows.append((op, size_text(size_bytes, 2), f"{min(totals):.3f}", waits))
+    return "\n".join(columns(rows, right=(1, 2)))

@@ -5,9 +5,8 @@ Every stage of loading appends to one list of `Fault`; `raise_faults` turns the 
 
 from __future__ import annotations
 
-import difflib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, NoReturn
 
 from deepspeedlite.runtime.errors import ConfigError
@@ -55,12 +54,6 @@ def show(value: Any) -> str:
             text = f"<{type(value).__name__}>"
     text = " ".join(text.split())
     return text if len(text) <= _SHOWN_LENGTH else text[: _SHOWN_LENGTH - 3] + "..."
-
-
-def nearest(word: str, known: Iterable[str]) -> str | None:
-    """The known word that `word` was most likely meant to be, or None."""
-    found = difflib.get_close_matches(word.lower(), list(known), n=1, cutoff=0.72)
-    return found[0] if found else None
 
 
 def raise_faults(origin: str, faults: Sequence[Fault]) -> NoReturn:

@@ -27,15 +27,17 @@ from pydantic.fields import FieldInfo
 from deepspeedlite.compat.drop_in.finder import stands_in
 from deepspeedlite.config.base import Section, copy_tree, default_of, inner_section, kind_of, standing
 from deepspeedlite.config.batch import NAMES, batch_problem
-from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, nearest, raise_faults
+from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, raise_faults
 from deepspeedlite.config.legacy import RENAMED, Origin, modernise
 from deepspeedlite.config.recipes import Faults, optimizer_faults, refused_combination, scheduler_faults
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import read_source
 from deepspeedlite.runtime.log import log_dist_once, log_once
+from deepspeedlite.runtime.text import nearest
 
 AUTO = "auto"
+_NEAR = 0.72  # how like a known key an unknown one must be: many keys are alike
 AUTO_REMEDY = (
     'give a value: "auto" is a placeholder that the Hugging Face Trainer or Accelerate replaces before it calls '
     "`initialize`"
@@ -308,7 +310,7 @@ def _known_key(path: KeyPath, owner: type[Section]) -> str:
     parent = tuple(part for part in path[:-1] if isinstance(part, str))
     known = {*owner.model_fields, *(old.old for old in RENAMED if old.parent == parent)}
     elsewhere = [place for place in _places().get(name, ()) if place != ".".join(parent)]
-    match = nearest(name, known)
+    match = nearest(name, known, _NEAR)
     if name in OTHER_NAMES and not parent:
         return OTHER_NAMES[name]
     outer, _, inner = name.rpartition(".")
@@ -320,7 +322,7 @@ def _known_key(path: KeyPath, owner: type[Section]) -> str:
         return f"did you mean {dotted((*path[:-1], match))}?"
     if "params" in owner.model_fields:
         return f"parameters of the {dotted(path[:-1])} go into {dotted((*path[:-1], 'params'))}"
-    far = nearest(name, _places())
+    far = nearest(name, _places(), _NEAR)
     if far is not None:
         place = _places()[far][0]
         return f"did you mean {place}.{far}?" if place else f"did you mean {far}?"
@@ -333,7 +335,7 @@ def _type_advice(value: Any, field: FieldInfo) -> str:
         return "leave the key out for its default"
     if not isinstance(value, str):
         return ""
-    match = nearest(value, _words(field.annotation))
+    match = nearest(value, _words(field.annotation), _NEAR)
     if match is not None:
         return f'did you mean "{match}"?'
     bare = value.strip()

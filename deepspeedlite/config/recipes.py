@@ -7,12 +7,13 @@ signatures; without one the tables below, which are torch 2.13's, stand for them
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from deepspeedlite.runtime.text import IN_BRACKETS, did_you_mean
 
 REQUIRED: Any = ...
 Faults = list[tuple[tuple[Any, ...], str]]  # (path within the section, what is wrong)
@@ -314,7 +315,7 @@ def scheduler_faults(type: Any, params: Mapping[str, Any]) -> Faults:
     name = by_lower.get(str(type).lower())
     if name is None:
         known = list(by_lower.values())
-        return [(("type",), f"is unknown{nearest(str(type), known)}; known: {', '.join(known)}")]
+        return [(("type",), f"is unknown{did_you_mean(str(type), known, form=IN_BRACKETS)}; known: {', '.join(known)}")]
     accepted = SCHEDULES.get(name) or _signature("torch.optim.lr_scheduler", name, TORCH_SCHEDULES)
     faults = check_parameters(accepted, params, _schedule_problem if name in SCHEDULES else _torch_schedule_problem)
     missing = (key for key, default in accepted.items() if default is REQUIRED and key not in params)
@@ -329,7 +330,7 @@ def unknown_optimizer(type: Any) -> str:
         return f"must be a name, got {type!r}; known: {', '.join(offered)}"
     if type.lower() in REFUSED or type.lower() in OPTIMIZERS or type.lower() in names:
         return ""
-    return f"is unknown{nearest(type, offered)}; known: {', '.join(offered)}"
+    return f"is unknown{did_you_mean(type, offered, form=IN_BRACKETS)}; known: {', '.join(offered)}"
 
 
 def refused_optimizer(type: str) -> str:
@@ -360,17 +361,12 @@ def check_parameters(
         elif name in _NAME_HINTS:
             said = _NAME_HINTS[name]
         else:
-            said = f"is not a parameter{nearest(name, accepted)}; accepted: {', '.join(accepted)}"
+            said = (
+                f"is not a parameter{did_you_mean(name, accepted, form=IN_BRACKETS)}; accepted: {', '.join(accepted)}"
+            )
         if said:
             faults.append((("params", name), said))
     return faults
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """A clause ` (did you mean "x"?)` for the known name nearest to a wrong one, or nothing."""
-    by_lower = {one.lower(): one for one in known}
-    found = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
-    return f' (did you mean "{by_lower[found[0]]}"?)' if found else ""
 
 
 def is_number(value: Any) -> bool:

@@ -16,9 +16,10 @@ import tempfile
 from pathlib import Path
 
 from deepspeedlite.env_report.probe import op_builder
-from deepspeedlite.env_report.rows import BAD, GIB, OK, WARN, Row, output_of, read_text, size_text
+from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import find_devices
+from deepspeedlite.runtime.text import GIB, size_text
 
 _ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
 _ISA_FLAGS_ARM = ("asimd", "bf16", "sve", "sve2")

@@ -20,6 +20,7 @@ from typing import Any
 from deepspeedlite._version import __version__
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, torch_files
 from deepspeedlite.runtime.gpus import find_devices
+from deepspeedlite.runtime.text import columns
 
 _SKEW_S = 2.0  # logs and file times of the nodes stop making sense together
 _ALIKE = {
@@ -113,7 +114,7 @@ def _gpus(node: Found) -> Row:
 
 def table(rows: Sequence[Row], colour: bool) -> str:
     """One line per node, and below it the remedies of what is not well."""
-    columns = list(dict.fromkeys(row.name for row in rows))
+    names = list(dict.fromkeys(row.name for row in rows))
     hosts = list(dict.fromkeys(row.section for row in rows))
     cells = {(row.section, row.name): row for row in rows}
     marks = {OK: "", WARN: "! ", BAD: "X "}
@@ -121,18 +122,12 @@ def table(rows: Sequence[Row], colour: bool) -> str:
 
     def text(host: str, name: str) -> str:
         row = cells.get((host, name))
-        return marks[row.status] + (row.value if len(row.value) <= 28 else row.value[:27] + "…") if row else ""
+        if row is None:
+            return ""
+        shown = marks[row.status] + (row.value if len(row.value) <= 28 else row.value[:27] + "…")
+        return f"\x1b[{paint[row.status]}m{shown}\x1b[0m" if colour else shown
 
-    widths = [max(len(name), *(len(text(host, name)) for host in hosts)) for name in columns]
-    first = max(4, *map(len, hosts))
-    lines = ["  ".join(["node".ljust(first), *(n.ljust(w) for n, w in zip(columns, widths))]).rstrip()]
-    for host in hosts:
-        parts = []
-        for name, width in zip(columns, widths):
-            shown = text(host, name).ljust(width)
-            status = cells[host, name].status if (host, name) in cells else OK
-            parts.append(f"\x1b[{paint[status]}m{shown}\x1b[0m" if colour and (host, name) in cells else shown)
-        lines.append("  ".join([host.ljust(first), *parts]).rstrip())
+    lines = columns([["node", *names], *([host, *(text(host, name) for name in names)] for host in hosts)])
     for row in rows:
         if row.remedy:
             lines.append(f"{row.section}: {row.name}: {row.value}\n    {row.remedy}")

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
-from difflib import get_close_matches
 
 from deepspeedlite.env_report import nodes
 from deepspeedlite.env_report.machine import cpu_and_memory, disk, gpus, network
@@ -19,6 +18,7 @@ from deepspeedlite.env_report.rows import BAD, INFO, OK, WARN, Row
 from deepspeedlite.env_report.tools import accelerators, cache, compilers, mpi
 from deepspeedlite.launcher.hostfile import read_hostfile
 from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.text import did_you_mean
 
 Section = Callable[[], list[Row]]
 SECTIONS: Mapping[str, Callable[..., list[Row]]] = {
@@ -106,8 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     for name in args.only or ():
         if name not in SECTIONS:
-            near = get_close_matches(name, SECTIONS, 1)
-            hint = f" (did you mean {near[0]}?)" if near else ""
+            hint = did_you_mean(name, SECTIONS, form=" (did you mean {}?)")
             parser.error(f"--only {name}: there is no such section{hint}; they are {', '.join(SECTIONS)}")
     try:
         rows = _of_nodes(args) if args.hostfile else collect(args.only or tuple(SECTIONS), args.path)

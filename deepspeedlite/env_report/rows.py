@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 INFO, OK, WARN, BAD = "info", "ok", "warn", "bad"
-GIB = 1 << 30
 _TOOL_TIMEOUT_S = 5.0
 
 
@@ -86,10 +85,3 @@ def torch_files() -> TorchFiles | None:
 
     version = constant("__version__") or installed_version("torch") or "unknown"
     return TorchFiles(version, str(folder), constant("cuda"), constant("hip"))
-
-
-def size_text(size_bytes: int) -> str:
-    """`64 KiB`, `512 MiB`, `23.5 GiB`."""
-    if size_bytes < 1 << 20:
-        return f"{size_bytes / 1024:.0f} KiB"
-    return f"{size_bytes / GIB:.1f} GiB" if size_bytes >= GIB else f"{size_bytes / (1 << 20):.0f} MiB"

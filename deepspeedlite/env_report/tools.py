@@ -15,10 +15,10 @@ from deepspeedlite.env_report.rows import (
     Row,
     output_of,
     read_text,
-    size_text,
     torch_files,
     version_numbers,
 )
+from deepspeedlite.runtime.text import size_text
 
 
 def compilers() -> list[Row]:

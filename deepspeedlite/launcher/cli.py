@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from deepspeedlite._version import __version__
 from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.text import did_you_mean
 
 if TYPE_CHECKING:  # at run time these wait until there is something to start: --help answers sooner
     from deepspeedlite.launcher.start import LaunchOptions
@@ -124,10 +125,7 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
             instead = f"; see {_ABSENT[name]}" if _ABSENT[name] else ""
             raise LaunchError(f"{name} is not in this release{instead}")
         if name not in _TAKES_VALUE:
-            from difflib import get_close_matches
-
-            near = get_close_matches(name, _TAKES_VALUE, n=1)
-            hint = f"did you mean {near[0]}?" if near else "see deepspeedlite --help."
+            hint = did_you_mean(name, _TAKES_VALUE, otherwise="see deepspeedlite --help.")
             raise LaunchError(f"unknown option {name}; {hint} Options of the script itself go after its name.")
         index += 1 + (_TAKES_VALUE[name] and not has_value)
     rest = list(argv[index:])

@@ -10,10 +10,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 
 from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.text import did_you_mean
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 # ssh would take a leading dash for an option; pdsh, the include grammar and shells give other characters a meaning.
@@ -92,10 +92,8 @@ def select(hosts: Mapping[str, Sequence[int] | None], include: str | None, exclu
     for part in text.split("@") if text else ():
         host, colon, slots = (word.strip() for word in part.strip().partition(":"))
         if host not in hosts:
-            near = get_close_matches(host, hosts, n=1)
-            raise LaunchError(
-                f"{option} {text}: there is no host {host!r}{f'; did you mean {near[0]}?' if near else ''}"
-            )
+            near = did_you_mean(host, hosts, form="; did you mean {}?")
+            raise LaunchError(f"{option} {text}: there is no host {host!r}{near}")
         if host in named:
             raise LaunchError(f"{option} {text} names {host} twice; write its slots together, as {host}:0,2-3")
         named[host] = numbers_in(slots, f"{option} {text}", "slot") if colon else None

@@ -20,6 +20,7 @@ from deepspeedlite.compat.drop_in import with_stand_in
 from deepspeedlite.launcher.hostfile import numbers_in
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import Devices, find_devices
+from deepspeedlite.runtime.text import nearest
 
 DEFAULT_PORT = 29500
 _LOWEST_PICKED = 10_000
@@ -189,11 +190,9 @@ def _check_script(workload: Workload, environ: Mapping[str, str]) -> None:
     elif os.path.isdir(script) and not os.path.isfile(os.path.join(script, "__main__.py")):
         raise LaunchError(f"{script} is a directory without a __main__.py; name the script inside it")
     elif not os.path.exists(script):  # anything that opens is for Python to judge: zip files, pipes
-        from difflib import get_close_matches
-
         folder, name = os.path.split(script)
-        near = get_close_matches(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [], n=1)
-        hint = f"; did you mean {os.path.join(folder, near[0])}?" if near else ""
+        near = nearest(name, os.listdir(folder or ".") if os.path.isdir(folder or ".") else [])
+        hint = f"; did you mean {os.path.join(folder, near)}?" if near else ""
         raise LaunchError(f"script {script} does not exist (looked in {os.getcwd()}){hint}")
     elif not os.access(script, os.R_OK):
         raise LaunchError(f"script {script} cannot be read by this user; see its permissions with ls -l")

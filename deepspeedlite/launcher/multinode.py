@@ -28,6 +28,7 @@ from deepspeedlite.launcher.signals import SignalQueue
 from deepspeedlite.launcher.start import EVERY_RANK, Hosts, LaunchOptions, conclude, goes_on, is_here, say
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
+from deepspeedlite.runtime.text import columns
 
 
 def start_multinode(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Screen) -> int:
@@ -199,13 +200,11 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
     names = list(hosts)
     found = [Found(host, slots if slots is not None else [0]) for host, slots in hosts.items()]
     assignments = assign_ranks(found, options.master_addr or names[0], options.master_port or DEFAULT_PORT, 0)
-    first, width = max(4, *map(len, names)), 0
-    spans = [f"{p.first_rank}-{p.first_rank + len(p.slots) - 1}" for p in assignments]
-    width = max(5, *map(len, spans))
-    lines = [f"{'node'.ljust(first)}  {'ranks'.ljust(width)}  slots"]
-    for assignment, span in zip(assignments, spans):
-        known = ",".join(map(str, assignment.slots)) if hosts[assignment.host] else "as many as it has devices"
-        lines.append(f"{assignment.host.ljust(first)}  {span.ljust(width)}  {known}")
+    rows = [("node", "ranks", "slots")]
+    for one in assignments:
+        known = ",".join(map(str, one.slots)) if hosts[one.host] else "as many as it has devices"
+        rows.append((one.host, f"{one.first_rank}-{one.first_rank + len(one.slots) - 1}", known))
+    lines = columns(rows)
     here = frozenset(host for host in names if is_here(host))
     reach = Reach(names, here, "ADDRESS:PORT", {KEY: "KEY"}, options.ssh_port, options.launcher_args)
     launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Protocol
 
+from deepspeedlite.runtime.text import columns
+
 
 class Profile(Protocol):
     """One module's figures, its children included; see `flops.ModuleProfile`."""
@@ -143,11 +145,7 @@ def _tree(profiles: Sequence[Profile], module_depth: int) -> list[str]:
             for measure, (read, show) in _MEASURES.items()
         ]
         rows.append([label, *cells, str(profile.calls)])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    return [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:]))])
-        for row in rows
-    ]
+    return columns(rows, right=range(1, len(rows[0])))
 
 
 def _percent(value: float, total: float) -> str:

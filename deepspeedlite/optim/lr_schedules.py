@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeedlite.config.recipes import accepted_parameters, nearest, scheduler_faults
+from deepspeedlite.config.recipes import accepted_parameters, scheduler_faults
 from deepspeedlite.optim.registry import fault_line
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.runtime.log import logger
+from deepspeedlite.runtime.text import IN_BRACKETS, did_you_mean
 
 PerGroup = float | Sequence[float]  # one value for all parameter groups, or one for each
 
@@ -412,7 +413,7 @@ def get_config_from_args(args: argparse.Namespace) -> tuple[dict[str, Any] | Non
     if name is None:
         return None, "--lr_schedule not specified on command line"
     if name not in _SCHEDULES:
-        return None, f"{name} is not a supported LR schedule{nearest(name, VALID_LR_SCHEDULES)}"
+        return None, f"{name} is not a supported LR schedule{did_you_mean(name, VALID_LR_SCHEDULES, form=IN_BRACKETS)}"
     accepted = accepted_parameters(_SCHEDULES[name], leading=1)
     given = {key: value for key, value in vars(args).items() if key in accepted and value is not None}
     params = {key: value for key, value in given.items() if not (key.startswith("cycle_") and value == -1)}

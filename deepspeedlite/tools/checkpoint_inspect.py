@@ -5,26 +5,21 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Table
-from rich.text import Text
-
 from deepspeedlite.checkpoint.formats.hugging_face import open_checkpoint
 from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.runtime.text import print_table
 from deepspeedlite.tools.checkpoint_diff import Difference, differences
 
 _MOST_LINES = 20  # of a section of differences, for people; --json has them all
-_COLUMNS = {"parameter": "left", "shape": "left", "dtype": "left", "elements": "right", "bytes": "right"}
-_COLUMNS |= {"stored": "left", "files #": "left", "": "left"}
-_WIDTH_IN_A_PIPE = 200  # columns, so that names are not cut where nobody asked for a width
+_COLUMNS = ("parameter", "shape", "dtype", "elements", "bytes", "stored", "files #", "")
 
 
 def add_commands(commands: Any) -> None:
@@ -90,18 +85,17 @@ def _inspect(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(found, indent=1))
         return 0
-    console = _console()
     nbytes = sum(found["files"].values())
-    console.print(f"{found['path']}: {_run_in_words(found)}", highlight=False, markup=False)
-    console.print(f"{len(found['files'])} files, {nbytes:,} bytes; state: {', '.join(found['state'])}", markup=False)
+    print(f"{found['path']}: {_run_in_words(found)}")
+    print(f"{len(found['files'])} files, {nbytes:,} bytes; state: {', '.join(found['state'])}")
     files = list(found["files"])
     rows = [_row_of(parameter, files) for parameter in found["parameters"]]
     optimizer = found["optimizer"] or "no optimizer"
-    _print_table(console, _COLUMNS, rows)
+    print_table(_COLUMNS, rows, right=("elements", "bytes"))
     groups = len(found["param_groups"])
-    console.print(f"{found['numel']:,} elements of parameters; {optimizer} with {groups} param groups", markup=False)
+    print(f"{found['numel']:,} elements of parameters; {optimizer} with {groups} param groups")
     sizes = [(str(number), name, f"{size:,}") for number, (name, size) in enumerate(found["files"].items())]
-    _print_table(console, {"#": "right", "file": "left", "bytes": "right"}, sizes)
+    print_table(("#", "file", "bytes"), sizes, right=("#", "bytes"))
     return 0
 
 
@@ -156,17 +150,14 @@ def _diff(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({**sides, "differences": [_as_json(one) for one in found]}, indent=1))
         return int(bool(found))
-    console = _console()
     for side, run in sides.items():
-        console.print(f"{side}: {run['path']}: {_run_in_words(run)}", highlight=False, markup=False)
+        print(f"{side}: {run['path']}: {_run_in_words(run)}")
     for section in dict.fromkeys(one.section for one in found):
         rows = [tuple(map(_in_words, one[1:])) for one in found if one.section == section]
-        _print_table(console, dict.fromkeys((section, "what", "A", "B", "largest |A - B|"), "left"), rows[:_MOST_LINES])
+        print_table((section, "what", "A", "B", "largest |A - B|"), rows[:_MOST_LINES])
         if len(rows) > _MOST_LINES:
-            console.print(f"and {len(rows) - _MOST_LINES} more (--json lists all)")
-    console.print(
-        f"{len(found)} differences" if found else "the same parameters, optimizer states and run", markup=False
-    )
+            print(f"and {len(rows) - _MOST_LINES} more (--json lists all)")
+    print(f"{len(found)} differences" if found else "the same parameters, optimizer states and run")
     return int(bool(found))
 
 
@@ -177,19 +168,3 @@ def _as_json(one: Difference) -> dict[str, Any]:
 
 def _in_words(value: Any) -> str:
     return "" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-# --- tables -------------------------------------------------------------------------------------------------------
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_WIDTH_IN_A_PIPE)
-
-
-def _print_table(console: Console, columns: Mapping[str, Any], rows: Sequence[Sequence[str]]) -> None:
-    table = Table(box=None, pad_edge=False)
-    for title, side in columns.items():
-        table.add_column(title, justify=side, overflow="fold")
-    for row in rows:
-        table.add_row(*(Text(cell) for cell in row))  # Text: no word of a name is markup
-    console.print(table)

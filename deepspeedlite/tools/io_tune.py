@@ -23,11 +23,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.text import parse_size, print_table, size_text
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 FIO_ENGINES = {"io_uring": "io_uring", "aio": "libaio", "threads": "psync"}  # ours -> fio's name for the same
 # Settings whose rate is so near to the best are as good: of them, the one whose blocks under way take the least memory.
 AS_GOOD = 0.97
@@ -64,12 +64,10 @@ def bytes_of(text: str) -> int:
     Raises:
         argparse.ArgumentTypeError: it is no such text.
     """
-    number, unit = text.upper().removesuffix("B").removesuffix("I"), ""
-    if number and number[-1] in UNITS:
-        number, unit = number[:-1], number[-1]
-    if not number.isdigit() or int(number) == 0:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of bytes; write it as 1048576, 1024K, 1M or 2G")
-    return int(number) * UNITS[unit]
+    try:
+        return parse_size(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def count(text: str) -> int:
@@ -81,12 +79,6 @@ def count(text: str) -> int:
     if not text.isdigit() or int(text) == 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no whole number from 1 on")
     return int(text)
-
-
-def size_text(nbytes: int) -> str:
-    """In the largest unit that leaves a whole number: `1M`."""
-    unit = next(unit for unit, factor in reversed(UNITS.items()) if nbytes % factor == 0)
-    return f"{nbytes // UNITS[unit]}{unit}"
 
 
 class Disk:
@@ -235,24 +227,20 @@ def tune(args: argparse.Namespace) -> None:
 
 
 def _print_table(found: dict[Setting, Times], best: Setting, args: argparse.Namespace) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
     order = sorted(found, key=lambda setting: -found[setting].rate(args.best_for))
     fastest = found[order[0]].rate(args.best_for)
     shown = order if args.all else [*order[: args.top], *([] if best in order[: args.top] else [best])]
-    table = Table(title=f"MB/s, {len(shown)} of {len(found)} settings", title_justify="left")
-    for name, justify in (("engine", "left"), ("block", "right"), ("depth", "right"), ("read", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    for name in ("write", args.best_for):
-        table.add_column(name, justify="right" if name == "write" else "left")
+    right = ("block", "depth", "read", "write")
+    rows = []
     for setting in shown:
         times = found[setting]
         bar = "█" * round(24 * times.rate(args.best_for) / fastest)
         words = [setting.engine, size_text(setting.block_bytes), str(setting.queue_depth)]
         words += [f"{times.rate('read'):.0f}", f"{times.rate('write'):.0f}", bar]
-        table.add_row(*words, style="bold" if setting == best else "")
-    Console().print(table)
+        rows.append(words)
+    title = f"MB/s, {len(shown)} of {len(found)} settings"
+    head = ("engine", *right, args.best_for)
+    print_table(head, rows, right=right, title=title, boxed=True, bold=[shown.index(best)])
 
 
 def _print_section(best: Setting, first_engine: str, cached: bool, args: argparse.Namespace) -> None:
@@ -266,16 +254,11 @@ def _print_section(best: Setting, first_engine: str, cached: bool, args: argpars
             f"\nIts engine is not the one that is taken by itself: export DSL_AIO_ENGINE={best.engine}", file=sys.stderr
         )
     if cached:
-        print(
-            "\nThis file system has no O_DIRECT: these are the rates of the page cache, not of a disk.", file=sys.stderr
-        )
+        print(f"\n{CACHED}", file=sys.stderr)
 
 
 def bench(args: argparse.Namespace) -> None:
     """One setting by every engine, in turns with fio."""
-    from rich.console import Console
-    from rich.table import Table
-
     with_fio = shutil.which("fio") is not None
     settings = [Setting(engine, args.block_size, args.depth) for engine in args.engines or engines_here()]
     whole_bytes = args.block_size * args.depth  # fio's threads have parts of whole blocks
@@ -297,16 +280,15 @@ def bench(args: argparse.Namespace) -> None:
             print(json.dumps(dict(zip(("engine", "what", "mb_per_s", "fio_mb_per_s", "ratio"), row))))
         return
     title = f"MB/s in blocks of {size_text(args.block_size)}, {args.depth} under way"
-    table = Table(*("engine", "", "async_io", "fio", "ratio"), title=title, title_justify="left")
-    for engine, what, mine, fio, ratio in rows:
-        table.add_row(engine, what, f"{mine:.0f}", f"{fio:.0f}" if fio else "-", f"{ratio:.2f}" if ratio else "-")
-    Console().print(table)
+    shown = [
+        (engine, what, f"{mine:.0f}", f"{fio:.0f}" if fio else "-", f"{ratio:.2f}" if ratio else "-")
+        for engine, what, mine, fio, ratio in rows
+    ]
+    print_table(("engine", "", "async_io", "fio", "ratio"), shown, title=title, boxed=True)
     if not with_fio:
         print("fio is not installed, so there is nothing to compare with.", file=sys.stderr)
     if disk.cached:
-        print(
-            "This file system has no O_DIRECT: these are the rates of the page cache, not of a disk.", file=sys.stderr
-        )
+        print(CACHED, file=sys.stderr)
 
 
 def _bench_rows(

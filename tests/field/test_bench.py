@@ -14,8 +14,9 @@ from cluster import Cluster, needs_cluster
 from harness import distributed
 from paths import ROOT
 
+from deepspeedlite.runtime.text import size_text, time_text
 from deepspeedlite.tools.bench.plot import draw
-from deepspeedlite.tools.bench.points import Point, human_bytes, human_time, parse_sizes
+from deepspeedlite.tools.bench.points import Point, parse_sizes
 
 TOOL = [sys.executable, "-m", "deepspeedlite.bench"]
 SVG = "{http://www.w3.org/2000/svg}"
@@ -33,13 +34,6 @@ def test_sizes_are_ranges_or_lists() -> None:
     for text in ("", "0", "x", "4K:1K", "1K:4K:1", "1K:4K:x", "1:2:3:4", "-1"):
         with pytest.raises(ValueError, match="write"):
             parse_sizes(text)
-
-
-def test_sizes_and_times_for_people() -> None:
-    assert [human_bytes(size) for size in (12, 1024, 1536, 3 << 20, 5 << 30)] == [
-        *("12 B", "1 KiB", "1.5 KiB", "3 MiB", "5 GiB")
-    ]
-    assert [human_time(time) for time in (1.234, 123.4, 1234, 5e6)] == ["1.23 us", "123 us", "1.23 ms", "5 s"]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +80,7 @@ def test_it_starts_its_own_ranks_and_writes_what_it_shows(tmp_path: Path) -> Non
     rows = [line for line in done.stdout.splitlines() if "float32" in line]
     assert len(rows) == len(found["points"])
     for row, point in zip(rows, found["points"]):
-        size, time = human_bytes(point["size_bytes"]), human_time(point["time_us"])
+        size, time = size_text(point["size_bytes"]), time_text(point["time_us"])
         assert all(f" {word} " in row for word in (point["collective"], size, time, f"{point['busbw_gb_s']:.3g}"))
     picture = ElementTree.parse(tmp_path / "a.svg")
     assert len(picture.findall(f"{SVG}polyline")) == 8 and len(picture.findall(f"{SVG}circle")) == 24

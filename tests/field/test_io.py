@@ -11,6 +11,7 @@ from deepspeedlite.config import load_config
 from deepspeedlite.ops import load
 from deepspeedlite.ops.aio import aio_handle
 from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.text import size_text
 from deepspeedlite.tools import io_tune
 
 SMALL = ["--size", "1M", "--repeats", "1"]
@@ -56,7 +57,7 @@ def test_bench_without_fio_shows_our_rates_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     assert io_tune.main(["bench", "--path", str(tmp_path), *SMALL]) == 0
     told = capsys.readouterr()
-    assert "MB/s in blocks of 1M, 8 under way" in told.out and "fio is not installed" in told.err
+    assert "MB/s in blocks of 1 MiB, 8 under way" in told.out and "fio is not installed" in told.err
     assert [told.out.count(f"│ {engine} ") for engine in io_tune.engines_here()] == [2] * len(io_tune.engines_here())
 
 
@@ -108,4 +109,4 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(tmp_path, capsys):
     ("text", "nbytes"), [("1", 1), ("1024K", 1 << 20), ("3m", 3 << 20), ("2GiB", 2 << 30), ("5MB", 5 << 20)]
 )
 def test_numbers_of_bytes(text, nbytes):
-    assert io_tune.bytes_of(text) == nbytes and io_tune.bytes_of(io_tune.size_text(nbytes)) == nbytes
+    assert io_tune.bytes_of(text) == nbytes and io_tune.bytes_of(size_text(nbytes)) == nbytes

@@ -14,7 +14,8 @@ from deepspeedlite.comm import Group, destroy_process_group, get_local_rank, ini
 from deepspeedlite.comm.logger import bus_factor
 from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.errors import DistributedError
-from deepspeedlite.tools.bench.points import Plan, Point, human_bytes
+from deepspeedlite.runtime.text import size_text
+from deepspeedlite.tools.bench.points import Plan, Point
 from deepspeedlite.tools.bench.report import show
 
 _BATCHES = 5
@@ -114,7 +115,7 @@ def _check(group: Group, name: str, whole: torch.Tensor, shard: torch.Tensor) ->
     got = shard if name == "reduce_scatter" else whole
     if not torch.equal(got, wanted[: got.numel()]):
         raise DistributedError(
-            f"{name} of {human_bytes(whole.nbytes)} of {whole.dtype} gave a wrong result on rank {group.rank}: "
+            f"{name} of {size_text(whole.nbytes)} of {whole.dtype} gave a wrong result on rank {group.rank}: "
             f"{group.backend} does not work between these ranks; look at `python -m deepspeedlite.env_report`"
         )
     whole.zero_()

@@ -6,7 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from deepspeedlite.tools.bench.points import Point, human_bytes, human_time
+from deepspeedlite.runtime.text import size_text, time_text
+from deepspeedlite.tools.bench.points import Point
 
 _WIDTH, _HEIGHT = 420, 300  # of one panel, without what is around it
 _LEFT, _TOP, _GAP, _BELOW = 70, 70, 90, 60
@@ -26,7 +27,7 @@ def draw(title: str, points: Sequence[Point]) -> str:
         f'viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
         f'<rect width="{width}" height="{height}" fill="white"/>',
         f'<text x="{_LEFT}" y="24" font-size="15">{escape(title)}</text>',
-        *_panel(_LEFT, "time of a call", points, lambda point: point.time_us, human_time),
+        *_panel(_LEFT, "time of a call", points, lambda point: point.time_us, time_text),
         *_panel(
             _LEFT + _WIDTH + _GAP, "bus bandwidth, GB/s", points, lambda point: point.busbw_gb_s, lambda y: f"{y:g}"
         ),
@@ -62,7 +63,7 @@ def _panel(left: float, name: str, points: Sequence[Point], value: Value, words:
     for tick in ticks_x:
         x = place_x(tick)
         parts.append(f'<path d="M{x:.1f} {_TOP}V{_TOP + _HEIGHT}" stroke="#ddd"/>')
-        label = escape(human_bytes(round(tick)))
+        label = escape(size_text(round(tick)))
         parts.append(
             f'<text x="{x:.1f}" y="{_TOP + _HEIGHT + 14}" font-size="10" text-anchor="end" '
             f'transform="rotate(-30 {x:.1f} {_TOP + _HEIGHT + 14})">{label}</text>'

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from pathlib import Path
+
+from deepspeedlite.runtime.text import parse_size
 
 # By nccl-tests' names; a size counts the whole buffer: of an all-gather its output, of a reduce-scatter its input.
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
-_UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True)
@@ -50,33 +50,12 @@ def parse_sizes(text: str) -> tuple[int, ...]:
     """
     first, *rest = text.split(":")
     if not rest:
-        return tuple(_bytes(part) for part in text.split(","))
+        return tuple(parse_size(part) for part in text.split(","))
     step = int(rest[1]) if len(rest) == 2 and rest[1].isdecimal() else 4 if len(rest) == 1 else 0
-    low, high = _bytes(first), _bytes(rest[0])
+    low, high = parse_size(first), parse_size(rest[0])
     if step < 2 or high < low:
         raise ValueError(f"{text}: write sizes as FROM:TO or FROM:TO:FACTOR, such as 1K:64M:4")
     sizes = [low]
     while sizes[-1] * step <= high:
         sizes.append(sizes[-1] * step)
     return tuple(sizes)
-
-
-def _bytes(text: str) -> int:
-    match = re.fullmatch(r"([1-9][0-9]{0,11})([KMG]?)(i?B)?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise ValueError(f"{text!r} is no size; write bytes, such as 512, 4K, 64M or 1G")
-    return int(match[1]) * _UNITS[match[2].upper()]
-
-
-def human_bytes(size_bytes: int) -> str:
-    """Such as `64 KiB`."""
-    for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")):
-        if size_bytes >= unit:
-            return f"{size_bytes / unit:.4g} {name}"
-    return f"{size_bytes} B"
-
-
-def human_time(time_us: float) -> str:
-    """Such as `12.3 us` or `4.56 ms`."""
-    value, unit = (time_us, "us") if time_us < 1e3 else (time_us / 1e3, "ms") if time_us < 1e6 else (time_us / 1e6, "s")
-    return f"{value:.3g} {unit}" if value < 100 else f"{value:.0f} {unit}"

@@ -15,11 +15,11 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 from deepspeedlite.runtime.errors import ConfigError
+from deepspeedlite.runtime.text import GIB, columns, size_text
 
 if TYPE_CHECKING:
     import torch
 
-GIB = 1 << 30
 WEIGHT_BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}  # of a parameter, and of its gradient
 MASTER_BYTES, MOMENTS_BYTES = 4, 8
 PINNED_FACTOR = 1.5  # torch takes page-locked memory in powers of two
@@ -132,23 +132,18 @@ def all_ways(setup: Setup, stages: Iterable[int] = (0, 1, 2, 3)) -> list[ModelSt
     return [model_states_bytes(**setup._asdict(), stage=stage, offload=name) for stage, name in ways_of(stages)]
 
 
-def size_text(size_bytes: float) -> str:
-    """`6.52 GiB`, `0.30 MiB`, `0`."""
-    unit_bytes, unit = (GIB, "GiB") if size_bytes >= GIB else (1 << 20, "MiB")
-    return f"{size_bytes / unit_bytes:.2f} {unit}" if size_bytes else "0"
-
-
 def render(setup: Setup, ways: Sequence[ModelStates]) -> str:
     """The table, with what it is about above and what it leaves out below."""
     layer = f", largest layer {math.ceil(setup.largest_layer):,}" if setup.largest_layer else ""
     head = ("stage", "offload", "states/GPU", "+ layer", "= per GPU", "per host", "NVMe/host")
-    rows = [head, *((str(way.stage), way.offload, *map(size_text, way[2:7])) for way in ways)]
+    rows = [head, *((str(way.stage), way.offload, *(size_text(size, 2) for size in way[2:7])) for way in ways)]
+    built = size_text(ways[0].build_bytes, 2)
     lines = [
         f"Model states of {math.ceil(setup.params):,} parameters{layer}",
         f"{setup.dtype} with Adam on {setup.nodes} x {setup.gpus} GPUs (nodes x GPUs per node)\n",
-        *(f"{row[0]:5}  {row[1]:14}" + "".join(f"  {cell:>10}" for cell in row[2:]) for row in rows),
+        *columns(rows, right=range(2, 7)),
         f"\nPer host: times {setup.buffer_factor:g} for buffers. Not counted: activations, fragmentation.",
-        f"A model built on the host without zero.Init takes {size_text(ways[0].build_bytes)} there, until it is moved.",
+        f"A model built on the host without zero.Init takes {built} there, until it is moved.",
     ]
     return "\n".join(lines)
 
@@ -262,7 +257,7 @@ def _estimate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None
     if not fit:
         print("Nothing fits: use more GPUs or nodes, or a smaller model.")
     elif min(gpu_limit, host_limit) < math.inf:
-        needs = f"{size_text(fit.gpu_total_bytes)} per GPU, {size_text(fit.host_bytes)} per host"
+        needs = f"{size_text(fit.gpu_total_bytes, 2)} per GPU, {size_text(fit.host_bytes, 2)} per host"
         print(f"Least traffic that fits: stage {fit.stage}, offload {fit.offload} ({needs}).")
 
 
@@ -286,7 +281,7 @@ def _fit(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
     if args.exchange_rate is None:
         training = training._replace(exchange_rate=found.bus_rate / (1 if found.gpus else training.gpus))
     fits = fit.fit_all(training, found)
-    print(fit.to_json(training, found, fits)) if args.json else fit.print_table(training, found, fits)
+    print(fit.to_json(training, found, fits)) if args.json else fit.print_fits(training, found, fits)
 
 
 def _or(value: Number | None, default: Number) -> Number:

@@ -13,15 +13,14 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from deepspeedlite.runtime.errors import ConfigError
+from deepspeedlite.runtime.text import GIB, print_table, size_text
 from deepspeedlite.tools.memory_plan.estimate import (
-    GIB,
     MASTER_BYTES,
     MOMENTS_BYTES,
     OFFLOADS,
     WEIGHT_BYTES,
     ModelStates,
     model_states_bytes,
-    size_text,
     ways_of,
 )
 
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
     from deepspeedlite.tools.memory_plan.machine import Machine
 
 _MOST_PARAMS = 10**15
-_PIPED_WIDTH = 100  # of what does not go to a terminal
 # Of a token, in units of the block's width: what a block keeps for its backward pass (arXiv:2205.05198, section 4.1:
 # 34 bytes in 16 bits, attention's own matrix not being kept).
 _BLOCK_ACTIVATIONS = 17
@@ -194,34 +192,22 @@ def _tokens_per_s(fit: Fit, training: Training) -> float:
     return training.ranks * training.tokens / fit.seconds if fit.params else 0.0
 
 
-def print_table(training: Training, machine: Machine, fits: list[Fit]) -> None:
+def print_fits(training: Training, machine: Machine, fits: list[Fit]) -> None:
     """The machine, a row for each stage and offload, and what they leave out."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = _PIPED_WIDTH
     for line in _machine_lines(machine):
-        console.print(line, soft_wrap=True)
-    console.print(
+        print(line)
+    print(
         f"\n{training.dtype} with Adam on {training.nodes} x {training.gpus} ranks (nodes x ranks per node), "
         f"{training.layers} equal blocks, {training.tokens} tokens per rank and step\n",
-        soft_wrap=True,
     )
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for name in ("stage", "offload", "largest", "GiB/rank", "GiB/host", "GiB/NVMe", "step", "full", "slowest"):
-        text = name in ("stage", "offload", "full", "slowest")
-        table.add_column(name, justify="left" if text else "right", no_wrap=name != "slowest")
     best = max(fits, key=lambda fit: fit.params)
-    for fit in fits:
-        table.add_row(*_cells(fit), style="bold" if fit is best else "")
-    console.print(table)
-    console.print(
-        f"\nPer rank: with activations, {size_text(best.activation_bytes)} for the largest. Per host: states times "
+    right = ("largest", "GiB/rank", "GiB/host", "GiB/NVMe", "step")
+    head = ("stage", "offload", *right, "full", "slowest")
+    print_table(head, [_cells(fit) for fit in fits], right=right, bold=[fits.index(best)])
+    print(
+        f"\nPer rank: with activations, {size_text(best.activation_bytes, 2)} for the largest. Per host: states times "
         f"{training.buffer_factor:g}.\nSlowest: part of the passes + of the optimizer's step. Not counted: logits, "
         "fragmentation, and kernels\nthat are slower than a large matrix product or copy.",
-        soft_wrap=True,
     )
 
 
@@ -229,13 +215,13 @@ def _machine_lines(machine: Machine) -> Iterator[str]:
     rate = lambda value: f"{value / 1e9:.1f} GB/s"  # noqa: E731
     product = f"matrix product {machine.flops / 1e12:.2f} TFLOP/s"
     if machine.gpus:
-        yield f"{machine.gpus} x {machine.device}: {size_text(machine.gpu_bytes)}, {product}, copies "
+        yield f"{machine.gpus} x {machine.device}: {size_text(machine.gpu_bytes, 2)}, {product}, copies "
         yield f"{rate(machine.device_rate)}, to and from the host {rate(machine.bus_rate)}"
-    memory = f"{size_text(machine.host_bytes)}, copies {rate(machine.host_rate)}"
+    memory = f"{size_text(machine.host_bytes, 2)}, copies {rate(machine.host_rate)}"
     yield f"Host: {memory}" + ("" if machine.gpus else f", {product}; no GPU, so the ranks share its memory")
     if machine.read_rate:
         rates = f"reads {rate(machine.read_rate)}, writes {rate(machine.write_rate)}"
-        yield f"Disk: {size_text(machine.disk_bytes)}, {rates}" + (f"; {machine.note}" if machine.note else "")
+        yield f"Disk: {size_text(machine.disk_bytes, 2)}, {rates}" + (f"; {machine.note}" if machine.note else "")
     else:
         yield f"No disk, and no offload to it: {machine.note}"
 
