@@ -8,11 +8,11 @@ import os
 import sys
 
 from deepspeedlite.config.batch import NAMES, batch_problem, solve_batch
-from deepspeedlite.config.docs import render, schema
 from deepspeedlite.config.faults import MISSING, Fault, raise_faults
 from deepspeedlite.config.load import examine
 from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.runtime.errors import ConfigError
+from deepspeedlite.tools.config_docs import render, schema
 
 DOCS = os.path.join("docs", "config.md")
 

@@ -30,7 +30,7 @@ from deepspeedlite.config import (
     load_config,
     solve_batch,
 )
-from deepspeedlite.config.docs import render, schema
+from deepspeedlite.tools.config_docs import render, schema
 
 CIFAR = {
     "train_batch_size": 16,

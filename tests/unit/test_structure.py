@@ -18,7 +18,7 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 12_582  # the goal is 8,500
+MAX_CORE_LINES = 12_524  # the goal is 8,500
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 106, 26, 10  # the goal for the last two is none
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES = {
@@ -44,7 +44,7 @@ LAYERS = dict(
             ["passes", "engine", "factory"],
             ["parallel"],
             ["checkpoint.formats"],
-            ["tools", "checkpoint.__main__"],
+            ["tools", "checkpoint.__main__", "config.__main__"],
             ["compat", "drop_in", "accelerator", "errors", "monitor", "pipe", "profiling", "utils"],
             ["__init__"],
         ]
