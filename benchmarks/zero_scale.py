@@ -140,7 +140,7 @@ class Traffic:
     def __init__(self, engine: Any) -> None:
         self.reduces = self.shares = self.gathers = self.late_gathers = self.sent_bytes = 0
         self._engine, self._group = engine, engine._parts.group
-        self._sharded = {id(unit.values) for unit in engine._schedule.units if unit.sharded}
+        self._sharded = {id(unit.values) for unit in engine._reducer.units if unit.sharded}
         self._modules_run = 0
         self._handles: list[Any] = []
 
@@ -265,7 +265,7 @@ def count(make_engine: Callable[[], Any]) -> tuple[Any, Counted]:
             engine.step()
         del batch, loss
         states_bytes = live.now_bytes
-    units = engine._schedule.units
+    units = engine._reducer.units
     return engine, Counted(
         params=sum(slot.numel for unit in units for slot in unit.layout.slots),
         units=len(units),

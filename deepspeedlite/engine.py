@@ -4,7 +4,7 @@
     engine.backward(loss)       gradients, scaled, accumulated and averaged over the ranks
     engine.step()               every gradient_accumulation_steps calls: clip, update, schedule, clear
 
-The engine keeps count and passes the work on: gradients to `zero.GradientSchedule`, the update to
+The engine keeps count and passes the work on: gradients to `zero.GradReducer`, the update to
 `optim.ShardedOptimizer`, what is printed to `metrics.TrainLog`.
 
 [Note: backward passes the engine does not start]
@@ -43,11 +43,11 @@ from deepspeedlite.runtime.errors import ConfigError, EngineStateError, Unsuppor
 from deepspeedlite.runtime.log import log_once, logger
 from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
-from deepspeedlite.zero.flat_params import FlatValues
-from deepspeedlite.zero.grad_reducer import GradientSchedule
+from deepspeedlite.zero.flat_params import FlatParams
+from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.lease import Lease, weak_call
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.prefetch import ParameterSchedule, tensors_in
+from deepspeedlite.zero.prefetch import ParamPrefetcher, tensors_in
 from deepspeedlite.zero.state_dicts import StateDicts
 
 ROUTE_TRAIN = "train"
@@ -69,14 +69,14 @@ class EngineParts:
     plan: ShardingPlan
     precision: Precision
     scaler: LossScaler
-    schedule: GradientSchedule
+    reducer: GradReducer
     optimizer: ShardedOptimizer | None
     lr_scheduler: Any
     train_log: TrainLog
     lease: Lease
     state_dicts: StateDicts
-    parameters: ParameterSchedule | None = None  # where parameters are sharded
-    frozen: Sequence[FlatValues] = ()  # sharded values that are not trained
+    prefetcher: ParamPrefetcher | None = None  # where parameters are sharded
+    frozen: Sequence[FlatParams] = ()  # sharded values that are not trained
     offload: Offload = field(default_factory=Offload)
     replica: Replica = field(default_factory=Replica)  # the ranks that hold one copy of the model together
     mpu: Any = None
@@ -99,14 +99,14 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         self.training_dataloader: Any = None
         self._parts = parts
         self._batch = parts.batch
-        self._schedule = parts.schedule
+        self._reducer = parts.reducer
         parts.lease.held_by(self)
-        self._schedule.on_unannounced = weak_call(self._announce_backward)
-        self._schedule.on_forget = weak_call(self._note_clearing)
-        self._clearing = ModuleClearing(module, self._schedule)
-        self._gathering = parts.parameters
-        if self._gathering is not None:
-            self._schedule.on_pass_end = self._gathering.end_backward
+        self._reducer.on_unannounced = weak_call(self._announce_backward)
+        self._reducer.on_forget = weak_call(self._note_clearing)
+        self._clearing = ModuleClearing(module, self._reducer)
+        self._prefetcher = parts.prefetcher
+        if self._prefetcher is not None:
+            self._reducer.on_pass_end = self._prefetcher.end_backward
         self._scaler = parts.scaler
         self._casts_inputs = parts.precision.cast_inputs
         self._train_log = parts.train_log
@@ -144,7 +144,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model, under autocast or with inputs cast where the configuration says so."""
         self._check_alive("forward")
-        if self._schedule.in_backward and torch._C._current_graph_task_id() == -1:
+        if self._reducer.in_backward and torch._C._current_graph_task_id() == -1:
             log_once("a backward pass was left by an exception; its gradients are dropped")
             self._abandon_backward()
         precision, recording = self._parts.precision, torch.is_grad_enabled()
@@ -154,17 +154,17 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         if self._casts_inputs and precision.model_dtype is not None:
             inputs = cast_floating(inputs, precision.model_dtype)
             kwargs = cast_floating(kwargs, precision.model_dtype)
-        if self._gathering is not None:
-            self._gathering.begin_forward(recording)
+        if self._prefetcher is not None:
+            self._prefetcher.begin_forward(recording)
         try:
             with watched, precision.autocast(self.device.type):
                 outputs = self.module(*inputs, **kwargs)
         except RuntimeError:
             self._parts.lease.verify_attached()  # a dtype that torch complains of may have been changed since
             raise
-        if self._gathering is not None and not recording:
-            self._gathering.release()
-        if recording and (self.optimizer is not None or self._gathering is not None):
+        if self._prefetcher is not None and not recording:
+            self._prefetcher.reshard()
+        if recording and (self.optimizer is not None or self._prefetcher is not None):
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
                     tensor.register_hook(self._announce_backward)
@@ -245,7 +245,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             )
         boundary = self.is_gradient_accumulation_boundary()
         with self._train_log.phase("step"):
-            self._schedule.end_backward()
+            self._reducer.end_backward()
             if boundary:
                 self._take_step(self.optimizer, lr_kwargs or {})
         self._passes_since_step = self._losses_since_step = 0
@@ -282,7 +282,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
     # --- backward passes ------------------------------------------------------------------------------------------
 
     def _begin_backward(self) -> None:
-        if self._passes_since_step > 0 and self._clearing.is_needed and self._schedule.has_grads:
+        if self._passes_since_step > 0 and self._clearing.is_needed and self._reducer.has_grads:
             note_hidden(self._parts.plan.stage)
         self._passes_since_step += 1
         if self.optimizer is not None:
@@ -295,24 +295,24 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             )
         ends = self.is_gradient_accumulation_boundary()
         reduces = (ends or self._parts.plan.shard_grads) and not self._in_no_sync
-        if self._gathering is not None:
-            self._gathering.begin_backward()
+        if self._prefetcher is not None:
+            self._prefetcher.begin_backward()
         needs_norm = self.optimizer is not None and self.optimizer.needs_norm
-        self._schedule.begin_backward(scale, reduces, measure=ends and needs_norm)
+        self._reducer.begin_backward(scale, reduces, measure=ends and needs_norm)
 
     def _abandon_backward(self) -> None:
         self._loss_is_scaled = False
-        self._schedule.clear()
-        if self._gathering is not None:
-            self._gathering.abandon()
+        self._reducer.clear()
+        if self._prefetcher is not None:
+            self._prefetcher.abandon()
 
     def _end_backward(self) -> None:
         self._loss_is_scaled = False
-        self._schedule.end_backward()
+        self._reducer.end_backward()
 
     def _announce_backward(self, grad: torch.Tensor | None = None) -> None:
-        self._schedule.note_pass()
-        if not self._schedule.in_backward and not self._destroyed:
+        self._reducer.note_pass()
+        if not self._reducer.in_backward and not self._destroyed:
             self._begin_backward()
             torch.autograd.Variable._execution_engine.queue_callback(self._end_backward)
 
@@ -349,7 +349,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step. `step` does this by itself."""
-        self._schedule.forget()
+        self._reducer.forget()
         for param in self.module.parameters():
             param.grad = None
 
@@ -399,7 +399,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             EngineStateError: in the middle of an accumulation window.
             ConfigError: it is not a multiple of micro-batch times ranks.
         """
-        if self._schedule.has_grads:
+        if self._reducer.has_grads:
             raise EngineStateError("set_train_batch_size in the middle of a batch; call it after a step")
         world = self._parts.group.size
         if train_batch_size < 1 or train_batch_size % (self._batch.micro * world):
@@ -543,15 +543,15 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         """
         self._check_alive("offload_states")
         state = self.optimizer.state if self.optimizer is not None else {}
-        self._offloaded = OffloadedStates(states_of(self._schedule.units, state), include, device, pin_memory)
-        for unit in self._schedule.units:
+        self._offloaded = OffloadedStates(states_of(self._reducer.units, state), include, device, pin_memory)
+        for unit in self._reducer.units:
             unit.follow_memory()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` took away."""
         if self._offloaded is not None:
             self._offloaded.reload(non_blocking)
-            for unit in self._schedule.units:
+            for unit in self._reducer.units:
                 unit.follow_memory()
         self._offloaded = None
 

@@ -36,14 +36,14 @@ from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once
 from deepspeedlite.utils import groups
-from deepspeedlite.zero.flat_params import FlatValues, make_whole, owner_of
-from deepspeedlite.zero.grad_reducer import GradientSchedule
+from deepspeedlite.zero.flat_params import FlatParams, make_whole, owner_of
+from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.lease import Lease, take_over
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.prefetch import ParameterSchedule
+from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.trace import GatherLimits
+from deepspeedlite.zero.trace import PrefetchLimits
 from deepspeedlite.zero.unit import Lodging, ReducePolicy
 from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
 from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
@@ -218,13 +218,13 @@ def _build_parts(
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
     lodging = Lodging(offload.store, offload.grads if offload.takes_grads else None, run_numel)
-    schedule, sharded = _make_schedule(settings, plan, group, replica, model, trained, left, (precision, lodging))
+    reducer, sharded = _make_reducer(settings, plan, group, replica, model, trained, left, (precision, lodging))
     scaler = make_loss_scaler(settings, precision)
     step_settings = _step_settings(settings, precision, offload)
-    wrapped = None if base is None else _wrap(base, schedule, scaler, step_settings, model, named)
+    wrapped = None if base is None else _wrap(base, reducer, scaler, step_settings, model, named)
     scheduler = _make_scheduler(settings, base, lr_scheduler)
     train_log = TrainLog(settings, device, model, batch.train, comm.get_rank())
-    lease = Lease(schedule, *sharded, trains=base is not None, borrows=bool(left))
+    lease = Lease(reducer, *sharded, trains=base is not None, borrows=bool(left))
     return EngineParts(
         settings,
         batch,
@@ -233,7 +233,7 @@ def _build_parts(
         plan,
         precision,
         scaler,
-        schedule,
+        reducer,
         wrapped,
         scheduler,
         train_log,
@@ -246,23 +246,23 @@ def _build_parts(
 
 def _wrap(
     base: torch.optim.Optimizer,
-    schedule: GradientSchedule,
+    reducer: GradReducer,
     scaler: LossScaler,
     settings: StepSettings,
     model: torch.nn.Module,
     named: Sequence[NamedParameter],
 ) -> ShardedOptimizer:
-    """The step over the schedule's units, by the optimizer whose groups hold the named parameters."""
+    """The step over the reducer's units, by the optimizer whose groups hold the named parameters."""
     positions = {id(param): position for group in base.param_groups for position, param in enumerate(group["params"])}
-    wrapped = ShardedOptimizer(base, schedule, scaler, settings)
+    wrapped = ShardedOptimizer(base, reducer, scaler, settings)
     wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
     wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
-    if schedule.plan.shard_params:
+    if reducer.plan.shard_params:
         wrapped.parameter_offload = ParameterOffload(model)  # type: ignore[attr-defined]
     return wrapped
 
 
-def _make_schedule(
+def _make_reducer(
     settings: DeepSpeedConfig,
     plan: ShardingPlan,
     group: Group,
@@ -271,7 +271,7 @@ def _make_schedule(
     trained: Sequence[NamedParameter],
     left: Collection[torch.Tensor],
     settled: tuple[Precision, Lodging],
-) -> tuple[GradientSchedule, tuple[StateDicts, ParameterSchedule | None, list[FlatValues]]]:
+) -> tuple[GradReducer, tuple[StateDicts, ParamPrefetcher | None, list[FlatParams]]]:
     """The units; what gathers values for state dicts and for passes, and the sharded values that are not trained."""
     zero, (precision, lodging) = settings.zero_optimization, settled
     mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
@@ -283,7 +283,7 @@ def _make_schedule(
         wire_dtype=_dtype(settings.communication_data_type),
         scatter=zero.reduce_scatter,
     )
-    schedule = GradientSchedule(
+    reducer = GradReducer(
         buckets,
         policy,
         plan=plan,
@@ -292,19 +292,19 @@ def _make_schedule(
         lodging=lodging,
         replica=replica,
     )
-    for unit in schedule.units:
-        unit.twins = next((tie.group for tie in ties_of(model) if tie.holds(unit.params[0])), None)
-    frozen_values = [FlatValues(bucket, group, sharded=True, store=lodging.store) for bucket in frozen]
-    sharded = [*(unit for unit in schedule.units if unit.sharded), *frozen_values]
-    gathered = {*schedule.units, *frozen_values}
+    for unit in reducer.units:
+        unit.tied_group = next((tie.group for tie in ties_of(model) if tie.holds(unit.params[0])), None)
+    frozen_values = [FlatParams(bucket, group, sharded=True, store=lodging.store) for bucket in frozen]
+    sharded = [*(unit for unit in reducer.units if unit.sharded), *frozen_values]
+    gathered = {*reducer.units, *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
     if plan.shard_params:
         describe_whole(model.parameters(), group)
     leaves = get_z3_leaf_modules(model)
     dicts = StateDicts(model, leaves)
-    parameters = ParameterSchedule(model, sharded, leaves, _gather_limits(zero), state_dicts=dicts) if sharded else None
-    return schedule, (dicts, parameters, frozen_values)
+    prefetcher = ParamPrefetcher(model, sharded, leaves, _prefetch_limits(zero), state_dicts=dicts) if sharded else None
+    return reducer, (dicts, prefetcher, frozen_values)
 
 
 def _step_settings(settings: DeepSpeedConfig, precision: Precision, offload: Offload) -> StepSettings:
@@ -347,8 +347,8 @@ def _make_buckets(
     return buckets, [bucket for bucket in by_module if bucket[0].group == FROZEN]
 
 
-def _gather_limits(zero: ZeroOptimization) -> GatherLimits:
-    return GatherLimits(
+def _prefetch_limits(zero: ZeroOptimization) -> PrefetchLimits:
+    return PrefetchLimits(
         prefetch_numel=zero.stage3_prefetch_bucket_size,
         max_live_numel=zero.stage3_max_live_parameters,
         max_reuse_numel=zero.stage3_max_reuse_distance,
@@ -451,7 +451,7 @@ def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
 
 
 def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
-    slots = [slot for unit in parts.schedule.units for slot, param in unit.slots if parts.replica.counts(param)]
+    slots = [slot for unit in parts.reducer.units for slot, param in unit.slots if parts.replica.counts(param)]
     trained_numel = sum(parts.replica.group.all_gather_objects(sum(slot.numel for slot in slots)))
     ranks = " x ".join(str(size) for size in (parts.replica.group.size, parts.group.size) if size > 1) or "1"
     dtype = parts.precision.model_dtype or parts.precision.autocast_dtype or torch.float32

@@ -17,7 +17,7 @@ from deepspeedlite.checkpoint.manifest import EXTRA_STATE
 from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError
 from deepspeedlite.runtime.log import logger
-from deepspeedlite.zero.flat_params import FlatValues, owner_of
+from deepspeedlite.zero.flat_params import FlatParams, owner_of
 
 
 @torch.no_grad()
@@ -41,17 +41,17 @@ def consolidated_state_dict(
         for name, param in module.named_parameters(remove_duplicate=False)
         if param.requires_grad or not exclude_frozen
     }
-    by_owner: dict[FlatValues | None, list[torch.Tensor]] = {}
+    by_owner: dict[FlatParams | None, list[torch.Tensor]] = {}
     for param in {id(param): param for param in wanted.values()}.values():
         by_owner.setdefault(owner_of(param), []).append(param)
     copies: dict[int, torch.Tensor] = {}
     for owner, params in by_owner.items():
         if owner is not None:
-            owner.hold()
+            owner.begin_use()
         if group.rank == 0:
             copies.update({id(param): param.detach().to("cpu", copy=True) for param in params})
         if owner is not None:
-            owner.let_go()
+            owner.end_use()
     if group.rank != 0:
         return None
     state: dict[str, torch.Tensor] = {}

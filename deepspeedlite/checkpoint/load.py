@@ -93,7 +93,7 @@ class Loader:
     def _match(self, reader: Reader) -> set[str]:
         """Find this rank's parameters in the checkpoint; their names, from the first of those ranks that hold them."""
         engine, manifest, replica = self._engine, reader.manifest, self._engine._parts.replica
-        if any(owner.holds for owner in owners(engine)):
+        if any(owner.uses for owner in owners(engine)):
             raise CheckpointError("load_checkpoint inside GatheredParameters or a forward pass; leave it first")
         if manifest.model_parallel != replica.parts:
             raise CheckpointError(
@@ -149,10 +149,10 @@ class Loader:
     @torch.no_grad()
     def _restore(self, reader: Reader, options: LoadOptions) -> None:
         engine = self._engine
-        engine._schedule.clear()
+        engine._reducer.clear()
         for owner in owners(engine):
-            owner.release()
-            owner.settle()
+            owner.reshard()
+            owner.wait_for_readers()
         if options.custom_load_fn is not None:
             self._load_by(options.custom_load_fn, reader)
         for flat in flats_of(engine, change=True):
@@ -169,7 +169,7 @@ class Loader:
         for name, module in with_extra_state(engine).items() if options.custom_load_fn is None else ():
             if name in extra:
                 module.set_extra_state(reader.value(extra[name]))
-        engine._schedule.share_values(engine._parts.config.zero_optimization.allgather_bucket_size)
+        engine._reducer.share_values(engine._parts.config.zero_optimization.allgather_bucket_size)
         if engine.optimizer is not None:
             engine.optimizer.broken = ""
         if not options.module_only:
@@ -219,11 +219,11 @@ class Loader:
                 weight = reader.read(parameter, WEIGHT).view(parameter.shape)
                 weights.update({name.removeprefix(prefix): weight for name in (parameter.name, *parameter.tied)})
         for owner in owners(self._engine):
-            owner.hold()
+            owner.begin_use()
         custom_load_fn(src=weights, dst=self._engine.module)
         for owner in owners(self._engine):
             owner.keep_changes()
-            owner.let_go()
+            owner.end_use()
 
     def _load_run(self, reader: Reader, options: LoadOptions) -> None:
         engine = self._engine

@@ -220,9 +220,9 @@ class Saver:
     ) -> Manifest:
         """Put into `part` what this rank writes: its share of what its data-parallel group writes, and its own."""
         engine, group, replica = self._engine, self._engine._parts.group, self._engine._parts.replica
-        for unit in engine._parts.schedule.units:
+        for unit in engine._parts.reducer.units:
             unit.verify_attached()
-        if engine._schedule.has_grads and self._ranks.rank == 0:
+        if engine._reducer.has_grads and self._ranks.rank == 0:
             logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
         entries, buffers = parameters_of(engine, exclude_frozen)
         wanted = {entry.name for entry in entries} - elsewhere

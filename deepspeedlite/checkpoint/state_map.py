@@ -17,7 +17,7 @@ import torch
 from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES
-from deepspeedlite.zero.flat_params import FlatValues, full_shape, owner_of
+from deepspeedlite.zero.flat_params import FlatParams, full_shape, owner_of
 from deepspeedlite.zero.layout import Slot
 from deepspeedlite.zero.unit import ShardUnit
 
@@ -53,7 +53,7 @@ class Flat:
         return min(rank * share, self.numel), min((rank + 1) * share, self.numel)
 
 
-def _parts(owner: FlatValues, run: Any, names: Mapping[str, str]) -> list[Part]:
+def _parts(owner: FlatParams, run: Any, names: Mapping[str, str]) -> list[Part]:
     """The parameters in a run, those of them that checkpoints have a name for."""
     return [
         Part(names[s.slot.name], s.start, s.stop, run.start + s.start - s.slot.start)
@@ -77,7 +77,7 @@ class _Names:
         """Empty: checkpoints leave it out."""
         return self._now.get(id(param), "" if slot.name in self._taken else slot.name)
 
-    def inside(self, owner: FlatValues) -> dict[str, str]:
+    def inside(self, owner: FlatParams) -> dict[str, str]:
         """By their names in the owner."""
         named = ((slot.name, self.of(slot, param)) for slot, param in owner.slots)
         return {known: name for known, name in named if name}
@@ -97,7 +97,7 @@ def flats_of(engine: Any, change: bool = False) -> Iterator[Flat]:
 
 def _flats(engine: Any, change: bool) -> Iterator[Flat]:
     parts, names = engine._parts, _Names(engine.module)
-    for unit in parts.schedule.units:
+    for unit in parts.reducer.units:
         states = parts.optimizer.state if parts.optimizer is not None else {}
         yield from _of_unit(unit, names.inside(unit), states, change)
     for frozen in parts.frozen:
@@ -116,7 +116,7 @@ def _flats(engine: Any, change: bool) -> Iterator[Flat]:
             yield Flat([Part(name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
 
 
-def _own_values(owner: FlatValues, start: int, stop: int, in_memory: bool) -> Values:
+def _own_values(owner: FlatParams, start: int, stop: int, in_memory: bool) -> Values:
     """Elements of this rank's shard, wherever it lives."""
     return owner.shard[start:stop] if in_memory or owner.store is None else owner.store.stored(start, stop)
 
@@ -169,7 +169,7 @@ def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
             entries[names[id(param)][0]].tied.append(name)
     positions = engine._parts.optimizer.positions if engine._parts.optimizer is not None else {}
     called = _Names(module)
-    held = ((slot, param) for unit in engine._parts.schedule.units for slot, param in unit.slots)
+    held = ((slot, param) for unit in engine._parts.reducer.units for slot, param in unit.slots)
     for slot, param in held:
         if known := called.of(slot, param):
             dtype = str(param.dtype).removeprefix("torch.")
@@ -201,6 +201,6 @@ def with_extra_state(engine: Any) -> dict[str, torch.nn.Module]:
     }
 
 
-def owners(engine: Any) -> list[FlatValues]:
+def owners(engine: Any) -> list[FlatParams]:
     """Every owner of values, trained and frozen."""
-    return [*engine._parts.schedule.units, *(frozen for frozen in engine._parts.frozen if frozen.slots)]
+    return [*engine._parts.reducer.units, *(frozen for frozen in engine._parts.frozen if frozen.slots)]

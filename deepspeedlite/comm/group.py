@@ -188,8 +188,8 @@ class Group:
     ) -> Work | None:
         """Concatenate every rank's `shard` (S elements) in rank order into `out` (size * S elements).
 
-        `shard` may be this rank's range of `out` itself. `final`: it will not be written before `settle(shard)`, so
-        that where it is lent memory it is sent without a copy.
+        `shard` may be this rank's range of `out` itself. `final`: it will not be written before
+        `wait_for_readers(shard)`, so that where it is shared memory it is sent without a copy.
         """
         if self.size == 1:
             _copy_unless_same(out, shard)
@@ -234,23 +234,23 @@ class Group:
 
         return self._run("reduce_scatter_tensor", full, async_op, start, label)
 
-    def lend(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    def alloc_shared(self, numel: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """A 1-D tensor, of arbitrary content, for what is to be sent: by `reduce_scatter_into`, or as a final shard.
 
         Where ranks share memory it lies there and is sent without a copy: what was sent is not to be written before
-        `settle`. Its memory is used for others when no view of it is left. Elsewhere it is a new tensor. Collective the
-        first time.
+        `wait_for_readers`. Its memory is used for others when no view of it is left. Elsewhere it is a new tensor.
+        Collective the first time.
         """
         link = self._connected() if self._may_share(device) and numel else None
         if link is None:
             return torch.empty(numel, dtype=dtype, device=device)
-        return link.lend(numel * dtype.itemsize).view(dtype)
+        return link.alloc_shared(numel * dtype.itemsize).view(dtype)
 
-    def settle(self, tensor: torch.Tensor) -> None:
-        """Return when no rank reads `tensor`, lent memory that was sent as final, any more."""
+    def wait_for_readers(self, tensor: torch.Tensor) -> None:
+        """Return when no rank reads `tensor`, shared memory that was sent as final, any more."""
         if self._may_share(tensor.device) and (link := self._connected()) is not None:
             with explained("other ranks to read a shard", self.ranks):
-                link.settle(tensor)
+                link.wait_for_readers(tensor)
 
     def all_gather_objects(self, obj: _T) -> list[_T]:
         """Every rank's object, in rank order. Objects are pickled: trusted ranks and small objects only."""

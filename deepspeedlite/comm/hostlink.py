@@ -5,19 +5,20 @@ over a Unix socket; they read it there when they wait for it. So a message never
 order in which the ranks wait for theirs, and two passes over memory replace the four and the threads of a TCP socket.
 
 What is sent more often than it changes, such as a shard, or is to be sent and not kept, such as gradients to be summed,
-can lie in a block from the start: `lend`. It goes without that first copy; `settle` says when it may be written again.
+can lie in a block from the start: `alloc_shared`. It goes without that first copy; `wait_for_readers` says when it may
+be written again.
 
 A block is a memfd: it has no name that could be left behind or taken, no limit but memory (Docker gives /dev/shm
 64 MiB), and goes with the last process that maps it. Its descriptor travels in the first message about it, so what a
 rank sent stays readable after that rank has ended.
 
 [Note: when a block is used again]
-When all others have said that they have read it, and no tensor that was lent is left of it. So that few blocks are
+When all others have said that they have read it, and no tensor of it is left of it. So that few blocks are
 needed, whatever has come is read whenever something is started or waited for, also for exchanges that nobody waits for
-yet, and a rank of whose blocks `_MOST_IN_USE` are filled, not lent and unread lets the others catch up before it takes
-another. It waits for them only so long: ranks that start exchanges in different orders might wait for each other there.
-Idle blocks keep their memory up to `KEPT_NBYTES`, because the kernel takes longer to hand out a page than a copy takes
-to fill it.
+yet, and a rank of whose blocks `_MOST_IN_USE` are filled, not shared and unread lets the others catch up before it
+takes another. It waits for them only so long: ranks that start exchanges in different orders might wait for each other
+there. Idle blocks keep their memory up to `KEPT_NBYTES`, because the kernel takes longer to hand out a page than a copy
+takes to fill it.
 
 [Note: ranks that are out of step]
 Pieces meet by tag and count, and say what they are for. A rank that has waited a moment tells those that it waits for,
@@ -102,28 +103,28 @@ class _Block:
         self.known_to: set[int] = set()
         self.unread: set[tuple[int, int]] = set()  # message and rank that has not said that it has read it
         self.touched_nbytes = 0  # how far it was written, which is what has memory
-        self._lent: weakref.ref[memoryview] | None = None
+        self._shared: weakref.ref[memoryview] | None = None
 
-    def lend(self, nbytes: int) -> torch.Tensor:
+    def alloc_shared(self, nbytes: int) -> torch.Tensor:
         """Its first bytes, as a tensor; the block is not idle while any tensor of that memory is left."""
         # torch holds on to the view, and the view to the mapping, so the view lives as long as the memory is used.
         view = memoryview(self._mapping)[:nbytes]
-        self._lent = weakref.ref(view)
+        self._shared = weakref.ref(view)
         self.touched_nbytes = max(self.touched_nbytes, nbytes)
         return torch.frombuffer(view, dtype=torch.uint8)
 
     @property
-    def lent_nbytes(self) -> int:
-        view = None if self._lent is None else self._lent()
+    def shared_nbytes(self) -> int:
+        view = None if self._shared is None else self._shared()
         return 0 if view is None else view.nbytes
 
     @property
-    def is_lent(self) -> bool:
-        return self.lent_nbytes > 0
+    def is_shared(self) -> bool:
+        return self.shared_nbytes > 0
 
     @property
     def is_idle(self) -> bool:
-        return not self.unread and not self.is_lent
+        return not self.unread and not self.is_shared
 
     def give_back(self) -> None:
         """Let the kernel have the memory until the block is written again."""
@@ -161,13 +162,13 @@ class HostLink:
 
     @property
     def held_nbytes(self) -> int:
-        """Bytes of memory that this rank's blocks take, lent ones included."""
+        """Bytes of memory that this rank's blocks take, shared ones included."""
         return sum(block.touched_nbytes for block in self._blocks)
 
-    def lend(self, nbytes: int) -> torch.Tensor:
+    def alloc_shared(self, nbytes: int) -> torch.Tensor:
         """uint8 memory that others can read, of arbitrary content. It is used again when no tensor of it is left."""
         self._catch_up()
-        return self._idle_block(nbytes).lend(nbytes)
+        return self._idle_block(nbytes).alloc_shared(nbytes)
 
     def exchange(
         self,
@@ -182,9 +183,9 @@ class HostLink:
 
         When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
         its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
-        `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in lent memory is
-        not copied, so must not change until all have read it (see `settle`). Exchanges of one tag meet in the order of
-        their starts, and it is an error if they are not for the same: `what`.
+        `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in shared memory is
+        not copied, so must not change until all have read it (see `wait_for_readers`). Exchanges of one tag meet in
+        the order of their starts, and it is an error if they are not for the same: `what`.
         """
         if self._out_of_step:
             raise DistributedError(self._out_of_step)
@@ -198,8 +199,8 @@ class HostLink:
         return exchange
 
     def _send(self, pieces: dict[int, torch.Tensor], exchange: _Exchange, final: bool) -> None:
-        lender = self._lender(pieces.values()) if final else None
-        block, offsets = lender or self._copied(pieces.values())
+        shared = self._shared_block(pieces.values()) if final else None
+        block, offsets = shared or self._copied(pieces.values())
         self._sequence += 1
         self._in_use[self._sequence] = block
         block.unread.update((self._sequence, rank) for rank in pieces)
@@ -209,11 +210,11 @@ class HostLink:
             place = (self._sequence, block.number, offset, piece.nbytes)
             self._post(rank, _MESSAGE.pack(*exchange.ticket, *place, exchange.purpose), descriptors)
 
-    def _lender(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]] | None:
-        """The block in whose lent memory all the pieces lie, and where."""
+    def _shared_block(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]] | None:
+        """The block in whose shared memory all the pieces lie, and where."""
         addresses = [piece.data_ptr() for piece in pieces]
         block = self._block_at(addresses[0])
-        if block is None or not block.is_lent or any(self._block_at(address) is not block for address in addresses):
+        if block is None or not block.is_shared or any(self._block_at(address) is not block for address in addresses):
             return None
         return block, [address - block.address for address in addresses]
 
@@ -222,8 +223,8 @@ class HostLink:
         block = self._blocks[index] if index >= 0 else None
         return block if block is not None and address < block.address + block.memory.numel() else None
 
-    def settle(self, tensor: torch.Tensor) -> None:
-        """Return when every rank that lives has read what was sent of the lent memory in which `tensor` lies.
+    def wait_for_readers(self, tensor: torch.Tensor) -> None:
+        """Return when every rank that lives has read what was sent of the shared memory in which `tensor` lies.
 
         Raises:
             TimeoutError: a rank has not started to receive it in time.
@@ -254,7 +255,7 @@ class HostLink:
     def _idle_block(self, nbytes: int) -> _Block:
         capacity = max(_SMALLEST_BLOCK, 1 << (nbytes - 1).bit_length())
         patient_until = time.monotonic() + _PATIENCE_S
-        while sum(not block.is_lent for block in self._in_use.values()) >= _MOST_IN_USE and not self._ended:
+        while sum(not block.is_shared for block in self._in_use.values()) >= _MOST_IN_USE and not self._ended:
             if not self._incoming.poll(max(0.0, patient_until - time.monotonic()) * 1e3):
                 break
             self._catch_up()

@@ -88,13 +88,13 @@ ABSENT = {name: reason for reason, names in _ABSENT_BECAUSE.items() for name in 
 
 
 class EngineAccessors:
-    """Mixed into the engine; `_parts`, `_batch`, `_gathering` and `_train_log` are the engine's."""
+    """Mixed into the engine; `_parts`, `_batch`, `_prefetcher` and `_train_log` are the engine's."""
 
     module: torch.nn.Module
     optimizer: Any
     _parts: Any
     _batch: BatchSizes
-    _gathering: Any
+    _prefetcher: Any
     _train_log: Any
 
     # --- this rank's place ----------------------------------------------------------------------------------------
@@ -186,8 +186,8 @@ class EngineAccessors:
 
     def empty_partition_cache(self) -> None:
         """Let go of the whole parameters that nobody uses at this moment (stage 3), and of the device's free memory."""
-        if self._gathering is not None:
-            self._gathering.release()
+        if self._prefetcher is not None:
+            self._prefetcher.reshard()
         if self._parts.device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
 

@@ -22,9 +22,9 @@ class _Kind(type):
     def __instancecheck__(cls, instance: Any) -> bool:
         if not isinstance(instance, ShardedOptimizer):
             return False
-        schedule = instance._schedule
-        return schedule.plan.stage in cls.stages and (
-            cls.dtype is None or any(unit.dtype is cls.dtype for unit in schedule.units)
+        reducer = instance._reducer
+        return reducer.plan.stage in cls.stages and (
+            cls.dtype is None or any(unit.dtype is cls.dtype for unit in reducer.units)
         )
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

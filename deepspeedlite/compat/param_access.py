@@ -27,7 +27,7 @@ from typing import TypeVar
 import torch
 
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
-from deepspeedlite.zero.flat_params import ValueState, full_shape, owner_of
+from deepspeedlite.zero.flat_params import ParamState, full_shape, owner_of
 from deepspeedlite.zero.unit import GradState, ShardUnit, Stepper
 
 _T = TypeVar("_T")
@@ -156,11 +156,11 @@ class _Place:
 
     def store(self, fragment: torch.Tensor, whole: torch.Tensor | None) -> None:
         """Write the master and the model's values; `whole` is joined where it is needed and not given."""
-        self.unit.wait_for_gather()
-        self.unit.settle()
+        self.unit.wait_for_unshard()
+        self.unit.wait_for_readers()
         self.master.write(fragment)
         self.values.write(fragment)
-        if self.unit.state is ValueState.WHOLE:
+        if self.unit.state is ParamState.UNSHARDED:
             everything = self.join(fragment).flatten() if whole is None else whole
             self.unit.values[self.slot.start : self.slot.stop] = everything
 

@@ -35,7 +35,7 @@ from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, Unsup
 from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import clear_with
 from deepspeedlite.zero.flat_params import owner_of
-from deepspeedlite.zero.grad_reducer import GradientSchedule
+from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
@@ -94,8 +94,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
     `optimizer`; `torch.optim.Optimizer.__init__` is not called, since there is nothing of its own to keep.
 
     Args:
-        optimizer: one that `registry.check_flat_compatible` passes, whose params the schedule's units hold.
-        schedule: the units and the state of their gradients.
+        optimizer: one that `registry.check_flat_compatible` passes, whose params the units of `reducer` hold.
+        reducer: the units and the state of their gradients.
         scaler: the loss scale in force.
         settings: clipping, overflow check, sub-group size.
 
@@ -106,14 +106,14 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def __init__(
         self,
         optimizer: torch.optim.Optimizer,
-        schedule: GradientSchedule,
+        reducer: GradReducer,
         scaler: LossScaler,
         settings: StepSettings,
     ) -> None:
         self.optimizer = optimizer
         self.loss_scaler = scaler
         self.overflow = False
-        self._schedule = schedule
+        self._reducer = reducer
         self._settings = settings
         self._norm: float | None = None
         self._norm_is_current = False
@@ -129,7 +129,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._runs_of_units: list[list[SteppedRun]] = []
         for group in optimizer.param_groups:
             group["params"] = []
-        self._step_also(schedule.units)
+        self._step_also(reducer.units)
         clear_with(optimizer, self.zero_grad)
 
     # --- construction ---------------------------------------------------------------------------------------------
@@ -152,7 +152,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._runs += runs
         self._sub_groups = self._cut_sub_groups()
         if isinstance(self.optimizer, FusedLamb):
-            tell_segments(self.optimizer, self._schedule, [len(runs) for runs in self._sub_groups])
+            tell_segments(self.optimizer, self._reducer, [len(runs) for runs in self._sub_groups])
 
     @torch.no_grad()
     def _runs_of(self, unit: ShardUnit) -> list[SteppedRun]:
@@ -281,7 +281,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
         sub_groups: list[list[SteppedRun]] = []
         room = 0
-        most, units = self._settings.sub_group_numel, self._schedule.units
+        most, units = self._settings.sub_group_numel, self._reducer.units
         # Kernels on GPUs read 16-bit gradients as they are, and the fewer launches the better.
         as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(u.device.type == "cuda" for u in units)
         as_they_are |= self._settings.low_precision_masters
@@ -315,7 +315,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         if closure is not None:
             raise UnsupportedError("step(closure) would run the backward pass inside the step; call backward first")
-        if self._schedule.has_grads:
+        if self._reducer.has_grads:
             self.take_step()
             self.stepped_alone = True
         elif self._norm_is_current:
@@ -331,10 +331,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Raises:
             LossScaleError: fp16 overflow at the smallest loss scale, naming the parameters that overflowed.
         """
-        self._schedule.finish()
-        for unit in self._schedule.units:
+        self._reducer.finish()
+        for unit in self._reducer.units:
             unit.verify_attached()
-            unit.settle()
+            unit.wait_for_readers()
         if self._settings.every_gradient_must_come:
             self._check_all_came()
         self._norm, self._norm_is_current = None, True
@@ -342,10 +342,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.overflow = False
         if self.needs_norm:
             norm = self._measure_norm()
-            guilty = [] if math.isfinite(norm) else self._schedule.overflowed()
+            guilty = [] if math.isfinite(norm) else self._reducer.overflowed()
             if guilty and self._settings.check_overflow:
                 self.overflow = True
-                self._schedule.clear()
+                self._reducer.clear()
                 self._skipped.account(guilty)
                 return
             if not math.isfinite(norm) and not guilty:  # the squares alone overflowed
@@ -358,10 +358,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         except BaseException as error:
             self.broken = f"a step ended half-way, and the model is that of no step ({error})"
             raise
-        self._offload.tell_wear(self._schedule.group.size * self._schedule.replica.group.size)
-        self._schedule.share_values(self._settings.share_numel)
+        self._offload.tell_wear(self._reducer.group.size * self._reducer.replica.group.size)
+        self._reducer.share_values(self._settings.share_numel)
         self.loss_scaler.update(overflow=False)
-        self._schedule.clear()
+        self._reducer.clear()
 
     def _update(self, sub_group: list[SteppedRun], factor: float, frozen: dict[torch.Tensor, list[slice]]) -> None:
         """Step runs that are in memory, with their gradients times `factor`."""
@@ -379,7 +379,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._store_values(sub_group)
 
     def _check_all_came(self) -> None:
-        missing = [name for unit in self._schedule.units for name in unit.unreached()]
+        missing = [name for unit in self._reducer.units for name in unit.unreached()]
         if missing:
             raise EngineStateError(
                 f"zero_optimization.ignore_unused_parameters is false, and no gradient reached {', '.join(missing[:8])}"
@@ -394,7 +394,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _frozen_parts(self) -> dict[torch.Tensor, list[slice]]:
         """Per master, where the parameters lie that were trained and are frozen now."""
         found: dict[torch.Tensor, list[slice]] = {}
-        for unit, runs in zip(self._schedule.units, self._runs_of_units):
+        for unit, runs in zip(self._reducer.units, self._runs_of_units):
             frozen = {slot.name for slot, param in unit.slots if not param.requires_grad}
             if frozen:
                 for cut, run in zip(unit.layout.runs(unit.index), runs):
@@ -448,7 +448,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         return self._settings.gradient_clipping > 0 or self._settings.check_overflow
 
     def _measure_norm(self, alone: bool = False, precise: bool = False) -> float:
-        self._norm = float(self._schedule.grad_norm(alone, precise)) / self.loss_scaler.scale
+        self._norm = float(self._reducer.grad_norm(alone, precise)) / self.loss_scaler.scale
         return self._norm
 
     def grad_norm(self) -> float | None:
@@ -457,7 +457,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Where neither clipping nor an overflow check needed it during the step, it is computed when asked for, which is
         possible until the next backward pass overwrites the gradients; afterwards None.
         """
-        if self._norm is None and self._norm_is_current and not self._schedule.has_grads:
+        if self._norm is None and self._norm_is_current and not self._reducer.has_grads:
             return self._measure_norm(alone=True)
         return self._norm
 
@@ -487,7 +487,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated so far."""
-        self._schedule.forget()
+        self._reducer.forget()
 
     @torch.no_grad()
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -500,7 +500,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             EngineStateError: gradients have been accumulated and not stepped yet.
             OptimizerError: a parameter is trained already, or does not require grad.
         """
-        if self._schedule.has_grads:
+        if self._reducer.has_grads:
             raise EngineStateError("add_param_group in the middle of a batch; call it after a step")
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
@@ -517,7 +517,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
             entries.append(NamedParameter(name, param, index))
         self.positions.update({entry.name: position for position, entry in enumerate(entries)})
         self.optimizer.add_param_group({**param_group, "params": params})
-        units = self._schedule.add_units(reverse_buckets(entries, None))
+        units = self._reducer.add_units(reverse_buckets(entries, None))
         self.optimizer.param_groups[-1]["params"] = []
         self._step_also(units)
 
@@ -529,9 +529,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Collective where there are any.
         """
         thawed = [entry for entry in self.dormant if entry.param.requires_grad]
-        if thawed and not self._schedule.has_grads:
+        if thawed and not self._reducer.has_grads:
             self.dormant = [entry for entry in self.dormant if not entry.param.requires_grad]
-            self._step_also(self._schedule.add_units(reverse_buckets(thawed, None)))
+            self._step_also(self._reducer.add_units(reverse_buckets(thawed, None)))
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # torch would make half of one, and patch this class's step on the way.

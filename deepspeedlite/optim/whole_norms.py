@@ -14,21 +14,21 @@ import torch
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.parallel.replica import is_model_parallel_parameter
 from deepspeedlite.runtime.errors import OptimizerError
-from deepspeedlite.zero.grad_reducer import GradientSchedule
+from deepspeedlite.zero.grad_reducer import GradReducer
 
 
-def tell_segments(lamb: FusedLamb, schedule: GradientSchedule, sub_groups: Sequence[int]) -> None:
+def tell_segments(lamb: FusedLamb, reducer: GradReducer, sub_groups: Sequence[int]) -> None:
     """Tell LAMB where each parameter lies in its runs. Collective over tensor-parallel ranks.
 
     Args:
-        lamb: the optimizer, whose runs are the masters of the schedule's units.
-        schedule: the units.
+        lamb: the optimizer, whose runs are the masters of the reducer's units.
+        reducer: the units.
         sub_groups: how many runs are stepped together, in order.
 
     Raises:
         OptimizerError: tensor-parallel ranks would not step the pieces of a parameter together.
     """
-    units, tensor = schedule.units, schedule.replica.tensor
+    units, tensor = reducer.units, reducer.replica.tensor
     slots = [slot for unit in units for slot in unit.layout.slots]
     numbers = {slot.name: number for number, slot in enumerate(slots)}
     split = [numbers[slot.name] for unit in units for slot, param in unit.slots if is_model_parallel_parameter(param)]
@@ -43,20 +43,20 @@ def tell_segments(lamb: FusedLamb, schedule: GradientSchedule, sub_groups: Seque
         for (cut, _, _), master in zip(unit.runs(), unit.masters):
             segments[master] = [(s.start, s.stop, numbers[s.slot.name]) for s in unit.layout.segments(cut)]
             numels[master] = cut.numel
-    spread = schedule.plan.shard_optimizer or tensor.size > 1
-    lamb.set_segments(segments, len(numbers), partial(_sum, schedule, split) if spread else None, numels)
+    spread = reducer.plan.shard_optimizer or tensor.size > 1
+    lamb.set_segments(segments, len(numbers), partial(_sum, reducer, split) if spread else None, numels)
 
 
-def _sum(schedule: GradientSchedule, split: Sequence[int], squares: torch.Tensor) -> None:
+def _sum(reducer: GradReducer, split: Sequence[int], squares: torch.Tensor) -> None:
     """Sum what the ranks have of two squared norms per parameter; only those that are split over tensor ranks."""
-    device = schedule.units[0].device  # a rank without runs has no tensor to tell it
+    device = reducer.units[0].device  # a rank without runs has no tensor to tell it
     there = squares.to(device)
-    if schedule.plan.shard_optimizer:
-        schedule.group.all_reduce(there)
-    if schedule.replica.tensor.size > 1 and split:
+    if reducer.plan.shard_optimizer:
+        reducer.group.all_reduce(there)
+    if reducer.replica.tensor.size > 1 and split:
         by_parameter = there.view(2, -1)
         pieces = by_parameter[:, list(split)]
-        schedule.replica.tensor.all_reduce(pieces)
+        reducer.replica.tensor.all_reduce(pieces)
         by_parameter[:, list(split)] = pieces
     if there is not squares:
         squares.copy_(there)

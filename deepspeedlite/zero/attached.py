@@ -1,7 +1,7 @@
 """Parameters that a model is given after `initialize`: an adapter, another head, a parameter assigned to a module.
 
 They are plain tensors, whole on every rank, and the model uses them as they are. What may go wrong with them is looked
-for only when something was attached, of which torch tells: that `zero.Init` has sharded them, so that nobody gathers
+for only when something was attached, of which torch tells: that `zero.Init` has sharded them, so that nobody unshards
 them, and that a loss trains them while no optimizer knows them, which would go unnoticed.
 """
 
@@ -20,7 +20,7 @@ from torch.nn.modules.module import (
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.flat_params import make_whole, owner_of
 from deepspeedlite.zero.plain import Hook
-from deepspeedlite.zero.prefetch import is_scheduled
+from deepspeedlite.zero.prefetch import is_prefetched
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -64,7 +64,7 @@ class Attached:
         self._check = None
         self._modules = {id(module) for module in self._root.modules()}
         found = dict(self._root.named_parameters())
-        make_whole(param for param in found.values() if not is_scheduled(param))
+        make_whole(param for param in found.values() if not is_prefetched(param))
         self._new = {
             id(param): (name, param)
             for name, param in found.items()

@@ -8,7 +8,7 @@ module's parameters whole first, wherever that is written: in a parent's constru
 `named_parameters`. They are sharded again when another module's are made whole, or the next module begins; rank 0's
 values count. So at most these are whole at a time: one module's own parameters, those that one call is given, and those
 whose memory somebody still refers to by a tensor (`.data` kept in a variable), which nobody else could keep for him.
-Small modules wait for each other until they have SETTLED_FROM_NUMEL elements together.
+Small modules wait for each other until they have RESHARD_FROM_NUMEL elements together.
 
 All that is collective. Which memory is still referred to is the one thing that may differ between ranks (a cycle that
 is not yet collected, say), so they agree on it: what one rank refers to stays whole on all of them.
@@ -34,12 +34,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import UnsupportedError
-from deepspeedlite.zero.flat_params import FlatValues, ValueState, full_shape, make_whole, owner_of, tensors_over
+from deepspeedlite.zero.flat_params import FlatParams, ParamState, full_shape, make_whole, owner_of, tensors_over
 from deepspeedlite.zero.wrap import NamedParameter, refuse_unusable
 
 Shard = Callable[[Sequence[NamedParameter]], None]
 
-SETTLED_FROM_NUMEL = 1 << 20
+RESHARD_FROM_NUMEL = 1 << 20
 
 # What is asked of a parameter without its values: this is answered from its full shape,
 _OF_SHAPE = frozenset(
@@ -64,7 +64,7 @@ class _Whole:
 
     module: torch.nn.Module | None = None
     members: dict[int, NamedParameter] = field(default_factory=dict)
-    owner: FlatValues | None = None
+    owner: FlatParams | None = None
 
     def is_referred_to(self) -> bool:
         """Whether somebody has a tensor over the memory of one of them."""
@@ -113,8 +113,8 @@ class Building:
 
     def begin(self, module: torch.nn.Module) -> None:
         """A module's construction begins, which ends those before it, or interrupts them."""
-        if self._whole_numel >= SETTLED_FROM_NUMEL:
-            self.settle()
+        if self._whole_numel >= RESHARD_FROM_NUMEL:
+            self.reshard()
         self._begun.append(weakref.ref(module))
 
     @_plain()
@@ -145,12 +145,12 @@ class Building:
         return real
 
     @_plain()
-    def touch(self, owners: Sequence[FlatValues], params: Sequence[torch.Tensor]) -> None:
+    def touch(self, owners: Sequence[FlatParams], params: Sequence[torch.Tensor]) -> None:
         """Make the values of `owners` whole for a call that is given `params`."""
-        if self._whole_numel >= SETTLED_FROM_NUMEL:
-            self.settle(kept={id(param) for param in params})
+        if self._whole_numel >= RESHARD_FROM_NUMEL:
+            self.reshard(kept={id(param) for param in params})
         for owner in owners:
-            owner.hold()
+            owner.begin_use()
             members = {id(param): NamedParameter(slot.name, param, 0) for slot, param in owner.slots}
             self._whole.append(_Whole(None, members, owner))
             self._whole_ids.update(members)
@@ -169,7 +169,7 @@ class Building:
                 self.wrote(module._parameters.values())
         left = [reference() for reference in self._begun]
         self._refuse_unusable({id(p) for module in left if module is not None for p in module._parameters.values()})
-        self.settle(last=True)
+        self.reshard(last=True)
         # What came into a module past `register_parameter`. Modules that were dropped may be gone on some ranks only.
         gone = self._on_any_rank([begun is None for begun in left])
         seen: set[torch.nn.Module] = set()
@@ -185,7 +185,7 @@ class Building:
     # --- sharding -------------------------------------------------------------------------------------------------
 
     @_plain()
-    def settle(self, kept: Set[int] = frozenset(), last: bool = False) -> None:
+    def reshard(self, kept: Set[int] = frozenset(), last: bool = False) -> None:
         """Shard what is whole, but the parameters with ids in `kept`, and those whose memory somebody refers to.
 
         Args:
@@ -212,10 +212,10 @@ class Building:
         elif not is_referred and owner.is_attached():
             owner.group.broadcast(owner.values)
             owner.keep_changes()
-            owner.let_go()
+            owner.end_use()
         else:  # with other memory, of another shape perhaps
             make_whole(param for param in owner.params if owner_of(param) is owner)
-            owner.let_go(release=False)
+            owner.end_use(reshard=False)
             self._shard(list(whole.members.values()))
 
     def _on_any_rank(self, facts: Sequence[bool]) -> list[bool]:
@@ -241,20 +241,20 @@ def give_values(module: torch.nn.Module) -> None:
     reset()
 
 
-def settle_active() -> None:
+def reshard_active() -> None:
     """Shard what may be sharded of the models that are being built. Collective."""
     for building in _ACTIVE:
-        building.settle()
+        building.reshard()
 
 
 # --- listening to torch -----------------------------------------------------------------------------------------------
 
 _ACTIVE: list[Building] = []
-_BUILT: weakref.WeakSet[FlatValues] = weakref.WeakSet()
+_BUILT: weakref.WeakSet[FlatParams] = weakref.WeakSet()
 """What contexts have sharded, and no engine has taken over yet."""
 
 
-def built(values: FlatValues) -> None:
+def built(values: FlatParams) -> None:
     """These values were sharded by `zero.Init`: they are made whole for whoever touches them in one."""
     _BUILT.add(values)
 
@@ -286,10 +286,10 @@ def _bring(params: Sequence[torch.Tensor]) -> None:
         building.wrote(params)
 
 
-def _sharded(param: torch.Tensor) -> FlatValues | None:
+def _sharded(param: torch.Tensor) -> FlatParams | None:
     """The values of a parameter that are not here, and that a context has sharded."""
     owner = owner_of(param)
-    return owner if owner is not None and owner.state is ValueState.SHARDED and owner in _BUILT else None
+    return owner if owner is not None and owner.state is ParamState.SHARDED and owner in _BUILT else None
 
 
 def _of_full_shape(item: Any) -> Any:

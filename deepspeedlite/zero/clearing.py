@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.zero.grad_reducer import GradientSchedule
+from deepspeedlite.zero.grad_reducer import GradReducer
 
 
 class ModuleClearing:
@@ -22,16 +22,16 @@ class ModuleClearing:
 
     Args:
         module: the model; modules that are attached to it later are cleared as parts of it.
-        schedule: whose gradients they are.
+        reducer: whose gradients they are.
     """
 
-    def __init__(self, module: torch.nn.Module, schedule: GradientSchedule) -> None:
+    def __init__(self, module: torch.nn.Module, reducer: GradReducer) -> None:
         self._planted: list[tuple[weakref.ref[torch.nn.Module], _ZeroGrad]] = []
-        self.is_needed = not all(unit.shows_gradients for unit in schedule.units)
+        self.is_needed = not all(unit.shows_gradients for unit in reducer.units)
         if not self.is_needed:
             return
         for part in module.modules():
-            planted = part.__dict__["zero_grad"] = _ZeroGrad(part, schedule)
+            planted = part.__dict__["zero_grad"] = _ZeroGrad(part, reducer)
             self._planted.append((weakref.ref(part), planted))
 
     def close(self) -> None:
@@ -46,14 +46,14 @@ class ModuleClearing:
 class _ZeroGrad:
     """A module's `zero_grad`, and that of the gradients it cannot see."""
 
-    def __init__(self, module: torch.nn.Module, schedule: GradientSchedule) -> None:
-        self._module, self._schedule = module, weakref.ref(schedule)
+    def __init__(self, module: torch.nn.Module, reducer: GradReducer) -> None:
+        self._module, self._reducer = module, weakref.ref(reducer)
 
     def __call__(self, set_to_none: bool = True) -> None:
         type(self._module).zero_grad(self._module, set_to_none)
-        schedule = self._schedule()
-        if schedule is not None:
-            schedule.forget(self._module.parameters())
+        reducer = self._reducer()
+        if reducer is not None:
+            reducer.forget(self._module.parameters())
 
     def __reduce__(self) -> tuple[Any, ...]:
         return partial, (type(self._module).zero_grad, self._module)

@@ -1,33 +1,33 @@
-"""Flat values: the one buffer behind the values of some parameters, whole on every rank or sharded over them.
+"""Flat parameters: the one buffer behind the values of some parameters, whole on every rank or sharded over them.
 
-    WHOLE     every rank holds all values; the parameters are views of the buffer. Where it stays WHOLE each has a
-              storage of its own over that memory, so that who saves one of them does not save all
-    SHARDED   each rank holds its shard; the buffer has no memory, and the parameters are empty placeholders
-    GATHERING the shards are on their way into the buffer
+    UNSHARDED   every rank holds all values; the parameters are views of the buffer. Where it stays UNSHARDED each
+                has a storage of its own over that memory, so that who saves one of them does not save all
+    SHARDED     each rank holds its shard; the buffer has no memory, and the parameters are empty placeholders
+    UNSHARDING  the shards are on their way into the buffer
 
-Values that are not to be sharded stay WHOLE; their shard is a view of the buffer, and `gather` sends what a step wrote
-into it. `holds` counts who needs the values: they are released when nobody does.
+Values that are not to be sharded stay UNSHARDED; their shard is a view of the buffer, and a step that
+wrote into it calls `start_sharing`. `uses` counts who needs the values: they are resharded when nobody does.
 
 [Note: memory that comes and goes]
 Autograd's graph keeps views of the buffer (a transposed weight, say) from the forward pass to the backward pass. So the
 buffer is one storage for its whole life, and is resized to nothing and back: those views find the values again as soon
-as they are gathered. The placeholders make reading a released parameter an error of shapes instead of a read of memory
+as they are unsharded. The placeholders make reading a sharded parameter an error of shapes instead of a read of memory
 that is gone.
 
 [Note: who reads the shard]
-On the CPU ranks of one host the shard lies in memory that the others read when they gather. A rank may be ahead of
-them, so whoever writes a shard, a step or a user, calls `settle` first.
+On the CPU ranks of one host the shard lies in memory that the others read when they unshard. A rank may be ahead of
+them, so whoever writes a shard, a step or a user, calls `wait_for_readers` first.
 
 [Note: a shard that lives elsewhere]
-With a store (parameters that are offloaded) the tensor `shard` has memory only while it is gathered from, and inside
+With a store (parameters that are offloaded) the tensor `shard` has memory only while it is unsharded from, and inside
 `shard_in_memory`; its elements change there, or where the store says that they are stored.
 
 [Note: no stream of our own]
 On a GPU, NCCL runs a collective on its own stream, which first waits for what the current stream had been given when
 the collective was started; waiting for the collective makes the current stream wait. All memory here is allocated, used
 and freed in the order of the current stream, so the caching allocator may reuse it at once, and no event or
-`record_stream` is needed. The price: a gather starts when the work queued before it is done, which is when the module
-before the current one ends, and overlaps the current one.
+`record_stream` is needed. The price: an all-gather starts when the work queued before it is done, which is when the
+module before the current one ends, and overlaps the current one.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ from deepspeedlite.zero.plain import copy_parameter_plainly
 from deepspeedlite.zero.wrap import NamedParameter
 
 
-class ValueState(Enum):
+class ParamState(Enum):
     """Where the values are. See the file's first lines."""
 
     SHARDED = "sharded"
-    GATHERING = "gathering"
-    WHOLE = "whole"
+    UNSHARDING = "unsharding"
+    UNSHARDED = "unsharded"
 
 
 class ZeroParamStatus(Enum):
@@ -67,19 +67,19 @@ class ZeroParamStatus(Enum):
 
 
 _STATUS = {
-    ValueState.WHOLE: ZeroParamStatus.AVAILABLE,
-    ValueState.SHARDED: ZeroParamStatus.NOT_AVAILABLE,
-    ValueState.GATHERING: ZeroParamStatus.INFLIGHT,
+    ParamState.UNSHARDED: ZeroParamStatus.AVAILABLE,
+    ParamState.SHARDED: ZeroParamStatus.NOT_AVAILABLE,
+    ParamState.UNSHARDING: ZeroParamStatus.INFLIGHT,
 }
 
-_WORTH_LENDING_NBYTES = 1 << 20  # smaller shards are copied when they are sent: a block of their own is not worth it
+_WORTH_SHARING_NBYTES = 1 << 20  # smaller shards are copied when they are sent: a block of their own is not worth it
 
 # Parameter -> weak reference to its owner, which refers to the parameter: a strong one would keep both for ever.
 _OWNERS = WeakTensorKeyDictionary()
 _IDS = count()
 
 
-def owner_of(param: torch.Tensor) -> FlatValues | None:
+def owner_of(param: torch.Tensor) -> FlatParams | None:
     """The flat values that a parameter is part of, if an engine or `zero.Init` has taken it over."""
     reference = _OWNERS.get(param)
     return None if reference is None else reference()
@@ -91,13 +91,13 @@ def full_shape(param: torch.Tensor) -> torch.Size:
     return param.shape if owner is None else torch.Size(owner.slot_of(param).shape)
 
 
-class FlatValues:
+class FlatParams:
     """The values of parameters of one dtype and device.
 
     Args:
         members: the parameters; their memory becomes views of the buffer.
         group: the ranks that the values are sharded over.
-        sharded: let each rank keep only its shard while nobody holds the values.
+        sharded: let each rank keep only its shard while nobody uses the values.
         shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
         source: the rank of the group whose values count on all ranks; None: they agree already.
         store: makes, of the shard, the place where it lives while the values are sharded; None: it stays where it is.
@@ -124,16 +124,16 @@ class FlatValues:
         self.index = group.rank if count > 1 else 0
         first = self.params[0]
         self.dtype, self.device = first.dtype, first.device
-        self.holds = 0
+        self.uses = 0
         self.writes = 0
         """How often all ranks were given new values from outside the optimizer."""
         # What the engine that has the values keeps on its module (a `Lease`); None of those that `zero.Init` has made.
         self.lease: Any = None
         # Called when values were written from outside the optimizer, which may keep copies of them.
         self.on_new_values: Callable[[], None] = lambda: None
-        # Called with the elements that come to life (less than zero: are released) where values are sharded.
+        # Called with the elements that come to life (less than zero: are resharded) where values are sharded.
         self.on_live: Callable[[int], None] = lambda numel: None
-        self.state = ValueState.WHOLE
+        self.state = ParamState.UNSHARDED
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
         self.key = next(group.tags)
         """A number that no other values of these ranks have, the same on all of them."""
@@ -151,7 +151,7 @@ class FlatValues:
         former = owners_of(self.params)
         agreed = len(former) > 0 and all(owner.sharded for owner in former)
         for owner in former:
-            owner.hold()
+            owner.begin_use()
         self.values = torch.zeros(self.layout.numel, dtype=self.dtype, device=self.device)
         self._nbytes = self.values.untyped_storage().nbytes()
         self._views = [self.values[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
@@ -188,9 +188,9 @@ class FlatValues:
             _OWNERS[param] = weakref.ref(self)
 
     def _kept_apart(self, own: torch.Tensor) -> torch.Tensor:
-        if own.nbytes < _WORTH_LENDING_NBYTES:
+        if own.nbytes < _WORTH_SHARING_NBYTES:
             return own.clone()
-        return self.group.lend(own.numel(), self.dtype, self.device).copy_(own)
+        return self.group.alloc_shared(own.numel(), self.dtype, self.device).copy_(own)
 
     def forget(self, params: Iterable[torch.Tensor]) -> None:
         """Another owner has taken these parameters over."""
@@ -200,7 +200,7 @@ class FlatValues:
         self.slots = [self.slots[index] for index in kept]
         self._slot_of = {id(param): slot for slot, param in self.slots}
         self._views = [self._views[index] for index in kept]
-        self.let_go()
+        self.end_use()
         if not self.params and self.sharded:
             self.shard = self._placeholder  # an engine that is kept for its module must not keep a second copy of it
 
@@ -211,18 +211,18 @@ class FlatValues:
     def _show(self) -> None:
         for param, view in zip(self.params, self._views):
             param.data = view
-        self._enter(ValueState.WHOLE)
+        self._enter(ParamState.UNSHARDED)
 
     def _drop(self) -> None:
         for param in self.params:
             param.data = self._placeholder
         self.values.untyped_storage().resize_(0)
-        self._enter(ValueState.SHARDED)
+        self._enter(ParamState.SHARDED)
 
-    def _enter(self, state: ValueState) -> None:
-        was_live, self.state = self.state is not ValueState.SHARDED, state
+    def _enter(self, state: ParamState) -> None:
+        was_live, self.state = self.state is not ParamState.SHARDED, state
         if self.sharded:
-            is_live = state is not ValueState.SHARDED
+            is_live = state is not ParamState.SHARDED
             if is_live != was_live:
                 self.on_live(self.numel if is_live else -self.numel)
             status = _STATUS[state]
@@ -236,30 +236,31 @@ class FlatValues:
         """Elements of the whole buffer, gaps included."""
         return self.layout.numel
 
+    @property
     def shard_numel(self) -> int:
         """Elements of this rank's shard, gaps included."""
         return self.layout.shard_numel
 
     @torch.no_grad()
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Start making the values whole; nothing happens where they are, are on the way, or are all another's now."""
-        if self.state is not ValueState.SHARDED or not self.params:
+        if self.state is not ParamState.SHARDED or not self.params:
             return
-        if self.params and self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
+        if self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
             raise self._detached(self.slots[0][0], self.params[0], self._placeholder)
         self.values.untyped_storage().resize_(self._nbytes)
         if self.store is not None:
             self.store.open()
         self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, final=True, **self._call)
-        self._enter(ValueState.GATHERING)
+        self._enter(ParamState.UNSHARDING)
 
     def fetch(self) -> bool:
-        """Begin to bring the shard from where it lives, for a `gather` to come; whether there was memory for it."""
-        return self.store is None or self.state is not ValueState.SHARDED or self.store.fetch()
+        """Begin to bring the shard from where it lives, for an `unshard` to come; whether there was memory for it."""
+        return self.store is None or self.state is not ParamState.SHARDED or self.store.fetch()
 
-    def wait_for_gather(self) -> None:
+    def wait_for_unshard(self) -> None:
         """Wait until the parameters hold their values (on GPUs: until the current stream will see them)."""
-        if self.state is not ValueState.GATHERING:
+        if self.state is not ParamState.UNSHARDING:
             return
         work, self._work = self._work, None
         try:
@@ -273,23 +274,23 @@ class FlatValues:
                 self.store.close()
         self._show()
 
-    def hold(self) -> None:
-        """Make the values whole and keep them so until the matching `let_go`."""
-        self.gather()
-        self.wait_for_gather()
-        self.holds += 1
+    def begin_use(self) -> None:
+        """Unshard the values and keep them so until the matching `end_use`."""
+        self.unshard()
+        self.wait_for_unshard()
+        self.uses += 1
 
-    def let_go(self, release: bool = True) -> None:
-        """End a `hold`; the last one releases the values, unless they are to stay for a while."""
-        self.holds -= 1
-        if release:
-            self.release()
+    def end_use(self, reshard: bool = True) -> None:
+        """End a use; the last one reshards the values, unless they are to stay for a while."""
+        self.uses -= 1
+        if reshard:
+            self.reshard()
 
-    def release(self) -> None:
-        """Free the whole values, where they are sharded and nobody holds them."""
-        if not self.sharded or self.holds > 0 or self.state is ValueState.SHARDED:
+    def reshard(self) -> None:
+        """Free the whole values, where they are sharded and nobody uses them."""
+        if not self.sharded or self.uses > 0 or self.state is ParamState.SHARDED:
             return
-        self.wait_for_gather()
+        self.wait_for_unshard()
         self._drop()
 
     def others_have_tensors(self) -> bool:
@@ -303,12 +304,12 @@ class FlatValues:
         self._views = [self.values[slot.start : slot.stop].view(slot.shape) for slot, _ in self.slots]
         self.values.untyped_storage().resize_(0)
 
-    def settle(self) -> None:
+    def wait_for_readers(self) -> None:
         """Wait until no other rank reads this rank's shard any more; before anything writes it."""
         if self.store is not None:
             self.store.forget()
         elif self.sharded:
-            self.group.settle(self.shard)
+            self.group.wait_for_readers(self.shard)
 
     @contextmanager
     def shard_in_memory(self, write: bool = False) -> Iterator[None]:
@@ -316,7 +317,7 @@ class FlatValues:
         if self.store is None:
             yield
             return
-        self.wait_for_gather()
+        self.wait_for_unshard()
         self.store.open()
         try:
             yield
@@ -340,9 +341,9 @@ class FlatValues:
     @torch.no_grad()
     def keep_changes(self) -> None:
         """The whole values were written, alike on every rank: take this rank's shard from them."""
-        if self.sharded and self.state is ValueState.WHOLE:
+        if self.sharded and self.state is ParamState.UNSHARDED:
             start, stop = self.layout.shard(self.index)
-            self.settle()
+            self.wait_for_readers()
             with self.shard_in_memory(write=True):
                 self.shard.copy_(self.values[start:stop])
         self.writes += 1
@@ -391,7 +392,7 @@ class FlatValues:
             EngineStateError: naming the parameter.
         """
         for (slot, param), view in zip(self.slots, self._views):
-            expected = self._placeholder if self.state is not ValueState.WHOLE else view
+            expected = self._placeholder if self.state is not ParamState.UNSHARDED else view
             if (
                 param.data_ptr() != expected.data_ptr()
                 or param.shape != expected.shape
@@ -414,7 +415,7 @@ class FlatValues:
         """
         self.on_new_values, self.on_live = lambda: None, lambda numel: None
         if self.sharded:
-            self.release()
+            self.reshard()
             self.store = None if self.store is None else self.store.outlast()
             return
         for param in self.params:
@@ -444,7 +445,7 @@ def _in_storage_of_its_own(view: torch.Tensor) -> torch.Tensor:
 def _name_if_empty(param: torch.Tensor) -> str:
     """The full name of a parameter whose values are sharded, and not here at the moment."""
     owner = owner_of(param)
-    return "" if owner is None or owner.state is ValueState.WHOLE else owner.slot_of(param).name
+    return "" if owner is None or owner.state is ParamState.UNSHARDED else owner.slot_of(param).name
 
 
 def _what_was_done(param: torch.Tensor, expected: torch.Tensor) -> str:
@@ -460,12 +461,12 @@ def _what_was_done(param: torch.Tensor, expected: torch.Tensor) -> str:
     return "was given new memory (by .data = ..., load_state_dict(assign=True) or flatten_parameters())"
 
 
-def _describe(param: torch.Tensor, slot: Slot, owner: FlatValues) -> None:
+def _describe(param: torch.Tensor, slot: Slot, owner: FlatParams) -> None:
     """What clients of DeepSpeed read on a sharded parameter. `partition_numel` keeps the owner alive with it."""
     param.ds_shape = torch.Size(slot.shape)  # type: ignore[attr-defined]
     param.ds_numel = slot.numel  # type: ignore[attr-defined]
     param.ds_tensor = owner.shard  # type: ignore[attr-defined]
-    param.partition_numel = owner.shard_numel  # type: ignore[attr-defined]
+    param.partition_numel = lambda: owner.shard_numel  # type: ignore[attr-defined]
     copy_parameter_plainly(param, _name_if_empty)
     if not hasattr(param, "ds_id"):
         param.ds_id = next(_IDS)  # type: ignore[attr-defined]
@@ -488,13 +489,13 @@ def describe_as_whole(param: torch.Tensor, group: Group) -> None:
 @torch.no_grad()
 def make_whole(params: Iterable[torch.Tensor]) -> None:
     """Take parameters out of sharded values: they are plain again, whole on every rank. Collective."""
-    taken: dict[FlatValues, list[torch.Tensor]] = {}
+    taken: dict[FlatParams, list[torch.Tensor]] = {}
     for param in params:
         owner = owner_of(param)
         if owner is not None and owner.sharded:
             taken.setdefault(owner, []).append(param)
     for owner, mine in taken.items():
-        owner.hold()
+        owner.begin_use()
         for param in mine:
             param.data = param.data.clone()
             del _OWNERS[param]
@@ -502,7 +503,7 @@ def make_whole(params: Iterable[torch.Tensor]) -> None:
         owner.forget(mine)
 
 
-def owners_of(params: Iterable[torch.Tensor]) -> list[FlatValues]:
+def owners_of(params: Iterable[torch.Tensor]) -> list[FlatParams]:
     """The distinct owners of parameters, in order."""
     found = dict.fromkeys(owner_of(param) for param in params)
     return [owner for owner in found if owner is not None]

@@ -7,11 +7,11 @@
 Every rank of the group takes part, in the same order. Where nothing is sharded nothing happens, and nobody waits.
 
 [Note: one order]
-Parameters are gathered and sent in the order in which they were sharded, which is the same on every rank, whatever the
+Parameters are unsharded and sent in the order in which they were sharded, which is the same on every rank, whatever the
 order in which they are given: clients pass sets of them.
 
 [Note: tensors that are kept]
-`values = param.data` is a tensor over the buffer that the values are gathered into. Who keeps one beyond the context
+`values = param.data` is a tensor over the buffer that the values are unsharded into. Who keeps one beyond the context
 keeps its memory too, as it was, and the next gathering takes another buffer.
 
 [Note: ranks leave together]
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.building import settle_active
-from deepspeedlite.zero.flat_params import FlatValues, owner_of
+from deepspeedlite.zero.building import reshard_active
+from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.prefetch import register_external_parameter
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -61,8 +61,8 @@ class GatheredParameters:
     ) -> None:
         self._given = _listed(params) if enabled else []
         self._modifier = modifier_rank
-        self._held: list[FlatValues] = []
-        self._kept: set[FlatValues] = set()  # of those, the ones of which somebody keeps tensors
+        self._held: list[FlatParams] = []
+        self._kept: set[FlatParams] = set()  # of those, the ones of which somebody keeps tensors
         self._plain: list[torch.Tensor] = []  # of stage 3, but whole all the time, and nobody's
         self._readings: list[_Reading] = []
         if fwd_module is not None:
@@ -71,7 +71,7 @@ class GatheredParameters:
                     register_external_parameter(fwd_module, param)
 
     def __enter__(self) -> None:
-        settle_active()
+        reshard_active()
         pairs = [(param, owner_of(param)) for param in self._given]
         ours = [(param, owner) for param, owner in pairs if owner is not None and _is_of_stage_3(param)]
         ours.sort(key=lambda pair: pair[0].ds_id)  # type: ignore[attr-defined]  # clients pass sets of parameters
@@ -84,9 +84,9 @@ class GatheredParameters:
         try:
             for owner in owners:
                 self._held.append(owner)
-                owner.hold()
+                owner.begin_use()
         except BaseException:
-            self._let_go()
+            self._end_uses()
             raise
         self._readings = [_Reading(param, owner, self._modifier is None) for param, owner in ours]
 
@@ -101,22 +101,22 @@ class GatheredParameters:
                 else:
                     self._spread()
         finally:
-            self._let_go()
+            self._end_uses()
         if changed and error is None:
             raise EngineStateError(
                 f"{'; '.join(changed)}, inside GatheredParameters(modifier_rank=None), and the change is dropped; pass "
                 "the rank whose values count as modifier_rank, on every rank"
             )
 
-    def _let_go(self) -> None:
+    def _end_uses(self) -> None:
         held, self._held, self._readings = self._held, [], []
         for owner in held:
-            owner.let_go(release=False)
-            if owner in self._kept and owner.sharded and owner.holds == 0:
+            owner.end_use(reshard=False)
+            if owner in self._kept and owner.sharded and owner.uses == 0:
                 owner.give_buffer_away()
-            owner.release()
+            owner.reshard()
 
-    def _check_modifier(self, owners: list[FlatValues]) -> None:
+    def _check_modifier(self, owners: list[FlatParams]) -> None:
         for owner in owners:
             if self._modifier is not None and self._modifier not in owner.group.ranks:
                 raise EngineStateError(
@@ -148,7 +148,7 @@ class GatheredParameters:
         wrong = [reading for reading in self._readings if reading.was_changed()]
         return self._agree([(reading.owner, f"parameter {reading.name} was changed on rank RANK") for reading in wrong])
 
-    def _agree(self, mine: list[tuple[FlatValues, str]]) -> list[str]:
+    def _agree(self, mine: list[tuple[FlatParams, str]]) -> list[str]:
         """What the ranks have to say of values that they hold, with their number for RANK; the same on every rank."""
         told: list[str] = []
         for group in dict.fromkeys(owner.group for owner in self._held):
@@ -162,9 +162,9 @@ class GatheredParameters:
 
 
 class _Reading:
-    """A parameter that nobody is to change, and how to tell. What cannot be gathered again is put back."""
+    """A parameter that nobody is to change, and how to tell. What cannot be unsharded again is put back."""
 
-    def __init__(self, param: torch.Tensor, owner: FlatValues, watched: bool) -> None:
+    def __init__(self, param: torch.Tensor, owner: FlatParams, watched: bool) -> None:
         self.param, self.owner = param, owner
         self._writes = owner.writes
         self._copy = param.detach().clone() if watched and not owner.sharded else None

@@ -27,7 +27,7 @@ from deepspeedlite.zero.wrap import NamedParameter
 MAX_IN_FLIGHT = 2
 
 
-class GradientSchedule:
+class GradReducer:
     """The units of one engine and the progress of their reduction.
 
     Args:
@@ -170,7 +170,7 @@ class GradientSchedule:
                     unit.wait_for_reduce()
         self._wait()
         for unit in self.units:
-            unit.sum_over_twins()
+            unit.sum_over_tied()
 
     def _wait(self) -> None:
         for unit in self.units:

@@ -28,7 +28,7 @@ from deepspeedlite.offload.placement import Placement, Tier
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.zero.building import Building, built, give_values
-from deepspeedlite.zero.flat_params import FlatValues, owner_of
+from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 
@@ -121,7 +121,7 @@ class Init:
                 param.data = param.data.to(self.device, self.dtype or param.dtype)
                 by_dtype.setdefault(param.dtype, []).append(member)
         for entries in by_dtype.values():
-            built(FlatValues(entries, self.group, sharded=True, store=self._offload.store))
+            built(FlatParams(entries, self.group, sharded=True, store=self._offload.store))
 
     def _materialise(self, module: torch.nn.Module) -> None:
         for key, param in module._parameters.items():

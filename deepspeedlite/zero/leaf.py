@@ -1,8 +1,8 @@
-"""Leaf modules: gathered as one by stage 3, whatever runs inside them.
+"""Leaf modules: unsharded as one by stage 3, whatever runs inside them.
 
 In a mixture of experts each rank runs the experts that its tokens are routed to. Gathering is collective, so the ranks
-must not depend on the route: the whole block is gathered on every rank. `torch.nn.MultiheadAttention` is a leaf always,
-because it reads the weights of its output projection without calling it.
+must not depend on the route: the whole block is unsharded on every rank. `torch.nn.MultiheadAttention` is a leaf
+always, because it reads the weights of its output projection without calling it.
 """
 
 from __future__ import annotations

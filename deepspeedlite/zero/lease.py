@@ -7,7 +7,7 @@ them from it. Engines that train different parameters of one module leave each o
 
 [Note: what keeps an engine alive]
 At stage 3 a module's hooks keep its flat values, and these their lease, but nothing here refers to the engine: it goes
-when the script lets go of it. Its module gathers its parameters all the same, until the next engine takes it over.
+when the script lets go of it. Its module unshards its parameters all the same, until the next engine takes it over.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from torch.utils.hooks import RemovableHandle
 from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_once
-from deepspeedlite.zero.flat_params import FlatValues, make_whole, owners_of
-from deepspeedlite.zero.grad_reducer import GradientSchedule
-from deepspeedlite.zero.prefetch import ParameterSchedule
+from deepspeedlite.zero.flat_params import FlatParams, make_whole, owners_of
+from deepspeedlite.zero.grad_reducer import GradReducer
+from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
 
 _SHOWN = 3  # names in a message
@@ -40,9 +40,9 @@ class Lease:
     """The flat values and the hooks of one engine's module.
 
     Args:
-        schedule: of the gradients.
+        reducer: of the gradients.
         state_dicts: of the module.
-        parameters: what gathers sharded values, where there are any.
+        prefetcher: what unshards sharded values, where there are any.
         frozen: sharded values that are not trained.
         trains: whether there is an optimizer.
         borrows: whether some of the parameters stay another engine's.
@@ -50,24 +50,24 @@ class Lease:
 
     def __init__(
         self,
-        schedule: GradientSchedule,
+        reducer: GradReducer,
         state_dicts: StateDicts,
-        parameters: ParameterSchedule | None,
-        frozen: Sequence[FlatValues],
+        prefetcher: ParamPrefetcher | None,
+        frozen: Sequence[FlatParams],
         trains: bool,
         borrows: bool = False,
     ) -> None:
-        self.schedule, self.frozen, self.trains = schedule, frozen, trains
-        self.state_dicts, self.parameters = state_dicts, parameters
+        self.reducer, self.frozen, self.trains = reducer, frozen, trains
+        self.state_dicts, self.prefetcher = state_dicts, prefetcher
         # Why the engine may only read; empty while it may do all. What an ended lease held waits for its next owner.
         self.ended = _BORROWED if borrows and not trains else ""
         self._holder: Callable[[], Any] = lambda: None  # the engine, while the script holds it
         for values in self.values():
             values.lease = self
 
-    def values(self) -> list[FlatValues]:
+    def values(self) -> list[FlatParams]:
         """All flat values, trained and frozen."""
-        return [*self.schedule.units, *self.frozen]
+        return [*self.reducer.units, *self.frozen]
 
     def held(self) -> dict[torch.Tensor, str]:
         """The parameters, with their names in the engine's module."""
@@ -77,7 +77,7 @@ class Lease:
         """From now on the lease is this engine's; when the script lets go of it, gradients are the module's alone."""
         self._holder = weakref.ref(engine)
         # The handles alone, which hold nothing: else what the engine trained would outlive the collection that ends it.
-        weakref.finalize(engine, _unhook, [unit.hooks for unit in self.schedule.units]).atexit = False
+        weakref.finalize(engine, _unhook, [unit.hooks for unit in self.reducer.units]).atexit = False
 
     @property
     def in_use(self) -> bool:
@@ -92,7 +92,7 @@ class Lease:
         return "" if reads else self.ended
 
     def verify_attached(self) -> None:
-        """Raise, in the words of what was done, when a parameter's memory was replaced; see `FlatValues`."""
+        """Raise, in the words of what was done, when a parameter's memory was replaced; see `FlatParams`."""
         for values in self.values() if not self.ended else ():
             values.verify_attached()
 
@@ -100,26 +100,26 @@ class Lease:
         """Take the hooks off; `whole`: and give the parameters back. Collective if so, and values are sharded."""
         self.ended = _TAKEN
         self.state_dicts.close()
-        if self.parameters is not None:
-            self.parameters.close()
-        for unit in self.schedule.units:
+        if self.prefetcher is not None:
+            self.prefetcher.close()
+        for unit in self.reducer.units:
             unit.detach()
         for values in self.values() if whole else ():
             make_whole(values.params)
             values.close()
 
     def close(self) -> None:
-        """The engine is destroyed; see `FlatValues.close`."""
+        """The engine is destroyed; see `FlatParams.close`."""
         self._holder = lambda: None
         if self.ended == _TAKEN:
             return
-        self.schedule.close()
+        self.reducer.close()
         for values in self.frozen:
             values.close()
-        if self.parameters is not None:
-            self.parameters.close()
+        if self.prefetcher is not None:
+            self.prefetcher.close()
         else:
-            self.state_dicts.close()  # what stays sharded is still gathered for them
+            self.state_dicts.close()  # what stays sharded is still unsharded for them
 
     def resume(self, what: str) -> None:
         """Go on after `close`: at stage 0 an engine is little more than its module, and clients use it again.
@@ -127,15 +127,15 @@ class Lease:
         Raises:
             EngineStateError: something was sharded, the parameters have got other memory, or another engine.
         """
-        if self.ended or self.schedule.plan.stage > 0:
+        if self.ended or self.reducer.plan.stage > 0:
             raise EngineStateError(
                 f"engine.{what}() after engine.destroy(): {self.ended or 'initialise the model again'}"
             )
         try:
-            for unit in self.schedule.units:
+            for unit in self.reducer.units:
                 unit.attach()
         except EngineStateError as error:
-            for unit in self.schedule.units:
+            for unit in self.reducer.units:
                 unit.unhook()
             raise EngineStateError(f"engine.{what}() after engine.destroy(): {error}") from None
         self.state_dicts = self.state_dicts.again()
@@ -169,7 +169,7 @@ def take_over(
     left: dict[torch.Tensor, str] = {}
     for lease, in_use in zip(leases, map(any, zip(*everyone))):
         theirs = lease.held()
-        apart = not shards and lease.parameters is None and theirs.keys().isdisjoint(wanted)
+        apart = not shards and lease.prefetcher is None and theirs.keys().isdisjoint(wanted)
         if in_use and (apart or not trains):
             left.update(theirs)
             continue

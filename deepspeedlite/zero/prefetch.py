@@ -1,7 +1,7 @@
-"""When sharded parameters are whole: module hooks that gather them before use and release them after it.
+"""When sharded parameters are whole: module hooks that unshard them before use and reshard them after it.
 
 A module *uses* the flat values of its own parameters; a block also holds those of everything in it, so that they are
-gathered once for the whole block. In a forward pass values are held from a user's pre-hook to its post-hook. For the
+unsharded once for the whole block. In a forward pass values are held from a user's pre-hook to its post-hook. For the
 backward pass every output of a user carries a hook that opens the values again; they are closed when nothing in the
 pass can need them any more:
 
@@ -9,8 +9,8 @@ pass can need them any more:
 - frozen values, and those of leaf modules, when the gradients of all inputs of all opened calls have been computed;
 - the rest, such as values of which one parameter was not used, when the pass ends.
 
-The order of uses is recorded. From the second pass on, the values used next are gathered ahead of time, and values
-that are used again soon are not released in between.
+The order of uses is recorded. From the second pass on, the values used next are unsharded ahead of time, and values
+that are used again soon are not resharded in between.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.flat_params import FlatValues, ValueState, owner_of
+from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.trace import GatherLimits, LookAhead, UseTrace
+from deepspeedlite.zero.trace import LookAhead, PrefetchLimits, UseTrace
 from deepspeedlite.zero.unit import ShardUnit
 
 
@@ -58,7 +58,7 @@ class _Call:
 
     __slots__ = ("held", "inputs", "module", "opened_in", "undone")
 
-    def __init__(self, module: torch.nn.Module, held: list[FlatValues]) -> None:
+    def __init__(self, module: torch.nn.Module, held: list[FlatParams]) -> None:
         self.module, self.held = module, held
         self.opened_in = -1
         self.inputs = self.undone = 0  # inputs that get a gradient, and those of them whose gradient is still to come
@@ -84,7 +84,7 @@ class _WatchedParameters(dict[str, Any]):
         return dict, (dict(self),)  # copies of a module are plain modules
 
 
-_SCHEDULES: WeakKeyDictionary[FlatValues, ReferenceType[ParameterSchedule]] = WeakKeyDictionary()
+_PREFETCHERS: WeakKeyDictionary[FlatParams, ReferenceType[ParamPrefetcher]] = WeakKeyDictionary()
 # Parameters that a module was said to read before there was an engine.
 _EXTERNAL: WeakKeyDictionary[torch.nn.Module, list[torch.Tensor]] = WeakKeyDictionary()
 
@@ -100,31 +100,31 @@ def register_external_parameter(module: torch.nn.Module, parameter: torch.Tensor
     if not isinstance(parameter, torch.nn.Parameter):
         kind = type(parameter).__name__
         raise EngineStateError(f"register_external_parameter needs a torch.nn.Parameter, got {kind}")
-    schedule = _schedule_of(parameter)
-    if schedule is not None:
-        schedule.add_user(module, parameter)
+    prefetcher = _prefetcher_of(parameter)
+    if prefetcher is not None:
+        prefetcher.add_user(module, parameter)
     else:
         _EXTERNAL.setdefault(module, []).append(parameter)
 
 
-def _schedule_of(param: torch.Tensor) -> ParameterSchedule | None:
+def _prefetcher_of(param: torch.Tensor) -> ParamPrefetcher | None:
     owner = owner_of(param)
-    reference = None if owner is None else _SCHEDULES.get(owner)
+    reference = None if owner is None else _PREFETCHERS.get(owner)
     return None if reference is None else reference()
 
 
-def is_scheduled(param: torch.Tensor) -> bool:
-    """Whether an engine gathers a parameter; one that `zero.Init` alone has sharded is empty in a pass."""
-    return _schedule_of(param) is not None
+def is_prefetched(param: torch.Tensor) -> bool:
+    """Whether an engine unshards a parameter; one that `zero.Init` alone has sharded is empty in a pass."""
+    return _prefetcher_of(param) is not None
 
 
-class ParameterSchedule:
-    """Gathers and releases the sharded values of one model.
+class ParamPrefetcher:
+    """Unshards and reshards the sharded values of one model.
 
     Args:
         root: the model.
         owners: its sharded flat values, trained (`ShardUnit`) and frozen.
-        leaves: modules whose parameters are gathered as one, whatever happens inside.
+        leaves: modules whose parameters are unsharded as one, whatever happens inside.
         limits: prefetching and reuse.
         state_dicts: the model's; none are under way when a pass starts.
     """
@@ -132,28 +132,28 @@ class ParameterSchedule:
     def __init__(
         self,
         root: torch.nn.Module,
-        owners: Sequence[FlatValues],
+        owners: Sequence[FlatParams],
         leaves: Collection[torch.nn.Module] = (),
-        limits: GatherLimits | None = None,
+        limits: PrefetchLimits | None = None,
         *,
         state_dicts: StateDicts,
     ) -> None:
         self.owners = list(owners)
         self._state_dicts = state_dicts
-        self.limits = limits or GatherLimits()
+        self.limits = limits or PrefetchLimits()
         self.trace = UseTrace()
-        self._gathers, self._fetches = LookAhead(self.trace), LookAhead(self.trace)
+        self._unshards, self._fetches = LookAhead(self.trace), LookAhead(self.trace)
         self._owned = frozenset(self.owners)
         self.live_numel = 0
         """Elements of sharded values that are whole now, or on the way."""
         self._pass = 0
         self._in_backward = False
         self._recording = True
-        self._open: dict[FlatValues, int] = {}  # held for backward, and how many opened calls count on it
-        self._users: dict[torch.nn.Module, list[FlatValues]] = {}
-        self._closers: dict[torch.nn.Module, set[FlatValues]] = {}
+        self._open: dict[FlatParams, int] = {}  # held for backward, and how many opened calls count on it
+        self._users: dict[torch.nn.Module, list[FlatParams]] = {}
+        self._closers: dict[torch.nn.Module, set[FlatParams]] = {}
         # Read by modules that do not have them, perhaps detached: their gradients do not tell when they are done with.
-        self._read_elsewhere: set[FlatValues] = set()
+        self._read_elsewhere: set[FlatParams] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
         self._has_stores = any(owner.store is not None for owner in self.owners)
@@ -163,10 +163,9 @@ class ParameterSchedule:
         for owner in self.owners:
             if isinstance(owner, ShardUnit):
                 owner.on_all_arrived = partial(self._all_arrived, owner)
-        for owner in self.owners:
-            _SCHEDULES[owner] = ref(self)
+            _PREFETCHERS[owner] = ref(self)
             owner.on_live = partial(self._count_live, owner)
-            if owner.state is not ValueState.SHARDED:
+            if owner.state is not ParamState.SHARDED:
                 self._count_live(owner, owner.numel)
         for module in root.modules():
             for param in _EXTERNAL.get(module, ()):
@@ -179,7 +178,7 @@ class ParameterSchedule:
 
     def _find_users(self, root: torch.nn.Module, leaves: set[torch.nn.Module]) -> None:
         leaf_of = {module: leaf for leaf in leaves for module in leaf.modules()}
-        holders: dict[FlatValues, list[torch.nn.Module]] = {owner: [] for owner in self.owners}
+        holders: dict[FlatParams, list[torch.nn.Module]] = {owner: [] for owner in self.owners}
         for module in root.modules():
             if leaf_of.get(module, module) is not module:
                 continue
@@ -199,7 +198,7 @@ class ParameterSchedule:
                 for module in (home, *(holder for holder in holders[owner] if holder not in inside)):
                     self._closers.setdefault(module, set()).add(owner)
 
-    def _add_user(self, module: torch.nn.Module, owner: FlatValues) -> None:
+    def _add_user(self, module: torch.nn.Module, owner: FlatParams) -> None:
         owners = self._users.setdefault(module, [])
         if owner not in owners:
             owners.append(owner)
@@ -232,26 +231,26 @@ class ParameterSchedule:
             self.trace.begin()
 
     @torch.no_grad()
-    def _need(self, owner: FlatValues) -> None:
+    def _need(self, owner: FlatParams) -> None:
         """Hold values for a use that starts now, and send for those that come after it."""
-        if owner.holds == 0:
+        if owner.uses == 0:
             self.trace.use(owner)
-            owner.gather()
+            owner.unshard()
             self._prefetch()
-        owner.hold()
+        owner.begin_use()
 
     def _prefetch(self) -> None:
         forward_only = not self._recording
         if self._has_stores:  # from where they live, as far ahead as there is memory for it
-            self._fetches.each(FlatValues.fetch, None, forward_only)
-        # A unit larger than what is left of the room is gathered too: else large blocks never were.
-        self._gathers.each(self._gather_ahead, self.limits.prefetch_numel, forward_only)
+            self._fetches.each(FlatParams.fetch, None, forward_only)
+        # A unit larger than what is left of the room is unsharded too: else large blocks never were.
+        self._unshards.each(self._unshard_ahead, self.limits.prefetch_numel, forward_only)
 
-    def _gather_ahead(self, coming: FlatValues) -> bool:
-        if coming.state is ValueState.SHARDED:
+    def _unshard_ahead(self, coming: FlatParams) -> bool:
+        if coming.state is ParamState.SHARDED:
             if self.live_numel + coming.numel > self.limits.max_live_numel:
                 return False
-            coming.gather()
+            coming.unshard()
         return True
 
     def _pre_forward(self, module: torch.nn.Module, args: Any, kwargs: Any) -> None:
@@ -274,9 +273,9 @@ class ParameterSchedule:
             elif recording and tensor.requires_grad:
                 tensor.register_hook(partial(self._open_for_backward, call))
         for owner in call.held:
-            owner.let_go(release=not self._is_kept(owner, recording))
+            owner.end_use(reshard=not self._is_kept(owner, recording))
 
-    def _is_kept(self, owner: FlatValues, recording: bool) -> bool:
+    def _is_kept(self, owner: FlatParams, recording: bool) -> bool:
         """Whether values stay whole after a forward use because the next use is near."""
         if self._in_backward:
             return True  # a recomputation: the backward pass of what was recomputed follows
@@ -284,7 +283,7 @@ class ParameterSchedule:
             return False
         return self.trace.used_within(owner, self.limits.max_reuse_numel)
 
-    def _count_live(self, owner: FlatValues, numel: int) -> None:
+    def _count_live(self, owner: FlatParams, numel: int) -> None:
         self.live_numel += numel
         if numel < 0:
             self.trace.dropped(owner)
@@ -309,11 +308,11 @@ class ParameterSchedule:
             if counted and owner in self._closers[call.module]:
                 self._open[owner] += 1
 
-    def _close(self, owner: FlatValues) -> None:
+    def _close(self, owner: FlatParams) -> None:
         if self._open.pop(owner, None) is not None:
-            owner.let_go(release=True)
+            owner.end_use(reshard=True)
 
-    def _all_arrived(self, owner: FlatValues) -> None:
+    def _all_arrived(self, owner: FlatParams) -> None:
         if owner not in self._read_elsewhere:
             self._close(owner)
 
@@ -334,28 +333,28 @@ class ParameterSchedule:
                     self._close(owner)
 
     def end_backward(self) -> None:
-        """The pass is over: release everything that is still whole."""
+        """The pass is over: reshard everything that is still whole."""
         for owner in list(self._open):
             self._close(owner)
         self._in_backward = False
         self.trace.end()
-        self.release()
+        self.reshard()
 
-    def release(self) -> None:
-        """Release what nobody holds."""
+    def reshard(self) -> None:
+        """Reshard what nobody uses."""
         for owner in self.owners:
-            owner.release()
+            owner.reshard()
 
     def abandon(self) -> None:
         """A pass was left by an exception: forget who held what in it."""
         self._running.clear()
-        self._state_dicts.forget(let_go=False)
+        self._state_dicts.forget(in_use=False)
         for owner in self.owners:
-            owner.holds = 0
+            owner.uses = 0
         self._open.clear()
         self._in_backward = False
         self.trace.end()
-        self.release()
+        self.reshard()
 
     # [Note: when a call's backward is over]
     # An input's gradient is complete when all its consumers have run. What made the input is older than every node
@@ -373,12 +372,12 @@ class ParameterSchedule:
     # --- parameters read outside the module that has them ------------------------------------------------------------
 
     def _read_outside(self, param: torch.Tensor) -> None:
-        """A parameter was read while its values are sharded: gather it for the module that is running.
+        """A parameter was read while its values are sharded: unshard it for the module that is running.
 
         In a backward pass no module need be running: a checkpointed function is computed again.
         """
         owner = owner_of(param)
-        if owner not in self._owned or owner.state is ValueState.WHOLE:
+        if owner not in self._owned or owner.state is ParamState.UNSHARDED:
             return
         if self._running:
             self._hand_up(param)
@@ -400,14 +399,14 @@ class ParameterSchedule:
     def close(self) -> None:
         """Remove all hooks."""
         for owner in self.owners:
-            _SCHEDULES.pop(owner, None)
+            _PREFETCHERS.pop(owner, None)
         for handle in self._handles:
             handle.remove()
         for module in self._modules:
             module.__dict__["_parameters"] = dict(module._parameters)
 
 
-def _common_home(root: torch.nn.Module, owner: FlatValues) -> torch.nn.Module:
+def _common_home(root: torch.nn.Module, owner: FlatParams) -> torch.nn.Module:
     """The smallest module that all parameters of some flat values lie in."""
     paths = [slot.name.split(".")[:-1] for slot, _ in owner.slots]
     shared = [parts[0] for parts in takewhile(lambda parts: len(set(parts)) == 1, zip(*paths))]

@@ -1,11 +1,11 @@
 """State dicts of a model that an engine trains: whole, and in memory that lives on.
 
 At stages 0 to 2 there is nothing to do but for values that were loaded: the optimizer takes them over. At stage 3 every
-module, inside leaves too, gathers its own parameters while it writes or reads them; what it wrote is copied before they
-go again. A leaf gathers all that is in it, once.
+module, inside leaves too, unshards its own parameters while it writes or reads them; what it wrote is copied before
+they go again. A leaf unshards all that is in it, once.
 
-The ranks meet before anything is gathered. One that is left alone gathers nothing: what it reads its state dict for is
-often no value (see `MissingTensor`), and what it was to load is an error.
+The ranks meet before anything is unsharded. One that is left alone unshards nothing: what it reads its state dict for
+is often no value (see `MissingTensor`), and what it was to load is an error.
 
 [Note: calls that end in an exception]
 torch calls no hook then, and what was held would stay whole, and old, through the steps to come. So the calls under way
@@ -23,7 +23,7 @@ import torch
 from deepspeedlite.comm.meet import PATIENCE_S
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import logger
-from deepspeedlite.zero.flat_params import FlatValues, ValueState, full_shape, owners_of
+from deepspeedlite.zero.flat_params import FlatParams, ParamState, full_shape, owners_of
 from deepspeedlite.zero.missing import MissingTensor
 from deepspeedlite.zero.plain import Hook, copy_plainly, end_plain_copies
 
@@ -33,7 +33,7 @@ class _Call:
     """A module's `state_dict` or `load_state_dict` under way, and what it holds."""
 
     module: torch.nn.Module
-    held: list[FlatValues]
+    held: list[FlatParams]
 
 
 class StateDicts:
@@ -41,7 +41,7 @@ class StateDicts:
 
     Args:
         root: the model.
-        leaves: modules whose parameters are gathered as one.
+        leaves: modules whose parameters are unsharded as one.
     """
 
     def __init__(self, root: torch.nn.Module, leaves: Collection[torch.nn.Module] = ()) -> None:
@@ -69,13 +69,13 @@ class StateDicts:
 
     # --- what is held while a module is written or read -------------------------------------------------------------
 
-    def _sharded_in(self, module: torch.nn.Module) -> list[FlatValues]:
+    def _sharded_in(self, module: torch.nn.Module) -> list[FlatParams]:
         params = module.parameters() if module in self._leaves else module._parameters.values()
         return [owner for owner in owners_of(param for param in params if param is not None) if owner.sharded]
 
     def _meet(self, module: torch.nn.Module, call: str) -> str:
-        """Wait for the other ranks where something is to be gathered; why there are none, if they do not come."""
-        away = [o for o in owners_of(module.parameters()) if o.sharded and o.state is not ValueState.WHOLE]
+        """Wait for the other ranks where something is to be unsharded; why there are none, if they do not come."""
+        away = [o for o in owners_of(module.parameters()) if o.sharded and o.state is not ParamState.UNSHARDED]
         if not away:
             return ""
         group, name = away[0].group, self._names[module]
@@ -98,7 +98,7 @@ class StateDicts:
         try:
             for owner in self._sharded_in(module) if not self._alone else ():
                 if owner not in held:
-                    owner.hold()
+                    owner.begin_use()
                     call.held.append(owner)
         except BaseException:
             self.forget()
@@ -109,14 +109,14 @@ class StateDicts:
         place = next((index for index, call in enumerate(self._calls) if call.module is module), len(self._calls))
         for call in self._calls[place:]:
             for owner in call.held:
-                owner.let_go()
+                owner.end_use()
         del self._calls[place:]
         if not self._calls:
             self._written, self._copies, self._alone = None, {}, ""
 
-    def forget(self, let_go: bool = True) -> None:
-        """Calls that seem to be under way have died; `let_go`: and what they held is still counted as held."""
-        if self._calls and let_go:
+    def forget(self, in_use: bool = True) -> None:
+        """Calls that seem to be under way have died; `in_use`: and what they held is still counted as used."""
+        if self._calls and in_use:
             self._leave(self._calls[0].module)
         self._calls.clear()
 
@@ -150,7 +150,7 @@ class StateDicts:
                 missing = MissingTensor.of(shapes.get(name, value.shape), value.dtype, self._alone)
                 state[name] = missing.requires_grad_(value.requires_grad)
 
-    def _copy(self, owner: FlatValues, value: torch.Tensor) -> torch.Tensor:
+    def _copy(self, owner: FlatParams, value: torch.Tensor) -> torch.Tensor:
         is_param = isinstance(value, torch.nn.Parameter)  # with keep_vars
         where = (owner, value.storage_offset(), value.shape, value.stride(), value.dtype)
         what = (*where, is_param, value.requires_grad)

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
 
-from deepspeedlite.zero.flat_params import FlatValues
+from deepspeedlite.zero.flat_params import FlatParams
 
 
 @dataclass(frozen=True)
-class GatherLimits:
+class PrefetchLimits:
     """How far gathering may run ahead, in elements of whole buffers."""
 
     prefetch_numel: int = 50_000_000
@@ -28,11 +28,11 @@ class UseTrace:
     """The order in which values were used in the last pass, and where the present one stands in it."""
 
     def __init__(self) -> None:
-        self._known: list[FlatValues] = []
-        self._recorded: list[FlatValues] = []
+        self._known: list[FlatParams] = []
+        self._recorded: list[FlatParams] = []
         self._known_forward = self._recorded_forward = 0  # how many of the uses were forward's
         self._position = 0  # of the next use expected
-        self._places: dict[FlatValues, list[int]] = {}  # the known uses of each
+        self._places: dict[FlatParams, list[int]] = {}  # the known uses of each
         self._before: list[int] = [0]  # elements of all known uses before each, and before the end
         self._looks: list[LookAhead] = []
 
@@ -54,14 +54,14 @@ class UseTrace:
             self._known_forward = self._recorded_forward
         self.begin()
 
-    def _learn(self, uses: list[FlatValues]) -> None:
+    def _learn(self, uses: list[FlatParams]) -> None:
         self._known = uses
         self._before = [0, *accumulate(values.numel for values in uses)]
         self._places = {}
         for index, values in enumerate(uses):
             self._places.setdefault(values, []).append(index)
 
-    def use(self, values: FlatValues) -> None:
+    def use(self, values: FlatParams) -> None:
         """`values` are used now."""
         self._recorded.append(values)
         if self._position < len(self._known) and self._known[self._position] is values:
@@ -77,18 +77,18 @@ class UseTrace:
         for look in self._looks if back else ():
             look.start_at(position)
 
-    def _next_use(self, values: FlatValues) -> int | None:
+    def _next_use(self, values: FlatParams) -> int | None:
         """The number of their next use in this pass."""
         places = self._places.get(values, ())
         at = bisect_left(places, self._position)
         return places[at] if at < len(places) else None
 
-    def used_within(self, values: FlatValues, numel: int) -> bool:
+    def used_within(self, values: FlatParams, numel: int) -> bool:
         """Whether `values` are used again in this pass after at most `numel` elements of others."""
         index = self._next_use(values)
         return index is not None and self._before[index] - self._before[self._position] <= numel
 
-    def dropped(self, values: FlatValues) -> None:
+    def dropped(self, values: FlatParams) -> None:
         """`values` are sharded again: what was done about their next use is undone."""
         index = self._next_use(values)
         for look in self._looks:
@@ -118,7 +118,7 @@ class LookAhead:
         if index is not None and index < self._cursor:
             heappush(self._again, index)
 
-    def each(self, act: Callable[[FlatValues], bool], numel: int | None, forward_only: bool) -> None:
+    def each(self, act: Callable[[FlatParams], bool], numel: int | None, forward_only: bool) -> None:
         """Call `act` with the values of uses to come, as long as it returns True.
 
         Args:

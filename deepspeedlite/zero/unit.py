@@ -7,8 +7,8 @@ Collectives run on the buffers themselves. One accumulation window of the gradie
 and from AVERAGED back to LOCAL when a further pass of the window brings more.
 
 [Note: what a reduction leaves behind]
-The buffer is memory that the group lends: on the CPU ranks of one host the others read their shares of it where it
-lies, so a new pass settles it before it writes.
+The buffer is memory that the group shares: on the CPU ranks of one host the others read their shares of it where it
+lies, so a new pass waits for these readers before it writes.
 
 Without sharding the whole buffer holds the average. With a sharded optimizer only this rank's shard of it does, and the
 rest is scratch. With sharded gradients the shard is summed into `grad_shard` (added, in later passes of a window) and
@@ -52,7 +52,7 @@ from deepspeedlite.comm import Group
 from deepspeedlite.offload.store import Store
 from deepspeedlite.offload.swapped_run import SwappedRun
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.flat_params import FlatValues, owner_of
+from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.layout import Run, Slot
 from deepspeedlite.zero.norm import norm_dtype, norms_of
 from deepspeedlite.zero.plan import ShardingPlan
@@ -121,7 +121,7 @@ class ReducePolicy:
         return 1.0, 1.0 / self.group.size
 
 
-class ShardUnit(FlatValues):
+class ShardUnit(FlatParams):
     """Flat values and flat gradients of some parameters of one dtype.
 
     Args:
@@ -168,7 +168,7 @@ class ShardUnit(FlatValues):
         self.masters: Sequence[torch.Tensor] = ()
         self.run_stores: Sequence[SwappedRun | None] = ()  # what of each run is on a disk
         # Ranks that hold the same parameters for another part of the model, and a gradient of their own for them.
-        self.twins: Group | None = None
+        self.tied_group: Group | None = None
         label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
         self._reduce_call: dict[str, Any] = {"label": label, "tag": tag}
         self._reduction: Any = None
@@ -224,7 +224,7 @@ class ShardUnit(FlatValues):
 
     def _need_grads(self) -> None:
         if not self._grad_views:
-            self._use_grads(self.group.lend(self.layout.numel, self.grad_dtype, self.device))
+            self._use_grads(self.group.alloc_shared(self.layout.numel, self.grad_dtype, self.device))
 
     def runs(self) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
         """This rank's runs: index range, values and averaged gradients as 1-D views of its shard."""
@@ -268,7 +268,7 @@ class ShardUnit(FlatValues):
         self.take_in()
         self._hide()
         self._norms, self._measures = None, measure and not self._shows(GradState.AVERAGED)
-        self.group.settle(self.grads)
+        self.group.wait_for_readers(self.grads)
         if self.grad_state is GradState.AVERAGED and self._scatters:
             self._carried = self.grad_shard if self._frees else self.grad_shard.clone()
             self._filled = [False] * len(self.params)
@@ -405,7 +405,7 @@ class ShardUnit(FlatValues):
             if grad is None:
                 return
             self._need_grads()
-            self.group.settle(self.grads)
+            self.group.wait_for_readers(self.grads)
             self.grad_state = GradState.LOCAL
         in_slot, in_shard = self.own_part(slot)
         shard = self._carried if self.grad_state is GradState.LOCAL else self.grad_shard if self._scatters else None
@@ -487,7 +487,7 @@ class ShardUnit(FlatValues):
             return
         if self._carried is None:
             if averaged.data_ptr() != self.grad_shard.data_ptr():
-                self.grad_shard.copy_(averaged, non_blocking=True)  # to pinned memory: see GradientSchedule._wait
+                self.grad_shard.copy_(averaged, non_blocking=True)  # to pinned memory: see GradReducer._wait
         elif self._frees:
             self.grad_shard.add_(averaged.to(self.grad_shard.device))
         else:
@@ -504,16 +504,16 @@ class ShardUnit(FlatValues):
         return norms_of(self.grad_shard, self.counted, torch.float64 if precise else norm_dtype(self.grad_dtype))
 
     @torch.no_grad()
-    def sum_over_twins(self) -> None:
-        """Add the averages of the parts of the model that use these parameters too. Collective over `twins`.
+    def sum_over_tied(self) -> None:
+        """Add the averages of the parts of the model that use these parameters too. Collective over `tied_group`.
 
         Their units have the same layout, so that it is enough to add each rank's shard.
         """
-        if self.twins is None:
+        if self.tied_group is None:
             return
         self._norms = None
         there = self.grad_shard.to(self.device)
-        self.twins.all_reduce(there, label="the gradients of tied parameters")
+        self.tied_group.all_reduce(there, label="the gradients of tied parameters")
         if there is not self.grad_shard:
             self.grad_shard.copy_(there)
 
@@ -576,7 +576,7 @@ class ShardUnit(FlatValues):
         self._hook()
 
     def close(self) -> None:
-        """Remove the hooks, and forget the optimizer. See `FlatValues.close` for what becomes of the values."""
+        """Remove the hooks, and forget the optimizer. See `FlatParams.close` for what becomes of the values."""
         self.detach()
         super().close()
 

@@ -3,7 +3,7 @@
 Without parameter sharding a unit is a bucket: parameters in reverse order of registration, because the gradients of
 the last layers are ready first, cut whenever a bucket has reached its size.
 
-With parameter sharding a unit is what is gathered together: a block, which is an element of a ModuleList or Sequential
+With parameter sharding a unit is what is unsharded together: a block, which is an element of a ModuleList or Sequential
 (the outermost one whose parameters are not too many at once), and outside blocks the parameters of one module. Small
 parameters stay whole on every rank, since gathering them would cost more than they weigh, and so do those that no
 module holds; they are bucketed as above. Units mix neither dtypes nor frozen with trained parameters.
@@ -144,12 +144,12 @@ def split_persistent(
 def module_buckets(
     root: torch.nn.Module, entries: Sequence[NamedParameter], leaves: Collection[torch.nn.Module] = ()
 ) -> list[list[NamedParameter]]:
-    """Group parameters by the module they are gathered with, in reverse order of registration.
+    """Group parameters by the module they are unsharded with, in reverse order of registration.
 
     Args:
         root: the model.
         entries: the parameters to group, frozen ones with group `FROZEN`.
-        leaves: modules that are gathered as one.
+        leaves: modules that are unsharded as one.
     """
     home: dict[int, int] = {}
     for number, (module, deep) in enumerate(_homes(root, set(leaves))):

@@ -98,7 +98,7 @@ def train(engine, accumulation: int, rank: int, how: str = "engine") -> list[flo
 def full_weights(engine) -> dict[str, torch.Tensor]:
     """The fp32 weights behind the model, put together from every rank's masters."""
     found = {}
-    for unit, runs in zip(engine._schedule.units, engine.optimizer._runs_of_units):
+    for unit, runs in zip(engine._reducer.units, engine.optimizer._runs_of_units):
         mine = torch.zeros(unit.layout.shard_numel)
         first, _ = unit.layout.shard(unit.index)
         for (cut, _, _), run in zip(unit.runs(), runs):

@@ -173,7 +173,7 @@ def assert_same(model: nn.Module, expected: nn.Module, what: object) -> None:
 
 def settled_from(numel: int):
     """Modules that are as small as these would wait for each other otherwise."""
-    return mock.patch.object(building, "SETTLED_FROM_NUMEL", numel)
+    return mock.patch.object(building, "RESHARD_FROM_NUMEL", numel)
 
 
 @pytest.mark.slow_unless(numel=100)

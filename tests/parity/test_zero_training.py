@@ -178,7 +178,7 @@ def test_an_engine_that_is_over_frees_its_memory(stage, how):
     for step in range(2):
         engine.backward(engine(*tokens(step, 0, dist.get_rank())))
         engine.step()
-    kept = [weakref.ref(model), *(weakref.ref(unit) for unit in engine._schedule.units)]
+    kept = [weakref.ref(model), *(weakref.ref(unit) for unit in engine._reducer.units)]
     if how == "destroyed":
         engine.destroy()
     del engine, model

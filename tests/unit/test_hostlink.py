@@ -127,7 +127,7 @@ def test_memory_is_used_again() -> None:
 @distributed(world_size=[2, 3])
 def test_what_is_made_in_lent_memory_is_sent_from_there() -> None:
     group = Group()
-    full = group.lend(group.size * 100_000, torch.float32, torch.device("cpu"))
+    full = group.alloc_shared(group.size * 100_000, torch.float32, torch.device("cpu"))
     full.fill_(group.rank + 1)
     held = link(group).held_nbytes
     shard = torch.empty(100_000)
@@ -137,12 +137,12 @@ def test_what_is_made_in_lent_memory_is_sent_from_there() -> None:
 
 
 @distributed(world_size=2)
-def test_lent_memory_is_lent_again_when_it_was_read_and_dropped() -> None:
+def test_shared_memory_is_used_again_when_it_was_read_and_dropped() -> None:
     group, cpu = Group(), torch.device("cpu")
-    full = group.lend(2 * 100_000, torch.float32, cpu)
+    full = group.alloc_shared(2 * 100_000, torch.float32, cpu)
     address, view = full.data_ptr(), full[5:7]
     del full
-    assert group.lend(2 * 100_000, torch.float32, cpu).data_ptr() != address, "a view of it is left"
+    assert group.alloc_shared(2 * 100_000, torch.float32, cpu).data_ptr() != address, "a view of it is left"
     full = view.as_strided((2 * 100_000,), (1,), 0).fill_(group.rank + 1)
     if group.rank == 1:
         time.sleep(0.5)
@@ -150,13 +150,15 @@ def test_lent_memory_is_lent_again_when_it_was_read_and_dropped() -> None:
     work = group.reduce_scatter_into(shard, full, async_op=True)
     del full, view
     if group.rank == 0:
-        assert group.lend(2 * 100_000, torch.float32, cpu).fill_(9).data_ptr() != address, "rank 1 has not read it"
+        assert group.alloc_shared(2 * 100_000, torch.float32, cpu).fill_(9).data_ptr() != address, (
+            "rank 1 has not read it"
+        )
     assert work is not None
     work.wait()
     assert set(shard.tolist()) == {3}
     del work
     group.barrier()
-    assert group.lend(2 * 100_000, torch.float32, cpu).data_ptr() == address
+    assert group.alloc_shared(2 * 100_000, torch.float32, cpu).data_ptr() == address
 
 
 @distributed(world_size=2)
@@ -165,7 +167,7 @@ def test_idle_memory_above_a_limit_is_given_back() -> None:
     hostlink.KEPT_NBYTES = 3 * numel
     before = resident_shared_nbytes()
     for _ in range(3):
-        full = group.lend(2 * numel, torch.float32, torch.device("cpu")).fill_(group.rank + 1)
+        full = group.alloc_shared(2 * numel, torch.float32, torch.device("cpu")).fill_(group.rank + 1)
         shard = torch.empty(numel)
         group.reduce_scatter_into(shard, full)
         assert set(shard.tolist()) == {3}
@@ -344,10 +346,10 @@ def test_a_rank_that_has_ended_is_named_at_once(tmp_path: Path) -> None:
 @distributed(world_size=[2, 3])
 def test_a_lent_shard_is_gathered_without_a_copy_and_settles_before_it_is_written(world_size: int) -> None:
     group, numel = Group(), 50_000
-    shard = group.lend(numel, torch.float32, torch.device("cpu"))
+    shard = group.alloc_shared(numel, torch.float32, torch.device("cpu"))
     before = link(group).held_nbytes
     for turn in range(6):
-        group.settle(shard)  # without it the others would find the next turn's numbers
+        group.wait_for_readers(shard)  # without it the others would find the next turn's numbers
         shard.fill_(10 * turn + group.rank)
         out = torch.empty(world_size * numel)
         work = group.all_gather_into(out, shard, async_op=True, final=True)
@@ -357,14 +359,14 @@ def test_a_lent_shard_is_gathered_without_a_copy_and_settles_before_it_is_writte
         work.wait()
         expected = torch.arange(float(world_size)).repeat_interleave(numel) + 10 * turn
         assert torch.equal(out, expected), turn
-    assert link(group).held_nbytes == before, "only the lent memory was used"
+    assert link(group).held_nbytes == before, "only the shared memory was used"
 
 
 @pytest.mark.slow
 @distributed(world_size=2)
 def test_settling_waits_for_a_rank_that_has_not_read_and_not_for_one_that_has_ended(tmp_path: Path) -> None:
     group = Group()
-    shard = group.lend(50_000, torch.float32, torch.device("cpu"))
+    shard = group.alloc_shared(50_000, torch.float32, torch.device("cpu"))
     shard.fill_(group.rank)
     group.barrier()
     out = torch.empty(100_000)
@@ -373,11 +375,11 @@ def test_settling_waits_for_a_rank_that_has_not_read_and_not_for_one_that_has_en
         assert work is not None
         link(group)._timeout_s, kept = 0.2, link(group)._timeout_s
         with pytest.raises(DistributedError, match=r"ranks \[1\] to read"):
-            group.settle(shard)
+            group.wait_for_readers(shard)
         link(group)._timeout_s = kept
         (tmp_path / "seen").touch()
         work.wait()
-        group.settle(shard)
+        group.wait_for_readers(shard)
         shard.fill_(7)
     else:
         while not (tmp_path / "seen").exists():

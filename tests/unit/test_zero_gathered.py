@@ -51,7 +51,7 @@ def test_the_modifier_s_values_reach_every_rank_and_the_masters(persistent):
             bias.fill_(0.5)
     with GatheredParameters([bias]), GatheredParameters(iter([weight, bias])):
         assert weight.shape == (97, 32) and (weight == 0.25).all() and (bias == 0.5).all()
-    for unit, runs in zip(engine._schedule.units, engine.optimizer._runs_of_units):
+    for unit, runs in zip(engine._reducer.units, engine.optimizer._runs_of_units):
         for (_, values, _), run in zip(unit.runs(), runs):
             assert torch.equal(run.master.bfloat16(), values)
     engine.backward(engine(*tokens(0, 0, dist.get_rank())))

@@ -22,7 +22,7 @@ from deepspeedlite import utils
 from deepspeedlite.comm import Group
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.runtime.errors import DeepSpeedLiteError, EngineStateError, OptimizerError
-from deepspeedlite.zero.flat_params import FlatValues, ValueState, owner_of
+from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.05}
@@ -123,7 +123,7 @@ class Reference:
 def assert_shards_cut_parameters(engine) -> None:
     """Otherwise a test with these sizes says little."""
     cut = False
-    for unit in engine._schedule.units:
+    for unit in engine._reducer.units:
         inner = [k * unit.layout.shard_numel for k in range(1, unit.layout.shard_count)]
         cut |= any(slot.start < edge < slot.stop for slot in unit.layout.slots for edge in inner)
     assert cut == (engine.zero_optimization_stage() > 0)
@@ -152,9 +152,9 @@ def drawn(like: Tensor, seed: int) -> Tensor:
 def model_values(param: nn.Parameter) -> Tensor:
     """A copy of what the model computes with; collective."""
     owner = owner_of(param)
-    owner.hold()
+    owner.begin_use()
     values = param.detach().clone()
-    owner.let_go()
+    owner.end_use()
     return values
 
 
@@ -235,7 +235,7 @@ def test_what_was_written_is_read(stage, dtype):
         value = utils.safe_get_full_fp32_param(param)
         assert torch.equal(value, drawn(value, seed))
         assert torch.equal(utils.safe_get_full_optimizer_state(param, "exp_avg"), drawn(value, seed + 100))
-    for unit in engine._schedule.units:
+    for unit in engine._reducer.units:
         for run, master in zip(unit.layout.runs(unit.index), unit.masters):
             owned = sum(segment.stop - segment.start for segment in unit.layout.segments(run))
             assert (master == 0).sum() == run.numel - owned, "padding was written to"
@@ -301,15 +301,15 @@ def test_values_that_are_whole_at_the_time_are_written_too(stage):
     engine = engine_of(net(), stage, "bf16")
     param = engine.module.first.weight
     owner = owner_of(param)
-    owner.hold()
-    assert owner.state is ValueState.WHOLE
+    owner.begin_use()
+    assert owner.state is ParamState.UNSHARDED
     full = utils.safe_get_full_fp32_param(param)
     utils.safe_set_full_fp32_param(param, full + 0.3)
     assert torch.equal(param, (full + 0.3).bfloat16())
     utils.safe_set_local_fp32_param(param, utils.safe_get_local_fp32_param(param) + 0.3)
     assert torch.equal(param, (full + 0.3 + 0.3).bfloat16())
-    owner.let_go()
-    owner.gather()  # under way while the next value is written
+    owner.end_use()
+    owner.unshard()  # under way while the next value is written
     utils.safe_set_full_fp32_param(param, full - 0.7)
     assert torch.equal(model_values(param), (full - 0.7).bfloat16())
     assert torch.equal(utils.safe_get_full_fp32_param(param), full - 0.7)
@@ -527,7 +527,7 @@ def test_mistakes_are_named(stage):
     with pytest.raises(EngineStateError, match=r"no engine trains this Parameter of shape \(3,\)"):
         utils.safe_get_full_grad(nn.Parameter(torch.zeros(3)))
     sharded = nn.Parameter(torch.zeros(5, 3))
-    FlatValues([NamedParameter("sharded", sharded, 0)], Group(), sharded=True)  # as zero.Init does it
+    FlatParams([NamedParameter("sharded", sharded, 0)], Group(), sharded=True)  # as zero.Init does it
     with pytest.raises(EngineStateError, match=r"no engine trains this Parameter of shape \(5, 3\)"):
         utils.safe_get_full_fp32_param(sharded)
     with pytest.raises(DeepSpeedLiteError, match=r"no engine trains this Tensor of shape \(37, 7\)"):

@@ -61,12 +61,12 @@ class Tape:
     @property
     def owners(self) -> list[Any]:
         """Units in launch order, then frozen values."""
-        return [*self._engine._schedule.units, *self._engine._parts.frozen]
+        return [*self._engine._reducer.units, *self._engine._parts.frozen]
 
     def _note(self, what: str, whose: str) -> None:
         self.events.append((what, whose))
-        if self._engine._gathering is not None:
-            self.most_live_numel = max(self.most_live_numel, self._engine._gathering.live_numel)
+        if self._engine._prefetcher is not None:
+            self.most_live_numel = max(self.most_live_numel, self._engine._prefetcher.live_numel)
 
     def _noted(self, what: str, whose: str, work: Any) -> Any:
         self._note(what, whose)
@@ -78,11 +78,11 @@ class Tape:
         return self._noted(what, label(owner), self._all_gather(out, shard, **options))
 
     def _on_reduce_scatter(self, out: Tensor, full: Tensor, *op: str, **options: Any) -> Any:
-        owner = next(unit for unit in self._engine._schedule.units if unit.grads is full)
+        owner = next(unit for unit in self._engine._reducer.units if unit.grads is full)
         return self._noted("reduce", label(owner), self._reduce_scatter(out, full, *op, **options))
 
     def _on_all_reduce(self, tensor: Tensor, *op: str, **options: Any) -> Any:
-        whole = [unit for unit in self._engine._schedule.units if unit.grads is tensor]
+        whole = [unit for unit in self._engine._reducer.units if unit.grads is tensor]
         what = "reduce by all-reduce" if whole else "all-reduce"
         whose = label(whole[0]) if whole else f"{tensor.numel()} elements"
         return self._noted(what, whose, self._all_reduce(tensor, *op, **options))
@@ -203,7 +203,7 @@ def test_evaluation_gathers_each_unit_once_and_reduces_nothing(prefetch):
 @distributed(world_size=[2, 3])
 def test_stage_1_reduces_once_per_boundary_and_stage_2_in_every_micro_batch(stage):
     engine, tape = make(stage, accumulation=3, reduce_bucket_size=BLOCK_NUMEL)
-    units = [label(unit) for unit in engine._schedule.units]
+    units = [label(unit) for unit in engine._reducer.units]
     assert len(units) > BLOCKS
     for micro in range(6):
         micro_step(engine)
@@ -256,7 +256,7 @@ def test_overlap_comm_reduces_while_backward_runs(stage, overlap):
     end, reduce = events.index(("backward", "first")), "reduce" if stage else "reduce by all-reduce"
     during = sum(what == reduce for what, _ in events[:end])
     after = sum(what == reduce for what, _ in events[end:])
-    assert during + after == len(engine._schedule.units)
+    assert during + after == len(engine._reducer.units)
     assert (during >= BLOCKS - 1) if overlap else (during == 0)
 
 
@@ -287,7 +287,7 @@ def test_overlap_comm_lets_sharded_gradients_reduce_two_at_a_time(stage, overlap
 def test_reduce_bucket_size_is_elements_per_reduction(stage, bucket, units):
     """With 1 every parameter is reduced alone; without the key the engine's own size holds this model whole."""
     engine, tape = make(stage, reduce_bucket_size=bucket)
-    sizes = [sum(slot.numel for slot in unit.layout.slots) for unit in engine._schedule.units]
+    sizes = [sum(slot.numel for slot in unit.layout.slots) for unit in engine._reducer.units]
     assert sum(sizes) == EVERYTHING
     assert len(sizes) == units if units else EVERYTHING / BLOCK_NUMEL <= len(sizes) <= 2 * BLOCKS
     assert bucket is None or max(sizes) <= max(bucket, zoo.WIDTH * 9)
@@ -303,13 +303,13 @@ def test_sub_group_size_is_elements_per_call_of_the_optimizer(stage):
         calls: list[int] = []
         engine.optimizer.optimizer.register_step_post_hook(lambda *_: calls.append(1))  # noqa: B023
         micro_step(engine)
-        assert len(calls) == (len(engine._schedule.units) if expected == "units" else expected)
-    shard = max(unit.layout.shard_numel for unit in engine._schedule.units)
+        assert len(calls) == (len(engine._reducer.units) if expected == "units" else expected)
+    shard = max(unit.layout.shard_numel for unit in engine._reducer.units)
     engine, _ = make(stage, reduce_bucket_size=BLOCK_NUMEL, sub_group_size=2 * shard)
     calls = []
     engine.optimizer.optimizer.register_step_post_hook(lambda *_: calls.append(1))
     micro_step(engine)
-    assert 1 < len(calls) < len(engine._schedule.units)
+    assert 1 < len(calls) < len(engine._reducer.units)
 
 
 @pytest.mark.parametrize("stage", [1, 2])
@@ -318,9 +318,9 @@ def test_allgather_bucket_size_is_elements_of_updated_values_under_way(stage):
     most = {}
     for units in (0, 3, 1000):
         engine, tape = make(stage, reduce_bucket_size=1, allgather_bucket_size=units * 128)
-        assert {unit.numel for unit in engine._schedule.units} == {128}, "7 x 9 elements and fewer, aligned"
+        assert {unit.numel for unit in engine._reducer.units} == {128}, "7 x 9 elements and fewer, aligned"
         most[units] = most_under_way(third_step(engine, tape), "share")
-    assert most == {0: 1, 3: 3, 1000: len(engine._schedule.units)}
+    assert most == {0: 1, 3: 3, 1000: len(engine._reducer.units)}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -331,7 +331,7 @@ def test_reduce_scatter_false_reduces_all_and_ends_the_same(stage):
         engine, tape = make(stage, reduce_bucket_size=BLOCK_NUMEL, reduce_scatter=scatter)
         events = third_step(engine, tape)
         how, other = ("reduce", "reduce by all-reduce") if scatter else ("reduce by all-reduce", "reduce")
-        assert sum(counts(events, how).values()) == len(engine._schedule.units) and not counts(events, other)
+        assert sum(counts(events, how).values()) == len(engine._reducer.units) and not counts(events, other)
         weights.append(engine.module_state_dict())
     assert all(torch.allclose(weights[0][name], weights[1][name], atol=1e-6) for name in weights[0])
 
@@ -403,11 +403,11 @@ def test_param_persistence_threshold_keeps_small_parameters_whole():
         model = zoo.Chain(BLOCKS)
         engine, tape = make(3, model, stage3_param_persistence_threshold=threshold)
         small = {name for name, param in zoo.Chain(BLOCKS).named_parameters() if param.numel() < threshold}
-        whole = {slot.name for unit in engine._schedule.units if not unit.sharded for slot in unit.layout.slots}
+        whole = {slot.name for unit in engine._reducer.units if not unit.sharded for slot in unit.layout.slots}
         assert whole == small
         assert {name for name, param in model.named_parameters() if param.numel()} == small
         sharing = sum(counts(third_step(engine, tape), "share").values())
-        assert sharing == sum(not unit.sharded for unit in engine._schedule.units) == (threshold > 0)
+        assert sharing == sum(not unit.sharded for unit in engine._reducer.units) == (threshold > 0)
 
 
 @distributed(world_size=2)
@@ -415,7 +415,7 @@ def test_model_persistence_threshold_bounds_all_that_is_kept_whole():
     sizes = [param.numel() for param in zoo.Chain(BLOCKS).parameters()]
     for most in (0, 2 * BLOCK_NUMEL, EVERYTHING):
         engine, _ = make(3, stage3_param_persistence_threshold=EVERYTHING, stage3_model_persistence_threshold=most)
-        kept = sum(slot.numel for unit in engine._schedule.units if not unit.sharded for slot in unit.layout.slots)
+        kept = sum(slot.numel for unit in engine._reducer.units if not unit.sharded for slot in unit.layout.slots)
         assert most - max(sizes) < kept <= most
 
 
@@ -449,10 +449,10 @@ class Routed(nn.Module):
 def test_leaf_module_is_gathered_as_one_whatever_the_route(how):
     """Each rank uses other experts, yet all gather the same: the whole block, once forward and once backward."""
     engine, _ = make(3, Routed())
-    assert sorted(label(unit) for unit in engine._schedule.units)[2:] == [f"mixture.experts.{i}" for i in range(4)]
+    assert sorted(label(unit) for unit in engine._reducer.units)[2:] == [f"mixture.experts.{i}" for i in range(4)]
     given = {"classes": ["Experts"], "names": ["mixture"], "name_suffixes": ["ure"]}
     engine, tape = make(3, Routed(), leaf_module={how: given[how]})
-    assert {label(unit) for unit in engine._schedule.units} == {"first", "mixture.experts", "head"}
+    assert {label(unit) for unit in engine._reducer.units} == {"first", "mixture.experts", "head"}
     events = third_step(engine, tape, torch.tensor([0, 1, 0, 1]) + 2 * dist.get_rank())
     assert counts(events, "gather") == {"first": 2, "mixture.experts": 2, "head": 1}
     everyone: list[Any] = [None, None]

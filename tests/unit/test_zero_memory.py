@@ -93,8 +93,8 @@ class Phase(NamedTuple):
 class Live:
     """Counts the bytes that are allocated and released in a `with` block; `phases` is filled when it ends.
 
-    What the ranks of a host share is no business of the allocator: lent memory is counted at both ends of a phase, and
-    in its peak as far as it is there throughout.
+    What the ranks of a host share is no business of the allocator: shared memory is counted at both ends of a phase,
+    and in its peak as far as it is there throughout.
 
     It is one profile from end to end: torch's profiler writes to freed memory when a collective that was started under
     one profile is waited for under the next, as a gather ahead of the backward pass would be.
@@ -102,7 +102,7 @@ class Live:
 
     def __init__(self) -> None:
         self.phases: dict[str, Phase] = {}
-        self._lent: dict[str, tuple[int, int]] = {}
+        self._shared: dict[str, tuple[int, int]] = {}
         self._profile = profile(profile_memory=True)
 
     def __enter__(self) -> Live:
@@ -117,12 +117,12 @@ class Live:
 
     def during(self, name: str, call: Callable[..., Any], *arguments: Any) -> Any:
         """Call, as the phase of that name."""
-        before = lent_bytes()
+        before = shared_bytes()
         try:
             with record_function(f"phase {name}"):
                 return call(*arguments)
         finally:
-            self._lent[name] = (before, lent_bytes())
+            self._shared[name] = (before, shared_bytes())
 
     def __exit__(self, *error: Any) -> None:
         self._profile.__exit__(*error)
@@ -135,15 +135,15 @@ class Live:
                 first = bisect_left(times, event.start_ns())
                 last = bisect_left(times, event.start_ns() + event.duration_ns())
                 name = event.name().removeprefix("phase ")
-                lent = self._lent[name]
-                peak = max(live[first : last + 1]) + min(lent)
-                self.phases[name] = Phase(live[first] + lent[0], peak, live[last] + lent[1])
+                shared = self._shared[name]
+                peak = max(live[first : last + 1]) + min(shared)
+                self.phases[name] = Phase(live[first] + shared[0], peak, live[last] + shared[1])
 
 
-def lent_bytes() -> int:
+def shared_bytes() -> int:
     """Bytes that tensors of this rank have of the memory that it shares."""
     found = link()
-    return sum(block.lent_nbytes for block in found._blocks) if found else 0
+    return sum(block.shared_nbytes for block in found._blocks) if found else 0
 
 
 def reachable_bytes() -> int:
@@ -247,7 +247,7 @@ def in_flight(engine: Any, stage: int, ranks: int) -> InFlight:
     was started, of which the first is then waited for; and messages of a shard to each other rank, three at a time,
     in blocks of two sizes.
     """
-    units = engine._schedule.units
+    units = engine._reducer.units
     unit = max(unit.numel * unit.dtype.itemsize for unit in units)
     values = 2 * unit if stage == 3 else 0
     gradients = 4 * unit if stage >= 2 else 0
@@ -270,7 +270,7 @@ def test_states_are_what_the_formulas_say(stage, world_size):
     activations = activation_bytes(torch.bfloat16)
     engine, phases = train(config(stage))
     states = states_bytes(stage, world_size)
-    assert len(engine._schedule.units) >= LAYERS, "units must be small beside the model, or the buffers hide the states"
+    assert len(engine._reducer.units) >= LAYERS, "units must be small beside the model, or the buffers hide the states"
 
     moments = 8 * PARAMS / world_size  # the optimizer makes them in its first step
     assert_within(phases["initialize"].after, states - moments, "after initialize")
@@ -279,7 +279,7 @@ def test_states_are_what_the_formulas_say(stage, world_size):
     assert phases["idle 1"] == phases["idle 2"], "something piles up from step to step"
     assert_within(reachable_bytes() - before, phases["idle 2"].after, "counted from Python")
     extra = in_flight(engine, stage, world_size)
-    assert 0 < link().held_nbytes - lent_bytes() <= extra.shared
+    assert 0 < link().held_nbytes - shared_bytes() <= extra.shared
     for what, allowed in (
         ("forward 2", extra.forward + activations),
         ("backward 2", extra.backward + activations),
@@ -298,7 +298,7 @@ def test_states_are_what_the_formulas_say(stage, world_size):
 def test_initialize_peaks_at_the_model_as_it_was_given(stage):
     """The fp32 model is 4 bytes per parameter. What is built takes its place piece by piece, not beside it."""
     engine, phases = train(config(stage), steps=0)
-    unit = max(unit.numel for unit in engine._schedule.units)
+    unit = max(unit.numel for unit in engine._reducer.units)
     begin, peak, ready = phases["initialize"]
     assert begin == FP32_BYTES * PARAMS
     assert peak <= (1 + TOLERANCE) * max(begin, ready) + 3 * FP32_BYTES * unit
@@ -313,7 +313,7 @@ def test_zero_init_never_holds_the_whole_model(world_size):
         with deepspeedlite.zero.Init(config_dict_or_path=config(3)):
             return SmallGPT()
 
-    small = mock.patch.object(building, "SETTLED_FROM_NUMEL", 1)  # modules as small as these wait for others
+    small = mock.patch.object(building, "RESHARD_FROM_NUMEL", 1)  # modules as small as these wait for others
     with small, Live() as live:
         model = live.during("build", build)
         engine, *_ = live.during("initialize", lambda: deepspeedlite.initialize(model=model, config=config(3)))
@@ -404,7 +404,7 @@ def test_evaluation_leaves_nothing_whole():
         loss = live.during("evaluation", engine, tokens(0))
     evaluation = live.phases["evaluation"]
     assert evaluation.after - evaluation.before == loss.untyped_storage().nbytes()
-    unit = max(unit.numel * unit.dtype.itemsize for unit in engine._schedule.units)
+    unit = max(unit.numel * unit.dtype.itemsize for unit in engine._reducer.units)
     assert unit < evaluation.peak < 3 * unit
 
 
@@ -417,6 +417,6 @@ def test_sub_group_size_bounds_the_fp32_gradients_of_a_step(blocks, world_size):
     settings["optimizer"]["params"]["torch_adam"] = True
     engine, phases = train(settings, steps=2)
     most = FP32_BYTES * min(blocks * BLOCK, PARAMS / world_size)
-    last_unit = FP32_BYTES * max(unit.layout.shard_numel for unit in engine._schedule.units)
+    last_unit = FP32_BYTES * max(unit.layout.shard_numel for unit in engine._reducer.units)
     found = phases["step 1"].peak - phases["idle 1"].after
     assert most - last_unit <= found <= (1 + TOLERANCE) * most

@@ -303,7 +303,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     def _end_backward(self) -> None:
         self._loss_is_scaled = False
-        self._schedule.end_backward(is_shared=True)
+        self._reducer.end_backward(is_shared=True)
 
     def _abandon_backward(self) -> None:
         """A pass that fails here alone is brought to its end, for the sake of the replicas that reduce in theirs."""
