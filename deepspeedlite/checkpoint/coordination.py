@@ -16,7 +16,7 @@ import torch.distributed as dist
 from deepspeedlite import comm
 from deepspeedlite.checkpoint.tensors import bytes_of
 from deepspeedlite.comm import Group, whereabouts
-from deepspeedlite.comm.lookout import condition
+from deepspeedlite.comm.stall_watch import condition
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 

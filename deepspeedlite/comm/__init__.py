@@ -43,10 +43,10 @@ from deepspeedlite.comm.collectives import (
     scatter,
     send,
 )
+from deepspeedlite.comm.desync import whereabouts
 from deepspeedlite.comm.group import Group, Work
 from deepspeedlite.comm.init import default_timeout, init_distributed
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
-from deepspeedlite.comm.stall import whereabouts
 from deepspeedlite.runtime.env import discover_world
 
 __all__ = [

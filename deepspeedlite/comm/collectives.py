@@ -4,7 +4,7 @@ They run on torch.distributed and on CPU or GPU tensors as its backends do; `src
 world, as in torch. With `async_op=True` a work handle comes back, else None. Every function takes three more keywords:
 `prof=True` measures this call although the section `comms_logger` has `prof_all: false`, `log_name` is what it is
 called in the table, and `debug` is taken and ignored. Ranks that do not meet get an error that says where each of them
-is (`comm.stall`).
+is (`comm.desync`).
 
 Raised are `DistributedError` before `init_distributed`, when ranks do not meet, and where the backend cannot do it.
 """
@@ -20,9 +20,9 @@ import torch
 import torch.distributed as dist
 from torch.distributed import ProcessGroup, ReduceOp
 
+from deepspeedlite.comm.desync import LabelledWork, explained
 from deepspeedlite.comm.group import Group
 from deepspeedlite.comm.logger import comms_logger
-from deepspeedlite.comm.stall import LabelledWork, explained
 from deepspeedlite.runtime.errors import DistributedError
 
 _F = TypeVar("_F", bound=Callable[..., Any])

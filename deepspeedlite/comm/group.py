@@ -11,8 +11,8 @@ place, as torch's DistributedDataParallel does; the results of the two differ by
 gloo's own reduce-scatter and all-gather move the whole buffer several times through one thread. Here every rank sends
 each other rank its piece directly, which is the least that can be sent, and a reduce-scatter adds up the pieces it was
 sent in rank order, in fp32 for 16-bit gradients. Where all ranks are on one host the pieces go through memory that they
-share (`comm.hostlink`), and so does an all-reduce of more than a few kilobytes: its shards are reduced, then gathered.
-One of 16-bit numbers always goes this way, because gloo's own rounds to 16 bits at every hop.
+share (`comm.shared_memory`), and so does an all-reduce of more than a few kilobytes: its shards are reduced, then
+gathered. One of 16-bit numbers always goes this way, because gloo's own rounds to 16 bits at every hop.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from typing import Any, Protocol, TypeVar
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm.hostlink import HostLink, link_of
+from deepspeedlite.comm.desync import LabelledWork, explained
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
-from deepspeedlite.comm.meet import LEFT_ALONE_S, meet
-from deepspeedlite.comm.stall import LabelledWork, explained
+from deepspeedlite.comm.roll_call import LEFT_ALONE_S, absent_ranks
+from deepspeedlite.comm.shared_memory import SharedMemoryLink, link_of
 from deepspeedlite.runtime.errors import DistributedError
 
 # torch 2.13 renamed both, and warns where the older names are used.
@@ -276,14 +276,14 @@ class Group:
         dist.broadcast_object_list(box, group=self.process_group, group_src=src)
         return box[0]
 
-    def meet(self, call: str, key: str, weight: int = 0) -> str:
-        """Wait a few seconds until every rank has made the same call, before it communicates; see `comm.meet`.
+    def roll_call(self, call: str, key: str, weight: int = 0) -> str:
+        """Wait a few seconds until every rank has made the same call, before it communicates; see `comm.roll_call`.
 
         Returns:
             the ranks that have not come, to be read ("rank 1, 3"); empty if all have.
         """
         patience_s = LEFT_ALONE_S if key in self._left_alone else None
-        missing = meet(self.ranks, call, key, weight, patience_s) if self.size > 1 else []
+        missing = absent_ranks(self.ranks, call, key, weight, patience_s) if self.size > 1 else []
         if not missing:
             self._left_alone.discard(key)
             return ""
@@ -325,13 +325,13 @@ class Group:
             _KEPT.append(work)
         return work
 
-    def _link(self, tensor: torch.Tensor) -> HostLink | None:
+    def _link(self, tensor: torch.Tensor) -> SharedMemoryLink | None:
         return self._connected() if self._may_share(tensor.device) else None
 
     def _may_share(self, device: torch.device) -> bool:
         return self.size > 1 and self.backend == "gloo" and device.type == "cpu"
 
-    def _connected(self) -> HostLink | None:
+    def _connected(self) -> SharedMemoryLink | None:
         with explained("the first shards of this group, to share memory", self.ranks):
             return link_of(self.process_group, self.rank, self.size)
 

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm import rendezvous
 from deepspeedlite.comm.logger import comms_logger
-from deepspeedlite.comm.lookout import leave, look_out
+from deepspeedlite.comm.stall_watch import leave, watch_for_stalls
 from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.env import World, discover_world
 from deepspeedlite.runtime.errors import ConfigError, DistributedError
@@ -73,7 +73,7 @@ def init_distributed(
     atexit.register(_leave)
     if dist.is_initialized():
         _check_existing(rank, world_size)
-        look_out()
+        watch_for_stalls()
         return
     if dist_init_required is False:
         raise DistributedError(
@@ -92,7 +92,7 @@ def init_distributed(
     else:
         if world.world_size > 1:
             address = init_method if init_method and init_method.startswith("file") else _address(world)
-            store = rendezvous.meet(store, address, world.rank, world.world_size, limit.total_seconds())
+            store = rendezvous.join(store, address, world.rank, world.world_size, limit.total_seconds())
         dist.init_process_group(
             backend,
             store=store,
@@ -102,7 +102,7 @@ def init_distributed(
             device_id=device.torch_device if backend == "nccl" else None,
         )
     _export(world)
-    look_out()
+    watch_for_stalls()
     if verbose:
         where = f", rank 0 at {_address(world)}" if world.master_addr else ""
         log_dist(f"distributed: {world.world_size} rank(s), {backend} on {device.name}, found by {world.source}{where}")

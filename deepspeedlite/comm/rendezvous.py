@@ -41,7 +41,7 @@ def _generations(address: str) -> Iterator[int]:
     return itertools.count()
 
 
-def meet(store: dist.Store, address: str, rank: int, world_size: int, timeout_s: float) -> dist.Store:
+def join(store: dist.Store, address: str, rank: int, world_size: int, timeout_s: float) -> dist.Store:
     """Check in at `store` and return, once all ranks are there, a fresh part of it for the process group.
 
     Args:
@@ -55,9 +55,9 @@ def meet(store: dist.Store, address: str, rank: int, world_size: int, timeout_s:
         DistributedError: on every rank that came, when the world is not complete and consistent in time.
     """
     attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_generations(address))}"
-    desk = dist.PrefixStore(f"deepspeedlite/{attempt}/desk", store)
+    entries = dist.PrefixStore(f"deepspeedlite/{attempt}/check_in", store)
     try:
-        verdict = _check_in(desk, rank, world_size, timeout_s)
+        verdict = _check_in(entries, rank, world_size, timeout_s)
     except DistributedError:
         raise
     except RuntimeError as error:  # torch's store errors
@@ -127,52 +127,52 @@ def _await_listener(host: str, port: int, rank: int, deadline: float, timeout_s:
     ) from reason
 
 
-def _check_in(desk: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
+def _check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
     """Claim this rank, then wait for rank 0's verdict: empty when all is well."""
     me = {"host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size, "token": uuid.uuid4().hex}
     mine = json.dumps(me)
-    holder = _text(desk.compare_set(f"rank/{rank}", "", mine))
+    holder = _text(store.compare_set(f"rank/{rank}", "", mine))
     if holder != mine:
         other = json.loads(holder)
-        fault = f"two processes claim rank {rank}: {_place(other)} and {_place(me)}; give each process its own RANK"
-        desk.set("fault", fault)
+        fault = f"two processes claim rank {rank}: {_named(other)} and {_named(me)}; give each process its own RANK"
+        store.set("fault", fault)
         return fault
     if rank == 0:
-        return _host(desk, world_size, timeout_s)
+        return _host(store, world_size, timeout_s)
     try:
-        desk.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
+        store.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
     except dist.DistStoreError:
-        return _verdict_without_rank_0(desk, me, timeout_s)
-    verdict = _text(desk.get("verdict"))
-    desk.add("read", 1)
-    return verdict or _disagreement(desk, me)
+        return _verdict_without_rank_0(store, me, timeout_s)
+    verdict = _text(store.get("verdict"))
+    store.add("read", 1)
+    return verdict or _disagreement(store, me)
 
 
-def _host(desk: dist.Store, world_size: int, timeout_s: float) -> str:
+def _host(store: dist.Store, world_size: int, timeout_s: float) -> str:
     """Rank 0's part: wait for all ranks, compare what they say, and tell them."""
-    verdict = _await_ranks(desk, world_size, timeout_s) or _compare(desk, range(world_size))
-    desk.set("verdict", verdict)
+    verdict = _await_ranks(store, world_size, timeout_s) or _compare(store, range(world_size))
+    store.set("verdict", verdict)
     if verdict:
-        present = [rank for rank in range(1, world_size) if desk.check([f"rank/{rank}"])]
+        present = [rank for rank in range(1, world_size) if store.check([f"rank/{rank}"])]
         deadline = time.monotonic() + _FAREWELL_S
-        while desk.add("read", 0) < len(present) and time.monotonic() < deadline:
+        while store.add("read", 0) < len(present) and time.monotonic() < deadline:
             time.sleep(_POLL_S)
     return verdict
 
 
-def _await_ranks(desk: dist.Store, world_size: int, timeout_s: float) -> str:
+def _await_ranks(store: dist.Store, world_size: int, timeout_s: float) -> str:
     started = time.monotonic()
     next_word_s = _STILL_WAITING_EVERY_S
     missing = list(range(world_size))
     while True:
-        missing = [rank for rank in missing if not desk.check([f"rank/{rank}"])]
+        missing = [rank for rank in missing if not store.check([f"rank/{rank}"])]
         waited_s = time.monotonic() - started
-        if desk.check(["fault"]):
-            return _text(desk.get("fault"))
+        if store.check(["fault"]):
+            return _text(store.get("fault"))
         if not missing:
             return ""
         if waited_s >= timeout_s:
-            mismatch = _compare(desk, sorted(set(range(world_size)) - set(missing)))
+            mismatch = _compare(store, sorted(set(range(world_size)) - set(missing)))
             did_not = f"{_ranks(missing)} of {world_size} did not arrive within {timeout_s:g} s"
             return mismatch or f"{did_not}; see the output of those ranks, and check that they were started"
         if waited_s >= next_word_s:
@@ -181,11 +181,11 @@ def _await_ranks(desk: dist.Store, world_size: int, timeout_s: float) -> str:
         time.sleep(_POLL_S)
 
 
-def _compare(desk: dist.Store, present: Sequence[int]) -> str:
+def _compare(store: dist.Store, present: Sequence[int]) -> str:
     """What is wrong when ranks were started with different world sizes; empty when they agree."""
     by_size: dict[int, list[int]] = {}
     for rank in present:
-        said = json.loads(_text(desk.get(f"rank/{rank}")))
+        said = json.loads(_text(store.get(f"rank/{rank}")))
         by_size.setdefault(said["world_size"], []).append(rank)
     if len(by_size) <= 1:
         return ""
@@ -193,9 +193,9 @@ def _compare(desk: dist.Store, present: Sequence[int]) -> str:
     return f"the ranks disagree on the world size: {views}. Start all with the same WORLD_SIZE"
 
 
-def _disagreement(desk: dist.Store, me: Mapping[str, Any]) -> str:
+def _disagreement(store: dist.Store, me: Mapping[str, Any]) -> str:
     """The fault of a rank that rank 0 did not count on: it let its own world start without this one."""
-    zero = json.loads(_text(desk.get("rank/0")))
+    zero = json.loads(_text(store.get("rank/0")))
     if zero["world_size"] == me["world_size"]:
         return ""
     return (
@@ -204,11 +204,11 @@ def _disagreement(desk: dist.Store, me: Mapping[str, Any]) -> str:
     )
 
 
-def _verdict_without_rank_0(desk: dist.Store, me: Mapping[str, Any], timeout_s: float) -> str:
+def _verdict_without_rank_0(store: dist.Store, me: Mapping[str, Any], timeout_s: float) -> str:
     """Why no verdict came: rank 0 is late itself (the store is torchrun's or a file), or it died while waiting."""
-    if desk.check(["rank/0"]):
-        return _disagreement(desk, me) or f"rank 0 checked in but gave no sign for {timeout_s:g} s; see its output"
-    missing = [rank for rank in range(me["world_size"]) if not desk.check([f"rank/{rank}"])]
+    if store.check(["rank/0"]):
+        return _disagreement(store, me) or f"rank 0 checked in but gave no sign for {timeout_s:g} s; see its output"
+    missing = [rank for rank in range(me["world_size"]) if not store.check([f"rank/{rank}"])]
     return (
         f"{_ranks(missing)} of {me['world_size']} did not arrive within {timeout_s:g} s; see the output of those ranks"
     )
@@ -220,7 +220,7 @@ def _ranks(ranks: Sequence[int]) -> str:
     return f"rank{'s' if len(ranks) > 1 else ''} {shown}{more}"
 
 
-def _place(who: Mapping[str, Any]) -> str:
+def _named(who: Mapping[str, Any]) -> str:
     return f"process {who['pid']} on {who['host']}"
 
 

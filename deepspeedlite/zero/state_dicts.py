@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.comm.meet import PATIENCE_S
+from deepspeedlite.comm.roll_call import PATIENCE_S
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, full_shape, owners_of
@@ -80,7 +80,7 @@ class StateDicts:
             return ""
         group, name = away[0].group, self._names[module]
         call = f"{call} of {name or 'the model'} ({type(module).__name__})"
-        missing = group.meet(call, f"{away[0].key} {name} {call}", weight=sum(owner.numel for owner in away))
+        missing = group.roll_call(call, f"{away[0].key} {name} {call}", weight=sum(owner.numel for owner in away))
         return missing and (
             f"{call} was called on rank {group.ranks[group.rank]}, and not on {missing} within {PATIENCE_S:.0f} "
             "s. At ZeRO stage 3 the values are sharded over the ranks: call it on all of them (after a barrier, if "

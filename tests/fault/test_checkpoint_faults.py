@@ -30,7 +30,7 @@ from deepspeedlite.checkpoint import coordination
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
-from deepspeedlite.comm.stall import explained
+from deepspeedlite.comm.desync import explained
 from deepspeedlite.runtime.errors import CheckpointError, DistributedError, EngineStateError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand

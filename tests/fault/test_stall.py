@@ -23,8 +23,8 @@ from harness import distributed
 
 import deepspeedlite
 from deepspeedlite import comm
-from deepspeedlite.comm import lookout, stall
-from deepspeedlite.comm.lookout import advice
+from deepspeedlite.comm import desync, stall_watch
+from deepspeedlite.comm.stall_watch import advice
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import logger
 
@@ -90,7 +90,7 @@ def start(port: int) -> None:
 # --- what is said while ranks wait ------------------------------------------------------------------------------------
 
 NOTICE_S = 1.0
-WATCHED = {"DS_ACCELERATOR": "cpu", lookout.VARIABLE: str(NOTICE_S)}
+WATCHED = {"DS_ACCELERATOR": "cpu", stall_watch.VARIABLE: str(NOTICE_S)}
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def test_ranks_that_wait_in_different_collectives_are_told_apart():
     group.all_reduce(torch.ones(1 << 16))
     with heard() as said:
         if group.rank == 0:
-            stall.LabelledWork(Late(2.5 * NOTICE_S), "all_gather of the values of a.weight", [0, 1]).wait()
+            desync.LabelledWork(Late(2.5 * NOTICE_S), "all_gather of the values of a.weight", [0, 1]).wait()
         dist.barrier()
     other = "torch.distributed.barrier" if group.rank == 0 else "all_gather of the values of a.weight"
     assert len(said) == 1 and f"\n  rank {1 - group.rank} waits in {other}\n" in said[0], said
@@ -219,11 +219,11 @@ def test_a_device_that_does_not_come_to_its_end():
     if dist.get_rank() == 1:
         dist.barrier()
         return
-    watch = lookout._current()
+    watch = stall_watch._current()
     busy = iter([True] * 50)
     watch._on_device, watch._device_mark, watch._device_is_busy = True, lambda: 7, lambda: next(busy)
     with heard() as said:
-        stall.LabelledWork(Late(0), "all_reduce of the gradients of a", [0, 1])
+        desync.LabelledWork(Late(0), "all_reduce of the gradients of a", [0, 1])
         sleep_in_user_code(2 * NOTICE_S)
     assert len(said) == 1 and "of which is all_reduce of the gradients of a, at sleep_in_user_code" in said[0], said
     assert "\n  rank 1 waits in torch.distributed.barrier" in said[0], said
@@ -238,22 +238,22 @@ def test_a_device_that_does_not_come_to_its_end():
 def test_threads_of_a_lookout_do_not_outlive_its_world():
     """Though its store's file is gone. Nor do they live in a child of its process, which says nothing in their name."""
     deepspeedlite.init_distributed(verbose=False)
-    watch = lookout._current()
+    watch = stall_watch._current()
     deepspeedlite.init_distributed(verbose=False)
-    assert lookout._current() is watch and watch.is_alive()
+    assert stall_watch._current() is watch and watch.is_alive()
     child = os.fork()
     if child == 0:
-        os._exit(0 if lookout._current() is None else 1)
+        os._exit(0 if stall_watch._current() is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    desk = watch.desk
+    board = watch.board
     store = dist.distributed_c10d._get_default_store()
     while isinstance(store, dist.PrefixStore):
         store = store.underlying_store
-    desk._known = range(3)  # rank 2 never comes: there is always something to look up
+    board._known = range(3)  # rank 2 never comes: there is always something to look up
     dist.barrier()
     Path(store.path).unlink(missing_ok=True)
     time.sleep(NOTICE_S / 3)
     dist.destroy_process_group()
     watch.join(NOTICE_S)
-    desk.join(5 * NOTICE_S)
-    assert not watch.is_alive() and not desk.is_alive() and lookout._current() is None
+    board.join(5 * NOTICE_S)
+    assert not watch.is_alive() and not board.is_alive() and stall_watch._current() is None

@@ -28,7 +28,7 @@ from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
 from deepspeedlite.comm import Group
-from deepspeedlite.comm.hostlink import HostLink, link_of
+from deepspeedlite.comm.shared_memory import SharedMemoryLink, link_of
 from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
 from deepspeedlite.tools.memory_plan.estimate import model_states_bytes, ways_of
 from deepspeedlite.tools.memory_plan.fit import Training, fit_all
@@ -167,7 +167,7 @@ def reachable_bytes() -> int:
     return counted - sum(map(torch.numel, blocks))
 
 
-def link() -> HostLink | None:
+def link() -> SharedMemoryLink | None:
     """The link between the ranks of this host."""
     many = dist.is_initialized() and dist.get_world_size() > 1
     return link_of(None, dist.get_rank(), dist.get_world_size()) if many else None

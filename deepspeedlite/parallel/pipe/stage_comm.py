@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm.stall import explained
+from deepspeedlite.comm.desync import explained
 from deepspeedlite.parallel.pipe.schedule import Schedule, before
 from deepspeedlite.parallel.pipe.topology import PipelineParallelGrid
 from deepspeedlite.runtime.errors import PipelineError

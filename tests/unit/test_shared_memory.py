@@ -17,14 +17,14 @@ import torch.distributed as dist
 from harness import distributed
 from paths import ROOT
 
-from deepspeedlite.comm import Group, hostlink
-from deepspeedlite.comm.hostlink import SWITCH, HostLink, link_of
+from deepspeedlite.comm import Group, shared_memory
+from deepspeedlite.comm.shared_memory import SWITCH, SharedMemoryLink, link_of
 from deepspeedlite.runtime.errors import DistributedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create (Linux)")
 
 
-def link(group: Group) -> HostLink:
+def link(group: Group) -> SharedMemoryLink:
     found = link_of(group.process_group, group.rank, group.size)
     assert found is not None, "the ranks of a test are on one host"
     return found
@@ -96,7 +96,7 @@ def test_ranks_may_wait_in_different_orders() -> None:
 def test_a_rank_may_run_far_ahead_of_the_others() -> None:
     """More messages than a socket's queue holds."""
     group = Group()
-    hostlink._PATIENCE_S = 0.0
+    shared_memory._PATIENCE_S = 0.0
     link(group)
     if group.rank == 1:
         time.sleep(0.5)
@@ -105,7 +105,7 @@ def test_a_rank_may_run_far_ahead_of_the_others() -> None:
     for work in works:
         assert work is not None
         work.wait()
-    hostlink._PATIENCE_S = 1.0
+    shared_memory._PATIENCE_S = 1.0
     assert all(out[0] == i and out[16] == i + 0.5 for i, out in enumerate(outs))
 
 
@@ -125,7 +125,7 @@ def test_memory_is_used_again() -> None:
 
 
 @distributed(world_size=[2, 3])
-def test_what_is_made_in_lent_memory_is_sent_from_there() -> None:
+def test_what_is_made_in_shared_memory_is_sent_from_there() -> None:
     group = Group()
     full = group.alloc_shared(group.size * 100_000, torch.float32, torch.device("cpu"))
     full.fill_(group.rank + 1)
@@ -164,7 +164,7 @@ def test_shared_memory_is_used_again_when_it_was_read_and_dropped() -> None:
 @distributed(world_size=2)
 def test_idle_memory_above_a_limit_is_given_back() -> None:
     group, numel = Group(), 1_000_000
-    hostlink.KEPT_NBYTES = 3 * numel
+    shared_memory.KEPT_NBYTES = 3 * numel
     before = resident_shared_nbytes()
     for _ in range(3):
         full = group.alloc_shared(2 * numel, torch.float32, torch.device("cpu")).fill_(group.rank + 1)
@@ -174,8 +174,8 @@ def test_idle_memory_above_a_limit_is_given_back() -> None:
         del full
         group.barrier()
         group.all_gather_into(torch.empty(2 * 64), torch.ones(64))  # anything: blocks are looked after by the way
-        assert link(group).held_nbytes <= hostlink.KEPT_NBYTES
-        assert resident_shared_nbytes() - before <= hostlink.KEPT_NBYTES
+        assert link(group).held_nbytes <= shared_memory.KEPT_NBYTES
+        assert resident_shared_nbytes() - before <= shared_memory.KEPT_NBYTES
 
 
 def resident_shared_nbytes() -> int:
@@ -259,8 +259,8 @@ def test_one_rank_can_keep_all_on_tcp() -> None:
 @distributed(world_size=3)
 def test_a_rank_that_cannot_be_called_keeps_all_on_tcp() -> None:
     """As in containers of one kernel with networks of their own."""
-    refused = {"side_effect": ConnectionRefusedError} if dist.get_rank() == 1 else {"wraps": hostlink._call}
-    with patch.object(hostlink, "_call", **refused):
+    refused = {"side_effect": ConnectionRefusedError} if dist.get_rank() == 1 else {"wraps": shared_memory._call}
+    with patch.object(shared_memory, "_call", **refused):
         assert link_of(None, dist.get_rank(), 3) is None
 
 
@@ -344,7 +344,7 @@ def test_a_rank_that_has_ended_is_named_at_once(tmp_path: Path) -> None:
 
 
 @distributed(world_size=[2, 3])
-def test_a_lent_shard_is_gathered_without_a_copy_and_settles_before_it_is_written(world_size: int) -> None:
+def test_a_shared_shard_is_gathered_without_a_copy_and_read_before_it_is_written(world_size: int) -> None:
     group, numel = Group(), 50_000
     shard = group.alloc_shared(numel, torch.float32, torch.device("cpu"))
     before = link(group).held_nbytes

@@ -2,8 +2,8 @@
 
 A collective that some rank never calls ends, after the process group's timeout, in torch's error, which tells neither
 what was to be moved nor what the others were doing. Here every rank that fails leaves a note in the job's store, reads
-the others' notes for a few seconds, and raises one error with all of them. What a rank waits in is written to `here`,
-for notices long before that (`lookout.py`).
+the others' notes for a few seconds, and raises one error with all of them. What a rank waits in is written to
+`own_status`, for notices long before that (`stall_watch.py`).
 
 This is for gloo. On NCCL the failing collective is found by torch's watchdog thread, which ends the process.
 """
@@ -18,8 +18,8 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeedlite.comm.desk import Wait, here
-from deepspeedlite.comm.lookout import advice, condition, seen
+from deepspeedlite.comm.rank_status import Wait, own_status
+from deepspeedlite.comm.stall_watch import advice, condition, seen
 from deepspeedlite.runtime.errors import DistributedError
 
 _OTHERS_SPEAK_S = 5.0
@@ -32,7 +32,7 @@ class LabelledWork:
 
     def __init__(self, work: Any, what: str, ranks: Sequence[int]) -> None:
         self._work, self._wait = work, Wait(what, ranks)
-        here.last = self._wait
+        own_status.last = self._wait
 
     def wait(self) -> Any:
         """Wait for completion.
@@ -41,14 +41,14 @@ class LabelledWork:
             DistributedError: it failed or timed out; the message says where every rank was.
         """
         thread = get_ident()
-        before = here.waits.get(thread)
-        here.waits[thread] = self._wait
+        before = own_status.waits.get(thread)
+        own_status.waits[thread] = self._wait
         try:
             return self._work.wait()
         except (RuntimeError, OSError) as error:
             raise _explained(self._wait, error) from error
         finally:
-            here.waits[thread] = before
+            own_status.waits[thread] = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -78,12 +78,12 @@ def whereabouts(note: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _waiting(wait: Wait) -> Iterator[None]:
     thread = get_ident()
-    before = here.waits.get(thread)
-    here.waits[thread] = wait
+    before = own_status.waits.get(thread)
+    own_status.waits[thread] = wait
     try:
         yield
     finally:
-        here.waits[thread] = before
+        own_status.waits[thread] = before
 
 
 def _notes() -> Any:

@@ -1,6 +1,6 @@
 """Says who waits for whom, and where the others are, while they wait: after 30 s, and then once a minute.
 
-A thread looks every few seconds at what this process waits in. It knows by `here`, which holds the label of every
+A thread looks every few seconds at what this process waits in. It knows by `own_status`, which holds the label of every
 collective of ours that is waited for; by the main thread's Python code, where that stands still in torch.distributed or
 in a DataLoader without using the processor; and, where collectives run on a device and whoever needs a result waits, by
 a device that does not come to its end while nothing new is given to it. Training pays nothing for it.
@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm.desk import Desk, Place, Wait, here
+from deepspeedlite.comm.rank_status import RankStatus, StatusBoard, Wait, own_status
 from deepspeedlite.runtime.log import logger
 
 VARIABLE = "DEEPSPEEDLITE_STALL_NOTICE_S"
@@ -46,42 +46,42 @@ _LIBRARIES = (
     "<",
 )
 
-_LOOKOUTS: MutableMapping[Any, Lookout] = weakref.WeakKeyDictionary()
+_WATCHES: MutableMapping[Any, StallWatch] = weakref.WeakKeyDictionary()
 
 
-def look_out() -> None:
+def watch_for_stalls() -> None:
     """Have this process watched, from now to the end of torch.distributed's world; once for each world."""
     world = dist.group.WORLD
     notice_s = _notice_s()
-    if world is None or world in _LOOKOUTS or dist.get_world_size() == 1 or not notice_s:
+    if world is None or world in _WATCHES or dist.get_world_size() == 1 or not notice_s:
         return
     with contextlib.suppress(RuntimeError, AttributeError):  # a world without a store of its own
-        _LOOKOUTS[world] = Lookout(world, dist.distributed_c10d._get_default_store(), notice_s)
-        _LOOKOUTS[world].start()
+        _WATCHES[world] = StallWatch(world, dist.distributed_c10d._get_default_store(), notice_s)
+        _WATCHES[world].start()
 
 
 def leave() -> None:
     """The process ends: stop looking, while the interpreter still runs, and let others know."""
-    lookout = _current()
-    if lookout is not None:
-        lookout.leave()
+    watch = _current()
+    if watch is not None:
+        watch.leave()
 
 
 def condition(rank: int) -> str:
     """`has ended` or `is stopped`, if that is known of a rank."""
-    lookout = _current()
-    return lookout.desk.condition(rank) if lookout is not None else ""
+    watch = _current()
+    return watch.board.condition(rank) if watch is not None else ""
 
 
 def seen(rank: int) -> str:
     """Where a rank is, if that is known without asking."""
-    lookout = _current()
-    return lookout.seen(rank) if lookout is not None else ""
+    watch = _current()
+    return watch.seen(rank) if watch is not None else ""
 
 
-def _current() -> Lookout | None:
-    lookout = _LOOKOUTS.get(dist.group.WORLD) if dist.is_initialized() else None
-    return lookout if lookout is not None and lookout.pid == os.getpid() else None
+def _current() -> StallWatch | None:
+    watch = _WATCHES.get(dist.group.WORLD) if dist.is_initialized() else None
+    return watch if watch is not None and watch.pid == os.getpid() else None
 
 
 def _notice_s() -> float:
@@ -92,7 +92,7 @@ def _notice_s() -> float:
     return _NOTICE_S
 
 
-class Lookout(threading.Thread):
+class StallWatch(threading.Thread):
     """Watches this process.
 
     Args:
@@ -108,12 +108,12 @@ class Lookout(threading.Thread):
         self._on_device = "nccl" in dist.get_backend(world)
         self._notice_s, self._period_s = notice_s, notice_s / _LOOKS
         # Answers of very many ranks are spread out, and take longer.
-        self.desk = Desk(store, self._rank, self._size, self._period_s * (1 + self._size // 1024))
+        self.board = StatusBoard(store, self._rank, self._size, self._period_s * (1 + self._size // 1024))
         self._over = threading.Event()
         self._seen: dict[int, tuple[Wait, float]] = {}  # by thread, and since when
         self._standstill: tuple[Wait, Any, float] | None = None  # in code of others: what, its mark, and since when
         self._last_cpu_s = 0.0
-        self._last: Wait | None = None  # what `here.last` was when it was looked at
+        self._last: Wait | None = None  # what `own_status.last` was when it was looked at
         self._begun = 0  # how often it was another one
         self._next_notice_s = notice_s
         main = threading.main_thread().ident
@@ -122,16 +122,16 @@ class Lookout(threading.Thread):
 
     def run(self) -> None:
         """Look every few seconds."""
-        self.desk.start()
+        self.board.start()
         while not self._over.wait(self._period_s) and self._lasts():
             self._look()
-        self.desk.end()
+        self.board.end()
 
     def leave(self) -> None:
         """Stop both threads."""
         self._over.set()
-        if self.desk.is_alive():
-            self.desk.leave()
+        if self.board.is_alive():
+            self.board.leave()
         self.join(_FAREWELL_S)
 
     def _lasts(self) -> bool:
@@ -147,30 +147,30 @@ class Lookout(threading.Thread):
         self._look_at_code(now_s, frame)
         wait, since_s = self._longest()
         waited_s = now_s - since_s if wait is not None else 0.0
-        last = here.last
-        self.desk.place = Place(wait and wait.what, waited_s, at, last.what if last is not None else "")
-        self.desk.question = wait if waited_s > _QUESTION * self._period_s - 1e-3 else None
+        last = own_status.last
+        self.board.status = RankStatus(wait and wait.what, waited_s, at, last.what if last is not None else "")
+        self.board.question = wait if waited_s > _QUESTION * self._period_s - 1e-3 else None
         if wait is None or waited_s < self._notice_s:
             self._next_notice_s = self._notice_s
         elif waited_s >= self._next_notice_s:
             self._next_notice_s += _AGAIN * self._notice_s
-            if wait.is_told and not self.desk.is_spoken_for:
+            if wait.is_told and not self.board.is_spoken_for:
                 logger.warning(self.account(wait, waited_s, at))
 
     def _look_at_threads(self, now_s: float) -> None:
         seen = {}
-        for thread, wait in list(here.waits.items()):
+        for thread, wait in list(own_status.waits.items()):
             if wait is not None:
                 before = self._seen.get(thread)
                 seen[thread] = before if before is not None and before[0] is wait else (wait, now_s)
         self._seen = seen
 
     def _look_at_code(self, now_s: float, frame: FrameType | None) -> None:
-        """Whether the main thread stands still in code that says nothing to `here`."""
+        """Whether the main thread stands still in code that says nothing to `own_status`."""
         what = _waiting_code(frame) if self._is_idle() else None
         mark: Any = what
-        if self._last is not here.last:
-            self._last, self._begun = here.last, self._begun + 1
+        if self._last is not own_status.last:
+            self._last, self._begun = own_status.last, self._begun + 1
         if what is None and self._on_device and self._last is not None:
             mark = self._begun, self._device_mark()
             name = f"its device to end what it was given, the last collective of which is {self._last.what}"
@@ -206,7 +206,7 @@ class Lookout(threading.Thread):
     def _code(self) -> tuple[str, FrameType | None]:
         """Where the thread that trains is, and its innermost frame."""
         frames = sys._current_frames()
-        frame = frames.get(self._main if self._main in here.waits else next(iter(here.waits), self._main))
+        frame = frames.get(self._main if self._main in own_status.waits else next(iter(own_status.waits), self._main))
         return _described(frame), frame
 
     # --- saying -----------------------------------------------------------------------------------------------------
@@ -224,23 +224,23 @@ class Lookout(threading.Thread):
 
     def seen(self, rank: int) -> str:
         """Where a rank is, as far as it has said so lately, or its process shows; else empty."""
-        place = self.desk.of(rank)
-        if (known := self.desk.condition(rank)) or place is None:
+        status = self.board.of(rank)
+        if (known := self.board.condition(rank)) or status is None:
             return known
-        if place.waits_in is not None:
-            return f"waits in {place.waits_in}"
-        last = f"; its last collective was {place.last}" if place.last else ""
-        return f"waits in no collective, but is at {place.at}{last}"
+        if status.waits_in is not None:
+            return f"waits in {status.waits_in}"
+        last = f"; its last collective was {status.last}" if status.last else ""
+        return f"waits in no collective, but is at {status.at}{last}"
 
     def _whereabouts(self, rank: int, wait: Wait) -> str:
         if found := self.seen(rank):
             return f"waits {_TOO}" if found == f"waits in {wait.what}" else found
-        late_s = time.monotonic() - self.desk.heard_s
+        late_s = time.monotonic() - self.board.heard_s
         if late_s > _LOOKS * self._period_s:
             return (
                 f"cannot be asked: the job's store, which rank 0 hosts as a rule, has not answered for {late_s:.0f} s"
             )
-        silent_s = self.desk.silence_s(rank)
+        silent_s = self.board.silence_s(rank)
         how_long = "nothing since it was asked" if silent_s is None else f"nothing for {silent_s:.0f} s"
         return f"has said {how_long}: it is stopped, has ended, or is in native code that holds Python's lock"
 

@@ -1,14 +1,14 @@
-"""Meetings: a call that a user may make on one rank alone finds out, within seconds, whether the other ranks come too.
+"""A call that a user may make on one rank alone finds out, within seconds, whether the other ranks come too.
 
 A gather that one rank starts and another never joins waits for the process group's time limit, or pairs up with the
 gather of something else. So calls that are made outside of the training loop, such as `state_dict()`, meet in the job's
 store first. Nothing is communicated by a rank that is left alone.
 
-[Note: who has met]
+[Note: who is present]
 Per call and group there is one counter. Whoever comes adds one to it; the one that makes it a multiple of the group's
 size is the last and opens the door, a key of that meeting's number. A rank that has waited long enough takes its one
 back by a compare-and-set, which fails if anybody came meanwhile: so a rank cannot leave a meeting that is complete, and
-nobody is paired with one that has left. A late rank finds the place empty and waits for the next meeting of that name.
+nobody is paired with one that has left. A late rank finds nobody and waits for the next meeting of that name.
 
 [Note: who waits where]
 Ranks may wait for each other in different meetings: one asks for a part's state dict by itself, while the others have
@@ -36,7 +36,9 @@ _PAUSES_S = (0.001, 0.1)  # between two looks at the door: at first, at last
 _LOOKED_AT = 8  # ranks whose whereabouts are read
 
 
-def meet(ranks: Sequence[int], call: str, key: str, weight: int = 0, patience_s: float | None = None) -> list[int]:
+def absent_ranks(
+    ranks: Sequence[int], call: str, key: str, weight: int = 0, patience_s: float | None = None
+) -> list[int]:
     """Wait until every rank has made this call, but no longer than `patience_s`, or `PATIENCE_S`.
 
     Args:
@@ -51,7 +53,7 @@ def meet(ranks: Sequence[int], call: str, key: str, weight: int = 0, patience_s:
     """
     name = f"{_short(str(list(ranks)))}/{_short(key)}"
     try:
-        return _Meeting(ranks, call, (weight, name)).join(PATIENCE_S if patience_s is None else patience_s)
+        return _RollCall(ranks, call, (weight, name)).join(PATIENCE_S if patience_s is None else patience_s)
     except RuntimeError as error:  # the store has gone, and with it the rank that holds it
         logger.debug("the job's store does not answer: %s", error)
         return [rank for rank in ranks if rank != dist.get_rank()]
@@ -61,18 +63,18 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-class _Meeting:
+class _RollCall:
     """One rank's coming to a call."""
 
-    def __init__(self, ranks: Sequence[int], call: str, place: tuple[int, str]) -> None:
-        self._size, self._me, self._call, self._place = len(ranks), dist.get_rank(), call, place
+    def __init__(self, ranks: Sequence[int], call: str, position: tuple[int, str]) -> None:
+        self._size, self._me, self._call, self._position = len(ranks), dist.get_rank(), call, position
         self._others = [rank for rank in ranks if rank != self._me]
         store = dist.distributed_c10d._get_default_store()
-        self._store: Any = dist.PrefixStore(f"deepspeedlite/meet/{place[1]}", store)
-        self._places: Any = dist.PrefixStore(f"deepspeedlite/meet/{place[1].split('/')[0]}/at", store)
+        self._store: Any = dist.PrefixStore(f"deepspeedlite/roll_call/{position[1]}", store)
+        self._positions: Any = dist.PrefixStore(f"deepspeedlite/roll_call/{position[1].split('/')[0]}/at", store)
 
     def join(self, patience_s: float) -> list[int]:
-        """See `meet`."""
+        """See `absent_ranks`."""
         come = self._store.add("come", 1)
         number = (come - 1) // self._size + 1
         if come == number * self._size:
@@ -80,9 +82,9 @@ class _Meeting:
             self._store.delete_key(f"open {number - 1}")  # all who waited for that one are here
             return []
         self._store.set(str(self._me), f"{number} {time.time()}")
-        self._places.set(str(self._me), "{} {}".format(*self._place))
+        self._positions.set(str(self._me), "{} {}".format(*self._position))
         opened = self._opens(f"open {number}", patience_s) or not self._withdraw(number * self._size)
-        self._places.set(str(self._me), "")
+        self._positions.set(str(self._me), "")
         return [] if opened else [rank for rank in self._others if not self._came(rank, number)] or self._others
 
     def _opens(self, door: str, patience_s: float) -> bool:
@@ -102,8 +104,8 @@ class _Meeting:
     def _is_outweighed(self) -> bool:
         """Whether another rank waits in a weightier call, and so will not come here first."""
         for rank in self._others[:_LOOKED_AT]:
-            said = self._places.get(str(rank)).decode().split() if self._places.check([str(rank)]) else []
-            if said and (int(said[0]), said[1]) > self._place:
+            said = self._positions.get(str(rank)).decode().split() if self._positions.check([str(rank)]) else []
+            if said and (int(said[0]), said[1]) > self._position:
                 return True
         return False
 

@@ -14,41 +14,40 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.comm import Group
-from deepspeedlite.comm import meet as meetings
+from deepspeedlite.comm import Group, roll_call
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.zero import GatheredParameters
 
 
 @contextlib.contextmanager
 def patience(seconds: float):
-    before = meetings.PATIENCE_S, meetings._NOTICE_S
-    meetings.PATIENCE_S, meetings._NOTICE_S = seconds, seconds / 2
+    before = roll_call.PATIENCE_S, roll_call._NOTICE_S
+    roll_call.PATIENCE_S, roll_call._NOTICE_S = seconds, seconds / 2
     try:
         yield
     finally:
-        meetings.PATIENCE_S, meetings._NOTICE_S = before
+        roll_call.PATIENCE_S, roll_call._NOTICE_S = before
 
 
 @distributed(world_size=3)
 def test_ranks_meet_or_hear_who_is_missing():
     group, me = Group(), dist.get_rank()
     for _ in range(3):
-        assert group.meet("call()", "one", weight=1) == ""
+        assert group.roll_call("call()", "one", weight=1) == ""
     with patience(0.4):
         if me != 1:
-            assert group.meet("call()", "one", weight=1) == "rank 1"
+            assert group.roll_call("call()", "one", weight=1) == "rank 1"
         dist.barrier()
         if me == 1:  # too late: there is nobody any more
-            assert group.meet("call()", "one", weight=1) == "rank 0, 2"
+            assert group.roll_call("call()", "one", weight=1) == "rank 0, 2"
         dist.barrier()
-    assert group.meet("call()", "one", weight=1) == ""  # and nothing is left of it
+    assert group.roll_call("call()", "one", weight=1) == ""  # and nothing is left of it
     with patience(0.3):
-        assert group.meet("call()", f"another of {me}") != ""
+        assert group.roll_call("call()", f"another of {me}") != ""
         pair = Group(dist.new_group([0, 2])) if me != 1 else dist.new_group([0, 2])
         if me != 1:
-            assert pair.meet("call()", "one") == ""
-    assert group.meet("call()", "one", weight=1) == ""
+            assert pair.roll_call("call()", "one") == ""
+    assert group.roll_call("call()", "one", weight=1) == ""
 
 
 @distributed(world_size=2)
@@ -61,13 +60,13 @@ def test_of_two_calls_that_wait_for_each_other_the_lighter_is_given_up():
             time.sleep(0.3)
         start = time.monotonic()
         if me == 0:
-            assert group.meet("part()", f"part {late}", weight=1) == "rank 1"
+            assert group.roll_call("part()", f"part {late}", weight=1) == "rank 1"
             assert time.monotonic() - start < 2
-        assert group.meet("whole()", "whole", weight=2) == ""
+        assert group.roll_call("whole()", "whole", weight=2) == ""
     if me == 0:
         start = time.monotonic()
-        assert group.meet("part()", "part 0", weight=1) == "rank 1"
-        assert time.monotonic() - start < meetings.PATIENCE_S - 1
+        assert group.roll_call("part()", "part 0", weight=1) == "rank 1"
+        assert time.monotonic() - start < roll_call.PATIENCE_S - 1
 
 
 @distributed(world_size=3)
@@ -80,7 +79,7 @@ def test_whoever_meets_does_so_with_all():
         for _ in range(40):
             time.sleep(draw.random() * 0.08)
             start = time.monotonic()
-            if not group.meet("call()", "at random"):
+            if not group.roll_call("call()", "at random"):
                 met.append((start, time.monotonic()))
     everyone = group.all_gather_objects(met)
     assert len({len(each) for each in everyone}) == 1 and 0 < len(met) < 40

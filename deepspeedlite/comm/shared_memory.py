@@ -13,7 +13,7 @@ A block is a memfd: it has no name that could be left behind or taken, no limit 
 rank sent stays readable after that rank has ended.
 
 [Note: when a block is used again]
-When all others have said that they have read it, and no tensor of it is left of it. So that few blocks are
+When all others have said that they have read it, and no tensor is left of it. So that few blocks are
 needed, whatever has come is read whenever something is started or waited for, also for exchanges that nobody waits for
 yet, and a rank of whose blocks `_MOST_IN_USE` are filled, not shared and unread lets the others catch up before it
 takes another. It waits for them only so long: ranks that start exchanges in different orders might wait for each other
@@ -79,10 +79,10 @@ _CONNECT_TIMEOUT_S = 30.0
 Ticket = tuple[int, int]
 """A tag and how often it has been used before: what ranks must agree on for their pieces to meet."""
 
-_LINKS: weakref.WeakKeyDictionary[Any, HostLink | None] = weakref.WeakKeyDictionary()
+_LINKS: weakref.WeakKeyDictionary[Any, SharedMemoryLink | None] = weakref.WeakKeyDictionary()
 
 
-def link_of(process_group: dist.ProcessGroup | None, rank: int, size: int) -> HostLink | None:
+def link_of(process_group: dist.ProcessGroup | None, rank: int, size: int) -> SharedMemoryLink | None:
     """The link of a gloo process group; None where its ranks cannot share memory. Collective the first time."""
     process_group = process_group or dist.distributed_c10d._get_default_group()
     if process_group not in _LINKS:
@@ -133,7 +133,7 @@ class _Block:
             self.touched_nbytes = 0
 
 
-class HostLink:
+class SharedMemoryLink:
     """Sends pieces to and reads pieces from every other rank of a group.
 
     Args:
@@ -409,9 +409,9 @@ class HostLink:
 
 @dataclass(eq=False)
 class _Exchange:
-    """Pieces on their way; the arguments of `HostLink.exchange`."""
+    """Pieces on their way; the arguments of `SharedMemoryLink.exchange`."""
 
-    link: HostLink
+    link: SharedMemoryLink
     own: torch.Tensor
     expect: Sequence[torch.Tensor]
     ticket: Ticket
@@ -435,7 +435,7 @@ def _purpose(what: str) -> int:
     return zlib.crc32(what.encode())
 
 
-def _connect(process_group: Any, rank: int, size: int) -> HostLink | None:
+def _connect(process_group: Any, rank: int, size: int) -> SharedMemoryLink | None:
     """A link, if every rank can have one; alike on all ranks."""
     listener, card = _listen(size)
     cards: list[Any] = [None] * size
@@ -459,7 +459,7 @@ def _connect(process_group: Any, rank: int, size: int) -> HostLink | None:
     with listener:
         _answer(listener, card[2], peers, size)
     timeout = process_group._get_backend(torch.device("cpu")).options._timeout
-    return HostLink(rank, peers, timeout.total_seconds() if isinstance(timeout, timedelta) else 1800.0)
+    return SharedMemoryLink(rank, peers, timeout.total_seconds() if isinstance(timeout, timedelta) else 1800.0)
 
 
 def _listen(size: int) -> tuple[socket.socket | None, tuple[str, bytes, bytes] | None]:

@@ -1,7 +1,7 @@
 """Where every rank is, told through the job's store once some rank has waited long.
 
 A rank that waits puts up a question; every rank looks for one now and then and, while there is one, writes down its own
-place. The keys are overwritten, nothing is written while nobody asks, and a rank that waits for the same as one with a
+status. The keys are overwritten, nothing is written while nobody asks, and a rank that waits for the same as one with a
 lower number leaves it to that one to read all answers. What cannot answer is looked for as a process, on the same host.
 
 This has a thread of its own, with its own connection to the store: an operation takes for good when rank 0, which
@@ -41,18 +41,18 @@ class Wait(NamedTuple):
     is_told: bool = True  # False: whoever waits says so by itself
 
 
-class Here:
-    """What this process waits in. Training writes it at every wait, and only the lookout's thread reads it."""
+class OwnStatus:
+    """What this process waits in. Training writes it at every wait, and only the watch's thread reads it."""
 
     def __init__(self) -> None:
         self.waits: dict[int, Wait | None] = {}  # by thread
         self.last: Wait | None = None  # the collective that was begun last
 
 
-here = Here()
+own_status = OwnStatus()
 
 
-class Place(NamedTuple):
+class RankStatus(NamedTuple):
     """Where a rank is."""
 
     waits_in: str | None = None
@@ -62,7 +62,7 @@ class Place(NamedTuple):
     sees: Mapping[str, str] = MappingProxyType({})  # which other ranks of its host have ended, or are stopped
 
 
-class Process(NamedTuple):
+class RankProcess(NamedTuple):
     """A rank's process. `home` names the place where its number means something."""
 
     host: str
@@ -71,7 +71,7 @@ class Process(NamedTuple):
     started: str
 
     @classmethod
-    def own(cls) -> Process:
+    def own(cls) -> RankProcess:
         """This one."""
         home = ""
         with contextlib.suppress(OSError):
@@ -107,7 +107,7 @@ def _is_file(store: dist.Store) -> bool:
     return isinstance(store, dist.FileStore)
 
 
-class Desk(threading.Thread):
+class StatusBoard(threading.Thread):
     """One rank's side of it.
 
     Args:
@@ -120,20 +120,20 @@ class Desk(threading.Thread):
     def __init__(self, store: dist.Store, rank: int, size: int, period_s: float) -> None:
         super().__init__(name="deepspeedlite: tells where this rank is", daemon=True)
         self._store, self._rank, self._period_s = store, rank, period_s
-        self._process = Process.own()
+        self._process = RankProcess.own()
         self._prefix("who").set(str(rank), json.dumps(self._process))
         self._over = threading.Event()
         self._is_left = False
         self._token = ""
         self._rounds = itertools.count()
-        self._heard: dict[int, tuple[int, float, Place]] = {}  # number of the answer, when it came, what it says
+        self._heard: dict[int, tuple[int, float, RankStatus]] = {}  # number of the answer, when it came, what it says
         self._left: set[int] = set()
         self._told: dict[str, str] = {}  # by rank, what others have seen of it
-        self._processes: dict[int, Process] = {}
+        self._processes: dict[int, RankProcess] = {}
         # In time: rank 0 hosts the store, as a rule, and a failure leaves no time to ask who it was.
         self._known = range(size) if size <= _ALL_KNOWN else range(1)
-        self.place = Place()
-        """Where this rank is; its lookout keeps it."""
+        self.status = RankStatus()
+        """Where this rank is; its watch keeps it."""
         self.question: Wait | None = None
         """What this rank waits in, once it asks the others."""
         self.is_spoken_for = False
@@ -142,7 +142,7 @@ class Desk(threading.Thread):
         """When the store last answered."""
 
     def _prefix(self, what: str) -> Any:
-        return dist.PrefixStore(f"deepspeedlite/places/{what}", self._store)
+        return dist.PrefixStore(f"deepspeedlite/status/{what}", self._store)
 
     def run(self) -> None:
         """Until `leave` or `end`."""
@@ -186,7 +186,7 @@ class Desk(threading.Thread):
             return
         token = asks.get(_ASKED).decode()
         seen = {str(rank): seen for rank in list(self._processes) if (seen := self._look_at(rank))}
-        answers.set(str(self._rank), json.dumps([token, next(self._rounds), self.place._replace(sees=seen)]))
+        answers.set(str(self._rank), json.dumps([token, next(self._rounds), self.status._replace(sees=seen)]))
         if question is not None:
             self.is_spoken_for = self._read(answers, token, question)
 
@@ -200,9 +200,9 @@ class Desk(threading.Thread):
             if answer == _LEFT:
                 self._left.add(rank)
             elif answer is not None:
-                asked, number, place = json.loads(answer)
+                asked, number, status = json.loads(answer)
                 if asked == token and self._heard.get(rank, (-1,))[0] != number:
-                    self._heard[rank] = number, time.monotonic(), Place(*place)
+                    self._heard[rank] = number, time.monotonic(), RankStatus(*status)
                 there = self.of(rank)
                 if rank < self._rank and there is not None and there.waits_in == question.what:
                     return True
@@ -214,12 +214,12 @@ class Desk(threading.Thread):
     def _look_up(self, rank: int) -> None:
         who = self._prefix("who")
         if rank not in self._processes and who.check([str(rank)]):
-            self._processes[rank] = Process(*json.loads(who.get(str(rank))))
+            self._processes[rank] = RankProcess(*json.loads(who.get(str(rank))))
 
-    def of(self, rank: int) -> Place | None:
+    def of(self, rank: int) -> RankStatus | None:
         """Where a rank has said it is, if it has lately."""
-        _, heard_s, place = self._heard.get(rank, (0, -1e9, None))
-        return place if heard_s > time.monotonic() - _SILENT_ROUNDS * self._period_s else None
+        _, heard_s, status = self._heard.get(rank, (0, -1e9, None))
+        return status if heard_s > time.monotonic() - _SILENT_ROUNDS * self._period_s else None
 
     def condition(self, rank: int) -> str:
         """`has ended`, `is stopped` and the like, as far as can be known; else empty."""
