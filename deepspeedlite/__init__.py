@@ -16,8 +16,8 @@ from deepspeedlite.compat.drop_in.finder import name_of, serve
 
 if TYPE_CHECKING:
     from deepspeedlite.comm import init_distributed
-    from deepspeedlite.engine import DeepSpeedEngine
-    from deepspeedlite.factory import add_config_arguments, initialize
+    from deepspeedlite.compat.engine import DeepSpeedEngine
+    from deepspeedlite.compat.initialize import add_config_arguments, initialize
     from deepspeedlite.optim.lr_schedules import add_tuning_arguments
 
 _OWN = ("config", "errors")

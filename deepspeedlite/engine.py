@@ -23,23 +23,21 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.consolidate import GivesWeights
 from deepspeedlite.checkpoint.coordination import Ranks
 from deepspeedlite.checkpoint.load import Loader, LoadOptions
 from deepspeedlite.checkpoint.save import Saver
 from deepspeedlite.comm import Group
-from deepspeedlite.compat.engine_accessors import ABSENT, EngineAccessors
-from deepspeedlite.config import BatchSizes, DeepSpeedConfig, solve_batch
-from deepspeedlite.data.loader import build_dataloader
+from deepspeedlite.config import BatchSizes, DeepSpeedConfig
+from deepspeedlite.data.loader import LoaderOptions
 from deepspeedlite.metrics.train_log import StepReport, TrainLog
 from deepspeedlite.offload.offload_states import OffloadedStates, states_of
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.optim.step import ShardedOptimizer
-from deepspeedlite.parallel.replica import Replica
+from deepspeedlite.parallel.replica import Replica, Tie, groups_of
 from deepspeedlite.passes import note_clearing, note_hidden, note_losses
 from deepspeedlite.runtime.device import Device
-from deepspeedlite.runtime.errors import ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_once, logger
 from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
@@ -50,7 +48,6 @@ from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher, tensors_in
 from deepspeedlite.zero.state_dicts import StateDicts
 
-ROUTE_TRAIN = "train"
 STEPPED = "optimizer.step() has taken this step: leave it out, for engine.step() also counts and moves the schedule"
 NO_PASS = (
     "there was no backward pass since the last one; a rank that has no data calls engine.backward on a loss "
@@ -58,9 +55,9 @@ NO_PASS = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class EngineParts:
-    """What `initialize` builds and an engine runs on."""
+    """What `factory` builds and an engine runs on."""
 
     config: DeepSpeedConfig
     batch: BatchSizes
@@ -70,7 +67,7 @@ class EngineParts:
     precision: Precision
     scaler: LossScaler
     reducer: GradReducer
-    optimizer: ShardedOptimizer | None
+    optimizer: ShardedOptimizer | None  # None: the engine only computes
     lr_scheduler: Any
     train_log: TrainLog
     lease: Lease
@@ -80,14 +77,32 @@ class EngineParts:
     offload: Offload = field(default_factory=Offload)
     replica: Replica = field(default_factory=Replica)  # the ranks that hold one copy of the model together
     mpu: Any = None
-    collate_fn: Callable[..., Any] | None = None
+    loading: LoaderOptions = field(default_factory=LoaderOptions)  # of every loader that the engine makes
+    training_dataloader: Any = None
 
 
-class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
-    """A model with its optimizer, precision, accumulation and data-parallel average. Made by `initialize`.
+class Engine(torch.nn.Module):
+    """A model with its optimizer, precision, accumulation and data-parallel average. Made by `factory.build_engine`.
 
-    Attributes that the engine does not have are looked up on the wrapped `module`.
+    Attributes that the engine does not have are looked up on the wrapped `module`. The class methods tell the factory
+    what an engine for a special kind of model needs; see `parallel/pipe/engine.py`.
     """
+
+    optimizer_class = ShardedOptimizer
+
+    @classmethod
+    def mpu_of(cls, model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
+        """The Megatron-style object that tells of process groups, and its groups."""
+        return mpu, *groups_of(mpu)
+
+    @classmethod
+    def prepare(cls, model: torch.nn.Module, config: DeepSpeedConfig) -> None:
+        """Tell the model what the configuration says of it, before its parameters are looked at."""
+
+    @classmethod
+    def ties_of(cls, model: torch.nn.Module) -> Sequence[Tie]:
+        """Its modules that have copies on other ranks, in an order that those agree on."""
+        return ()
 
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__()
@@ -95,8 +110,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         self.optimizer = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
         self.mpu = parts.mpu
-        self.collate_fn = parts.collate_fn
-        self.training_dataloader: Any = None
+        self.training_dataloader = parts.training_dataloader
         self._parts = parts
         self._batch = parts.batch
         self._reducer = parts.reducer
@@ -115,15 +129,13 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         self.global_samples = 0
         self.skipped_steps = 0
         self._window_steps = 0  # micro-steps since the last boundary
-        self._forced_boundary: bool | None = None
+        self._forced_boundary: bool | None = None  # what a script says of the coming micro-steps, over the count
         self._in_no_sync = False
-        self._loss_is_scaled = False
+        self._loss_is_scaled = False  # the loss of the coming backward pass carries loss scale and share of the batch
         self._passes_since_step = self._losses_since_step = 0
         self._step_applied = False
         self._destroyed = False
         self._offloaded: OffloadedStates | None = None
-        if self.optimizer is not None:
-            self.optimizer.names_of = lambda: {id(param): name for name, param in module.named_parameters()}
         self._attached = Attached(module)
         ranks = Ranks()
         self._saver, self._loader = Saver(self, ranks), Loader(self, ranks)
@@ -135,9 +147,13 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             module = self.__dict__.get("_modules", {}).get("module")
             if module is not None and hasattr(module, name):
                 return getattr(module, name)
-            if name in ABSENT:
-                raise AttributeError(f"DeepSpeedEngine has no {name}: {ABSENT[name]}") from None
             raise
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise EngineStateError("an engine cannot be copied: copy what it trains, engine.module")
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise EngineStateError("an engine cannot be pickled: save engine.module, or engine.save_checkpoint(...)")
 
     # --- the training loop ----------------------------------------------------------------------------------------
 
@@ -253,7 +269,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         self._window_steps = 0 if boundary else self._window_steps + 1
         self._train_log.end_micro_step(boundary)
         if boundary:
-            self._train_log.after_step(self._report())
+            self._train_log.after_step(self._report(self.optimizer))
 
     def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
         self._attached.verify_trained(optimizer.dormant)
@@ -267,16 +283,14 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
         if self.lr_scheduler is not None:
             self.lr_scheduler.step(**lr_kwargs)
 
-    def _report(self) -> StepReport:
-        norm = self.get_global_grad_norm() if self._train_log.writes_norm else None
+    def _report(self, optimizer: ShardedOptimizer) -> StepReport:
         return StepReport(
-            self.global_steps,
-            self.global_samples,
-            self.skipped_steps,
-            self.get_lr(),
-            self.get_mom(),
-            self._scaler.scale,
-            norm,
+            global_steps=self.global_steps,
+            global_samples=self.global_samples,
+            skipped_steps=self.skipped_steps,
+            param_groups=optimizer.param_groups,
+            loss_scale=self._scaler.scale,
+            grad_norm=optimizer.grad_norm() if self._train_log.writes_norm else None,
         )
 
     # --- backward passes ------------------------------------------------------------------------------------------
@@ -286,7 +300,7 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             note_hidden(self._parts.plan.stage)
         self._passes_since_step += 1
         if self.optimizer is not None:
-            self.optimizer.stepped_alone = False
+            self.optimizer.note_backward()
         scale = 1.0 if self._loss_is_scaled else self._scaler.scale / self._batch.accumulation
         if not self._loss_is_scaled and self._parts.precision.needs_loss_scale:
             log_once(
@@ -322,10 +336,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             return self._forced_boundary
         return self._window_steps + 1 >= self._batch.accumulation
 
-    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say."""
-        self._forced_boundary = is_boundary
-
     @contextmanager
     def no_sync(self) -> Iterator[None]:
         """Backward passes in this context only accumulate; `step` is not allowed in it."""
@@ -336,16 +346,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
             yield
         finally:
             self._in_no_sync = False
-
-    def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
-        """Compile the module with `torch.compile`.
-
-        Raises:
-            UnsupportedError: at stage 3, where parameters come and go in hooks that a compiled graph does not keep.
-        """
-        if self._parts.plan.shard_params:
-            raise UnsupportedError("engine.compile at stage 3 is not in this release; use stage 0, 1 or 2")
-        self.module.compile(**({"backend": backend} if backend else {}), **(compile_kwargs or {}))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients accumulated since the last step. `step` does this by itself."""
@@ -368,113 +368,6 @@ class DeepSpeedEngine(torch.nn.Module, GivesWeights, EngineAccessors):
     def config(self) -> dict[str, Any]:
         """The configuration as it was given."""
         return self._parts.config.raw
-
-    def was_step_applied(self) -> bool:
-        """Whether the last `step()` updated the parameters: a boundary that did not overflow."""
-        return self._step_applied
-
-    def get_global_grad_norm(self) -> float | None:
-        """The 2-norm of the last step's averaged gradients before clipping.
-
-        Available until the next backward pass, and beyond it where clipping or fp16 measured it anyway; else None.
-        """
-        return self.optimizer.grad_norm() if self.optimizer is not None else None
-
-    def train_batch_size(self) -> int:
-        """Samples per optimizer step over all ranks."""
-        return self._batch.train
-
-    def train_micro_batch_size_per_gpu(self) -> int:
-        """Samples per forward pass of one rank."""
-        return self._batch.micro
-
-    def gradient_accumulation_steps(self) -> int:
-        """Micro-steps per optimizer step."""
-        return self._batch.accumulation
-
-    def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change the batch by changing the accumulation steps; the micro-batch stays.
-
-        Raises:
-            EngineStateError: in the middle of an accumulation window.
-            ConfigError: it is not a multiple of micro-batch times ranks.
-        """
-        if self._reducer.has_grads:
-            raise EngineStateError("set_train_batch_size in the middle of a batch; call it after a step")
-        world = self._parts.group.size
-        if train_batch_size < 1 or train_batch_size % (self._batch.micro * world):
-            raise ConfigError(
-                f"train_batch_size={train_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
-                f"({self._batch.micro}) x world size ({world}) = {self._batch.micro * world}"
-            )
-        self._batch = solve_batch(train_batch_size, self._batch.micro, None, world)
-        self._train_log.throughput.batch_size = train_batch_size
-
-    def get_lr(self) -> list[float]:
-        """The learning rate of each param group."""
-        return [group["lr"] for group in self.optimizer.param_groups] if self.optimizer is not None else []
-
-    def get_mom(self) -> list[Any]:
-        """The momentum, or the betas, of each param group."""
-        groups = self.optimizer.param_groups if self.optimizer is not None else []
-        return [group.get("betas", group.get("momentum", 0.0)) for group in groups]
-
-    def zero_optimization_stage(self) -> int:
-        """The ZeRO stage in force."""
-        return self._parts.plan.stage
-
-    def zero_optimization(self) -> bool:
-        """Whether any model state is sharded."""
-        return self._parts.plan.stage > 0
-
-    def fp16_enabled(self) -> bool:
-        """Whether the model computes in fp16."""
-        return self._parts.precision.model_dtype is torch.float16
-
-    def bfloat16_enabled(self) -> bool:
-        """Whether the model computes in bf16."""
-        return self._parts.precision.model_dtype is torch.bfloat16
-
-    def gradient_clipping(self) -> float:
-        """The norm that gradients are clipped to; 0 where they are not."""
-        return self._parts.config.gradient_clipping
-
-    # --- data and life cycle --------------------------------------------------------------------------------------
-
-    def deepspeed_io(
-        self,
-        dataset: Any,
-        batch_size: int | None = None,
-        route: str = ROUTE_TRAIN,
-        pin_memory: bool | None = None,
-        data_sampler: Any = None,
-        collate_fn: Callable[..., Any] | None = None,
-        num_local_io_workers: int | None = None,
-    ) -> Any:
-        """A loader that gives this rank its part of `dataset`.
-
-        Args:
-            dataset: a torch map-style or iterable dataset.
-            batch_size: samples per batch of this rank; the micro-batch if None.
-            route: `train` shuffles; `eval` and `predict` keep the order.
-            pin_memory: copy batches to page-locked memory; on a GPU by default.
-            data_sampler: replaces the distributed sampler.
-            collate_fn: as torch's DataLoader takes it.
-            num_local_io_workers: worker processes; 0 by default.
-        """
-        return build_dataloader(
-            dataset,
-            batch_size or self._batch.micro,
-            rank=self._parts.group.rank,
-            world_size=self._parts.group.size,
-            collate_fn=collate_fn or self.collate_fn,
-            drop_last=self._parts.config.dataloader_drop_last,
-            split_iterable=self._parts.config.dataloader_split_iterable,
-            num_workers=num_local_io_workers or 0,
-            pin_memory=self.device.type == "cuda" if pin_memory is None else pin_memory,
-            shuffle=route == ROUTE_TRAIN,
-            sampler=data_sampler,
-        )
 
     # --- checkpoints ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""From a model and a configuration to an engine: `initialize` and the functions that build its parts.
+"""From a model and a configuration to an engine: `build_engine` and the functions that build its parts.
 
 Every part is built by a function below, in the order in which they depend on each other: configuration, process
 group, batch sizes, device and precision, optimizer, units and step, schedule, loader.
@@ -7,35 +7,31 @@ group, batch sizes, device and precision, optimizer, units and step, schedule, l
 from __future__ import annotations
 
 import json
-import os
 import sys
-from argparse import ArgumentParser
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group
-from deepspeedlite.compat.stage3_names import ParameterOffload, describe_whole
-from deepspeedlite.config import DeepSpeedConfig, load_config
+from deepspeedlite.config import BatchSizes, DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
-from deepspeedlite.engine import DeepSpeedEngine, EngineParts
+from deepspeedlite.data.loader import DeepSpeedDataLoader, LoaderOptions
+from deepspeedlite.engine import Engine, EngineParts
 from deepspeedlite.metrics.train_log import TrainLog
 from deepspeedlite.offload.options import Offload, make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
-from deepspeedlite.optim.precision import DTYPES, LossScaler, Precision
+from deepspeedlite.optim.precision import LossScaler, Precision
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
-from deepspeedlite.optim.step import ShardedOptimizer, StepSettings
-from deepspeedlite.parallel.pipe.engine import PipelineEngine
-from deepspeedlite.parallel.pipe.module import PipelineModule, ties_of
-from deepspeedlite.parallel.replica import Replica, groups_of
+from deepspeedlite.optim.step import StepSettings
+from deepspeedlite.parallel.replica import Replica, Tie
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once
-from deepspeedlite.utils import groups
+from deepspeedlite.runtime.tensors import dtype_named
 from deepspeedlite.zero.flat_params import FlatParams, make_whole, owner_of
 from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
@@ -58,120 +54,49 @@ from deepspeedlite.zero.wrap import (
 )
 
 Parameters = Iterable[Any]
+_E = TypeVar("_E", bound=Engine)
 
 
-def initialize(
-    args: Any = None,
-    model: torch.nn.Module | None = None,
-    optimizer: torch.optim.Optimizer | Callable[[Parameters], torch.optim.Optimizer] | None = None,
-    model_parameters: Parameters | None = None,
-    training_data: Any = None,
-    lr_scheduler: Any = None,
-    distributed_port: int = 29500,
-    mpu: Any = None,
-    dist_init_required: bool | None = None,
-    collate_fn: Callable[..., Any] | None = None,
-    config: str | os.PathLike[str] | dict[str, Any] | None = None,
-    mesh_param: Sequence[int] | None = None,
-    config_params: str | os.PathLike[str] | dict[str, Any] | None = None,
-) -> tuple[DeepSpeedEngine, Any, Any, Any]:
-    """Make a training engine of a model.
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a script hands over besides model and configuration; see `compat.initialize`."""
 
-    Args:
-        args: parsed command line; its `deepspeed_config` is used where `config` is not given.
-        model: the module to train. It is moved to this rank's device, cast to the configured precision, and its
-            parameters become views of flat buffers.
-        optimizer: an elementwise torch optimizer over the model's parameters, or a callable that makes one from them;
-            the configuration's if None.
-        model_parameters: what to train: tensors, (name, tensor) pairs, a generator of either, or param-group dicts; all
-            parameters that require grad if None.
-        training_data: a dataset; the returned loader gives each rank its part.
-        lr_scheduler: a schedule, or a callable that makes one from the optimizer; the configuration's if None.
-        distributed_port: port of rank 0 for start-ups that do not name one.
-        mpu: a Megatron-style object whose data-parallel and model-parallel groups are honoured; see
-            `zero.replica.groups_of`.
-        dist_init_required: False: torch.distributed must be initialised already; None: initialise it if it is not.
-        collate_fn: for the loader of `training_data`.
-        config: path, dict or base64 of the JSON configuration.
-        mesh_param: (data-parallel size, sequence-parallel size); only a sequence-parallel size of 1 is supported.
-        config_params: an older name of `config`.
+    optimizer: torch.optim.Optimizer | Callable[[Parameters], torch.optim.Optimizer] | None = None
+    model_parameters: Parameters | None = None
+    lr_scheduler: Any = None
+    mpu: Any = None
+    mesh: Sequence[int] | None = None  # (data-parallel size, sequence-parallel size)
+    training_data: Any = None
+    collate_fn: Callable[..., Any] | None = None
 
-    Returns:
-        (engine, optimizer, training_dataloader, lr_scheduler); those that do not exist are None.
 
-    Raises:
-        ConfigError: the configuration is missing or wrong (every fault is listed), or not the same on all ranks.
-        OptimizerError: the optimizer or schedule cannot be made or used.
-        OffloadError: a rank's disk cannot be used, or has no room.
-        DistributedError: the ranks do not meet, or their models differ.
+def build_engine(engine_class: type[_E], model: torch.nn.Module, source: Any, given: Given) -> _E:
+    """An engine of `engine_class` for a model, by the configuration that `source` is. Called by every rank.
 
     What the ranks must have alike (configurations but for paths and logging, models, optimizers and their groups) is
     compared, and an error is the same on all of them.
+
+    Raises:
+        ConfigError: the configuration is wrong (every fault is listed), or not the same on all ranks.
+        OptimizerError: the optimizer or schedule cannot be made or used.
+        OffloadError: a rank's disk cannot be used, or has no room.
+        DistributedError: the ranks do not meet, or their models differ.
     """
-    source = _config_source(args, config, config_params)
-    if not isinstance(model, torch.nn.Module):
-        raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
-    comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     pick_device(comm.get_local_rank()).make_current()  # where NCCL talks about groups
-    mpu, group, replica = _groups(model, mpu)
-    _check_mesh(group, mesh_param)
-    given = {"optimizer": optimizer, "scheduler": lr_scheduler}
-    handed = [section for section, value in given.items() if value is not None]
+    mpu, group, replica = engine_class.mpu_of(model, given.mpu)
+    _check_mesh(group, given.mesh)
+    objects = {"optimizer": given.optimizer, "scheduler": given.lr_scheduler}
+    handed = [section for section, value in objects.items() if value is not None]
     settings = load_alike(lambda: load_config(source, world_size=group.size, handed=handed), Group())
-    if isinstance(model, PipelineModule):
-        model.configure(settings.pipeline.activation_checkpoint_interval, settings.zero_optimization.stage == 3)
+    engine_class.prepare(model, settings)
     if settings.comms_logger.enabled:
         comm.comms_logger.configure(settings.comms_logger)
     if settings.dump_state:
         log_dist("configuration: " + json.dumps(settings.raw, indent=2, default=str))
-    parts = _build_parts(settings, group, replica, model, optimizer, model_parameters, lr_scheduler)
-    parts.mpu, parts.collate_fn = mpu, collate_fn
-    if mpu is not None:
-        groups.initialize(mpu=mpu)  # what `utils.groups` answers from
-    engine = PipelineEngine(model, parts) if isinstance(model, PipelineModule) else DeepSpeedEngine(model, parts)
-    if training_data is not None:
-        engine.training_dataloader = engine.deepspeed_io(training_data)
-    _log_summary(engine, parts)
-    return engine, parts.optimizer, engine.training_dataloader, parts.lr_scheduler
-
-
-def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
-    """Add `--deepspeed` and `--deepspeed_config FILE` to a script's argument parser, and return it."""
-    group = parser.add_argument_group("deepspeedlite", "training engine")
-    group.add_argument(
-        "--deepspeed", action="store_true", help="train with the engine (kept for scripts that ask for it)"
-    )
-    group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="JSON configuration of the engine")
-    return parser
-
-
-def _config_source(args: Any, config: Any, config_params: Any) -> Any:
-    named = {
-        "config": config,
-        "config_params": config_params,
-        "args.deepspeed_config": getattr(args, "deepspeed_config", None),
-    }
-    given = {name: value for name, value in named.items() if value is not None}
-    if not given:
-        raise ConfigError(
-            "no configuration: pass initialize(config=FILE or dict), or start with --deepspeed_config FILE"
-        )
-    first = next(iter(given.values()))
-    for name, value in given.items():
-        if value is not first and value != first:
-            raise ConfigError(f"two configurations were given, as {next(iter(given))} and as {name}; pass one of them")
-    return first
-
-
-def _groups(model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
-    """The mpu, which a pipeline brings itself, and its groups."""
-    if not isinstance(model, PipelineModule):
-        return mpu, *groups_of(mpu)
-    if mpu is not None:
-        raise ConfigError("a PipelineModule has its own mpu, by its topology: leave mpu= out of initialize")
-    group, replica = groups_of(model.mpu())
-    # Stages name their layers by their places in the whole model: in a checkpoint only tensors' parts are kept apart.
-    return model.mpu(), group, replace(replica, part=replica.tensor.rank, parts=replica.tensor.size)
+    parts = _build_parts(engine_class, settings, model, given, (mpu, group, replica))
+    engine = engine_class(model, parts)
+    _log_summary(parts)
+    return engine
 
 
 def _check_mesh(group: Group, mesh_param: Sequence[int] | None) -> None:
@@ -184,82 +109,74 @@ def _check_mesh(group: Group, mesh_param: Sequence[int] | None) -> None:
 
 
 def _build_parts(
+    engine_class: type[Engine],
     settings: DeepSpeedConfig,
-    group: Group,
-    replica: Replica,
     model: torch.nn.Module,
-    optimizer: Any,
-    model_parameters: Parameters | None,
-    lr_scheduler: Any,
+    given: Given,
+    ranks: tuple[Any, Group, Replica],
 ) -> EngineParts:
+    mpu, group, replica = ranks
     batch = settings.batch(group.size)
     plan = ShardingPlan.from_stage(settings.zero_optimization.stage)
-    precision = make_precision(settings)
+    precision = Precision.from_config(settings)
     device = pick_device(comm.get_local_rank())
-    device.make_current()
     refuse_unusable(model, plan)
     check_model(model, group, replica)
     model.to(device.torch_device)
     precision.convert(model)
-    base = _make_base_optimizer(settings, model, optimizer, model_parameters)
-    if base is not None:
-        check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
+    base = _make_base_optimizer(settings, model, given.optimizer, given.model_parameters)
     # An engine without an optimizer trains nothing: it has no gradients, and no hooks that wait for them.
     param_groups = [g["params"] for g in base.param_groups] if base is not None else []
     check_trains(model, base, param_groups)
     named = name_parameters(model, param_groups)
-    check_optimizer(base, lr_scheduler, named, group, replica)
+    check_optimizer(base, given.lr_scheduler, named, group, replica)
     trained = [entry for entry in named if entry.param.requires_grad]
     wanted = [entry.param for entry in trained]
     left = take_over(model, wanted, trains=base is not None, shards=plan.shard_params, group=group)
     if base is not None:
         warn_left_out(model, [*(entry.param for entry in named), *left], param_groups)
     offload = make_offload(settings, Group())
-    # LAMB needs the norms of whole parameters, so whole units pass through its step.
-    run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
-    lodging = Lodging(offload.store, offload.grads if offload.takes_grads else None, run_numel)
-    reducer, sharded = _make_reducer(settings, plan, group, replica, model, trained, left, (precision, lodging))
-    scaler = make_loss_scaler(settings, precision)
-    step_settings = _step_settings(settings, precision, offload)
-    wrapped = None if base is None else _wrap(base, reducer, scaler, step_settings, model, named)
-    scheduler = _make_scheduler(settings, base, lr_scheduler)
-    train_log = TrainLog(settings, device, model, batch.train, comm.get_rank())
-    lease = Lease(reducer, *sharded, trains=base is not None, borrows=bool(left))
+    settled = precision, _lodging(offload, base), engine_class.ties_of(model)
+    reducer, sharded = _make_reducer(settings, plan, group, replica, model, trained, left, settled)
+    scaler = LossScaler.from_config(settings, precision)
+    step_settings = StepSettings.from_config(settings, precision, offload)
+    optimizer = None
+    if base is not None:
+        optimizer = engine_class.optimizer_class(base, reducer, scaler, step_settings, model, named)
+    state_dicts, prefetcher, frozen = sharded
+    loading = LoaderOptions.from_config(settings, device, given.collate_fn)
     return EngineParts(
-        settings,
-        batch,
-        device,
-        group,
-        plan,
-        precision,
-        scaler,
-        reducer,
-        wrapped,
-        scheduler,
-        train_log,
-        lease,
-        *sharded,
+        config=settings,
+        batch=batch,
+        device=device,
+        group=group,
+        plan=plan,
+        precision=precision,
+        scaler=scaler,
+        reducer=reducer,
+        optimizer=optimizer,
+        lr_scheduler=_make_scheduler(settings, base, given.lr_scheduler),
+        train_log=TrainLog(settings, device, model, batch.train, comm.get_rank()),
+        lease=Lease(reducer, *sharded, trains=base is not None, borrows=bool(left)),
+        state_dicts=state_dicts,
+        prefetcher=prefetcher,
+        frozen=frozen,
         offload=offload,
         replica=replica,
+        mpu=mpu,
+        loading=loading,
+        training_dataloader=_make_loader(given.training_data, batch, group, loading),
     )
 
 
-def _wrap(
-    base: torch.optim.Optimizer,
-    reducer: GradReducer,
-    scaler: LossScaler,
-    settings: StepSettings,
-    model: torch.nn.Module,
-    named: Sequence[NamedParameter],
-) -> ShardedOptimizer:
-    """The step over the reducer's units, by the optimizer whose groups hold the named parameters."""
-    positions = {id(param): position for group in base.param_groups for position, param in enumerate(group["params"])}
-    wrapped = ShardedOptimizer(base, reducer, scaler, settings)
-    wrapped.dormant = [entry for entry in named if not entry.param.requires_grad]
-    wrapped.positions = {entry.name: positions[id(entry.param)] for entry in named}
-    if reducer.plan.shard_params:
-        wrapped.parameter_offload = ParameterOffload(model)  # type: ignore[attr-defined]
-    return wrapped
+def _lodging(offload: Offload, base: torch.optim.Optimizer | None) -> Lodging:
+    # LAMB needs the norms of whole parameters, so whole units pass through its step.
+    run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
+    return Lodging(offload.store, offload.grads if offload.takes_grads else None, run_numel)
+
+
+def _make_loader(data: Any, batch: BatchSizes, group: Group, loading: LoaderOptions) -> DeepSpeedDataLoader | None:
+    return None if data is None else DeepSpeedDataLoader(data, batch.micro, group.rank, group.size, loading)
 
 
 def _make_reducer(
@@ -270,17 +187,17 @@ def _make_reducer(
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
     left: Collection[torch.Tensor],
-    settled: tuple[Precision, Lodging],
+    settled: tuple[Precision, Lodging, Sequence[Tie]],
 ) -> tuple[GradReducer, tuple[StateDicts, ParamPrefetcher | None, list[FlatParams]]]:
     """The units; what gathers values for state dicts and for passes, and the sharded values that are not trained."""
-    zero, (precision, lodging) = settings.zero_optimization, settled
+    zero, (precision, lodging, ties) = settings.zero_optimization, settled
     mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
-    buckets, frozen = _make_buckets(zero, plan, model, trained, left)
+    buckets, frozen = _make_buckets(zero, plan, model, trained, left, ties)
     policy = ReducePolicy(
         group,
         prescale_gradients=settings.prescale_gradients,
         predivide_factor=settings.gradient_predivide_factor,
-        wire_dtype=_dtype(settings.communication_data_type),
+        wire_dtype=dtype_named(settings.communication_data_type),
         scatter=zero.reduce_scatter,
     )
     reducer = GradReducer(
@@ -293,31 +210,17 @@ def _make_reducer(
         replica=replica,
     )
     for unit in reducer.units:
-        unit.tied_group = next((tie.group for tie in ties_of(model) if tie.holds(unit.params[0])), None)
+        unit.tied_group = next((tie.group for tie in ties if tie.holds(unit.params[0])), None)
     frozen_values = [FlatParams(bucket, group, sharded=True, store=lodging.store) for bucket in frozen]
     sharded = [*(unit for unit in reducer.units if unit.sharded), *frozen_values]
     gathered = {*reducer.units, *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
-    if plan.shard_params:
-        describe_whole(model.parameters(), group)
     leaves = get_z3_leaf_modules(model)
     dicts = StateDicts(model, leaves)
-    prefetcher = ParamPrefetcher(model, sharded, leaves, _prefetch_limits(zero), state_dicts=dicts) if sharded else None
+    limits = PrefetchLimits.from_config(zero)
+    prefetcher = ParamPrefetcher(model, sharded, leaves, limits, state_dicts=dicts) if sharded else None
     return reducer, (dicts, prefetcher, frozen_values)
-
-
-def _step_settings(settings: DeepSpeedConfig, precision: Precision, offload: Offload) -> StepSettings:
-    zero = settings.zero_optimization
-    return StepSettings(
-        settings.gradient_clipping,
-        precision.check_overflow,
-        zero.sub_group_size,
-        share_numel=zero.allgather_bucket_size,
-        every_gradient_must_come=not zero.ignore_unused_parameters,
-        low_precision_masters=settings.bf16.enabled and settings.bf16.bf16_master_weights_and_grads,
-        offload=offload,
-    )
 
 
 def _make_buckets(
@@ -326,10 +229,11 @@ def _make_buckets(
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
     left: Collection[torch.Tensor],
+    ties: Sequence[Tie],
 ) -> tuple[list[tuple[list[NamedParameter], bool]], list[list[NamedParameter]]]:
     """The parameters of each unit in launch order with whether its values are sharded; those of each frozen one."""
     if not plan.shard_params:
-        apart = [[entry for entry in trained if tie.holds(entry.param)] for tie in ties_of(model)]
+        apart = [[entry for entry in trained if tie.holds(entry.param)] for tie in ties]
         tied = {entry.name for entries in apart for entry in entries}
         rest = [entry for entry in trained if entry.name not in tied]
         buckets = [(bucket, False) for bucket in reverse_buckets(rest, zero.reduce_bucket_size)]
@@ -347,55 +251,6 @@ def _make_buckets(
     return buckets, [bucket for bucket in by_module if bucket[0].group == FROZEN]
 
 
-def _prefetch_limits(zero: ZeroOptimization) -> PrefetchLimits:
-    return PrefetchLimits(
-        prefetch_numel=zero.stage3_prefetch_bucket_size,
-        max_live_numel=zero.stage3_max_live_parameters,
-        max_reuse_numel=zero.stage3_max_reuse_distance,
-    )
-
-
-def _dtype(name: str | None) -> torch.dtype | None:
-    return None if name is None else DTYPES[name]
-
-
-def make_precision(settings: DeepSpeedConfig) -> Precision:
-    """The precision that the fp16, bf16, torch_autocast and data_types sections ask for."""
-    model_dtype = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
-    autocast = settings.torch_autocast
-    autocast_dtype = (_dtype(autocast.dtype) or torch.bfloat16) if autocast.enabled else None
-    types = settings.data_types
-    grad_dtype = _dtype(types.grad_accum_dtype)
-    return Precision(
-        model_dtype=model_dtype,
-        autocast_dtype=autocast_dtype,
-        grad_dtype=grad_dtype,
-        buffer_dtype=_dtype(types.buffer_dtype),
-        fp32_buffers=None if types.keep_in_fp32_modules == "auto" else types.keep_in_fp32_modules,
-        cast_inputs=settings.fp16.enabled and settings.fp16.auto_cast,
-        # A loss scale lives by overflows; elsewhere a user may have them pass.
-        check_overflow=torch.float16 in (model_dtype, autocast_dtype)
-        or (settings.check_grad_overflow and (settings.bf16.check_grad_overflow or not settings.bf16.enabled)),
-    )
-
-
-def make_loss_scaler(settings: DeepSpeedConfig, precision: Precision) -> LossScaler:
-    """The loss scale that the fp16 section asks for; a constant 1 where gradients do not pass through fp16."""
-    if not precision.needs_loss_scale:
-        return LossScaler()
-    fp16 = settings.fp16
-    if fp16.loss_scale:
-        return LossScaler(scale=float(fp16.loss_scale))
-    return LossScaler(
-        scale=2.0**fp16.initial_scale_power,
-        dynamic=True,
-        window=fp16.loss_scale_window,
-        min_scale=fp16.min_loss_scale,
-        hysteresis=fp16.hysteresis,
-        consecutive_hysteresis=fp16.consecutive_hysteresis,
-    )
-
-
 def _make_base_optimizer(
     settings: DeepSpeedConfig, model: torch.nn.Module, optimizer: Any, model_parameters: Parameters | None
 ) -> torch.optim.Optimizer | None:
@@ -411,12 +266,14 @@ def _make_base_optimizer(
     elif settings.optimizer is None or settings.optimizer.type is None:
         return None
     else:
-        return build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
+        base = build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
     if not isinstance(base, torch.optim.Optimizer):
         raise OptimizerError(f"the optimizer callable returned {type(base).__name__}, not a torch optimizer")
-    if settings.optimizer is not None:
-        log_once(f"the optimizer passed to initialize ({type(base).__name__}) is used, not the configured one")
-    choose_fused(base)
+    if optimizer is not None:
+        choose_fused(base)
+        if settings.optimizer is not None:
+            log_once(f"the optimizer passed to initialize ({type(base).__name__}) is used, not the configured one")
+    check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
     return base
 
 
@@ -450,7 +307,7 @@ def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
                 tensor.data.copy_(whole)
 
 
-def _log_summary(engine: DeepSpeedEngine, parts: EngineParts) -> None:
+def _log_summary(parts: EngineParts) -> None:
     slots = [slot for unit in parts.reducer.units for slot, param in unit.slots if parts.replica.counts(param)]
     trained_numel = sum(parts.replica.group.all_gather_objects(sum(slot.numel for slot in slots)))
     ranks = " x ".join(str(size) for size in (parts.replica.group.size, parts.group.size) if size > 1) or "1"

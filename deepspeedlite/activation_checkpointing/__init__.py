@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from deepspeedlite.activation_checkpointing.rng import CudaRNGStatesTracker, Generators
 from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, Restored
 from deepspeedlite.comm import Group
-from deepspeedlite.compat.accelerator import get_accelerator
 from deepspeedlite.config import load_config
 from deepspeedlite.metrics.memory import current_device
 from deepspeedlite.metrics.timers import Stopwatch
+from deepspeedlite.runtime.device import accelerator
 from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.runtime.log import log_dist, log_once
 
@@ -159,7 +159,7 @@ class _Segment:
 
     def __call__(self, *there: Any) -> Any:
         if _settings.synchronize:
-            get_accelerator().synchronize()
+            accelerator().synchronize()
         watch = Stopwatch(current_device()) if _settings.profile else None
         if watch is not None:
             watch.start()
@@ -171,7 +171,7 @@ class _Segment:
                 watch.stop()
                 log_dist(f"checkpointed {name}: {watch.elapsed_ms():.2f} ms")
             if _settings.synchronize:
-                get_accelerator().synchronize()
+                accelerator().synchronize()
 
     def _run(self, there: Any) -> Any:
         live, self._live = self._live, {}
@@ -214,14 +214,14 @@ def get_cuda_rng_tracker() -> CudaRNGStatesTracker:
 def model_parallel_cuda_manual_seed(seed: int) -> None:
     """Seed the device's generator alike on all model-parallel ranks, and the tracker's state apart on each of them."""
     _tracker.reset()
-    get_accelerator().manual_seed(seed)
+    accelerator().manual_seed(seed)
     _tracker.add(_tracker.MODEL_PARALLEL, seed + _SEED_APART + _model_parallel_rank())
 
 
 def model_parallel_reconfigure_tp_seed(seed: int) -> None:
     """Seed the tracker's model-parallel state anew."""
     with _tracker.fork():
-        get_accelerator().manual_seed(seed + _SEED_APART + _model_parallel_rank())
+        accelerator().manual_seed(seed + _SEED_APART + _model_parallel_rank())
 
 
 def _model_parallel_rank() -> int:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspeedlite.compat.accelerator import get_accelerator
+from deepspeedlite.runtime.device import accelerator
 from deepspeedlite.runtime.errors import EngineStateError
 
 
@@ -46,12 +46,12 @@ class CudaRNGStatesTracker:
         """
         if seed in self.seeds_ or name in self.states_:
             raise EngineStateError(f"random number state {name!r} with seed {seed}: the name or the seed is taken")
-        accelerator = get_accelerator()
-        before = accelerator.get_rng_state()
-        accelerator.manual_seed(seed)
+        device = accelerator()
+        before = device.get_rng_state()
+        device.manual_seed(seed)
         self.seeds_.add(seed)
-        self.states_[name] = accelerator.get_rng_state()
-        accelerator.set_rng_state(before)
+        self.states_[name] = device.get_rng_state()
+        device.set_rng_state(before)
 
     @contextlib.contextmanager
     def fork(self, name: str = MODEL_PARALLEL) -> Iterator[None]:
@@ -64,14 +64,14 @@ class CudaRNGStatesTracker:
             raise EngineStateError(
                 f"there is no random number state {name!r}: call model_parallel_cuda_manual_seed, or add it"
             )
-        accelerator = get_accelerator()
-        before = accelerator.get_rng_state()
-        accelerator.set_rng_state(self.states_[name])
+        device = accelerator()
+        before = device.get_rng_state()
+        device.set_rng_state(self.states_[name])
         try:
             yield
         finally:
-            self.states_[name] = accelerator.get_rng_state()
-            accelerator.set_rng_state(before)
+            self.states_[name] = device.get_rng_state()
+            device.set_rng_state(before)
 
 
 class Generators:

@@ -1,7 +1,4 @@
-"""All weights of a sharded model in one place: gathered piece by piece, kept in CPU memory by one rank.
-
-`GivesWeights` is the part of the engine that clients ask for them.
-"""
+"""All weights of a sharded model in one place: gathered piece by piece, kept in CPU memory by one rank."""
 
 from __future__ import annotations
 
@@ -12,11 +9,8 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.manifest import EXTRA_STATE
 from deepspeedlite.comm import Group
-from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError
-from deepspeedlite.runtime.log import logger
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 
 
@@ -82,94 +76,3 @@ def write_weights(state: dict[str, Any], path: Path) -> None:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-class GivesWeights:
-    """What an engine does with its module's weights; `_parts` are the engine's."""
-
-    module: torch.nn.Module
-    _parts: Any
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        raise EngineStateError("an engine cannot be copied: copy what it trains, engine.module")
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        raise EngineStateError("an engine cannot be pickled: save engine.module, or engine.save_checkpoint(...)")
-
-    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
-        """The module's `state_dict`, whole on every rank. Collective at stage 3."""
-        state = self.module.state_dict()
-        if exclude_frozen_parameters:
-            for name, param in self.module.named_parameters(remove_duplicate=False):
-                if not param.requires_grad:
-                    state.pop(name, None)
-        return state
-
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """Whether `save_16bit_model` may gather the weights at stage 3."""
-        return self._parts.config.zero_optimization.stage3_gather_16bit_weights_on_model_save
-
-    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
-        """The weights on the first rank of each part of the model that keeps its own names; see `zero.replica`."""
-        group, replica = self._parts.group, self._parts.replica
-        state = consolidated_state_dict(self.module, group, exclude_frozen_parameters)
-        if state is None or replica.parts == replica.group.size:
-            return state
-        parts = replica.group.all_gather_objects(replica.part)
-        united = None
-        for part in range(replica.parts):
-            held = replica.group.gather_objects(state if part == replica.part else {}, dst=parts.index(part))
-            if held:
-                united = {name: weight for stage in reversed(held) for name, weight in stage.items()}
-        return united
-
-    def _zero3_consolidated_16bit_state_dict(
-        self, exclude_frozen_parameters: bool = False
-    ) -> dict[str, torch.Tensor] | None:
-        """All weights as CPU tensors on rank 0, None elsewhere; collective. The name is the one that clients call.
-
-        Raises:
-            ConfigError: at stage 3, without `stage3_gather_16bit_weights_on_model_save`.
-        """
-        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
-            raise ConfigError(
-                "gathering all weights on rank 0 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: "
-                "true; rank 0 must have CPU memory for the whole model"
-            )
-        return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-
-    def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
-        """An older name of `save_16bit_model`."""
-        return self.save_16bit_model(save_dir, save_filename)
-
-    def save_16bit_model(
-        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
-    ) -> bool:
-        """Write the weights, in the dtype that the model computes in, to one file that `torch.load` reads. Collective.
-
-        Model-parallel ranks write a file each, with `mp_rank_00_` and so on before its name.
-
-        Returns:
-            whether they were written: at stage 3 only where `stage3_gather_16bit_weights_on_model_save` is true.
-        """
-        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
-            logger.warning(
-                "save_16bit_model wrote nothing: zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
-            )
-            return False
-        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
-        replica = self._parts.replica
-        problem = ""
-        if state is not None:  # so that where a rank that writes nothing was told to write does not matter
-            try:
-                folder = check_folder(save_dir, "save_16bit_model")
-                if not os.path.basename(save_filename):
-                    raise CheckpointError(f"{save_filename!r} is no file's name")
-                name = f"{replica.name_prefix.replace('.', '_')}{save_filename}"
-                write_weights(state, folder / name)
-            except (OSError, TypeError, CheckpointError) as error:
-                problem = f"{save_filename} into {save_dir}: {error}"
-        problems = replica.group.all_gather_objects(self._parts.group.broadcast_object(problem))
-        if any(problems):
-            raise EngineStateError(f"save_16bit_model could not write {next(filter(None, problems))}")
-        return True

@@ -12,8 +12,12 @@ from typing import Any
 import torch
 
 from deepspeedlite import comm
-from deepspeedlite.config import BatchSizes
-from deepspeedlite.utils import groups
+from deepspeedlite.compat import groups
+from deepspeedlite.config import BatchSizes, solve_batch
+from deepspeedlite.engine import Engine
+from deepspeedlite.metrics.train_log import learning_rates, momenta
+from deepspeedlite.runtime.errors import ConfigError, EngineStateError
+from deepspeedlite.runtime.tensors import dtype_named
 
 _ZERO = """
 allgather_bucket_size allgather_partitions compute_grad_norm contiguous_gradients elastic_checkpoint
@@ -26,7 +30,7 @@ max_live_parameters max_reuse_distance model_persistence_threshold module_granul
 param_persistence_threshold prefetch_bucket_size
 """
 _TOP = """
-communication_data_type dataloader_drop_last dump_state gradient_predivide_factor log_level
+communication_data_type dataloader_drop_last dump_state gradient_clipping gradient_predivide_factor log_level
 managed_gradient_accumulation memory_breakdown steps_per_print wall_clock_breakdown zero_allow_untested_optimizer
 zero_force_ds_cpu_optimizer
 """
@@ -40,6 +44,7 @@ SETTINGS: dict[str, str] = {
     **{f"flops_profiler_{name}": f"flops_profiler.{name}" for name in _FLOPS.split()},
     **{f"zero_quantized_{name}": f"zero_optimization.zero_quantized_{name}" for name in ("weights", "gradients")},
     "zero_quantized_nontrainable_weights": "zero_optimization.zero_quantized_nontrainable_weights",
+    "zero_gather_16bit_weights_on_model_save": "zero_optimization.stage3_gather_16bit_weights_on_model_save",
     "zero_hpz_partition_size": "zero_optimization.zero_hpz_partition_size",
     "zero_multi_rank_bucket_allreduce": "zero_optimization.use_multi_rank_bucket_allreduce",
     "zero_allgather_sequential": "zero_optimization.stage3_allgather_sequential",
@@ -87,15 +92,16 @@ _ABSENT_BECAUSE = {
 ABSENT = {name: reason for reason, names in _ABSENT_BECAUSE.items() for name in names.split()}
 
 
-class EngineAccessors:
-    """Mixed into the engine; `_parts`, `_batch`, `_prefetcher` and `_train_log` are the engine's."""
+class EngineAccessors(Engine):
+    """An engine that answers to DeepSpeed's questions."""
 
-    module: torch.nn.Module
-    optimizer: Any
-    _parts: Any
-    _batch: BatchSizes
-    _prefetcher: Any
-    _train_log: Any
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name in ABSENT:
+                raise AttributeError(f"DeepSpeedEngine has no {name}: {ABSENT[name]}") from None
+            raise
 
     # --- this rank's place ----------------------------------------------------------------------------------------
 
@@ -191,17 +197,84 @@ class EngineAccessors:
         if self._parts.device.torch_device.type == "cuda":
             torch.cuda.empty_cache()
 
+    # --- its progress ---------------------------------------------------------------------------------------------
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` updated the parameters: a boundary that did not overflow."""
+        return self._step_applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """The 2-norm of the last step's averaged gradients before clipping.
+
+        Available until the next backward pass, and beyond it where clipping or fp16 measured it anyway; else None.
+        """
+        return self.optimizer.grad_norm() if self.optimizer is not None else None
+
+    def get_lr(self) -> list[float]:
+        """The learning rate of each param group."""
+        return learning_rates(self.optimizer.param_groups) if self.optimizer is not None else []
+
+    def get_mom(self) -> list[Any]:
+        """The momentum, or the betas, of each param group."""
+        return momenta(self.optimizer.param_groups) if self.optimizer is not None else []
+
     # --- its settings ---------------------------------------------------------------------------------------------
 
     def get_batch_info(self) -> BatchSizes:
         """(samples of a step over all ranks, samples of a forward pass, passes of a step)."""
         return self._batch
 
+    def train_batch_size(self) -> int:
+        """Samples per optimizer step over all ranks."""
+        return self._batch.train
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per forward pass of one rank."""
+        return self._batch.micro
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-steps per optimizer step."""
+        return self._batch.accumulation
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change the batch by changing the accumulation steps; the micro-batch stays.
+
+        Raises:
+            EngineStateError: in the middle of an accumulation window.
+            ConfigError: it is not a multiple of micro-batch times ranks.
+        """
+        if self._reducer.has_grads:
+            raise EngineStateError("set_train_batch_size in the middle of a batch; call it after a step")
+        world = self._parts.group.size
+        if train_batch_size < 1 or train_batch_size % (self._batch.micro * world):
+            raise ConfigError(
+                f"train_batch_size={train_batch_size} is not a multiple of train_micro_batch_size_per_gpu "
+                f"({self._batch.micro}) x world size ({world}) = {self._batch.micro * world}"
+            )
+        self._batch = solve_batch(train_batch_size, self._batch.micro, None, world)
+        self._train_log.set_batch_size(train_batch_size)
+
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change the samples of a forward pass, and with them the batch; the accumulation steps stay."""
         accumulation = self._batch.accumulation
         self._batch = BatchSizes(micro_batch_size * accumulation * self.dp_world_size, micro_batch_size, accumulation)
-        self._train_log.throughput.batch_size = self._batch.train
+        self._train_log.set_batch_size(self._batch.train)
+
+    def zero_optimization_stage(self) -> int:
+        """The ZeRO stage in force."""
+        return self._parts.plan.stage
+
+    def zero_optimization(self) -> bool:
+        """Whether any model state is sharded."""
+        return self._parts.plan.stage > 0
+
+    def fp16_enabled(self) -> bool:
+        """Whether the model computes in fp16."""
+        return self._parts.precision.model_dtype is torch.float16
+
+    def bfloat16_enabled(self) -> bool:
+        """Whether the model computes in bf16."""
+        return self._parts.precision.model_dtype is torch.bfloat16
 
     def get_data_types(self) -> tuple[torch.dtype, torch.dtype]:
         """The dtypes of the parameters and of the gradients that accumulate."""
@@ -237,8 +310,7 @@ class EngineAccessors:
     @property
     def communication_data_type(self) -> torch.dtype | None:
         """The dtype in which gradients travel, where the configuration names one."""
-        named = self._parts.config.communication_data_type
-        return None if named is None else {"fp16": torch.float16, "bf16": torch.bfloat16}.get(named, torch.float32)
+        return dtype_named(self._parts.config.communication_data_type)
 
     def dynamic_loss_scale(self) -> bool:
         """Whether fp16's loss scale looks for itself."""

@@ -20,6 +20,8 @@ from deepspeedlite.parallel.replica import Replica, replica_of
 from deepspeedlite.parallel.replica import is_model_parallel_parameter as is_model_parallel_parameter
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once, logger
+from deepspeedlite.runtime.tensors import map_tensors
+from deepspeedlite.runtime.tensors import move_to_device as move_to_device
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -35,13 +37,6 @@ def set_random_seed(seed: int) -> None:
     torch.manual_seed(seed)
 
 
-def move_to_device(item: Any, device: Any, criterion_func: Callable[[torch.Tensor], bool] | None = None) -> Any:
-    """Tensors in lists, tuples and dicts, at any depth, on `device`; those alone that `criterion_func` says yes to."""
-    return _map_tensors(
-        item, lambda tensor: tensor.to(device) if criterion_func is None or criterion_func(tensor) else tensor
-    )
-
-
 def copy_to_device(item: Any, device: Any, criterion_func: Callable[[torch.Tensor], bool]) -> Any:
     """As `move_to_device`, but those that are moved are detached copies that require grad as their originals do."""
 
@@ -50,19 +45,7 @@ def copy_to_device(item: Any, device: Any, criterion_func: Callable[[torch.Tenso
             return tensor
         return tensor.detach().to(device, copy=True).requires_grad_(tensor.requires_grad)
 
-    return _map_tensors(item, copied)
-
-
-def _map_tensors(item: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    if isinstance(item, torch.Tensor):
-        return change(item)
-    if isinstance(item, dict):
-        changed = {key: _map_tensors(value, change) for key, value in item.items()}
-        return changed if type(item) is dict else type(item)(changed)
-    if isinstance(item, (list, tuple)):
-        values = [_map_tensors(value, change) for value in item]
-        return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
-    return item
+    return map_tensors(item, copied)
 
 
 def empty_cache() -> None:
@@ -91,7 +74,7 @@ def get_tensor_bytes(item: Any) -> int:
         total += tensor.nbytes
         return tensor
 
-    _map_tensors(item, add)
+    map_tensors(item, add)
     return total
 
 
@@ -110,7 +93,7 @@ def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
             copies[key] = tensor.detach().to(device, copy=True)
         return copies[key]
 
-    return _map_tensors(item, copy)
+    return map_tensors(item, copy)
 
 
 # --- norms ------------------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from deepspeedlite import comm
 from deepspeedlite.comm.init import default_timeout
-from deepspeedlite.engine import ROUTE_TRAIN
+from deepspeedlite.compat.engine import ROUTE_TRAIN
 
 DeepSpeedOptimizerCallable = Callable[[Iterable[Tensor] | dict[str, Iterable[Any]]], Optimizer]
 DeepSpeedSchedulerCallable = Callable[[Optimizer], Any]

@@ -7,11 +7,13 @@ may stay: inside `GatheredParameters` they find every value there, and do nothin
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.zero.flat_params import describe_as_whole
 
 
@@ -26,6 +28,17 @@ class ParameterOffload:
 
     def _register_deepspeed_module(self, module: Any) -> None:
         """Nothing was taken off."""
+
+
+class NamedOptimizer(ShardedOptimizer):
+    """The engine's optimizer, with what clients look for on it."""
+
+    @cached_property
+    def parameter_offload(self) -> ParameterOffload:
+        """At stage 3; elsewhere an AttributeError, as of DeepSpeed's optimizers."""
+        if not self._reducer.plan.shard_params:
+            raise AttributeError("parameter_offload is there at stage 3")
+        return ParameterOffload(self._module)
 
 
 class _WithExternal:

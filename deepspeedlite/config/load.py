@@ -7,8 +7,8 @@ fault is taken out and the rest checked again, so no mistake hides another.
 [Note: "auto"]
 A client such as transformers' Trainer writes "auto" for what it will fill in before `initialize`. Whoever reads a
 configuration before that (`zero.Init`, `config check`) does so with `peek=True`: such a key is left open, neither right
-nor wrong. Where the values count, what is still "auto" is a fault under our own name. Under the name deepspeed it
-means the default, and unknown keys at the top level are passed over, as in DeepSpeed; both are said once.
+nor wrong. Where the values count, what is still "auto" is a fault. Where `runtime.leniency` says so it means
+the default, and unknown keys at the top level are passed over, as in DeepSpeed; both are said once.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from deepspeedlite.compat.drop_in.finder import stands_in
 from deepspeedlite.config.base import Section, copy_tree, default_of, inner_section, kind_of, standing
 from deepspeedlite.config.batch import NAMES, batch_problem
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, raise_faults
@@ -33,6 +32,7 @@ from deepspeedlite.config.recipes import Faults, optimizer_faults, refused_combi
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import read_source
+from deepspeedlite.runtime.leniency import is_lenient
 from deepspeedlite.runtime.log import log_dist_once, log_once
 from deepspeedlite.runtime.text import nearest
 
@@ -88,7 +88,7 @@ def load_config(
             source.batch(world_size)
         return source
     unused = ("optimizer", "scheduler") if peek else handed
-    origin, config, faults = examine(source, world_size, peek=peek, lenient=stands_in(), handed=unused)
+    origin, config, faults = examine(source, world_size, peek=peek, lenient=is_lenient(), handed=unused)
     if faults:
         raise_faults(origin, faults)
     if not peek:
@@ -109,7 +109,7 @@ def examine(
 ) -> Examined:
     """Do all of `load_config`'s work, and return faults instead of raising. Unreadable sources still raise.
 
-    `lenient`: by DeepSpeed's rules for "auto" and for unknown keys at the top level, as under its name.
+    `lenient`: by DeepSpeed's rules for "auto" and for unknown keys at the top level.
     """
     origin, raw, faults = read_source(source)
     tree = typing.cast(dict[str, Any], copy_tree(raw))

@@ -23,6 +23,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
+from deepspeedlite.config import DeepSpeedConfig
+from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import DataError
 from deepspeedlite.runtime.log import log_dist_once
 
@@ -116,6 +118,18 @@ class LoaderOptions:
     shuffle: bool = True
     seed: int = 0
     split_iterable: bool = True  # an IterableDataset, that does not say `splits_itself`, over the ranks
+
+    @classmethod
+    def from_config(
+        cls, config: DeepSpeedConfig, device: Device, collate_fn: Callable[[list[Any]], Any] | None
+    ) -> LoaderOptions:
+        """Of the loaders of an engine on `device`."""
+        return cls(
+            collate_fn=collate_fn,
+            drop_last=config.dataloader_drop_last,
+            split_iterable=config.dataloader_split_iterable,
+            pin_memory=device.type == "cuda",
+        )
 
 
 class _ShareOfStream(IterableDataset[Any]):

@@ -16,8 +16,8 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deepspeedlite.compat.drop_in import with_stand_in
 from deepspeedlite.launcher.hostfile import numbers_in
+from deepspeedlite.launcher.stand_in import with_stand_in
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import Devices, find_devices
 from deepspeedlite.runtime.text import nearest

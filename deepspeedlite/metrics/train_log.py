@@ -7,15 +7,17 @@ nothing switched on it costs a few attribute reads per step and never waits for 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 
 from deepspeedlite.config import DeepSpeedConfig
+from deepspeedlite.metrics.flops import FlopsProfiler
+from deepspeedlite.metrics.memory import memory_breakdown
 from deepspeedlite.metrics.monitor.registry import Monitor
-from deepspeedlite.profiling import FlopsProfiler, ThroughputTimer, Timers, memory_breakdown
+from deepspeedlite.metrics.timers import ThroughputTimer, Timers
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.log import log_dist
 
@@ -28,10 +30,19 @@ class StepReport(NamedTuple):
     global_steps: int
     global_samples: int
     skipped_steps: int
-    lr: Sequence[float]
-    momentum: Sequence[Any]
+    param_groups: Sequence[Mapping[str, Any]]
     loss_scale: float
-    grad_norm: float | None
+    grad_norm: float | None  # None: not measured
+
+
+def learning_rates(param_groups: Sequence[Mapping[str, Any]]) -> list[float]:
+    """Of each group of an optimizer."""
+    return [group["lr"] for group in param_groups]
+
+
+def momenta(param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
+    """The momentum, or the betas, of each group."""
+    return [group.get("betas", group.get("momentum", 0.0)) for group in param_groups]
 
 
 class TrainLog:
@@ -101,6 +112,10 @@ class TrainLog:
             profiler.stop_profile()
             self._profiled = True
 
+    def set_batch_size(self, batch_size: int) -> None:
+        """Count so many samples a global step from now on."""
+        self.throughput.batch_size = batch_size
+
     def saw_loss(self, loss: torch.Tensor) -> None:
         """Keep a micro-batch's loss for the monitors."""
         if self.monitor.enabled:
@@ -119,8 +134,8 @@ class TrainLog:
         if self._every is None or report.global_steps % self._every:
             return
         log_dist(
-            f"step={report.global_steps}, skipped={report.skipped_steps}, lr={list(report.lr)}, "
-            f"mom={list(report.momentum)}"
+            f"step={report.global_steps}, skipped={report.skipped_steps}, lr={learning_rates(report.param_groups)}, "
+            f"mom={momenta(report.param_groups)}"
         )
         if self._wall_clock:
             log_dist(self.timers.report(PHASES, steps=self._every))
@@ -129,7 +144,8 @@ class TrainLog:
 
     def _write_events(self, report: StepReport) -> None:
         at = report.global_samples
-        events: list[tuple[str, Any, int]] = [("Train/Samples/lr", report.lr[0], at)] if report.lr else []
+        rates = learning_rates(report.param_groups)
+        events: list[tuple[str, Any, int]] = [("Train/Samples/lr", rates[0], at)] if rates else []
         if self._losses:
             events.append(("Train/Samples/train_loss", torch.stack(self._losses).float().mean(), at))
             self._losses.clear()

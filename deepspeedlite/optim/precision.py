@@ -14,15 +14,11 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.config.sections.precision import name_pattern
 from deepspeedlite.runtime.errors import EngineStateError, LossScaleError, UnsupportedError
+from deepspeedlite.runtime.tensors import dtype_named, map_tensors
 from deepspeedlite.zero.flat_params import owner_of
-
-DTYPES: dict[str, torch.dtype] = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-}
 
 
 @dataclass
@@ -44,6 +40,23 @@ class LossScaler:
     min_scale: float = 1.0
     hysteresis: int = 2
     consecutive_hysteresis: bool = False
+
+    @classmethod
+    def from_config(cls, config: DeepSpeedConfig, precision: Precision) -> LossScaler:
+        """What the fp16 section asks for; a constant 1 where gradients do not pass through fp16."""
+        if not precision.needs_loss_scale:
+            return cls()
+        fp16 = config.fp16
+        if fp16.loss_scale:
+            return cls(scale=float(fp16.loss_scale))
+        return cls(
+            scale=2.0**fp16.initial_scale_power,
+            dynamic=True,
+            window=fp16.loss_scale_window,
+            min_scale=fp16.min_loss_scale,
+            hysteresis=fp16.hysteresis,
+            consecutive_hysteresis=fp16.consecutive_hysteresis,
+        )
 
     def __post_init__(self) -> None:
         self._tolerance = self.hysteresis
@@ -111,6 +124,24 @@ class Precision:
     cast_inputs: bool = False
     check_overflow: bool = False
 
+    @classmethod
+    def from_config(cls, config: DeepSpeedConfig) -> Precision:
+        """What the fp16, bf16, torch_autocast and data_types sections ask for."""
+        model_dtype = torch.float16 if config.fp16.enabled else torch.bfloat16 if config.bf16.enabled else None
+        autocast, types = config.torch_autocast, config.data_types
+        autocast_dtype = dtype_named(autocast.dtype) if autocast.enabled else None
+        return cls(
+            model_dtype=model_dtype,
+            autocast_dtype=autocast_dtype,
+            grad_dtype=dtype_named(types.grad_accum_dtype),
+            buffer_dtype=dtype_named(types.buffer_dtype),
+            fp32_buffers=None if types.keep_in_fp32_modules == "auto" else types.keep_in_fp32_modules,
+            cast_inputs=config.fp16.enabled and config.fp16.auto_cast,
+            # A loss scale lives by overflows; elsewhere a user may have them pass.
+            check_overflow=torch.float16 in (model_dtype, autocast_dtype)
+            or (config.check_grad_overflow and (config.bf16.check_grad_overflow or not config.bf16.enabled)),
+        )
+
     @property
     def needs_loss_scale(self) -> bool:
         """Whether gradients pass through fp16."""
@@ -171,15 +202,7 @@ class Precision:
 
 def cast_floating(value: Any, dtype: torch.dtype) -> Any:
     """`value` with every floating-point tensor in it, at any depth of lists, tuples and dicts, cast to `dtype`."""
-    if isinstance(value, torch.Tensor):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, dict):
-        return type(value)((key, cast_floating(item, dtype)) for key, item in value.items())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(cast_floating(item, dtype) for item in value))
-    if isinstance(value, (list, tuple)):
-        return type(value)(cast_floating(item, dtype) for item in value)
-    return value
+    return map_tensors(value, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor)
 
 
 def widen(loss: torch.Tensor) -> torch.Tensor:

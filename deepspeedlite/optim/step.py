@@ -16,19 +16,18 @@ import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 
-from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.placement import Tier
 from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES, SwappedRun
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
 from deepspeedlite.optim.precision import LossScaler
 from deepspeedlite.optim.registry import accepted_parameters
+from deepspeedlite.optim.settings import StepSettings
 from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
@@ -74,19 +73,6 @@ class SteppedRun(NamedTuple):
             self.values.copy_(self.master)
 
 
-@dataclass
-class StepSettings:
-    """What the configuration says about the step."""
-
-    gradient_clipping: float = 0.0
-    check_overflow: bool = False
-    sub_group_numel: int = 1_000_000_000
-    share_numel: int = 500_000_000  # updated values under way to the other ranks at a time
-    every_gradient_must_come: bool = False
-    low_precision_masters: bool = False  # update 16-bit values in place
-    offload: Offload = field(default_factory=Offload)
-
-
 class ShardedOptimizer(torch.optim.Optimizer):
     """What `initialize` returns as the optimizer.
 
@@ -98,6 +84,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reducer: the units and the state of their gradients.
         scaler: the loss scale in force.
         settings: clipping, overflow check, sub-group size.
+        module: the model.
+        named: the parameters of the optimizer's groups.
 
     Raises:
         OptimizerError: it has state already, and parameters of one run differ in it (in their step counts, say).
@@ -109,6 +97,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         reducer: GradReducer,
         scaler: LossScaler,
         settings: StepSettings,
+        module: torch.nn.Module,
+        named: Sequence[NamedParameter],
     ) -> None:
         self.optimizer = optimizer
         self.loss_scaler = scaler
@@ -121,10 +111,12 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
         self._skipped = SkippedSteps(scaler)
-        self.names_of: Callable[[], dict[int, str]] = dict  # the module's present names, by id; the engine sets it
+        self._module = module
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
-        self.dormant: list[NamedParameter] = []
-        self.positions: dict[str, int] = {}  # of parameters, by name, in the groups that the optimizer was given
+        self.dormant = [entry for entry in named if not entry.param.requires_grad]
+        at = {id(param): position for group in self.param_groups for position, param in enumerate(group["params"])}
+        # Of parameters, by name, in the groups that the optimizer was given.
+        self.positions = {entry.name: at[id(entry.param)] for entry in named}
         self._runs: list[SteppedRun] = []
         self._runs_of_units: list[list[SteppedRun]] = []
         for group in optimizer.param_groups:
@@ -505,7 +497,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         params = param_group["params"]
         params = [params] if isinstance(params, torch.Tensor) else list(params)
         index = len(self.optimizer.param_groups)
-        entries, names = [], self.names_of()
+        entries = []
+        names = {id(param): name for name, param in self._module.named_parameters()}  # the present ones
         for number, param in enumerate(params):
             owner = owner_of(param)
             name = names.get(id(param), "")
@@ -520,6 +513,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         units = self._reducer.add_units(reverse_buckets(entries, None))
         self.optimizer.param_groups[-1]["params"] = []
         self._step_also(units)
+
+    def note_backward(self) -> None:
+        """A backward pass begins: a step that comes after it is a new one."""
+        self.stepped_alone = False
 
     @torch.no_grad()
     def train_thawed(self) -> None:

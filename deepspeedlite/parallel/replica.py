@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -52,6 +52,19 @@ class Replica:
         if getattr(param, "ds_pipe_replicated", False):
             return False
         return self.tensor.rank == 0 or is_model_parallel_parameter(param)
+
+
+class Tie(NamedTuple):
+    """A module of which several ranks of a replica have a copy each, such as embedding and head of a pipeline."""
+
+    key: str
+    module: torch.nn.Module
+    group: Group  # the ranks that have one
+    is_first: bool  # whether this rank's copy is the one that counts in norms and gives the values at the start
+
+    def holds(self, param: torch.Tensor) -> bool:
+        """Whether a parameter is of the module."""
+        return any(param is own for own in self.module.parameters())
 
 
 def is_model_parallel_parameter(p: torch.Tensor) -> bool:

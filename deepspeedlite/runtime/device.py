@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -47,6 +48,21 @@ class Device:
         if self.type == "cuda":
             torch.cuda.synchronize(self.torch_device)
 
+    def manual_seed(self, seed: int) -> None:
+        """Seed its generator: the CPU's, or the GPU's alone."""
+        (torch.cuda if self.type == "cuda" else torch).manual_seed(seed)
+
+    def get_rng_state(self) -> torch.Tensor:
+        """Of its generator."""
+        return torch.cuda.get_rng_state(self.torch_device) if self.type == "cuda" else torch.get_rng_state()
+
+    def set_rng_state(self, state: torch.Tensor) -> None:
+        """Go on from such a state."""
+        if self.type == "cuda":
+            torch.cuda.set_rng_state(state, self.torch_device)
+        else:
+            torch.set_rng_state(state)
+
     def event(self) -> torch.cuda.Event | None:
         """A fresh timing event on GPUs; None on the CPU, where the clock is exact."""
         return torch.cuda.Event(enable_timing=True) if self.type == "cuda" else None
@@ -67,6 +83,12 @@ class Device:
             "reserved_bytes": stats.get("reserved_bytes.all.current", 0),
             "peak_reserved_bytes": stats.get("reserved_bytes.all.peak", 0),
         }
+
+
+@cache
+def accelerator() -> Device:
+    """The process's current GPU, whichever that is, or the CPU: what random numbers and waiting are about."""
+    return Device(torch.device(pick_device().type))
 
 
 def pick_device(local_rank: int = 0) -> Device:

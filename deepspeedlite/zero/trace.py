@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from heapq import heappop, heappush
 from itertools import accumulate
 
+from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.zero.flat_params import FlatParams
 
 
@@ -22,6 +23,15 @@ class PrefetchLimits:
     prefetch_numel: int = 50_000_000
     max_live_numel: int = 1_000_000_000
     max_reuse_numel: int = 1_000_000_000
+
+    @classmethod
+    def from_config(cls, zero: ZeroOptimization) -> PrefetchLimits:
+        """What the section zero_optimization asks for."""
+        return cls(
+            prefetch_numel=zero.stage3_prefetch_bucket_size,
+            max_live_numel=zero.stage3_max_live_parameters,
+            max_reuse_numel=zero.stage3_max_reuse_distance,
+        )
 
 
 class UseTrace:

@@ -106,7 +106,7 @@ def run(client: str, engine: str, world: int = 2, **job: Any) -> dict[str, Any]:
         said = "\n".join(f"--- rank {r}\n{log.read_text()[-9000:]}" for r, log in enumerate(logs))
         assert codes == [0] * world, f"{client} on {engine} with {job}: exit statuses {codes}\n{said}"
         reports = [json.loads(Path(out, f"rank{rank}.json").read_text()) for rank in range(world)]
-        module = {"lite": "deepspeedlite.engine", "peer": "deepspeed.runtime.engine", "none": "none"}[engine]
+        module = {"lite": "deepspeedlite.compat.engine", "peer": "deepspeed.runtime.engine", "none": "none"}[engine]
         expected = module if engine == "none" else f"{module} stage {job['stage']}"
         assert reports[0]["engine"] == expected, f"the client called {reports[0]['engine']}, not {expected}"
         peak_bytes = max(each["peak_rss_bytes"] for each in reports)

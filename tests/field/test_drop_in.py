@@ -15,10 +15,11 @@ from pathlib import Path
 import pytest
 from paths import ROOT
 
-from deepspeedlite.compat.drop_in import VERSION, with_stand_in
+from deepspeedlite.compat.drop_in import VERSION
 from deepspeedlite.compat.drop_in.docs import render
 from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
 from deepspeedlite.compat.drop_in.table import canonical
+from deepspeedlite.launcher.stand_in import with_stand_in
 from deepspeedlite.runtime.errors import AbsentError
 
 
@@ -43,6 +44,12 @@ assert deepspeed.comm.comm is deepspeed.comm and deepspeed.runtime.zero is deeps
 assert deepspeed.runtime.zero.partition_parameters.Init is deepspeed.zero.Init
 assert ZeroParamStatus is again and deepspeed.ops.adam.FusedAdam is FusedAdam
 assert theirs.DeepSpeedEngine is deepspeed.DeepSpeedEngine
+from deepspeedlite.engine import DeepSpeedEngine, Engine  # where it was before, and as pickles of then name it
+assert DeepSpeedEngine is theirs.DeepSpeedEngine and issubclass(DeepSpeedEngine, Engine)
+assert issubclass(deepspeed.PipelineEngine, DeepSpeedEngine)
+assert pickle.loads(b"cdeepspeedlite.engine\\nDeepSpeedEngine\\n.") is DeepSpeedEngine
+from deepspeedlite.factory import initialize
+assert initialize is deepspeed.initialize
 assert deepspeed.checkpointing is deepspeed.runtime.activation_checkpointing.checkpointing
 assert pickle.loads(pickle.dumps(ZeroParamStatus.AVAILABLE)) is ZeroParamStatus.AVAILABLE
 assert deepspeed.comm.__spec__.name == deepspeed.comm.__name__ == "deepspeedlite.comm"

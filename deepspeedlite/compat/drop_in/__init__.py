@@ -13,22 +13,7 @@ Nothing here imports torch, nor anything of the package but what the table names
 
 from __future__ import annotations
 
-import os
-from collections.abc import Mapping
-from pathlib import Path
-
 STANDS_IN_FOR = "0.19.8"
 """The release of DeepSpeed whose names the table lists."""
 VERSION = f"{STANDS_IN_FOR}+lite"
 """What `importlib.metadata.version("deepspeed")` says."""
-
-
-def folder() -> Path:
-    """The folder to put on PYTHONPATH."""
-    return Path(__file__).resolve().parents[2] / "drop_in" / "stand_in"  # where environments made long ago look for it
-
-
-def with_stand_in(environ: Mapping[str, str]) -> dict[str, str]:
-    """An environment whose Pythons find the stand-in before any other `deepspeed`."""
-    there = [part for part in environ.get("PYTHONPATH", "").split(os.pathsep) if part and part != str(folder())]
-    return {**environ, "PYTHONPATH": os.pathsep.join([str(folder()), *there])}

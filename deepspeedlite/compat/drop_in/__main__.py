@@ -7,9 +7,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from deepspeedlite.compat.drop_in import folder
 from deepspeedlite.compat.drop_in.docs import render
 from deepspeedlite.compat.drop_in.install import install, uninstall
+from deepspeedlite.launcher.stand_in import folder
 from deepspeedlite.runtime.errors import LaunchError
 
 

@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 from deepspeedlite.compat.drop_in import VERSION
 from deepspeedlite.compat.drop_in.table import HOME, canonical, modules, why_absent
 from deepspeedlite.runtime.errors import AbsentError
+from deepspeedlite.runtime.leniency import be_lenient
 
 if TYPE_CHECKING:
     from importlib.abc import Loader, MetaPathFinder
@@ -71,11 +72,7 @@ def stand_in() -> None:
     package = importlib.import_module(HOME)
     package.__version__ = VERSION  # type: ignore[attr-defined]  # scripts compare it with releases of DeepSpeed
     sys.modules[NAME] = package
-
-
-def stands_in() -> bool:
-    """Whether this process goes by the name deepspeed: somebody has imported it, and it is ours."""
-    return NAME in sys.modules and sys.modules[NAME] is sys.modules.get(HOME)
+    be_lenient()
 
 
 def serve() -> None:

@@ -13,7 +13,8 @@ import sysconfig
 from collections.abc import Callable
 from pathlib import Path
 
-from deepspeedlite.compat.drop_in import VERSION, folder
+from deepspeedlite.compat.drop_in import VERSION
+from deepspeedlite.launcher.stand_in import folder
 from deepspeedlite.runtime.errors import LaunchError
 
 PTH_NAME = "deepspeed_is_deepspeedlite.pth"

@@ -135,10 +135,10 @@ ABSENT_MODULES: Mapping[str, str] = {
 }
 
 MODULES: Mapping[str, Names] = {
-    "": at("factory", "initialize", _MPU)
-    | at("factory", "add_config_arguments")
+    "": at("compat.initialize", "initialize", _MPU)
+    | at("compat.initialize", "add_config_arguments")
     | at("comm", "init_distributed")
-    | at("engine", "DeepSpeedEngine", _MADE)
+    | at("compat.engine", "DeepSpeedEngine", _MADE)
     | at("utils", "log_dist logger OnDevice")
     | at("accelerator", "get_accelerator")
     | at("compat.config", "DeepSpeedConfig", _CONFIG)
@@ -154,14 +154,14 @@ MODULES: Mapping[str, Names] = {
     | no(_NO_INFERENCE, "replace_transformer_layer DeepSpeedHybridEngine")
     | no(_NO_TENSOR, "tp_model_init set_autotp_mode")
     | at("pipe", "PipelineModule", _PIPELINE)
-    | at("parallel.pipe.engine", "PipelineEngine", _PIPELINE_ENGINE)
+    | at("compat.engine", "PipelineEngine", _PIPELINE_ENGINE)
     | no(_NO_DUALPIPE, "DualPipeVModule DualPipeVEngine")
     | no(_NO_KERNELS, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig")
     | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
     | no("resolved when heads are split, which is not in this release", "resolve_per_head_muon_after_sharding")
     | no(_INTERNAL, "set_optimizer_flags"),
     # --- runtime ------------------------------------------------------------------------------------------------------
-    "runtime.engine": at("engine", "DeepSpeedEngine", _MADE)
+    "runtime.engine": at("compat.engine", "DeepSpeedEngine", _MADE)
     | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
     | no(_INTERNAL, "EngineTimers split_half_float_double_sparse"),
     "runtime.base_optimizer": renamed("optim.step", _ONE_OPTIMIZER, DeepSpeedOptimizer="ShardedOptimizer")
@@ -240,7 +240,7 @@ MODULES: Mapping[str, Names] = {
     "runtime.pipe.module": at("pipe", "LayerSpec TiedLayerSpec")
     | at("pipe", "PipelineModule", _PIPELINE)
     | at("runtime.errors", "PipelineError"),
-    "runtime.pipe.engine": at("parallel.pipe.engine", "PipelineEngine", _PIPELINE_ENGINE),
+    "runtime.pipe.engine": at("compat.engine", "PipelineEngine", _PIPELINE_ENGINE),
     "runtime.pipe.topology": at(
         "parallel.pipe.topology", "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology"
     )

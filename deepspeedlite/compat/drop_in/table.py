@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from deepspeedlite.compat.drop_in.entry import Names
+from deepspeedlite.compat.drop_in.entry import Names, at
 from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
 
 HOME = "deepspeedlite"
@@ -32,6 +32,12 @@ SAME_MODULE: Mapping[str, str] = {
     "utils.zero_to_fp32": "compat.zero_to_fp32",
 }
 
+# Names of ours, by the module that they were in before.
+MOVED: Mapping[str, Names] = {
+    "engine": at("compat.engine", "DeepSpeedEngine"),
+    "factory": at("compat.initialize", "initialize add_config_arguments"),
+}
+
 
 def canonical(path: str) -> str:
     """The path under which a module is looked up."""
@@ -45,7 +51,7 @@ def canonical(path: str) -> str:
 def modules() -> Mapping[str, Names]:
     """Every module that the table lists, by canonical path."""
     found: dict[str, Names] = {}
-    for path, names in MODULES.items():
+    for path, names in (*MODULES.items(), *MOVED.items()):
         found.setdefault(canonical(path), {}).update(names)
         while "." in path:  # every module's parents are modules too
             path = path.rpartition(".")[0]

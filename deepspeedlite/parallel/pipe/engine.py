@@ -14,29 +14,52 @@ the passes does so on every rank too (`fault.py`).
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
 import torch
 
 from deepspeedlite.comm import Group
-from deepspeedlite.compat.helpers import move_to_device
+from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.data.loader import RepeatingLoader
-from deepspeedlite.engine import DeepSpeedEngine, EngineParts
+from deepspeedlite.engine import Engine, EngineParts
 from deepspeedlite.optim.precision import check_loss, widen
 from deepspeedlite.parallel.pipe.fault import Faults, scalar
 from deepspeedlite.parallel.pipe.module import PipelineModule
 from deepspeedlite.parallel.pipe.stage_comm import StageComm
-from deepspeedlite.runtime.errors import DistributedError, PipelineError
+from deepspeedlite.parallel.replica import Replica, Tie
+from deepspeedlite.runtime.errors import ConfigError, DistributedError, PipelineError
+from deepspeedlite.runtime.tensors import move_to_device
 
 _READY, _EXHAUSTED, _FAILED = 0, 1, 2
 
 
-class PipelineEngine(DeepSpeedEngine):
+class PipelineEngine(Engine):
     """Trains a PipelineModule. Made by `initialize`."""
 
     module: PipelineModule
+
+    @classmethod
+    def mpu_of(cls, model: Any, mpu: Any) -> tuple[Any, Group, Replica]:
+        """The pipeline's own, by its topology."""
+        if mpu is not None:
+            raise ConfigError("a PipelineModule has its own mpu, by its topology: leave mpu= out of initialize")
+        mpu, group, replica = super().mpu_of(model, model.mpu())
+        # Stages name layers by their places in the whole model: in a checkpoint only tensors' parts are kept apart.
+        return mpu, group, replace(replica, part=replica.tensor.rank, parts=replica.tensor.size)
+
+    @classmethod
+    def prepare(cls, model: Any, config: DeepSpeedConfig) -> None:
+        """Take the configuration's checkpoint interval; raises UnsupportedError for stage 3."""
+        model.configure(config.pipeline.activation_checkpoint_interval, config.zero_optimization.stage == 3)
+
+    @classmethod
+    def ties_of(cls, model: Any) -> Sequence[Tie]:
+        """Of layers that several stages have."""
+        ties: Sequence[Tie] = model.ties
+        return ties
 
     def __init__(self, module: PipelineModule, parts: EngineParts) -> None:
         super().__init__(module, parts)
@@ -153,7 +176,7 @@ class PipelineEngine(DeepSpeedEngine):
     @property
     def micro_batches(self) -> int:
         """Micro-batches of a batch."""
-        return self.gradient_accumulation_steps()
+        return self._batch.accumulation
 
     def is_first_stage(self) -> bool:
         """Whether this rank reads inputs."""

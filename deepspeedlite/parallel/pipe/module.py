@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -21,29 +21,12 @@ from deepspeedlite.parallel.pipe.partition import check_no_empty_stage, partitio
 from deepspeedlite.parallel.pipe.schedule import SCHEDULES
 from deepspeedlite.parallel.pipe.specs import Layer, LayerSpec, TiedLayerSpec, layer_numel, name_of_layer
 from deepspeedlite.parallel.pipe.topology import PipelineParallelGrid, ProcessTopology, make_topology
+from deepspeedlite.parallel.replica import Tie
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist
 
-__all__ = ["LayerSpec", "PipelineModule", "Tie", "TiedLayerSpec"]
-
-
-class Tie(NamedTuple):
-    """Copies of one module on several stages."""
-
-    key: str
-    module: torch.nn.Module
-    group: Group  # the ranks at the same place of those stages
-    is_first: bool  # whether this rank's copy is the one that counts in norms and gives the values at the start
-
-    def holds(self, param: torch.Tensor) -> bool:
-        """Whether a parameter is of the module."""
-        return any(param is own for own in self.module.parameters())
-
-
-def ties_of(model: torch.nn.Module) -> list[Tie]:
-    """The ties of a pipeline, in an order that all its stages agree on; none for another module."""
-    return model.ties if isinstance(model, PipelineModule) else []
+__all__ = ["LayerSpec", "PipelineModule", "TiedLayerSpec"]
 
 
 class PipelineModule(torch.nn.Module):

@@ -20,9 +20,10 @@ import torch
 from deepspeedlite.ops.aio import aio_handle
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.tensors import DTYPES
 
 SPARE = 0.1  # of the free memory and disk: for what is not counted, and for other programs
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 _COPY_BYTES, _DISK_BYTES = 256 << 20, 256 << 20
 _MOMENT_S = 0.3
 
@@ -63,7 +64,7 @@ def measure(dtype: str, path: str) -> Machine:
         gpu_bytes=_usable(free_gpu),
         host_bytes=_usable(psutil.virtual_memory().available),
         disk_bytes=_usable(free_disk),
-        flops=_flops(device.torch_device, TORCH_DTYPES[dtype], device.synchronize),
+        flops=_flops(device.torch_device, DTYPES[dtype], device.synchronize),
         device_rate=_copy_rate(device.torch_device, device.torch_device, device.synchronize) if on_gpu else host_rate,
         host_rate=host_rate,
         bus_rate=_copy_rate(torch.device("cpu"), device.torch_device, device.synchronize) if on_gpu else host_rate / 2,

@@ -1,0 +1,164 @@
+"""The engine that `initialize` returns: the core's, with the methods that scripts written for DeepSpeed call."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from deepspeedlite.checkpoint.consolidate import consolidated_state_dict, write_weights
+from deepspeedlite.checkpoint.files import check_folder
+from deepspeedlite.compat.engine_accessors import EngineAccessors
+from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
+from deepspeedlite.data.loader import DeepSpeedDataLoader
+from deepspeedlite.engine import EngineParts
+from deepspeedlite.parallel.pipe import engine as pipe
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.runtime.log import logger
+
+ROUTE_TRAIN = "train"
+
+
+class DeepSpeedEngine(EngineAccessors):
+    """A model with its optimizer, precision, accumulation and data-parallel average. Made by `initialize`.
+
+    Attributes that the engine does not have are looked up on the wrapped `module`.
+    """
+
+    optimizer_class = NamedOptimizer
+
+    def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
+        super().__init__(module, parts)
+        self.collate_fn = parts.loading.collate_fn
+        if parts.plan.shard_params:
+            describe_whole(module.parameters(), parts.group)
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say."""
+        self._forced_boundary = is_boundary
+
+    def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
+        """Compile the module with `torch.compile`.
+
+        Raises:
+            UnsupportedError: at stage 3, where parameters come and go in hooks that a compiled graph does not keep.
+        """
+        if self._parts.plan.shard_params:
+            raise UnsupportedError("engine.compile at stage 3 is not in this release; use stage 0, 1 or 2")
+        self.module.compile(**({"backend": backend} if backend else {}), **(compile_kwargs or {}))
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = ROUTE_TRAIN,
+        pin_memory: bool | None = None,
+        data_sampler: Any = None,
+        collate_fn: Callable[..., Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> Any:
+        """A loader that gives this rank its part of `dataset`.
+
+        Args:
+            dataset: a torch map-style or iterable dataset.
+            batch_size: samples per batch of this rank; the micro-batch if None.
+            route: `train` shuffles; `eval` and `predict` keep the order.
+            pin_memory: copy batches to page-locked memory; on a GPU by default.
+            data_sampler: replaces the distributed sampler.
+            collate_fn: as torch's DataLoader takes it.
+            num_local_io_workers: worker processes; 0 by default.
+        """
+        options = replace(
+            self._parts.loading,
+            collate_fn=collate_fn or self.collate_fn,
+            num_workers=num_local_io_workers or 0,
+            pin_memory=self._parts.loading.pin_memory if pin_memory is None else pin_memory,
+            shuffle=route == ROUTE_TRAIN,
+        )
+        group = self._parts.group
+        return DeepSpeedDataLoader(
+            dataset, batch_size or self._batch.micro, group.rank, group.size, options, data_sampler
+        )
+
+    # --- all weights ------------------------------------------------------------------------------------------------
+
+    def module_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Any]:
+        """The module's `state_dict`, whole on every rank. Collective at stage 3."""
+        state = self.module.state_dict()
+        if exclude_frozen_parameters:
+            for name, param in self.module.named_parameters(remove_duplicate=False):
+                if not param.requires_grad:
+                    state.pop(name, None)
+        return state
+
+    def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
+        """The weights on the first rank of each part of the model that keeps its own names; see `zero.replica`."""
+        group, replica = self._parts.group, self._parts.replica
+        state = consolidated_state_dict(self.module, group, exclude_frozen_parameters)
+        if state is None or replica.parts == replica.group.size:
+            return state
+        parts = replica.group.all_gather_objects(replica.part)
+        united = None
+        for part in range(replica.parts):
+            held = replica.group.gather_objects(state if part == replica.part else {}, dst=parts.index(part))
+            if held:
+                united = {name: weight for stage in reversed(held) for name, weight in stage.items()}
+        return united
+
+    def _zero3_consolidated_16bit_state_dict(
+        self, exclude_frozen_parameters: bool = False
+    ) -> dict[str, torch.Tensor] | None:
+        """All weights as CPU tensors on rank 0, None elsewhere; collective. The name is the one that clients call.
+
+        Raises:
+            ConfigError: at stage 3, without `stage3_gather_16bit_weights_on_model_save`.
+        """
+        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
+            raise ConfigError(
+                "gathering all weights on rank 0 needs zero_optimization.stage3_gather_16bit_weights_on_model_save: "
+                "true; rank 0 must have CPU memory for the whole model"
+            )
+        return self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+
+    def save_fp16_model(self, save_dir: str, save_filename: str = "pytorch_model.bin") -> bool:
+        """An older name of `save_16bit_model`."""
+        return self.save_16bit_model(save_dir, save_filename)
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Write the weights, in the dtype that the model computes in, to one file that `torch.load` reads. Collective.
+
+        Model-parallel ranks write a file each, with `mp_rank_00_` and so on before its name.
+
+        Returns:
+            whether they were written: at stage 3 only where `stage3_gather_16bit_weights_on_model_save` is true.
+        """
+        if self._parts.plan.shard_params and not self.zero_gather_16bit_weights_on_model_save():
+            logger.warning(
+                "save_16bit_model wrote nothing: zero_optimization.stage3_gather_16bit_weights_on_model_save is false"
+            )
+            return False
+        state = self._consolidated_16bit_state_dict(exclude_frozen_parameters)
+        replica = self._parts.replica
+        problem = ""
+        if state is not None:  # so that where a rank that writes nothing was told to write does not matter
+            try:
+                folder = check_folder(save_dir, "save_16bit_model")
+                if not os.path.basename(save_filename):
+                    raise CheckpointError(f"{save_filename!r} is no file's name")
+                name = f"{replica.name_prefix.replace('.', '_')}{save_filename}"
+                write_weights(state, folder / name)
+            except (OSError, TypeError, CheckpointError) as error:
+                problem = f"{save_filename} into {save_dir}: {error}"
+        problems = replica.group.all_gather_objects(self._parts.group.broadcast_object(problem))
+        if any(problems):
+            raise EngineStateError(f"save_16bit_model could not write {next(filter(None, problems))}")
+        return True
+
+
+class PipelineEngine(DeepSpeedEngine, pipe.PipelineEngine):
+    """The engine of a `PipelineModule`, under DeepSpeed's names."""
