@@ -20,6 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 from paths import HELPERS, put_on_path
 
 put_on_path()
+pytest_plugins = ["beside"]
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

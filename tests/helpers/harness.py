@@ -52,7 +52,7 @@ BOUND_TO_PYTEST = frozenset({"request", "monkeypatch", "capsys", "capfd", "capsy
 
 
 def distributed(
-    world_size: int | Sequence[int] = 2,
+    world_size: int | Sequence[int] | None = 2,
     *,
     timeout_s: float = 60.0,
     backend: str = "gloo",
@@ -62,7 +62,8 @@ def distributed(
     """Make a test function run its body on each of `world_size` ranks.
 
     Args:
-        world_size: ranks; a list makes one parametrised test per size. A body with a `world_size` argument gets it.
+        world_size: ranks; a list makes one parametrised test per size; None: the test's own
+            parameter `world_size` says. A body with a `world_size` argument gets it.
         timeout_s: after this the test fails with the stack of every rank.
         backend: `gloo`, or `nccl` (one GPU per rank; the test skips where there are fewer).
         env: variables set on every rank besides RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and MASTER_PORT.
@@ -99,6 +100,8 @@ def distributed(
             return run_on_ranks
         kept.append(inspect.Parameter("world_size", inspect.Parameter.KEYWORD_ONLY))
         run_on_ranks.__signature__ = inspect.Signature(kept)  # type: ignore[attr-defined]
+        if world_size is None:
+            return run_on_ranks
         return pytest.mark.parametrize("world_size", list(world_size))(run_on_ranks)
 
     return decorate

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from models import tied_model, tokens
+from pairwise import each_pair
 
 import deepspeedlite
 
@@ -120,11 +121,16 @@ def check_against_reference(weights, losses, dtype, accumulation, clip, world_si
 
 
 @pytest.mark.slow_unless(world_size=2, accumulation=3, clip=True)
-@pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-@distributed(world_size=[1, 2, 3, 4])
+@each_pair(  # and every three
+    3,
+    always=[(stage, dtype, 3, True, 2) for stage in range(4) for dtype in DTYPES],
+    stage=range(4),
+    dtype=DTYPES,
+    accumulation=[1, 3],
+    clip=[False, True],
+    world_size=[1, 2, 3, 4],
+)
+@distributed(world_size=None)
 def test_twenty_steps(stage, dtype, accumulation, clip, world_size):
     zero = {"stage": stage, "reduce_bucket_size": 4000, "stage3_param_persistence_threshold": 64}
     config = engine_config(dtype, accumulation, clip, zero_optimization=zero)

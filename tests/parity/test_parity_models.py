@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import zero_models as zoo
 from harness import distributed
+from pairwise import each_pair
 from test_parity import CLIP, DTYPES, LOSS_SCALE, OPTIMIZER, engine_config, full_weights
 from test_zero_models import gathered_experts, rows, rows_routed, squared_error
 from torch import Tensor, nn
@@ -127,12 +128,8 @@ def farthest(weights: dict[str, Tensor], others: dict[str, Tensor]) -> float:
     return max((weights[name] - others[name]).abs().max().item() for name in weights)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("clip", [False, True], ids=["unclipped", "clipped"])
-@pytest.mark.parametrize("accumulation", [1, 3])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
-@pytest.mark.parametrize("kind", KINDS)
-@distributed(world_size=[1, 2, 3, 4])
+@each_pair(3, kind=KINDS, dtype=DTYPES, accumulation=[1, 3], clip=[False, True], world_size=[1, 2, 3, 4])
+@distributed(world_size=None)
 def test_all_stages(kind, dtype, accumulation, clip, world_size):
     between_stages = WEIGHT_ATOL[dtype] if accumulation > 1 else BETWEEN_STAGES_ATOL
     trained = [train(KINDS[kind], stage, dtype, accumulation, clip) for stage in range(4)]

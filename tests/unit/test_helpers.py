@@ -1,0 +1,87 @@
+"""What tests share, tried itself: matrices in fewer cases, and a session that runs beside another."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from children import hear_signals
+from pairwise import covering
+from paths import HELPERS, ROOT
+
+
+@pytest.mark.parametrize("strength", [2, 3])
+def test_every_combination_of_so_many_values_is_met(strength):
+    values = {"stage": range(4), "dtype": "abc", "accumulation": (1, 3), "clip": (False, True), "world_size": (1, 2, 4)}
+    always = [(stage, "a", 3, True, 2) for stage in range(4)]
+    cases = covering(values, strength, always)
+    assert len(cases) < 144 / strength and {*always} <= {*cases} and len({*cases}) == len(cases)
+    for places in itertools.combinations(range(5), strength):
+        met = {tuple(case[i] for i in places) for case in cases}
+        assert met == set(itertools.product(*([*values.values()][i] for i in places)))
+
+
+WAITS = "import os, pathlib, time\ndef test_waits(): pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(90)\n"
+GOOD = "def test_good(): pass\n"
+BAD = "import pytest\ndef test_bad(): assert 1 == 2\ndef test_skips(): pytest.skip('lacks it')\n"
+DIES = "import os\ndef test_good(): pass\ndef test_dies(): os._exit(9)\n"
+
+
+def start(folder: Path, here: str, there: str, *options: str) -> subprocess.Popen[str]:
+    """Pytest on two generated folders, of which the second is run beside the first."""
+    (folder / "conftest.py").write_text(
+        f"import sys; sys.path.insert(0, {str(HELPERS)!r})\nimport pathlib, paths\n"
+        "paths.TESTS = pathlib.Path(__file__).parent\npytest_plugins = ['beside']\n"
+    )
+    for name, source in (("here", here), ("there", there)):
+        (folder / name).mkdir()
+        (folder / name / f"test_{name}.py").write_text(source)
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "--beside", "there", *options]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
+    environ.pop("PYTEST_ADDOPTS", None)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=folder, env=environ, preexec_fn=hear_signals, **pipes)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("here, there, status, said", [
+    (GOOD, GOOD, 0, "2 passed"),
+    (GOOD, BAD, 1, "1 failed, 1 passed, 1 skipped"),
+    (BAD, GOOD, 1, "1 failed, 1 passed, 1 skipped"),
+    (BAD, BAD, 1, "2 failed, 2 skipped"),
+    (GOOD, DIES, 1, "1 failed, 2 passed"),
+], ids=["good", "bad beside good", "good beside bad", "both bad", "death"])  # fmt: skip
+def test_two_sessions_are_told_of_as_one(tmp_path, here, there, status, said):
+    process = start(tmp_path, here, there)
+    text, _ = process.communicate(timeout=100)
+    assert process.returncode == status, text
+    assert re.fullmatch(rf"=+ {said} in .*s.* =+", text.splitlines()[-1]), text
+    if there is BAD:
+        assert re.search(r"^FAILED there/test_there.py::test_bad - assert 1 == 2$", text, re.MULTILINE)
+        assert "def test_bad(): assert 1 == 2" in text and re.search(r"SKIPPED \[\d\] .*: lacks it", text)
+    if there is DIES:
+        assert "the session beside this one ended with status 9 in this test or before it, and without 0 others" in text
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+def test_neither_outlives_the_other(tmp_path, number):
+    process, pid = start(tmp_path, GOOD, WAITS), tmp_path / "pid"
+    until = time.monotonic() + 60
+    while not pid.exists() or not pid.read_text():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+    process.send_signal(number)
+    text, _ = process.communicate(timeout=50)
+    assert process.returncode == (2 if number == signal.SIGINT else -signal.SIGKILL), text
+    while psutil.pid_exists(int(pid.read_text())):
+        assert time.monotonic() < until
+        time.sleep(0.05)
