@@ -7,7 +7,7 @@ from operator import attrgetter
 from typing import Any, NamedTuple
 
 from deepspeedlite import comm
-from deepspeedlite.config import load_config
+from deepspeedlite.config import ALL_SECTIONS, load_config
 
 # DeepSpeed's attribute -> where it is in ours.
 _ATTRIBUTES = {
@@ -24,6 +24,7 @@ _ATTRIBUTES = {
     "load_universal_checkpoint": "checkpoint.load_universal",
     "_param_dict": "raw",
 }
+CometConfig = ALL_SECTIONS["comet"]  # made of a table, like all that is not acted on
 _NAMED = {
     "optimizer_name": "type",
     "optimizer_params": "params",

@@ -4,7 +4,7 @@
     config.batch(8)                       # BatchSizes(train=64, micro=4, accumulation=2)
     config.zero_optimization.stage        # sections and scalars under DeepSpeed's names
 
-`python -m deepspeedlite.config check FILE` does the same from a shell. features.py says what this release supports.
+`python -m deepspeedlite.config check FILE` does the same from a shell. unsupported.json lists what is not acted on.
 """
 
 from __future__ import annotations

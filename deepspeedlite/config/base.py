@@ -93,7 +93,7 @@ def key(
 ) -> Any:
     """Declare one key.
 
-    `feature` names a line of `features.FEATURES` (the section's own FEATURE if left out); `status` and `note` say it
+    `feature` names a line of `features.FEATURES` ("core" if left out); `status` and `note` say it
     on the spot for a key that stands alone. `by_value` gives single values their own feature: {"sum": "gradient_sum"}.
     `may_differ`: ranks may have different values (the section's own MAY_DIFFER if left out).
     `limits` are pydantic's: ge, gt, le, lt, min_length.
@@ -112,16 +112,16 @@ def key(
     return Field(default, description=doc, json_schema_extra=extra, **limits)
 
 
-def part(section: type[Section], doc: str) -> Any:
+def part(section: type[Section], doc: str, **extra: Any) -> Any:
     """Declare a key whose value is a section that is always there, all defaults when it is not given."""
-    return Field(default_factory=section.model_construct, description=doc, json_schema_extra={})
+    return Field(default_factory=section.model_construct, description=doc, json_schema_extra=extra)
 
 
 class Section(BaseModel):
     """A JSON object with known keys.
 
     SWITCH names the key that turns the whole section on; while its value is in OFF the other keys ask for nothing.
-    FEATURE is the feature of every key that names none itself. MAY_DIFFER: ranks may differ in all of its keys.
+    MAY_DIFFER: ranks may differ in all of its keys.
     """
 
     model_config = ConfigDict(
@@ -130,7 +130,6 @@ class Section(BaseModel):
 
     SWITCH: ClassVar[str | None] = None
     OFF: ClassVar[tuple[Any, ...]] = (False, None, 0, "none")
-    FEATURE: ClassVar[str] = "core"
     MAY_DIFFER: ClassVar[bool] = False
 
     @classmethod
@@ -142,7 +141,7 @@ class Section(BaseModel):
             if not isinstance(extra, dict):
                 continue
             if "status" not in extra:
-                extra.setdefault("feature", cls.FEATURE)
+                extra.setdefault("feature", "core")
                 extra.update(FEATURES[str(extra["feature"])]._asdict())
             if cls.MAY_DIFFER or extra["status"] == "hint":  # what changes nothing cannot do harm
                 extra["may_differ"] = True

@@ -13,12 +13,10 @@ from deepspeedlite.config.base import (
     AnyCase,
     Dtype,
     Flag,
-    FreeForm,
     Int,
     KeyInfo,
     Number,
     Section,
-    Text,
     copy_tree,
     inner_section,
     key,
@@ -26,27 +24,21 @@ from deepspeedlite.config.base import (
     part,
 )
 from deepspeedlite.config.batch import BatchSizes, solve_batch
-from deepspeedlite.config.sections.data import Autotuning, Compile, DataEfficiency
 from deepspeedlite.config.sections.monitors import (
-    Comet,
     CommsLogger,
     CsvMonitor,
     FlopsProfiler,
     TensorBoard,
-    Timers,
     Wandb,
 )
 from deepspeedlite.config.sections.optim import Optimizer, Scheduler
 from deepspeedlite.config.sections.parallel import (
-    ExpertParallel,
-    HybridEngine,
     Pipeline,
-    TensorParallel,
-    WeightQuantization,
 )
 from deepspeedlite.config.sections.precision import Bf16, DataTypes, Fp16, TorchAutocast
 from deepspeedlite.config.sections.storage import ActivationCheckpointing, Aio, Checkpoint
 from deepspeedlite.config.sections.zero import ZeroOptimization
+from deepspeedlite.config.unsupported import beside
 
 
 def _never(value: Any) -> Any:
@@ -57,6 +49,7 @@ def _never(value: Any) -> Any:
 Steps = Annotated[Int | None, BeforeValidator(_never)]
 
 
+@beside("")
 class DeepSpeedConfig(Section):
     """A checked configuration. Frozen; every section is present, with defaults where the file says nothing."""
 
@@ -68,9 +61,6 @@ class DeepSpeedConfig(Section):
     train_batch_size: Int | None = key(None, "Samples per optimizer step over all ranks.", ge=1)
     train_micro_batch_size_per_gpu: Int | None = key(None, "Samples per forward pass on one rank.", ge=1)
     gradient_accumulation_steps: Int | None = key(None, "Forward passes per optimizer step.", ge=1)
-    managed_gradient_accumulation: Flag = key(
-        True, "The engine counts micro-batches and steps at the boundary.", feature="unmanaged_accumulation"
-    )
 
     optimizer: Optimizer | None = key(None, "The optimizer, unless `initialize` is given one.")
     scheduler: Scheduler | None = key(None, "The learning-rate schedule, unless `initialize` is given one.")
@@ -87,19 +77,6 @@ class DeepSpeedConfig(Section):
         "mean", "How gradients of ranks are combined.", by_value={"sum": "gradient_sum"}
     )
     communication_data_type: Dtype | None = key(None, "Type in which gradients travel; null: their own.")
-    seq_parallel_communication_data_type: Dtype | None = key(
-        None, "The same for sequence parallelism.", status="hint", note="has no effect without sequence parallelism"
-    )
-    sequence_parallel_size: Int = key(1, "Ranks that share one sequence.", feature="sequence_parallel", ge=1)
-    sparse_gradients: Flag = key(
-        False,
-        "Reduce the gradients of embeddings in sparse form.",
-        status="hint",
-        note="changes nothing: they are reduced densely, with the same result",
-    )
-    disable_allgather: Flag = key(
-        False, "Broadcast parameters instead of gathering them.", status="hint", note="changes nothing"
-    )
 
     fp16: Fp16 = part(Fp16, "fp16 training.")
     bf16: Bf16 = part(Bf16, "bf16 training.")
@@ -113,9 +90,6 @@ class DeepSpeedConfig(Section):
         status="hint",
         note="changes nothing: optimizers that cannot be sharded are refused by name",
     )
-    zero_force_ds_cpu_optimizer: Flag = key(
-        True, "Insist on DeepSpeed's CPU optimizer.", status="hint", note="has no effect without offloading"
-    )
     aio: Aio = part(Aio, "Asynchronous file access.")
     checkpoint: Checkpoint = part(Checkpoint, "Saving and loading.")
     activation_checkpointing: ActivationCheckpointing = part(ActivationCheckpointing, "Recomputation.")
@@ -124,14 +98,9 @@ class DeepSpeedConfig(Section):
     wall_clock_breakdown: Flag = key(False, "Time forward, backward and step.", may_differ=True)
     memory_breakdown: Flag = key(False, "Log device memory around forward, backward and step.", may_differ=True)
     dump_state: Flag = key(False, "Log the engine's settings after initialisation.", may_differ=True)
-    log_level: Text | Int | None = key(
-        None, "Level of DeepSpeed's logger.", status="hint", note="changes nothing: set DSL_LOG_LEVEL"
-    )
-    timers: Timers = part(Timers, "Timers.")
     tensorboard: TensorBoard = part(TensorBoard, "TensorBoard.")
     wandb: Wandb = part(Wandb, "Weights & Biases.")
     csv_monitor: CsvMonitor = part(CsvMonitor, "CSV files.")
-    comet: Comet = part(Comet, "Comet.")
     comms_logger: CommsLogger = part(CommsLogger, "Record of collectives.")
     flops_profiler: FlopsProfiler = part(FlopsProfiler, "FLOP counts.")
 
@@ -139,39 +108,8 @@ class DeepSpeedConfig(Section):
     dataloader_split_iterable: Flag = key(
         True, "Give each rank its part of an IterableDataset; false: the dataset does that itself."
     )
-    data_efficiency: DataEfficiency = part(DataEfficiency, "Choosing samples and tokens.")
-    disable_python_gc: Flag = key(
-        False,
-        "Turn Python's cyclic garbage collector off.",
-        status="hint",
-        note="changes nothing: call gc.disable() yourself",
-    )
-    vocabulary_size: Int | None = key(
-        None, "Size that DeepSpeed checks for alignment.", status="hint", note="changes nothing"
-    )
 
     pipeline: Pipeline = part(Pipeline, "Pipeline parallelism.")
-    tensor_parallel: TensorParallel = part(TensorParallel, "Tensor parallelism.")
-    expert_parallel: ExpertParallel = part(ExpertParallel, "Expert parallelism.")
-    use_data_before_expert_parallelism: Flag = key(
-        False, "Order of the process groups.", status="hint", note="has no effect without expert parallelism"
-    )
-    hybrid_engine: HybridEngine = part(HybridEngine, "Training and generation.")
-    weight_quantization: WeightQuantization | None = key(None, "Quantizing weights.", feature="weight_quantization")
-    compile: Compile = part(Compile, "Graph compiler.")
-    autotuning: Autotuning = part(Autotuning, "Search for a configuration.")
-
-    datastates_ckpt: FreeForm | Flag | None = key(None, "DataStates checkpointing.", feature="datastates")
-    amp: FreeForm = key(dict, "Apex mixed precision.", feature="amp")
-    nebula: FreeForm = key(dict, "Nebula checkpointing.", feature="nebula")
-    compression_training: FreeForm = key(dict, "Compression during training.", feature="compression")
-    quantize_training: FreeForm = key(dict, "Mixture-of-Quantization.", feature="quantize_training")
-    sparse_attention: FreeForm = key(dict, "Block-sparse attention.", feature="sparse_attention")
-    elasticity: FreeForm = key(dict, "Elastic training.", feature="elasticity")
-    eigenvalue: FreeForm = key(dict, "Eigenvalue estimate.", feature="eigenvalue")
-    progressive_layer_drop: FreeForm = key(dict, "Layer dropping.", feature="progressive_layer_drop")
-    curriculum_learning: FreeForm = key(dict, "Older curriculum learning.", feature="curriculum_learning")
-    graph_harvesting: Flag = key(False, "Capture the step into a CUDA graph.", feature="graph_harvesting")
 
     @property
     def raw(self) -> dict[str, Any]:

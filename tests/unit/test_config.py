@@ -481,7 +481,7 @@ def test_hints_are_said_once_and_only_for_given_keys(monkeypatch):
 
 
 def test_a_feature_becomes_supported_by_one_line(monkeypatch):
-    """The promise of features.py."""
+    """The promise of features.py, by a verdict of unsupported.json."""
     monkeypatch.setattr("deepspeedlite.config.load.log_once", lambda line: None)
     for name in ("super_offload", "zero_tuning"):
         monkeypatch.setitem(FEATURES, name, Feature("supported"))

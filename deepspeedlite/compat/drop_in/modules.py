@@ -372,6 +372,7 @@ MODULES: Mapping[str, Names] = {
         "metrics.monitor.registry", "MonitorMaster Monitor", "a failing disk ends a monitor, not the training"
     ),
     "monitor.config": at("compat.config", "get_monitor_config")
+    | at("compat.config", "CometConfig", "a section of the configuration")
     | renamed("compat.config", "a tuple of the sections", DeepSpeedMonitorConfig="MonitorConfig")
     | renamed(
         "config.sections.monitors",
@@ -379,7 +380,6 @@ MODULES: Mapping[str, Names] = {
         TensorBoardConfig="TensorBoard",
         WandbConfig="Wandb",
         CSVConfig="CsvMonitor",
-        CometConfig="Comet",
     ),
     "profiling.flops_profiler": at("profiling", "FlopsProfiler get_model_profile"),
     "profiling.flops_profiler.profiler": at("profiling", "FlopsProfiler get_model_profile"),

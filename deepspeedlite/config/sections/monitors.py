@@ -1,8 +1,6 @@
 """What people watch: `tensorboard`, `wandb`, `csv_monitor`, `comet`, `comms_logger`, `flops_profiler`, `timers`."""
 
-from typing import Literal
-
-from deepspeedlite.config.base import Flag, Int, Number, Path, Section, Text, key, part
+from deepspeedlite.config.base import Flag, Int, Number, Path, Section, Text, key
 
 
 class TensorBoard(Section):
@@ -39,24 +37,6 @@ class CsvMonitor(Section):
     job_name: Text = key("DeepSpeedJobName", "Subdirectory for this run.")
 
 
-class Comet(Section):
-    """Metrics to Comet."""
-
-    SWITCH = "enabled"
-    MAY_DIFFER = True
-    FEATURE = "comet"
-
-    enabled: Flag = key(False, "Log to Comet.")
-    samples_log_interval: Int = key(100, "Samples between two log entries.", ge=1)
-    project: Text | None = key(None, "Project name.")
-    workspace: Text | None = key(None, "Workspace name.")
-    api_key: Text | None = key(None, "API key.")
-    experiment_name: Text | None = key(None, "Experiment name.")
-    experiment_key: Text | None = key(None, "Experiment key.")
-    online: Flag | None = key(None, "Send to the server rather than keep locally.")
-    mode: Literal["get", "create", "get_or_create"] | None = key(None, "Continue an experiment or start one.")
-
-
 class CommsLogger(Section):
     """A record of every collective: how often, how large, how long."""
 
@@ -83,22 +63,3 @@ class FlopsProfiler(Section):
     top_modules: Int = key(1, "Modules listed per depth in the summary.", ge=1)
     detailed: Flag = key(True, "Print the whole module tree too.")
     output_file: Path | None = key(None, "File for the report; null: standard output.")
-
-
-class ThroughputTimer(Section):
-    """The timer behind SamplesPerSec."""
-
-    MAY_DIFFER = True
-
-    enabled: Flag = key(
-        True, "Report SamplesPerSec.", status="hint", note="changes nothing: it costs no measurable time"
-    )
-    synchronized: Flag = key(
-        True, "Synchronize the device around it.", status="hint", note="changes nothing: it uses device events"
-    )
-
-
-class Timers(Section):
-    """Timers that are always there."""
-
-    throughput: ThroughputTimer = part(ThroughputTimer, "Throughput timer.")

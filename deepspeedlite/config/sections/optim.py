@@ -1,16 +1,15 @@
 """`optimizer` and `scheduler`: a name and its parameters, which `recipes` knows."""
 
-from deepspeedlite.config.base import Flag, FreeForm, Section, Text, key
+from deepspeedlite.config.base import FreeForm, Section, Text, key
+from deepspeedlite.config.unsupported import beside
 
 
+@beside("optimizer")
 class Optimizer(Section):
     """The optimizer to build when `initialize` is given none."""
 
     type: Text = key(..., "Adam, AdamW, SGD, Adagrad, Lion, Lamb or any class of torch.optim.", min_length=1)
     params: FreeForm = key(dict, "Its keyword arguments, under the names that its class uses.")
-    legacy_fusion: Flag = key(
-        False, "Choose DeepSpeed's older fused step.", status="hint", note="has no effect: there is one step"
-    )
 
 
 class Scheduler(Section):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from deepspeedlite.config.base import Dtype, Flag, Int, Number, Section, Text, _dtype, key
+from deepspeedlite.config.unsupported import beside
 
 HalfDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)]
 
@@ -15,6 +16,7 @@ def name_pattern(text: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"(?<!\.)\*", ".*", text))
 
 
+@beside("fp16")
 class Fp16(Section):
     """fp16 weights and gradients, fp32 masters, and a loss scale that keeps small gradients from vanishing."""
 
@@ -28,11 +30,9 @@ class Fp16(Section):
     hysteresis: Int = key(2, "Overflows that are tolerated before the dynamic scale is halved.", ge=1)
     consecutive_hysteresis: Flag = key(False, "Any step without overflow restores the tolerance in full.")
     min_loss_scale: Int = key(1, "The dynamic scale never goes below this; overflowing there is an error.", ge=1)
-    fp16_master_weights_and_grads: Flag = key(
-        False, "Keep master weights and gradients in fp16.", feature="low_precision_masters"
-    )
 
 
+@beside("bf16")
 class Bf16(Section):
     """bf16 weights and gradients with fp32 masters; the range of fp32, so no loss scale."""
 
@@ -40,12 +40,6 @@ class Bf16(Section):
 
     enabled: Flag = key(False, "Train in bf16 with fp32 master weights.")
     check_grad_overflow: Flag = key(True, "Skip a step whose gradients hold an infinity or NaN.")
-    immediate_grad_update: Flag = key(
-        False,
-        "Add a gradient to its accumulator as soon as it is computed.",
-        status="hint",
-        note="is what always happens: gradients accumulate in place",
-    )
     bf16_master_weights_and_grads: Flag = key(
         False, "No fp32 masters: the optimizer updates the bf16 weights; needs bf16_optimizer_states."
     )
@@ -54,6 +48,7 @@ class Bf16(Section):
     )
 
 
+@beside("torch_autocast")
 class TorchAutocast(Section):
     """fp32 weights; `torch.autocast` chooses a lower precision operation by operation."""
 
@@ -61,13 +56,6 @@ class TorchAutocast(Section):
 
     enabled: Flag = key(False, "Run the forward pass under torch.autocast.")
     dtype: HalfDtype = key("bf16", "The lower precision.")
-    lower_precision_safe_modules: list[Text] | None = key(
-        None,
-        "Module classes, by full name, whose gradients are reduced in the lower precision; null: torch's own "
-        "Linear and convolutions.",
-        status="hint",
-        note="changes nothing: gradients are reduced in the parameters' dtype, or in communication_data_type",
-    )
 
 
 class DataTypes(Section):
