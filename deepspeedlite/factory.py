@@ -40,7 +40,7 @@ from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.trace import PrefetchLimits
-from deepspeedlite.zero.unit import Lodging, ReducePolicy
+from deepspeedlite.zero.unit import ReducePolicy
 from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
 from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.wrap import (
@@ -135,8 +135,9 @@ def _build_parts(
     left = take_over(model, wanted, trains=base is not None, shards=plan.shard_params, group=group)
     if base is not None:
         warn_left_out(model, [*(entry.param for entry in named), *left], param_groups)
-    offload = make_offload(settings, Group())
-    settled = precision, _lodging(offload, base), engine_class.ties_of(model)
+    # LAMB needs the norms of whole parameters, so whole units pass through its step.
+    offload = make_offload(settings, Group(), cuts_runs=not isinstance(base, FusedLamb))
+    settled = precision, offload, engine_class.ties_of(model)
     reducer, sharded = _make_reducer(settings, plan, group, replica, model, trained, left, settled)
     scaler = LossScaler.from_config(settings, precision)
     step_settings = StepSettings.from_config(settings, precision, offload)
@@ -169,12 +170,6 @@ def _build_parts(
     )
 
 
-def _lodging(offload: Offload, base: torch.optim.Optimizer | None) -> Lodging:
-    # LAMB needs the norms of whole parameters, so whole units pass through its step.
-    run_numel = None if isinstance(base, FusedLamb) else offload.run_numel
-    return Lodging(offload.store, offload.grads if offload.takes_grads else None, run_numel)
-
-
 def _make_loader(data: Any, batch: BatchSizes, group: Group, loading: LoaderOptions) -> DeepSpeedDataLoader | None:
     return None if data is None else DeepSpeedDataLoader(data, batch.micro, group.rank, group.size, loading)
 
@@ -187,10 +182,10 @@ def _make_reducer(
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
     left: Collection[torch.Tensor],
-    settled: tuple[Precision, Lodging, Sequence[Tie]],
+    settled: tuple[Precision, Offload, Sequence[Tie]],
 ) -> tuple[GradReducer, tuple[StateDicts, ParamPrefetcher | None, list[FlatParams]]]:
     """The units; what gathers values for state dicts and for passes, and the sharded values that are not trained."""
-    zero, (precision, lodging, ties) = settings.zero_optimization, settled
+    zero, (precision, offload, ties) = settings.zero_optimization, settled
     mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
     buckets, frozen = _make_buckets(zero, plan, model, trained, left, ties)
     policy = ReducePolicy(
@@ -206,12 +201,12 @@ def _make_reducer(
         plan=plan,
         grad_dtype=precision.grad_dtype,
         overlap=zero.overlap_comm is not False,
-        lodging=lodging,
+        offload=offload,
         replica=replica,
     )
     for unit in reducer.units:
         unit.tied_group = next((tie.group for tie in ties if tie.holds(unit.params[0])), None)
-    frozen_values = [FlatParams(bucket, group, sharded=True, store=lodging.store) for bucket in frozen]
+    frozen_values = [FlatParams(bucket, group, sharded=True, offload=offload) for bucket in frozen]
     sharded = [*(unit for unit in reducer.units if unit.sharded), *frozen_values]
     gathered = {*reducer.units, *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others

@@ -8,17 +8,16 @@ of one whole parameter each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 
 from deepspeedlite.checkpoint.manifest import Parameter
+from deepspeedlite.offload.store import MASTER, STATE, VALUES, Store
 from deepspeedlite.offload.swap_file import DiskTensor
-from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES
 from deepspeedlite.zero.flat_params import FlatParams, full_shape, owner_of
-from deepspeedlite.zero.layout import Slot
+from deepspeedlite.zero.layout import Run, Slot
 from deepspeedlite.zero.unit import ShardUnit
 
 
@@ -99,16 +98,11 @@ def _flats(engine: Any, change: bool) -> Iterator[Flat]:
     parts, names = engine._parts, _Names(engine.module)
     for unit in parts.reducer.units:
         states = parts.optimizer.state if parts.optimizer is not None else {}
-        yield from _of_unit(unit, names.inside(unit), states, change)
+        yield from _of_owner(unit, names.inside(unit), states, change)
     for frozen in parts.frozen:
         if not frozen.slots:  # thawed since
             continue
-        begin, _ = frozen.layout.shard(frozen.index)
-        with frozen.shard_in_memory(write=True) if change else nullcontext():
-            for run in frozen.layout.runs(frozen.index):
-                found = _parts(frozen, run, names.inside(frozen))
-                values = _own_values(frozen, run.start - begin, run.stop - begin, change)
-                yield Flat(found, run.numel, values, replicated=frozen.group.size == 1)
+        yield from _of_owner(frozen, names.inside(frozen), {}, change)
     own = set(owners(engine))
     for name, param in engine.module.named_parameters():
         owner = owner_of(param)
@@ -116,34 +110,27 @@ def _flats(engine: Any, change: bool) -> Iterator[Flat]:
             yield Flat([Part(name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
 
 
-def _own_values(owner: FlatParams, start: int, stop: int, in_memory: bool) -> Values:
-    """Elements of this rank's shard, wherever it lives."""
-    return owner.shard[start:stop] if in_memory or owner.store is None else owner.store.stored(start, stop)
-
-
-def _of_unit(
-    unit: ShardUnit, names: Mapping[str, str], states: Mapping[torch.Tensor, dict[str, Any]], change: bool
+def _of_owner(
+    owner: FlatParams, names: Mapping[str, str], states: Mapping[torch.Tensor, dict[str, Any]], change: bool
 ) -> Iterator[Flat]:
-    begin, _ = unit.layout.shard(unit.index)
-    runs = unit.runs()
-    untrained = [None] * len(runs)
-    for (run, values, _), master, store in zip(runs, unit.masters or untrained, unit.run_stores or untrained):
-        found, replicated = _parts(unit, run, names), unit.layout.shard_count == 1
-        state = states.get(master, {}) if master is not None else {}
-        if master is None and unit.store is not None:  # nothing steps it
-            with unit.shard_in_memory(write=change):
-                own = _own_values(unit, run.start - begin, run.stop - begin, change)
-                yield Flat(found, run.numel, own, replicated=replicated)
-        elif store is None:
-            yield Flat(found, run.numel, values, master, state, replicated)
-        elif change:
-            with store.in_memory(write=True):
+    replicated = owner.layout.shard_count == 1
+    for run, values, master, store in _runs_of(owner):
+        found, state = _parts(owner, run, names), states.get(master, {}) if master is not None else {}
+        if change:
+            with store.opened(write=True):
                 yield Flat(found, run.numel, values, master, state, replicated)
-        else:
-            kept = {name: store.stored(STATE + name) if STATE + name in store else v for name, v in state.items()}
-            own = store.stored(VALUES) if VALUES in store else values
-            at = store.stored(MASTER) if MASTER in store else own if master is values else master
-            yield Flat(found, run.numel, own, at, kept, replicated)
+            continue
+        own, kept = store.stored(VALUES, values), {name: store.stored(STATE + name, v) for name, v in state.items()}
+        at = own if master is values else None if master is None else store.stored(MASTER, master)
+        yield Flat(found, run.numel, own, at, kept, replicated)
+
+
+def _runs_of(owner: FlatParams) -> list[tuple[Run, torch.Tensor, torch.Tensor | None, Store]]:
+    """Each run of this rank with its values, what a step updates of it (None: nothing does), and where these live."""
+    if isinstance(owner, ShardUnit) and owner.masters:
+        stepped = zip(owner.runs(), owner.masters, owner.run_stores)
+        return [(run, values, master, store) for (run, values, _), master, store in stepped]
+    return [(run, values, None, store) for run, values, store in owner.stored_runs()]
 
 
 def parameters_of(engine: Any, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:

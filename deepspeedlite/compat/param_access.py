@@ -89,8 +89,7 @@ class _Place:
         """`write`: what is changed inside is kept."""
         with ExitStack() as stack:
             for run, values, master, store in self._runs:
-                if store is not None:
-                    stack.enter_context(store.in_memory(write))
+                stack.enter_context(store.opened(write))
                 start, stop = max(run.start, self._start), min(run.stop, self._stop)
                 where, in_run = (
                     slice(start - self._start, stop - self._start),

@@ -11,17 +11,21 @@ from __future__ import annotations
 
 import ctypes
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.config import DeepSpeedConfig
+from deepspeedlite.offload.disk_store import BufferPool, DiskStore
 from deepspeedlite.offload.pinned import HostMemory
 from deepspeedlite.offload.placement import Placement, Tier
-from deepspeedlite.offload.store import BufferPool, DiskStore, HostStore, Store
+from deepspeedlite.offload.store import MASTER, STATE, VALUES, HostStore, Store
 from deepspeedlite.offload.swap_file import SwapFile
 from deepspeedlite.offload.swap_pipeline import SwapPipeline
+from deepspeedlite.offload.swapped_run import SwappedRun
 from deepspeedlite.runtime.errors import OffloadError
 from deepspeedlite.runtime.log import log_dist
 
@@ -44,6 +48,15 @@ class OffloadOptions:
     write_behind: bool = True
     param_buffers: int = 5
     max_in_cpu_numel: int = 0
+    cuts_runs: bool = True  # False: an optimizer needs a unit's runs whole
+
+
+class Master(NamedTuple):
+    """What a step updates of one run."""
+
+    tensor: torch.Tensor
+    staged: torch.Tensor | None = None  # host memory that the device's values are copied from, if they are apart
+    is_away: bool = False  # whether it and its states are among those that are offloaded
 
 
 @dataclass
@@ -74,19 +87,82 @@ class Offload:
     @property
     def run_numel(self) -> int | None:
         """At how many elements runs are cut; None where they need not be."""
-        if self.placement.states is Tier.DEVICE and self.placement.params is Tier.DEVICE:
+        if not self.options.cuts_runs or self.placement == Placement():
             return None
         return min(self.options.sub_group_numel, TILE_NUMEL)
 
-    def store(self, shard: torch.Tensor) -> Store | None:
-        """Where a shard of sharded parameters lives; None: it stays where it is."""
-        tier = self.placement.params
+    def store(self, shard: torch.Tensor) -> Store:
+        """Where a shard of sharded parameters lives from now on."""
+        tier = self.placement.params if shard.numel() else Tier.DEVICE
         if tier is Tier.NVME and self._in_cpu_numel + shard.numel() <= self.options.max_in_cpu_numel:
             self._in_cpu_numel += shard.numel()
             tier = Tier.CPU
         if tier is Tier.NVME and self._pool is not None:
             return DiskStore(shard, self._pool)
-        return HostStore(shard, self.host) if tier is Tier.CPU and self.is_apart(shard.device) else None
+        return HostStore(shard, self.host) if tier is Tier.CPU and self.is_apart(shard.device) else Store()
+
+    def make_masters(
+        self, store: Store, runs: Sequence[tuple[torch.Tensor, torch.Tensor]], dtype: torch.dtype
+    ) -> list[Master]:
+        """What a step is to update of the runs of a shard that lives in `store`.
+
+        Args:
+            store: where the shard lives; it is open.
+            runs: of each the values as `Store.values` gives them, and the part of the shard.
+            dtype: of what is updated. Where it is the values' own, they are updated themselves if they are where the
+                step is.
+        """
+        if self.placement.states is not Tier.DEVICE:
+            return [self._make_master(store, values, shard, dtype) for values, shard in runs]
+        if not runs or runs[0][0].dtype == dtype:
+            return [Master(values) for values, _ in runs]
+        numels = [shard.numel() for _, shard in runs]
+        masters = torch.empty(sum(numels), dtype=dtype, device=runs[0][1].device).split(numels)
+        return [Master(master.copy_(shard)) for master, (_, shard) in zip(masters, runs)]
+
+    def _make_master(self, store: Store, values: torch.Tensor, shard: torch.Tensor, dtype: torch.dtype) -> Master:
+        is_precise, device = dtype == shard.dtype, shard.device
+        if not self.takes_states(shard.numel()):
+            return Master(values if is_precise and values.device == device else shard.to(device, dtype, copy=True))
+        if store.is_here and self.is_apart(device):  # the values are the device's, and the CPU steps
+            master = self.host.empty(shard.numel(), dtype).copy_(shard)
+            staged = master if is_precise else self.host.empty(shard.numel(), shard.dtype)
+            return Master(master, staged, is_away=True)
+        return Master(values if is_precise else shard.to("cpu", dtype, copy=True), is_away=True)
+
+    def run_store(
+        self,
+        store: Store,
+        span: tuple[int, int],
+        values: torch.Tensor,
+        master: Master,
+        states: Callable[[torch.Tensor], Mapping[str, Any]],
+    ) -> Store:
+        """Where all that a step of a run reads and writes lives between steps.
+
+        Args:
+            store: where the shard lives of which the run is a part.
+            span: the run's elements in the shard.
+            values: of the run, as `Store.values` gives them.
+            master: what is updated.
+            states: what the optimizer keeps of a master.
+        """
+        updated, region = master.tensor, store.region(*span)
+        on_disk = master.is_away and self.placement.states is Tier.NVME
+        if self.swap_file is None or not (on_disk or region):
+            return Store()
+
+        def held() -> dict[str, torch.Tensor]:
+            found = {} if region is None else {VALUES: values}
+            if on_disk and updated is not values:
+                found[MASTER] = updated
+            for name, value in states(updated).items() if on_disk else ():
+                if isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() in (span[1] - span[0], 0):
+                    found[STATE + name] = value
+            return found
+
+        regions = {} if region is None else {VALUES: region}
+        return SwappedRun(self.swap_file, held, regions, derived=() if updated is values else (VALUES,))
 
     def is_apart(self, device: torch.device) -> bool:
         """Whether a device's memory is another one than the host's."""
@@ -94,12 +170,15 @@ class Offload:
 
     def takes_states(self, numel: int) -> bool:
         """Whether the states of a run, of so many elements, are among the share that is offloaded."""
-        if self.placement.states is Tier.DEVICE:
-            return False
         self._seen_numel += numel
         takes = self._taken_numel + numel / 2 <= self.options.ratio * self._seen_numel
         self._taken_numel += numel * takes
         return takes
+
+    @property
+    def states_on_disk(self) -> bool:
+        """Whether optimizer states live in the swap file."""
+        return self.placement.states is Tier.NVME
 
     @property
     def takes_grads(self) -> bool:
@@ -130,7 +209,9 @@ class Offload:
             self.swap_file.close()
 
 
-def make_offload(settings: DeepSpeedConfig, group: Group, placement: Placement | None = None) -> Offload:
+def make_offload(
+    settings: DeepSpeedConfig, group: Group, placement: Placement | None = None, cuts_runs: bool = True
+) -> Offload:
     """What a configuration offloads, or what `placement` says, with this rank's file on the disk where it needs one.
 
     Raises:
@@ -148,6 +229,7 @@ def make_offload(settings: DeepSpeedConfig, group: Group, placement: Placement |
         write_behind=states.pipeline_write is not False,
         param_buffers=params.buffer_count,
         max_in_cpu_numel=params.max_in_cpu,
+        cuts_runs=cuts_runs,
     )
     if not placement.uses_disk:
         return Offload(placement, options)

@@ -4,7 +4,7 @@
     buffer B            read 1 | work 1  | write 1 | read 4 | ...
     buffer C                     read 2  | work 2  | write 2 | ...
 
-Groups without them are in memory already, and are worked on where they are.
+Groups of which nothing is in the swap file are in memory already, and are worked on where they are.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
+from deepspeedlite.offload.store import Store
 from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
 from deepspeedlite.offload.swapped_run import SwappedRun
 
@@ -22,7 +23,7 @@ class SwapPipeline:
     """Buffers that groups of swapped runs pass through.
 
     Args:
-        swap_file: where the runs live; None: there are only groups without.
+        swap_file: where the runs live; None: nothing does.
         buffers: groups in memory at a time, at least 1; three read, work and write at once.
         read_ahead: read a group while another one is worked on.
         write_behind: go on while a group is being written.
@@ -37,13 +38,13 @@ class SwapPipeline:
         self._behind = write_behind
         self.written_nbytes = 0
 
-    def run(self, groups: Sequence[Runs], work: Callable[[int], None]) -> None:
+    def run(self, groups: Sequence[Sequence[Store]], work: Callable[[int], None]) -> None:
         """`work(i)` for every group, in order, with its runs in memory; what it changed is written back.
 
         Raises:
             OffloadError: a read or a write failed; groups before it may have been worked on.
         """
-        turn = _Turn(self._buffers, groups)
+        turn = _Turn(self._buffers, [[run for run in group if isinstance(run, SwappedRun)] for group in groups])
         self.written_nbytes = 0
         try:
             for index in range(len(groups)):
@@ -55,7 +56,7 @@ class SwapPipeline:
                 if not self._behind:
                     turn.end_writes()
         finally:
-            turn.settle()
+            turn.drain()
 
 
 class _Turn:
@@ -79,7 +80,7 @@ class _Turn:
             buffer = self._here[index] = self._free.popleft()
             buffer.begin(sum(run.nbytes for run in self._groups[index]))
             for run in self._groups[index]:
-                run.fetch(buffer)
+                run.read_into(buffer)
 
     def wait_for(self, index: int) -> None:
         if index in self._here:
@@ -91,7 +92,7 @@ class _Turn:
             return 0
         buffer = self._here.pop(index)
         self._leaving.append((index, buffer))
-        return sum(run.flush(buffer) for run in self._groups[index])
+        return sum(run.write_from(buffer) for run in self._groups[index])
 
     def end_writes(self) -> None:
         """Wait for all that is being written."""
@@ -107,10 +108,10 @@ class _Turn:
 
     def _drop(self, index: int, buffer: StagingBuffer) -> None:
         for run in self._groups[index]:
-            run.drop()
+            run.close()
         self._free.append(buffer)
 
-    def settle(self) -> None:
+    def drain(self) -> None:
         """Wait for everything that is under way; nothing is in memory afterwards, whatever has failed."""
         failures = []
         for index, buffer in [*self._leaving, *self._here.items()]:

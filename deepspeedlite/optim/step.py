@@ -1,9 +1,8 @@
 """The step: apply an ordinary torch optimizer to the flat fp32 runs behind the model's parameters.
 
 The optimizer that the user gave (or named) is kept, and its param groups are kept, dict by dict, so that schedulers
-and lr changes go on working; only the tensors in them are replaced by runs: one 1-D tensor per (unit, group). Where
-the model is fp32 (or fp64) a run is a view of the unit's values, and nothing is held twice; where it is 16-bit, runs
-are slices of one fp32 master arena.
+and lr changes go on working; only the tensors in them are replaced by runs: one 1-D tensor per (unit, group), which
+masters.py makes.
 
 A step is one loop over sub-groups of runs: give them their gradients in fp32 with loss scale and clipping taken out,
 let the optimizer update them, write the model's copy. Whatever must be fetched or flushed around a sub-group (masters
@@ -15,18 +14,15 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from deepspeedlite.offload.placement import Tier
-from deepspeedlite.offload.swapped_run import MASTER, STATE, VALUES, SwappedRun
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer, OnePassUpdate
+from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer
+from deepspeedlite.optim.masters import MasterMaker, SteppedRun
 from deepspeedlite.optim.precision import LossScaler
-from deepspeedlite.optim.registry import accepted_parameters
 from deepspeedlite.optim.settings import StepSettings
 from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_segments
@@ -35,42 +31,12 @@ from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import clear_with
 from deepspeedlite.zero.flat_params import owner_of
 from deepspeedlite.zero.grad_reducer import GradReducer
-from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
 CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 # Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
 CONVERTED_NUMEL = 1 << 22
-
-
-class SteppedRun(NamedTuple):
-    """One run as the step sees it: what the optimizer updates, and the unit's views that it comes from and goes to."""
-
-    master: torch.Tensor
-    values: torch.Tensor
-    grads: torch.Tensor
-    store: SwappedRun | None = None  # what of it is on the disk between steps
-    staged: torch.Tensor | None = None  # host memory that the device's values are copied from, if they are apart
-
-    def in_one_pass(self) -> OnePassUpdate:
-        """The update that reads and writes all three at once."""
-        copy = self.values if self.staged is None else self.staged
-        copy_apart = copy.device != self.master.device  # states on the device, values offloaded: see `send`
-        return OnePassUpdate(
-            self.master, self.grads.to(self.master.device), None if copy is self.master or copy_apart else copy
-        )
-
-    def send(self, updated: bool = True) -> None:
-        """Give the model the master's values; `updated`: where a one-pass update could, it has."""
-        if self.master is self.values:
-            return
-        if self.staged is not None:
-            if not updated and self.staged is not self.master:
-                self.staged.copy_(self.master)
-            self.values.copy_(self.staged, non_blocking=True)
-        elif not updated or self.values.device != self.master.device:
-            self.values.copy_(self.master)
 
 
 class ShardedOptimizer(torch.optim.Optimizer):
@@ -111,6 +77,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         self._offload = settings.offload
         self._skipped = SkippedSteps(scaler)
+        self._masters = MasterMaker(optimizer, settings.offload, settings.low_precision_masters)
         self._module = module
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant = [entry for entry in named if not entry.param.requires_grad]
@@ -129,145 +96,15 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _step_also(self, units: Sequence[ShardUnit]) -> None:
         """Give the wrapped optimizer the units' runs, in their groups."""
         for unit in units:
-            runs = self._runs_of(unit)
-            for (cut, _, _), run in zip(unit.runs(), runs):
-                self.optimizer.param_groups[cut.group]["params"].append(run.master)
-                self._adopt_state(unit, cut, run.master)
-                if run.store is not None:
-                    run.store.swap_out()
+            runs = self._masters.adopt(unit)
             unit.on_new_values = partial(self._refresh, runs)
             unit.stepper, unit.masters = self, [run.master for run in runs]
             unit.run_stores = [run.store for run in runs]
-            for param in unit.params:
-                self.optimizer.state.pop(param, None)
             self._runs_of_units.append(runs)
             self._runs += runs
         self._sub_groups = self._cut_sub_groups()
         if isinstance(self.optimizer, FusedLamb):
             tell_segments(self.optimizer, self._reducer, [len(runs) for runs in self._sub_groups])
-
-    @torch.no_grad()
-    def _runs_of(self, unit: ShardUnit) -> list[SteppedRun]:
-        """The unit's runs with their masters: the values themselves, slices of one fp32 arena, or offloaded copies."""
-        with unit.shard_in_memory():
-            if self._offload.placement.states is not Tier.DEVICE:
-                return [self._offloaded(unit, *run) for run in unit.runs()]
-            arena = self._master_arena(unit)
-            runs, cursor = [], 0
-            for run, values, grads in unit.runs():
-                master = values if arena is None else arena[cursor : cursor + run.numel]
-                cursor += run.numel
-                runs.append(self._stepped(unit, run, SteppedRun(master, values, grads), False))
-            return runs
-
-    def _offloaded(self, unit: ShardUnit, run: Run, values: torch.Tensor, grads: torch.Tensor) -> SteppedRun:
-        """A run whose states may belong to those that are offloaded."""
-        away, staged = self._offload.takes_states(run.numel), None
-        start, _ = unit.layout.shard(unit.index)
-        shard = unit.shard[run.start - start : run.stop - start]
-        dtype = shard.dtype if self._are_precise(unit) else torch.float32
-        apart = unit.store is None and self._offload.is_apart(unit.device)  # the values are the device's
-        if not away:
-            device = unit.device
-            master = values if dtype == shard.dtype and values.device == device else shard.to(device, dtype, copy=True)
-        elif apart:
-            master = self._offload.host.empty(run.numel, dtype).copy_(shard)
-            staged = master if dtype == shard.dtype else self._offload.host.empty(run.numel, shard.dtype)
-        else:
-            master = values if dtype == shard.dtype else shard.to("cpu", dtype, copy=True)
-        return self._stepped(unit, run, SteppedRun(master, values, grads, staged=staged), away)
-
-    def _stepped(self, unit: ShardUnit, cut: Run, run: SteppedRun, away: bool) -> SteppedRun:
-        """The run with its store, if anything of it lives on the disk."""
-        start, _ = unit.layout.shard(unit.index)
-        region = unit.store.region(cut.start - start, cut.stop - start) if unit.store is not None else None
-        on_disk = away and self._offload.placement.states is Tier.NVME
-        if self._offload.swap_file is None or not (on_disk or region):
-            return run
-        master, values = run.master, run.values
-
-        def held() -> dict[str, torch.Tensor]:
-            found = {} if region is None else {VALUES: values}
-            if on_disk and master is not values:
-                found[MASTER] = master
-            for name, value in self.optimizer.state.get(master, {}).items() if on_disk else ():
-                if isinstance(value, torch.Tensor) and value.dim() == 1 and value.numel() in (cut.numel, 0):
-                    found[STATE + name] = value
-            return found
-
-        store = SwappedRun(self._offload.swap_file, held, derived=() if master is values else (VALUES,))
-        if region is not None:
-            store.set_region(VALUES, region)
-        return run._replace(store=store)
-
-    @torch.no_grad()
-    def _adopt_state(self, unit: ShardUnit, run: Run, master: torch.Tensor) -> None:
-        """Join the states that the optimizer holds for single parameters (Adagrad makes them at once)."""
-        owners = {slot.name: param for slot, param in zip(unit.layout.slots, unit.params)}
-        segments = unit.layout.segments(run)
-        states = [self.optimizer.state.get(owners[segment.slot.name], {}) for segment in segments]
-        joined: dict[str, Any] = {}
-        if any(
-            isinstance(value, torch.Tensor) and value.shape == (0,) != segment.slot.shape
-            for state, segment in zip(states, segments)
-            for value in state.values()
-        ):
-            self.optimizer.state[master] = self._fresh_state(run, master)
-            return
-        for key in states[0] if states else ():
-            parts = [state.get(key) for state in states]
-            per_element = all(
-                key != "step" and isinstance(part, torch.Tensor) and part.shape == segment.slot.shape
-                for part, segment in zip(parts, segments)
-            )
-            if per_element:
-                joined[key] = torch.zeros(run.numel, dtype=master.dtype, device=master.device)
-                for (slot, start, stop), part in zip(segments, parts):
-                    first = run.start + start - slot.start
-                    joined[key][start:stop] = part.flatten()[first : first + stop - start]
-            elif all(torch.equal(torch.as_tensor(part), torch.as_tensor(parts[0])) for part in parts):
-                joined[key] = parts[0]
-            else:
-                raise OptimizerError(
-                    f"{type(self.optimizer).__name__} holds a different {key!r} for {segments[0].slot.name} than for "
-                    "others of its group; pass the optimizer fresh, and load its state after initialize"
-                )
-        if joined:
-            self.optimizer.state[master] = joined
-
-    def _fresh_state(self, run: Run, master: torch.Tensor) -> dict[str, Any]:
-        """What the optimizer would hold, had it been built over the run.
-
-        Parameters that `zero.Init` has sharded are empty to an optimizer that makes its state at once.
-        """
-        cls, group = type(self.optimizer), self.optimizer.param_groups[run.group]
-        accepted = accepted_parameters(cls, leading=1)
-        options = {
-            key: value
-            for key, value in {**self.optimizer.defaults, **group}.items()
-            if key in accepted and key != "params"
-        }
-        try:
-            return dict(cls([master], **options).state[master])
-        except (TypeError, ValueError, RuntimeError, KeyError) as error:
-            raise OptimizerError(
-                f"{cls.__name__} makes its state for the parameters that it is given, zero.Init had sharded them "
-                f"before, and it cannot be built again from its defaults ({error}); build the model without zero.Init, "
-                "or name the optimizer in the configuration"
-            ) from error
-
-    @torch.no_grad()
-    def _master_arena(self, unit: ShardUnit) -> torch.Tensor | None:
-        """fp32 copies of the unit's shard; None where the values themselves are precise enough."""
-        if self._are_precise(unit):
-            return None
-        start, _ = unit.layout.shard(unit.index)
-        shards = [unit.shard[run.start - start : run.stop - start].float() for run, _, _ in unit.runs()]
-        return torch.cat(shards) if shards else torch.empty(0)
-
-    def _are_precise(self, unit: ShardUnit) -> bool:
-        """Whether the model's values are what the optimizer updates."""
-        return self._settings.low_precision_masters or unit.dtype in (torch.float32, torch.float64)
 
     def _cut_sub_groups(self) -> list[list[SteppedRun]]:
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
@@ -282,7 +119,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         tile = self._offload.run_numel
         for unit, runs in zip(units, self._runs_of_units):
             pieces = [(unit.layout.shard_numel, runs)]
-            if tile is not None and not isinstance(self.optimizer, FusedLamb):  # whose norms need whole units at once
+            if tile is not None:
                 most = min(most, tile)
                 pieces = [(cut.numel, [run]) for (cut, _, _), run in zip(unit.runs(), runs)]
             for numel, piece in pieces:
@@ -344,7 +181,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
                 norm = self._measure_norm(precise=True)
             factor *= self._clip_factor(norm)
         frozen = self._frozen_parts()
-        stores = [[run.store for run in runs if run.store is not None] for runs in self._sub_groups]
+        stores = [[run.store for run in runs] for runs in self._sub_groups]
         try:
             self._offload.pipeline.run(stores, lambda index: self._update(self._sub_groups[index], factor, frozen))
         except BaseException as error:
@@ -429,7 +266,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     def _refresh(runs: Sequence[SteppedRun]) -> None:
         for master, values, _, store, _ in runs:
             if master is not values:
-                with nullcontext() if store is None else store.in_memory(write=True):
+                with store.opened(write=True):
                     master.copy_(values)
 
     # --- norms ----------------------------------------------------------------------------------------------------
@@ -546,7 +383,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self.loss_scaler.load_state_dict(state_dict["loss_scaler"])
 
     def _refuse_on_disk(self, what: str) -> None:
-        if self._offload.placement.states is Tier.NVME:
+        if self._offload.states_on_disk:
             raise UnsupportedError(
                 f"optimizer.{what} would bring to memory all that is offloaded to the disk; use engine.save_checkpoint "
                 "and engine.load_checkpoint"

@@ -19,7 +19,7 @@ On the CPU ranks of one host the shard lies in memory that the others read when 
 them, so whoever writes a shard, a step or a user, calls `wait_for_readers` first.
 
 [Note: a shard that lives elsewhere]
-With a store (parameters that are offloaded) the tensor `shard` has memory only while it is unsharded from, and inside
+Where parameters are offloaded the tensor `shard` has memory only while it is unsharded from, and inside
 `shard_in_memory`; its elements change there, or where the store says that they are stored.
 
 [Note: no stream of our own]
@@ -43,9 +43,10 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
+from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.store import Store
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.layout import FlatLayout, Slot
+from deepspeedlite.zero.layout import FlatLayout, Run, Slot
 from deepspeedlite.zero.plain import copy_parameter_plainly
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -100,7 +101,7 @@ class FlatParams:
         sharded: let each rank keep only its shard while nobody uses the values.
         shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
         source: the rank of the group whose values count on all ranks; None: they agree already.
-        store: makes, of the shard, the place where it lives while the values are sharded; None: it stays where it is.
+        offload: says where the shard lives while the values are sharded.
         run_numel: see `FlatLayout`.
     """
 
@@ -112,7 +113,7 @@ class FlatParams:
         sharded: bool,
         shard_count: int | None = None,
         source: int | None = 0,
-        store: Callable[[torch.Tensor], Store | None] | None = None,
+        offload: Offload | None = None,
         run_numel: int | None = None,
     ) -> None:
         ordered = sorted(members, key=lambda member: member.group)
@@ -139,15 +140,14 @@ class FlatParams:
         """A number that no other values of these ranks have, the same on all of them."""
         self._call: dict[str, Any] = {"label": f"the values of {ordered[0].name}{more}", "tag": 2 * self.key}
         self._work: Any = None
-        self.store: Store | None = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
         self._slot_of = {id(param): slot for slot, param in self.slots}
-        self._take(sharded, source, store)
+        self._take(sharded, source, offload or Offload())
 
     # --- taking parameters over -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, sharded: bool, source: int | None, store: Callable[[torch.Tensor], Store | None] | None) -> None:
+    def _take(self, sharded: bool, source: int | None, offload: Offload) -> None:
         former = owners_of(self.params)
         agreed = len(former) > 0 and all(owner.sharded for owner in former)
         for owner in former:
@@ -162,11 +162,11 @@ class FlatParams:
         if source is not None and not agreed:
             self.group.broadcast(self.values, src=source)
         own = self.values[slice(*self.layout.shard(self.index))]
-        self.shard = own
+        self.shard, self.store = own, Store()
         if sharded:
-            self.shard = own.clone()
-            self.store = store(self.shard) if store is not None and own.numel() else None
-            if self.store is None:
+            self.shard = own.data  # a tensor of its own, whose memory the store may take away
+            self.store = offload.store(self.shard)
+            if self.store.is_here:
                 self.shard = self._kept_apart(own)
         self._placeholder = torch.empty(0, dtype=self.dtype, device=self.device)
         for owner in former:
@@ -249,14 +249,13 @@ class FlatParams:
         if self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
             raise self._detached(self.slots[0][0], self.params[0], self._placeholder)
         self.values.untyped_storage().resize_(self._nbytes)
-        if self.store is not None:
-            self.store.open()
+        self.store.open()
         self._work = self.group.all_gather_into(self.values, self.shard, async_op=True, final=True, **self._call)
         self._enter(ParamState.UNSHARDING)
 
     def fetch(self) -> bool:
         """Begin to bring the shard from where it lives, for an `unshard` to come; whether there was memory for it."""
-        return self.store is None or self.state is not ParamState.SHARDED or self.store.fetch()
+        return self.state is not ParamState.SHARDED or self.store.fetch()
 
     def wait_for_unshard(self) -> None:
         """Wait until the parameters hold their values (on GPUs: until the current stream will see them)."""
@@ -270,8 +269,7 @@ class FlatParams:
             self._drop()  # what is there is not the values
             raise
         finally:
-            if self.store is not None:
-                self.store.close()
+            self.store.close()
         self._show()
 
     def begin_use(self) -> None:
@@ -306,25 +304,27 @@ class FlatParams:
 
     def wait_for_readers(self) -> None:
         """Wait until no other rank reads this rank's shard any more; before anything writes it."""
-        if self.store is not None:
-            self.store.forget()
-        elif self.sharded:
+        self.store.forget()
+        if self.sharded and self.store.is_here:
             self.group.wait_for_readers(self.shard)
 
     @contextmanager
     def shard_in_memory(self, write: bool = False) -> Iterator[None]:
         """`shard` holds this rank's values inside; `write`: and is changed there."""
-        if self.store is None:
+        if not self.store.is_here:
+            self.wait_for_unshard()  # which takes the shard away when it ends
+        with self.store.opened(write):
             yield
-            return
-        self.wait_for_unshard()
-        self.store.open()
-        try:
-            yield
-            if write:
-                self.store.keep()
-        finally:
-            self.store.close()
+
+    def stored_runs(self) -> list[tuple[Run, torch.Tensor, Store]]:
+        """This rank's runs of values that nothing steps: index range, values, and where they live."""
+        start, _ = self.layout.shard(self.index)
+        found = []
+        for run in self.layout.runs(self.index):
+            span = (run.start - start, run.stop - start)
+            values = self.store.values(self.shard, *span)
+            found.append((run, values, self.store.of_run(*span, values)))
+        return found
 
     @torch.no_grad()
     def start_sharing(self) -> None:
@@ -416,7 +416,7 @@ class FlatParams:
         self.on_new_values, self.on_live = lambda: None, lambda numel: None
         if self.sharded:
             self.reshard()
-            self.store = None if self.store is None else self.store.outlast()
+            self.store = self.store.outlast()
             return
         for param in self.params:
             if owner_of(param) is self:

@@ -17,11 +17,12 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.offload.options import Offload
 from deepspeedlite.parallel.replica import Replica
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.norm import joined, norm_dtype, norm_of_all
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.unit import GradState, Lodging, ReducePolicy, ShardUnit
+from deepspeedlite.zero.unit import GradState, ReducePolicy, ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter
 
 MAX_IN_FLIGHT = 2
@@ -36,7 +37,7 @@ class GradReducer:
         plan: what is sharded.
         grad_dtype: dtype in which gradients accumulate; each parameter's own if None.
         overlap: launch a unit as soon as it is complete rather than at the end of the pass.
-        lodging: where the units' states are kept.
+        offload: where the units' states are kept.
         replica: the ranks whose gradients are one model's, for its norm and its overflow.
     """
 
@@ -48,10 +49,10 @@ class GradReducer:
         plan: ShardingPlan | None = None,
         grad_dtype: torch.dtype | None = None,
         overlap: bool = True,
-        lodging: Lodging | None = None,
+        offload: Offload | None = None,
         replica: Replica | None = None,
     ) -> None:
-        self._lodging = lodging
+        self._offload = offload
         self.replica = replica or Replica()
         self.plan = plan or ShardingPlan()
         self.group: Group = policy.group
@@ -81,7 +82,7 @@ class GradReducer:
             plan=self.plan,
             sharded=sharded,
             grad_dtype=self._grad_dtype,
-            lodging=self._lodging,
+            offload=self._offload,
         )
         unit.on_complete, unit.is_nested = self._launch_complete, self._is_nested
         unit.on_unannounced = lambda: self.on_unannounced()

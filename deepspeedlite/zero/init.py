@@ -121,7 +121,7 @@ class Init:
                 param.data = param.data.to(self.device, self.dtype or param.dtype)
                 by_dtype.setdefault(param.dtype, []).append(member)
         for entries in by_dtype.values():
-            built(FlatParams(entries, self.group, sharded=True, store=self._offload.store))
+            built(FlatParams(entries, self.group, sharded=True, offload=self._offload))
 
     def _materialise(self, module: torch.nn.Module) -> None:
         for key, param in module._parameters.items():

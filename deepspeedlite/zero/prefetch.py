@@ -156,7 +156,7 @@ class ParamPrefetcher:
         self._read_elsewhere: set[FlatParams] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
-        self._has_stores = any(owner.store is not None for owner in self.owners)
+        self._has_stores = any(not owner.store.is_here for owner in self.owners)
         self._find_users(root, set(leaves))
         for module in list(self._users):
             self._attach(module)

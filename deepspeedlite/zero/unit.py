@@ -43,14 +43,14 @@ import weakref
 from collections.abc import Callable, Container, Mapping, Sequence
 from enum import Enum
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from deepspeedlite.comm import Group
+from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.store import Store
-from deepspeedlite.offload.swapped_run import SwappedRun
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.layout import Run, Slot
@@ -78,15 +78,6 @@ class Stepper(Protocol):
     @property
     def loss_scale(self) -> float:
         """The factor that the gradients carry."""
-
-
-class Lodging(NamedTuple):
-    """Where a unit's states are kept; see `deepspeedlite.offload`. By default where they are used."""
-
-    store: Callable[[torch.Tensor], Store | None] | None = None  # of a shard of values
-    # Makes memory, of zeros, for a shard of averaged gradients.
-    grads: Callable[[int, torch.dtype, torch.device], torch.Tensor] | None = None
-    run_numel: int | None = None
 
 
 class ReducePolicy:
@@ -130,7 +121,7 @@ class ShardUnit(FlatParams):
         plan: what is sharded.
         sharded: whether the values are (a persistent unit of stage 3 keeps them whole).
         grad_dtype: dtype in which gradients are accumulated; the parameters' own if None.
-        lodging: where the values live between uses, where averaged gradients are kept, and how runs are cut.
+        offload: where the values live between uses, where averaged gradients are kept, and how runs are cut.
     """
 
     def __init__(
@@ -141,17 +132,19 @@ class ShardUnit(FlatParams):
         plan: ShardingPlan | None = None,
         sharded: bool = False,
         grad_dtype: torch.dtype | None = None,
-        lodging: Lodging | None = None,
+        offload: Offload | None = None,
     ) -> None:
-        plan, lodging = plan or ShardingPlan(), lodging or Lodging()
-        count, store, run_numel = plan.shard_count(policy.group.size), lodging.store, lodging.run_numel
-        super().__init__(members, policy.group, sharded=sharded, shard_count=count, store=store, run_numel=run_numel)
+        plan, offload = plan or ShardingPlan(), offload or Offload()
+        count, run_numel = plan.shard_count(policy.group.size), offload.run_numel
+        super().__init__(
+            members, policy.group, sharded=sharded, shard_count=count, offload=offload, run_numel=run_numel
+        )
         self._values_of_runs = self._cut_values()
-        self._new_grads = lodging.grads or (lambda numel, dtype, device: torch.zeros(numel, dtype=dtype, device=device))
+        self._new_grads = offload.grads
         self.grad_dtype = grad_dtype or self.dtype
         self.grad_state = GradState.EMPTY
         self._hides = plan.shard_params or self.grad_dtype != self.dtype  # gradients, from `param.grad`
-        apart = policy.group.size > 1 or lodging.grads is not None  # else the shard is the whole, and one buffer does
+        apart = policy.group.size > 1 or offload.takes_grads  # else the shard is the whole, and one buffer does
         self._scatters, self._frees = plan.shard_optimizer and apart, plan.shard_grads and apart
         self._policy = policy
         self._pre, self._post = policy.factors(self.grad_dtype)
@@ -166,7 +159,7 @@ class ShardUnit(FlatParams):
         # The optimizer, where there is one, and what it updates: a 1-D tensor per run. See `zero.inspect`.
         self.stepper: Stepper | None = None
         self.masters: Sequence[torch.Tensor] = ()
-        self.run_stores: Sequence[SwappedRun | None] = ()  # what of each run is on a disk
+        self.run_stores: Sequence[Store] = ()  # where what a step of each run reads and writes lives
         # Ranks that hold the same parameters for another part of the model, and a gradient of their own for them.
         self.tied_group: Group | None = None
         label, tag = self._call["label"].replace("the values", "the gradients"), self._call["tag"] + 1
@@ -238,7 +231,7 @@ class ShardUnit(FlatParams):
         """The values of each run, where they lie; without memory if they are brought from a disk."""
         start, _ = self.layout.shard(self.index)
         cuts = [(run.start - start, run.stop - start) for run in self.layout.runs(self.index)]
-        return [self.shard[slice(*cut)] if self.store is None else self.store.piece(*cut) for cut in cuts]
+        return [self.store.values(self.shard, *cut) for cut in cuts]
 
     def own_grad(self, slot: Slot) -> torch.Tensor | None:
         """What this rank alone has accumulated of a parameter's gradient: a 1-D view; None where it is not LOCAL.

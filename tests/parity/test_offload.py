@@ -20,11 +20,12 @@ from models import tied_model, tokens
 
 import deepspeedlite
 from deepspeedlite.offload import offload_states
+from deepspeedlite.offload.disk_store import DiskStore
 from deepspeedlite.offload.offload_states import OffloadStateTypeEnum
 from deepspeedlite.offload.options import Offload, OffloadOptions
 from deepspeedlite.offload.pinned import HostMemory
 from deepspeedlite.offload.placement import Placement, Tier
-from deepspeedlite.offload.store import DiskStore, HostStore
+from deepspeedlite.offload.store import HostStore
 from deepspeedlite.offload.swap_file import SwapFile
 from deepspeedlite.offload.swap_pipeline import SwapPipeline
 from deepspeedlite.offload.swapped_run import SwappedRun
@@ -464,7 +465,8 @@ def test_what_the_pipeline_does_while_a_group_is_worked_on(buffers, ahead, behin
     tensors = [torch.full((1000,), float(number)) for number in range(6)]
     groups = [[SwappedRun(disk, lambda tensor=tensor: {"it": tensor})] for tensor in tensors]
     for (run,) in groups:
-        run.swap_out()
+        run.keep()
+        run.close()
     assert all(tensor.numel() == 0 for tensor in tensors)
     in_memory = []
 
@@ -482,7 +484,7 @@ def test_what_the_pipeline_does_while_a_group_is_worked_on(buffers, ahead, behin
         waited_for = not behind or (ahead and buffers == 2 and index < 5) or buffers == 1
         assert bool(left) == (not waited_for and index > 0)
     for number, (run,) in enumerate(groups):
-        with run.in_memory():
+        with run.opened():
             assert torch.equal(tensors[number], torch.full((1000,), number + 10.0))
 
 
@@ -491,7 +493,8 @@ def test_a_pipeline_that_fails_leaves_nothing_in_memory(tmp_path):
     tensors = [torch.full((1000,), float(number)) for number in range(6)]
     groups = [[SwappedRun(disk, lambda tensor=tensor: {"it": tensor})] for tensor in tensors]
     for (run,) in groups:
-        run.swap_out()
+        run.keep()
+        run.close()
 
     def work(index: int) -> None:
         tensors[index] += 10
@@ -502,7 +505,7 @@ def test_a_pipeline_that_fails_leaves_nothing_in_memory(tmp_path):
         SwapPipeline(disk).run(groups, work)
     assert all(tensor.numel() == 0 for tensor in tensors)
     for number, (run,) in enumerate(groups):
-        with run.in_memory():
+        with run.opened():
             assert torch.equal(tensors[number], torch.full((1000,), number + 10.0 * (number < 3)))
 
 
