@@ -23,7 +23,7 @@ import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,7 @@ from deepspeedlite.comm.desync import LabelledWork, explained
 from deepspeedlite.comm.logger import CommsLogger, comms_logger
 from deepspeedlite.comm.roll_call import LEFT_ALONE_S, absent_ranks
 from deepspeedlite.comm.shared_memory import SharedMemoryLink, link_of
+from deepspeedlite.comm.work import PendingWork, Work
 from deepspeedlite.runtime.errors import DistributedError
 
 # torch 2.13 renamed both, and warns where the older names are used.
@@ -53,44 +54,6 @@ _TAGS: weakref.WeakKeyDictionary[Any, itertools.count[int]] = weakref.WeakKeyDic
 
 # gloo's finished collectives that Python holds on to: see the note on the interpreter's end in `comm.init`.
 _KEPT: deque[Any] = deque(maxlen=2)
-
-
-class Work(Protocol):
-    """A collective under way. Its buffers may be touched again after `wait` (on GPUs: by the current stream)."""
-
-    def wait(self) -> Any:
-        """Wait for completion; raises what the backend raises when a rank is gone."""
-
-
-class _Pieces:
-    """Messages to and from every other rank, and what is done when all have come."""
-
-    def __init__(self, messages: Sequence[Any], then: Callable[[], None] | None = None) -> None:
-        self._messages, self._then = messages, then
-
-    def wait(self) -> None:
-        """Wait for all messages; the second time there is nothing to wait for."""
-        messages, self._messages = self._messages, ()
-        for message in messages:
-            message.wait()
-        then, self._then = self._then, None
-        if then is not None:
-            then()
-
-
-class _Both:
-    """A collective that starts when another one is over."""
-
-    def __init__(self, first: Work, second: Callable[[], Work]) -> None:
-        self._first: Work | None = first
-        self._second = second
-
-    def wait(self) -> None:
-        """Wait for both; the second time there is nothing to wait for."""
-        first, self._first = self._first, None
-        if first is not None:
-            first.wait()
-            self._second().wait()
 
 
 class Group:
@@ -346,9 +309,9 @@ class Group:
     def _split_all_reduce(self, pieces: list[torch.Tensor], what: str) -> Work:
         own = pieces[self.rank]
         then = partial(_copy_all, pieces)
-        return _Both(
-            self._sum_pieces(pieces, own, _SUMMED, what),
-            lambda: self._swap([own] * self.size, pieces, _GATHERED, then, in_place=True, what=what),
+        return PendingWork(
+            [self._sum_pieces(pieces, own, _SUMMED, what)],
+            lambda: self._swap([own] * self.size, pieces, _GATHERED, then, in_place=True, what=what).wait(),
         )
 
     def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int, what: str) -> Work:
@@ -377,7 +340,7 @@ class Group:
             outbox[rank] if rank == self.rank else piece if in_place else torch.empty_like(piece)
             for rank, piece in enumerate(expect)
         ]
-        return _Pieces(self._send_and_receive(outbox, inbox, tag), partial(then, inbox))
+        return PendingWork(self._send_and_receive(outbox, inbox, tag), partial(then, inbox))
 
     def _send_and_receive(self, outbox: Sequence[torch.Tensor], inbox: Sequence[torch.Tensor], tag: int) -> list[Any]:
         others = [(self.rank + step) % self.size for step in range(1, self.size)]

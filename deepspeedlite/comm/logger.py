@@ -27,6 +27,7 @@ from deepspeedlite.runtime.log import logger as text_log
 from deepspeedlite.runtime.text import columns, size_text
 
 _HERE = os.path.dirname(os.path.abspath(__file__))
+_FACADE = os.path.join(os.path.dirname(_HERE), "compat", "comm.py")
 _PENDING_LIMIT = 512
 _BUS_FACTORS: Mapping[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -245,9 +246,9 @@ comms_logger = CommsLogger()
 
 
 def _caller() -> str:
-    """The function outside this folder that asked for the collective."""
+    """The function outside this folder and its facade that asked for the collective."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith(_HERE):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _FACADE)):
         frame = frame.f_back
     return frame.f_code.co_name
 

@@ -10,6 +10,7 @@ from operator import attrgetter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from deepspeedlite import comm
 from deepspeedlite.compat import groups
@@ -133,7 +134,7 @@ class EngineAccessors(Engine):
     @property
     def data_parallel_group(self) -> Any:
         """The process group of `dp_world_size` ranks."""
-        return self._parts.group.process_group or comm.get_world_group()
+        return self._parts.group.process_group or dist.group.WORLD
 
     seq_data_parallel_group = data_parallel_group
 

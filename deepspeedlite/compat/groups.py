@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from deepspeedlite import comm
 from deepspeedlite.runtime.errors import DistributedError, UnsupportedError
 
@@ -40,7 +42,7 @@ def initialize(ep_size: int = 1, mpu: Any = None) -> None:
 def _world() -> Any:
     if not comm.is_initialized():
         raise DistributedError("process groups were asked for before init_distributed")
-    return comm.get_world_group()
+    return dist.group.WORLD
 
 
 def _get_data_parallel_group() -> Any:
@@ -60,7 +62,7 @@ def _get_data_parallel_rank() -> int:
 
 def _get_broadcast_src_rank() -> int:
     """The rank of the world whose parameters the others of the data-parallel group start from."""
-    return comm.get_global_rank(_get_sequence_data_parallel_group(), 0)
+    return dist.get_global_rank(_get_sequence_data_parallel_group(), 0)
 
 
 def _get_model_parallel_world_size() -> int:
@@ -87,7 +89,7 @@ def get_tensor_model_parallel_src_rank() -> int:
     """The rank of the world that is the first among them."""
     if get_tensor_model_parallel_world_size() == 1:
         return comm.get_rank()
-    return comm.get_global_rank(get_tensor_model_parallel_group(), 0)
+    return dist.get_global_rank(get_tensor_model_parallel_group(), 0)
 
 
 def _no_model_parallel() -> Any:

@@ -18,7 +18,7 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 12_600  # the goal is 8,500; lowered to what is there at the end of a rebuild
+MAX_CORE_LINES = 12_100  # the goal is 8,500; lowered to what is there at the end of a rebuild
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 106, 26, 10  # the goal for the last two is none
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES = {

@@ -194,6 +194,9 @@ def _extend(module: ModuleType) -> None:
                 raise
         return name_of(module.__name__, name)
 
+    if "__all__" in vars(module):
+        public = [name for name, entry in listed.items() if entry.home and not name.startswith("_")]
+        module.__all__ = list(dict.fromkeys([*module.__all__, *public]))  # type: ignore[attr-defined]
     vars(module).setdefault("__path__", [])  # see the note: a submodule that is not here has its reason
     module.__getattr__ = of_file_or_table  # type: ignore[method-assign]
 

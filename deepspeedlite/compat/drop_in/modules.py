@@ -304,19 +304,19 @@ MODULES: Mapping[str, Names] = {
     "ops.op_builder": at("ops.op_builder", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder AsyncIOBuilder")
     | at("ops.op_builder", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder"),
     # --- communication and machine ------------------------------------------------------------------------------------
-    "comm": at("comm", _COLLECTIVES)
+    "comm": at("compat.comm", _COLLECTIVES)
+    | at("comm", "is_initialized get_rank get_world_size get_local_rank init_distributed destroy_process_group")
     | at(
-        "comm",
-        "is_initialized is_available get_rank get_world_size get_local_rank get_global_rank get_world_group "
-        "get_all_ranks_from_group new_group init_distributed log_summary reset_log configure P2POp "
-        "destroy_process_group initialize_mesh_device has_all_gather_into_tensor "
-        "has_reduce_scatter_tensor has_all_reduce_coalesced has_coalescing_manager",
+        "compat.comm",
+        "is_available get_global_rank get_world_group get_all_ranks_from_group new_group log_summary reset_log "
+        "configure P2POp initialize_mesh_device has_all_gather_into_tensor has_reduce_scatter_tensor "
+        "has_all_reduce_coalesced has_coalescing_manager",
     )
-    | at("comm", "ReduceOp ProcessGroup", "torch.distributed's own")
+    | at("compat.comm", "ReduceOp ProcessGroup", "torch.distributed's own")
     | no("init_distributed asks MPI where nothing else tells", "mpi_discovery")
     | no("clusters' own variables are read by init_distributed", "in_aml in_aws_sm in_dlts")
     | no(_INTERNAL, "cdb timed_op set_backend init_deepspeed_backend enable_symm_mem_for_group"),
-    "comm.reduce_op": at("comm", "ReduceOp", "torch.distributed's own"),
+    "comm.reduce_op": at("compat.comm", "ReduceOp", "torch.distributed's own"),
     "comm.torch": no("collectives go to torch.distributed directly", "TorchBackend"),
     "comm.config": renamed("config.sections.monitors", "a section of DeepSpeedConfig", CommsLoggerConfig="CommsLogger"),
     "accelerator": at("accelerator", "get_accelerator set_accelerator is_current_accelerator_supported")

@@ -1,5 +1,7 @@
 """Collectives and messages as functions, with DeepSpeed's names and arguments, for scripts that call them themselves.
 
+They are reached as `deepspeedlite.comm`'s.
+
 They run on torch.distributed and on CPU or GPU tensors as its backends do; `src`, `dst` and peers are ranks of the
 world, as in torch. With `async_op=True` a work handle comes back, else None. Every function takes three more keywords:
 `prof=True` measures this call although the section `comms_logger` has `prof_all: false`, `log_name` is what it is
@@ -23,24 +25,13 @@ from torch.distributed import ProcessGroup, ReduceOp
 from deepspeedlite.comm.desync import LabelledWork, explained
 from deepspeedlite.comm.group import Group
 from deepspeedlite.comm.logger import comms_logger
+from deepspeedlite.comm.work import PendingWork
 from deepspeedlite.runtime.errors import DistributedError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NAMES = {ReduceOp.SUM: "sum", ReduceOp.AVG: "avg", ReduceOp.MAX: "max", ReduceOp.MIN: "min"}
 _ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 _REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-
-class Done:
-    """The handle of what was done at once."""
-
-    def wait(self, *_: Any) -> bool:
-        """Return at once."""
-        return True
-
-    def is_completed(self) -> bool:
-        """True."""
-        return True
 
 
 def _collective(message: str = "tensor") -> Callable[[_F], _F]:
@@ -109,7 +100,7 @@ def all_reduce(
     if name is None:
         return dist.all_reduce(tensor, op, group, async_op)
     work = _unmeasured(group).all_reduce(tensor, name, async_op)
-    return work if work is not None or not async_op else Done()
+    return work if work is not None or not async_op else PendingWork()
 
 
 class _Off:
@@ -144,31 +135,8 @@ def all_reduce_coalesced(
         for tensor, piece in zip(tensors, flat.split([tensor.numel() for tensor in tensors])):
             tensor.copy_(piece.view_as(tensor))
 
-    work = dist.all_reduce(flat, _summed(flat, op, group), group, async_op=True)
-    if async_op:
-        return _Then(work, spread)
-    work.wait()
-    spread()
-    return None
-
-
-class _Then:
-    """A collective, and what is done when it has been waited for."""
-
-    def __init__(self, work: Any, then: Callable[[], None]) -> None:
-        self._work, self._then = work, then
-
-    def wait(self, *arguments: Any) -> Any:
-        """Wait; the results are in place afterwards."""
-        work, self._work = self._work, Done()
-        result = work.wait(*arguments)
-        if not isinstance(work, Done):
-            self._then()
-        return result
-
-    def is_completed(self) -> bool:
-        """Whether `wait` will not have to."""
-        return bool(self._work.is_completed())
+    work = PendingWork([dist.all_reduce(flat, _summed(flat, op, group), group, async_op=True)], spread)
+    return work if async_op else work.wait() and None
 
 
 @_collective()
@@ -226,26 +194,8 @@ def all_gather_coalesced(
     async_op: bool = False,
 ) -> Any:
     """`all_gather_into_tensor` for each pair."""
-    works = [_ALL_GATHER(out, shard, group, True) for out, shard in zip(output_tensors, input_tensors)]
-    handle = _All(works)
-    return handle if async_op else handle.wait() and None
-
-
-class _All:
-    """Several collectives as one handle."""
-
-    def __init__(self, works: Sequence[Any]) -> None:
-        self._works = works
-
-    def wait(self, *arguments: Any) -> bool:
-        """Wait for all."""
-        for work in self._works:
-            work.wait(*arguments)
-        return True
-
-    def is_completed(self) -> bool:
-        """Whether `wait` will not have to."""
-        return all(work.is_completed() for work in self._works)
+    work = PendingWork([_ALL_GATHER(out, shard, group, True) for out, shard in zip(output_tensors, input_tensors)])
+    return work if async_op else work.wait() and None
 
 
 @_collective("tensor")
@@ -314,8 +264,8 @@ def all_to_all(
     others = [(index, rank) for index, rank in enumerate(ranks) if index != me]
     works: list[Any] = [dist.irecv(output_tensor_list[index], src=rank, group=group) for index, rank in others]
     works += [dist.isend(input_tensor_list[index], dst=rank, group=group) for index, rank in others]
-    handle = _All(works)
-    return handle if async_op else handle.wait() and None
+    work = PendingWork(works)
+    return work if async_op else work.wait() and None
 
 
 @_collective()
@@ -404,3 +354,88 @@ def barrier(group: ProcessGroup | None = None, async_op: bool = False, device_id
 def monitored_barrier(group: ProcessGroup | None = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
     """A barrier that names the ranks that did not come within `timeout`; on gloo alone."""
     dist.monitored_barrier(group, timeout, wait_all_ranks)
+
+
+# --- groups -----------------------------------------------------------------------------------------------------------
+
+
+def is_available() -> bool:
+    """Whether this torch can communicate at all."""
+    return dist.is_available()
+
+
+def new_group(ranks: Sequence[int] | None = None) -> Any:
+    """A process group of these ranks of the world; every rank of the world calls, in the same order."""
+    return dist.new_group(None if ranks is None else list(ranks))
+
+
+def get_world_group() -> Any:
+    """The group of all ranks."""
+    return dist.group.WORLD
+
+
+def get_global_rank(group: dist.ProcessGroup | None = None, group_rank: int = 0) -> int:
+    """The rank of the world that is `group_rank` in the group."""
+    return group_rank if group is None else dist.get_global_rank(group, group_rank)
+
+
+def get_all_ranks_from_group(group: dist.ProcessGroup | None = None) -> list[int]:
+    """The group's ranks of the world, in its own order."""
+    return list(dist.get_process_group_ranks(group))
+
+
+def initialize_mesh_device(mesh_shape: Sequence[int], mesh_dim_names: Sequence[str]) -> Any:
+    """All ranks as a grid with named dimensions, of which each has groups: torch's DeviceMesh."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
+    return init_device_mesh(device, tuple(mesh_shape), mesh_dim_names=tuple(mesh_dim_names))
+
+
+def has_all_gather_into_tensor() -> bool:
+    """True, as of the three below: every torch that this library runs on has it."""
+    return True
+
+
+has_reduce_scatter_tensor = has_all_reduce_coalesced = has_coalescing_manager = has_all_gather_into_tensor
+
+
+# --- the log ----------------------------------------------------------------------------------------------------------
+
+
+def configure(
+    deepspeed_config: Any = None,
+    enabled: bool | None = None,
+    prof_all: bool | None = None,
+    prof_ops: Sequence[str] | None = None,
+    verbose: bool | None = None,
+    debug: bool | None = None,
+) -> None:
+    """Set up the log of collectives, from a configuration's `comms_logger` section or switch by switch."""
+    section = getattr(deepspeed_config, "comms_logger", None)
+    if section is not None:
+        comms_logger.configure(section)
+    given = {"enabled": enabled, "prof_all": prof_all, "verbose": verbose, "debug": debug}
+    given["prof_ops"] = None if prof_ops is None else tuple(prof_ops)  # type: ignore[assignment]
+    for name, value in given.items():
+        if value is not None:
+            setattr(comms_logger, name, value)
+
+
+def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict[str, dict[int, list[float]]] | None:
+    """Print the table of measured collectives on rank 0; with `show_straggler` every rank must call.
+
+    `return_dict`: also return {operation: {bytes: [calls, total ms, mean ms]}}.
+    """
+    comms_logger.log_summary(show_straggler)
+    if not return_dict:
+        return None
+    found: dict[str, dict[int, list[float]]] = {}
+    for (op, size_bytes), one in comms_logger.stats.items():
+        found.setdefault(op, {})[size_bytes] = [one.count, one.total_ms, one.mean_ms]
+    return found
+
+
+def reset_log() -> None:
+    """Forget what was measured."""
+    comms_logger.reset()
