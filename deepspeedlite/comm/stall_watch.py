@@ -206,6 +206,9 @@ class StallWatch(threading.Thread):
     def _code(self) -> tuple[str, FrameType | None]:
         """Where the thread that trains is, and its innermost frame."""
         frames = sys._current_frames()
+        # Its own would hold this dict and so itself, and with both whatever training's frames hold, until the next
+        # garbage collection: in the worse case one in a DataLoader's worker, which must not end a process group.
+        del frames[threading.get_ident()]
         frame = frames.get(self._main if self._main in own_status.waits else next(iter(own_status.waits), self._main))
         return _described(frame), frame
 

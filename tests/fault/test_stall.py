@@ -6,12 +6,14 @@ And long before that, those that wait say for whom: for ranks that are stopped, 
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import os
 import re
 import signal
 import subprocess
 import time
+import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -231,6 +233,25 @@ def test_a_device_that_does_not_come_to_its_end():
     with heard() as said:
         sleep_in_user_code(2 * NOTICE_S)
     assert not said
+    dist.barrier()
+
+
+@distributed(2, env=WATCHED)
+def test_looking_keeps_nothing_that_training_holds():
+    """Else it would live until the next garbage collection, which may be one in a DataLoader's forked worker."""
+    deepspeedlite.init_distributed(verbose=False)
+
+    def hold() -> weakref.ref:
+        held = torch.nn.Linear(1, 1)
+        sleep_in_user_code(NOTICE_S)  # several looks
+        return weakref.ref(held)
+
+    gc.collect()
+    gc.disable()
+    try:
+        assert hold()() is None
+    finally:
+        gc.enable()
     dist.barrier()
 
 
