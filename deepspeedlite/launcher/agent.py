@@ -1,27 +1,28 @@
 """The node agent: starts a Job's ranks, watches them, and leaves nothing behind.
 
-Each rank leads its own session, so that its whole tree can be ended. The agent's main thread sleeps until a
-signal arrives: a rank's end is SIGCHLD, a person's Ctrl-C is SIGINT, and all come through `SignalQueue` in order. On a
-machine that is not the launcher's, a `Link` brings the same orders, and its silence ends the ranks. Output runs in a
-thread of its own (output.py), so that a stopped pager cannot delay the end of a failed run.
+Each rank leads its own session, so that its whole tree can be ended. `Agent.run` is a generator: it yields how long it
+would sleep and is resumed when that is over or something has happened, so that the loop that turns it (the launcher's
+on one machine, the agent's own elsewhere) can serve others too. Orders come by `signal` and `end`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
+import functools
 import os
-import select
 import signal
 import subprocess
 import time
-from dataclasses import asdict, dataclass, field
+from collections.abc import Generator
+from dataclasses import dataclass, field
 
-from deepspeedlite.launcher import process_tree, protocol
-from deepspeedlite.launcher.early import EarlyEnds
+from deepspeedlite.launcher import process_tree
 from deepspeedlite.launcher.job import Job, RankCommand
-from deepspeedlite.launcher.output import Pump, RankLog, RankStream, Screen, open_channel, set_window_size
-from deepspeedlite.launcher.report import ErrorTail, Failure, first_failure
-from deepspeedlite.launcher.signals import ENDING, PASSED_ON, SignalQueue
+from deepspeedlite.launcher.loop import Loop
+from deepspeedlite.launcher.output import RankLog, RankStream, Screen, open_channel, set_window_size
+from deepspeedlite.launcher.report import EarlyEnds, ErrorTail, Failure, first_failure
+from deepspeedlite.launcher.signals import ENDING, PASSED_ON
 from deepspeedlite.runtime.errors import LaunchError
 
 FAILURE_GRACE_S = 2.0  # from SIGTERM to SIGKILL after a rank failed
@@ -30,6 +31,13 @@ _SETTLE_S = 1.0  # how long a rank that has raised may take to exit before other
 _RECENT_S = 5.0  # a traceback older than this belongs to no failure of now
 _KILL_S = 1.0  # SIGKILL is repeated this long: a process may be forking
 _POLL_S = 0.05  # descendants that are not our children end without telling us
+_CHUNK_BYTES = 1 << 16
+# After the ranks' end a process they left behind may hold their pipes open, silent or not: stop listening then.
+_DRAIN_S = 0.05
+_DRAIN_LIMIT_BYTES = 16 << 20
+
+Steps = Generator["float | None", None, None]
+Wait = Generator["float | None", None, bool]
 
 
 @dataclass
@@ -70,36 +78,64 @@ class _Rank:
 class Agent:
     """Runs one Job on this machine. Use once."""
 
-    def __init__(self, job: Job, screen: Screen, signals: SignalQueue, link: protocol.Link | None = None) -> None:
-        self._job, self._screen, self._signals, self._link = job, screen, signals, link
+    def __init__(self, job: Job, screen: Screen, loop: Loop) -> None:
+        self.outcome = Outcome(time.monotonic())
+        self._job, self._screen, self._loop = job, screen, loop
         self._ranks: list[_Rank] = []
-        self._ptys: list[tuple[int, int, int]] = []
-        self._streams: list[tuple[int, RankStream]] = []
-        self._is_ending = self._is_ordered_to_end = self._is_paused = False
+        self._ptys: list[tuple[int, int, int]] = []  # the screen's stream, our end, the prefix's width
+        self._streams: dict[int, RankStream] = {}  # our ends of the ranks' pipes that are still open
+        self._is_reading = True  # False while the screen is full: a rank that writes on then waits, as for any pipe
+        self._read_s, self._read_bytes = 0.0, 0  # when a rank's output last came, and how much there was of it
+        self._is_asked = False  # somebody has asked for the end (again) since the last step
+        self._is_ordered_to_end = False  # ranks elsewhere have failed
+        self._is_ending = False
+        self._signal_grace_s = SIGNAL_GRACE_S
         self._wall_start_s = time.time()
-        screen.on_broken = lambda: signals.poke(signal.SIGPIPE)  # end as a program in a shell pipeline would
 
-    def run(self) -> Outcome:
-        """Start the ranks and return when every one of them, and all they started, has ended.
+    # Orders
+
+    def signal(self, number: int) -> None:
+        """Do with the ranks what this signal asks for."""
+        if number in ENDING:
+            self._is_asked = True
+            if self.outcome.interrupted_by is None and not self._is_ending and not self._is_ordered_to_end:
+                self.outcome.interrupted_by = number
+        elif number in PASSED_ON:
+            process_tree.send(self._running_pids(), number)
+        elif number in (signal.SIGTSTP, signal.SIGCONT):  # the ranks are in sessions of their own
+            self._signal_groups(signal.SIGSTOP if number == signal.SIGTSTP else number)
+        elif number == signal.SIGWINCH:
+            for sink, pty, width in self._ptys:
+                set_window_size(pty, self._screen.window_size(sink), width)
+
+    def end(self) -> None:
+        """End the ranks: others have failed."""
+        self._is_ordered_to_end = True
+
+    def lose_launcher(self) -> None:
+        """End the ranks, and sooner than otherwise: nobody waits for what they save."""
+        if not self._is_ending:
+            self._signal_grace_s = FAILURE_GRACE_S
+            self.signal(signal.SIGHUP)
+
+    def run(self) -> Steps:
+        """Start the ranks and end when every one of them, and all they started, has ended; then `outcome` is whole.
 
         Raises:
             LaunchError: a rank could not be started; those that were are ended first.
         """
         process_tree.become_subreaper()
         self._watchdog = process_tree.Watchdog()
-        self._outcome = Outcome(time.monotonic())
         try:
             for command in self._job.ranks:
                 self._start(command)
-            self._pump = Pump(self._streams)
-            self._pump.start()
-            self._supervise()
+            self._screen.start()
+            yield from self._supervise()
         finally:
-            self._outcome.unkillable = tuple(sorted(self._kill_all()))
+            self.outcome.unkillable = tuple(sorted(self._kill_all()))
             self._watchdog.dismiss()
-        self._outcome.ended_s = time.monotonic()
-        self._flush()
-        return self._outcome
+        self.outcome.ended_s = time.monotonic()
+        yield from self._drain()
 
     # Starting
 
@@ -112,9 +148,8 @@ class Agent:
             process = subprocess.Popen(
                 command.argv,
                 env={**self._job.environ, **command.env},
-                stdin=None
-                if is_first and self._job.keyboard
-                else subprocess.DEVNULL,  # one reader of the keyboard, for pdb in rank 0
+                # One reader of the keyboard, for pdb in rank 0.
+                stdin=None if is_first and self._job.keyboard else subprocess.DEVNULL,
                 stdout=channels[0][1],
                 stderr=channels[1][1],
                 start_new_session=True,
@@ -126,13 +161,12 @@ class Agent:
             for _, theirs in channels:
                 os.close(theirs)
         self._watchdog.watch(process.pid)
-        log = self._open_log(command.rank)
-        rank = _Rank(command, process.pid, process, ErrorTail(), log)
+        rank = _Rank(command, process.pid, process, ErrorTail(), self._open_log(command.rank))
         for sink, (ours, _) in zip(sinks, channels):
-            stream = RankStream(self._screen, sink, prefix, is_first)
-            stream.log = log
-            stream.tail = rank.tail if sink == self._screen.err_fd else None
-            self._streams.append((ours, stream))
+            tail = rank.tail if sink == self._screen.err_fd else None
+            self._streams[ours] = RankStream(self._screen, sink, prefix, is_first, tail, rank.log)
+            os.set_blocking(ours, False)
+            self._loop.watch(ours, functools.partial(self._read, ours))
             if os.isatty(ours):
                 self._ptys.append((sink, ours, len(prefix)))
         self._ranks.append(rank)
@@ -143,53 +177,62 @@ class Agent:
         clock = time.strftime("%Y%m%d%H%M%S", time.localtime(self._wall_start_s))
         return RankLog(os.path.join(self._job.log_dir, f"{clock}_rank{rank}.log"))
 
+    # Reading
+
+    def _read(self, fd: int) -> None:
+        try:
+            data = os.read(fd, _CHUNK_BYTES)
+        except BlockingIOError:
+            return
+        except OSError as error:
+            if error.errno != errno.EIO:  # EIO: the last holder of a pty's other side has closed it
+                raise
+            data = b""
+        self._read_s, self._read_bytes = time.monotonic(), self._read_bytes + len(data)
+        if data:
+            self._streams[fd].feed(data)
+        else:
+            self._close(fd)
+        if self._screen.is_full and self._is_reading:
+            self._is_reading = False
+            for other in self._streams:
+                self._loop.forget(other)
+
+    def _close(self, fd: int) -> None:
+        self._loop.forget(fd)
+        self._ptys = [pty for pty in self._ptys if pty[1] != fd]
+        self._streams.pop(fd).finish()
+        os.close(fd)
+
+    def _drain(self) -> Steps:
+        """Show what the ranks wrote to the end. A stopped pager is waited for unless the job is being ended."""
+        self._read_s, limit_bytes = time.monotonic(), self._read_bytes + _DRAIN_LIMIT_BYTES
+        late_s = time.monotonic() + (1.0 if self.outcome.interrupted_by is not None else 1e9)
+        while self._streams and self._read_bytes < limit_bytes and time.monotonic() < late_s:
+            if (yield from self._wait(_DRAIN_S)):
+                break
+            if self._is_reading and time.monotonic() > self._read_s + _DRAIN_S:
+                break
+        for fd in list(self._streams):
+            self._close(fd)
+
     # Waiting
 
-    def _wait(self, timeout_s: float | None) -> bool:
+    def _wait(self, timeout_s: float | None) -> Wait:
         """Sleep until something happens, then note it. True if someone asked for the end (again)."""
-        if self._link is None:
-            select.select([self._signals], [], [], timeout_s)
-            numbers = self._signals.take()
-        else:
-            timeout_s = protocol.BEAT_S if timeout_s is None else min(timeout_s, protocol.BEAT_S)
-            link_fd = [] if self._link.closed else [self._link.fileno()]
-            select.select([self._signals.fileno(), *link_fd], [], [], timeout_s)
-            numbers = self._signals.take() + self._orders(self._link)
+        if not self._is_reading and not self._screen.is_full:
+            self._is_reading = True
+            for fd in self._streams:
+                self._loop.watch(fd, functools.partial(self._read, fd))
+        yield timeout_s
         self._reap()
-        asked = False
-        for number in numbers:
-            if number in ENDING:
-                asked = True
-                if self._outcome.interrupted_by is None and not self._is_ending and not self._is_ordered_to_end:
-                    self._outcome.interrupted_by = number
-            elif number in PASSED_ON:
-                process_tree.send(self._running_pids(), number)
-            elif number in (signal.SIGTSTP, signal.SIGCONT):
-                self._suspend(number)
-            elif number == signal.SIGWINCH:
-                for sink, pty, width in self._ptys:
-                    set_window_size(pty, self._screen.window_size(sink), width)
+        asked, self._is_asked = self._is_asked, False
         return asked
 
-    def _orders(self, link: protocol.Link) -> bytes:
-        """What the launcher has sent, as signals."""
-        numbers = []
-        for kind, value in link.receive():
-            if kind == protocol.BEAT:
-                link.send(protocol.BEAT, [time.monotonic(), value])
-            elif kind == protocol.SIGNAL:
-                numbers.append(int(value))
-            elif kind == protocol.END:
-                self._is_ordered_to_end = True
-            elif kind == protocol.ACK:
-                self._screen.acknowledge(value)
-        link.flush()
-        silent = not self._is_paused and time.monotonic() - link.heard_s > protocol.SILENCE_S
-        if (link.closed or silent) and not self._is_ending:
-            link.closed = True
-            self._screen.acknowledge(None)
-            numbers.append(signal.SIGHUP)
-        return bytes(numbers)
+    def _pause(self, seconds: float) -> Steps:
+        deadline_s = time.monotonic() + seconds
+        while (left_s := deadline_s - time.monotonic()) > 0:
+            yield from self._wait(left_s)
 
     def _reap(self) -> None:
         """Collect every child that has ended, adopted orphans included."""
@@ -208,14 +251,6 @@ class Agent:
                 rank.process.returncode = rank.status
                 rank.ended_s = now_s
 
-    def _suspend(self, number: int) -> None:
-        """Ctrl-Z stops the ranks too, which are in sessions of their own; `fg` wakes all."""
-        self._is_paused = number == signal.SIGTSTP
-        self._signal_groups(signal.SIGSTOP if self._is_paused else signal.SIGCONT)
-        if self._is_paused and self._link is None:
-            os.kill(os.getpid(), signal.SIGSTOP)
-            self._suspend(signal.SIGCONT)
-
     # Watching and ending
 
     def _running(self) -> list[_Rank]:
@@ -224,44 +259,42 @@ class Agent:
     def _running_pids(self) -> list[int]:
         return [rank.pid for rank in self._running()]
 
-    def _supervise(self) -> None:
-        early, timeout_s = EarlyEnds("rank", self._outcome.started_s), None
+    def _supervise(self) -> Steps:
+        early, timeout_s = EarlyEnds("rank", self.outcome.started_s), None
         while self._running():
-            self._wait(timeout_s)
+            yield from self._wait(timeout_s)
             ended = {str(rank.command.rank): rank.ended_s for rank in self._ranks if rank.status == 0}
             running = [str(rank.command.rank) for rank in self._running()]
             timeout_s = 1.0 if early.look(ended, running, time.monotonic()) else None
             failed = any(rank.status for rank in self._ranks)
-            if (failed or self._is_ordered_to_end) and self._outcome.interrupted_by is None:
-                self._settle()
-            if self._outcome.interrupted_by is not None:
-                self._end(self._outcome.interrupted_by, SIGNAL_GRACE_S)
+            if (failed or self._is_ordered_to_end) and self.outcome.interrupted_by is None:
+                yield from self._settle()
+            if self.outcome.interrupted_by is not None:
+                yield from self._end(self.outcome.interrupted_by, self._signal_grace_s)
                 return
-            if self._outcome.failures or self._is_ordered_to_end:
-                if self._link is not None:  # ending takes seconds; the launcher should know now
-                    self._link.send(protocol.FAILED, [asdict(failure) for failure in self._outcome.failures])
-                self._end(signal.SIGTERM, FAILURE_GRACE_S)
+            if self.outcome.failures or self._is_ordered_to_end:
+                yield from self._end(signal.SIGTERM, FAILURE_GRACE_S)
                 return
-        self._end_left_behind()
+        yield from self._end_left_behind()
 
-    def _settle(self) -> None:
+    def _settle(self) -> Steps:
         """Give the rank that may be the true cause a moment to exit, then note who failed on their own.
 
         A rank that has raised can take longer to exit than its peers take to notice.
         """
         deadline_s = time.monotonic() + _SETTLE_S
-        time.sleep(0.02)  # for the pump to read what the dead rank wrote last
-        while self._running() and time.monotonic() < deadline_s and self._outcome.interrupted_by is None:
+        yield from self._pause(0.02)  # for what the dead rank wrote last
+        while self._running() and time.monotonic() < deadline_s and self.outcome.interrupted_by is None:
             failures = self._failed()
             oldest_s = min((failure.exited_s for failure in failures), default=time.monotonic()) - _RECENT_S
             raised = [rank for rank in self._running() if (rank.tail.traceback_s or oldest_s) > oldest_s]
             if not raised and not (failures and all(failure.lost_peer for failure in failures)):
                 break
-            self._wait(_POLL_S)
-        time.sleep(0.02)
-        self._wait(0)  # a scheduler that ends everything at once signals us and the ranks: that is no rank's failure
-        if self._outcome.interrupted_by is None:
-            self._outcome.failures = self._failed()
+            yield from self._wait(_POLL_S)
+        # A scheduler that ends everything at once signals us and the ranks: that is no rank's failure.
+        yield from self._pause(0.02)
+        if self.outcome.interrupted_by is None:
+            self.outcome.failures = self._failed()
 
     def _failed(self) -> list[Failure]:
         failures = []
@@ -283,39 +316,38 @@ class Agent:
                 )
         return failures
 
-    def _end(self, number: int, grace_s: float) -> None:
+    def _end(self, number: int, grace_s: float) -> Steps:
         """Ask all ranks to end, and wait at most `grace_s`; being asked once more cuts the wait short."""
         self._is_ending = True
         if number == signal.SIGINT:
             self._signal_groups(number)  # as a terminal does
         else:
             # Workers of a rank that saves on SIGTERM must stay alive until it has saved.
-            process_tree.send(self._running_pids(), signal.SIGTERM if number == signal.SIGPIPE else number)
+            process_tree.send(self._running_pids(), number)
         leaders = {rank.pid for rank in self._ranks}
-        if self._link is not None and self._link.closed:
-            grace_s = min(grace_s, FAILURE_GRACE_S)  # nobody to wait for
         deadline_s = time.monotonic() + grace_s
         while self._descendants() and time.monotonic() < deadline_s:
             for pid in leaders - set(self._running_pids()):
                 leaders.remove(pid)  # the rank has gone before its children: it is their turn
                 with contextlib.suppress(ProcessLookupError, PermissionError):
                     os.killpg(pid, signal.SIGTERM)
-            if self._wait(_POLL_S):
+            if (yield from self._wait(_POLL_S)):
                 return
 
-    def _end_left_behind(self) -> None:
+    def _end_left_behind(self) -> Steps:
         """After a good end: what the ranks left running in their sessions is ended; what made its own stays."""
         sessions = [rank.pid for rank in self._ranks]
-        self._await_sessions(sessions, 0.5)  # helpers of multiprocessing end by themselves
+        yield from self._await_sessions(sessions, 0.5)  # helpers of multiprocessing end by themselves
         left = process_tree.in_sessions(sessions)
-        self._outcome.left_behind = len(left)
+        self.outcome.left_behind = len(left)
         process_tree.send(left, signal.SIGTERM)
-        self._await_sessions(sessions, FAILURE_GRACE_S)
+        yield from self._await_sessions(sessions, FAILURE_GRACE_S)
 
-    def _await_sessions(self, sessions: list[int], grace_s: float) -> None:
+    def _await_sessions(self, sessions: list[int], grace_s: float) -> Steps:
         deadline_s = time.monotonic() + grace_s
-        while process_tree.in_sessions(sessions) and time.monotonic() < deadline_s and not self._wait(_POLL_S):
-            pass
+        while process_tree.in_sessions(sessions) and time.monotonic() < deadline_s:
+            if (yield from self._wait(_POLL_S)):
+                return
 
     def _descendants(self) -> set[int]:
         return process_tree.descendants(os.getpid()) - {self._watchdog.pid}
@@ -337,13 +369,3 @@ class Agent:
         for pid in self._running_pids():
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(pid, number)
-
-    def _flush(self) -> None:
-        """Show what the ranks wrote to the end. A stopped pager is waited for unless the job is being ended."""
-        self._pump.stop()
-        is_hurried = self._outcome.interrupted_by is not None
-        deadline_s = time.monotonic() + 1.0
-        while self._pump.is_alive() and not (is_hurried and time.monotonic() > deadline_s):
-            self._pump.join(_POLL_S)
-            if self._wait(0):
-                return

@@ -6,69 +6,31 @@ of them anew, so that a lost machine, the first one too, is replaced by a spare 
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import socket
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 from deepspeedlite.env_report.preflight import Found, check, facts, table
 from deepspeedlite.env_report.rows import BAD
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Outcome
-from deepspeedlite.launcher.backends import Launch, Reach, find_backend
-from deepspeedlite.launcher.cluster import Cluster
+from deepspeedlite.launcher.backends import Backend, Launch, Reach, find_backend
 from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment
 from deepspeedlite.launcher.node import KEY, AgentSession, connect
-from deepspeedlite.launcher.output import Screen, ScreenText
+from deepspeedlite.launcher.output import Screen
+from deepspeedlite.launcher.remote import RemoteCluster
 from deepspeedlite.launcher.signals import SignalQueue
-from deepspeedlite.launcher.start import EVERY_RANK, Hosts, LaunchOptions, conclude, goes_on, is_here, say
+from deepspeedlite.launcher.start import EVERY_RANK, Hosts, LaunchOptions, is_here, say
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import columns
 
 
-def start_multinode(options: LaunchOptions, hosts: Hosts, spares: Hosts, screen: Screen) -> int:
-    """Run a training on these machines; its exit status.
-
-    Raises:
-        LaunchError: it could not be started.
-    """
-    if options.no_ssh and options.node_rank != 0:
-        return _join(options, len(hosts))
-    if options.dry_run:
-        print(dry_run(options, hosts))
-        return 0
-    wanted, least, status = len(hosts), options.min_nodes or len(hosts), 0
-    pool = {**hosts, **spares}
-    with contextlib.redirect_stderr(ScreenText(screen)), SignalQueue() as signals:
-        attempt = 0
-        while True:
-            run = _Attempt(options, dict(list(pool.items())[:wanted]), attempt, screen, signals)
-            try:
-                outcome = run.run()
-            except LaunchError:
-                if not attempt or not run.gone:
-                    raise
-                outcome = None  # a machine to spare does not answer either: try those that are left
-            else:
-                if outcome is None:
-                    return 0
-                conclude(outcome, run.num_ranks, screen)
-                status = outcome.exit_status
-                if not goes_on(outcome, attempt, options):
-                    return status
-                attempt += 1
-            pool = {host: slots for host, slots in pool.items() if host not in run.gone}
-            if len(pool) < least:
-                raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
-
-
-class _Attempt:
-    """One attempt."""
+class RemoteAttempt:
+    """One start of a training over links: agents, the check before, the run."""
 
     def __init__(
         self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, signals: SignalQueue
@@ -76,16 +38,12 @@ class _Attempt:
         self._options, self._attempt, self._screen = options, attempt, screen
         self._is_checked = not options.no_check
         listener, key, connect_to, backend = _way_in(options)
-        names = list(hosts)
-        here = frozenset(host for host in names if is_here(host))
         path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
-        reach = Reach(names, here, connect_to, key, options.ssh_port, options.launcher_args, path)
-        self._launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
-        self._cluster = Cluster(
-            [Found(h, s) for h, s in hosts.items()], "".join(key.values()), listener, screen, signals
-        )
+        self._launches = _launches(options, hosts, backend, connect_to, key, path)
+        found = [Found(host, slots) for host, slots in hosts.items()]
+        self._cluster = RemoteCluster(found, "".join(key.values()), listener, screen, signals)
         self.num_ranks = 0
-        self.gone: set[str] = set()  # machines that were lost, or did not answer
+        self.gone: set[str] = set()
 
     def run(self) -> Outcome | None:
         """How it went; None if it was only to be checked, and is well.
@@ -103,7 +61,7 @@ class _Attempt:
             status = outcome.exit_status if outcome else 0
             return outcome
         finally:
-            self.gone = {node.found.host for node in cluster.nodes if node.lost or not node.found.facts}
+            self.gone = {node.host for node in cluster.nodes if node.lost or not node.found.facts}
             cluster.close(status)
 
     def _outcome(self) -> Outcome | None:
@@ -122,9 +80,9 @@ class _Attempt:
         say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
         assignments = assign_ranks(found, address, port, self._attempt)
         self.num_ranks = assignments[0].world_size
-        workload = replace(options.workload, cwd=os.getcwd())
         say([f"{self.num_ranks} ranks on {len(assignments)} machines, which meet at {address}:{port}"])
-        return cluster.run(workload, assignments)
+        cluster.assign(replace(options.workload, cwd=os.getcwd()), assignments)
+        return cluster.run()
 
     def _judge(self, found: Sequence[Found], address: str) -> None:
         rows = check(found, address)
@@ -139,7 +97,7 @@ class _Attempt:
             logger.info("all %d machines are ready", len(found), extra=EVERY_RANK)
 
 
-def _way_in(options: LaunchOptions) -> tuple[socket.socket | None, dict[str, str], str, Any]:
+def _way_in(options: LaunchOptions) -> tuple[socket.socket | None, dict[str, str], str, Backend | None]:
     """How agents come to us: the listener, the variable with their key, our address, the backend that starts them."""
     if options.no_ssh:
         try:
@@ -150,18 +108,27 @@ def _way_in(options: LaunchOptions) -> tuple[socket.socket | None, dict[str, str
             ) from error
         return listener, {KEY: os.environ.get(KEY, "")}, "", None
     backend = find_backend(options.launcher)
-    if backend.__name__.endswith(".ssh"):
+    if backend.by_pipes:
         return None, {}, "", backend
     listener = socket.create_server(("", 0), backlog=1024)
     addresses = [*facts()["addresses"], "127.0.0.1"]
     return listener, {KEY: protocol.new_secret()}, f"{','.join(addresses)}:{listener.getsockname()[1]}", backend
 
 
+def _launches(
+    options: LaunchOptions, hosts: Hosts, backend: Backend | None, connect_to: str, key: dict[str, str], path: str = ""
+) -> list[Launch]:
+    """What starts the agents; without a backend it is node 0's alone, and the others join."""
+    here = frozenset(host for host in hosts if is_here(host))
+    reach = Reach(list(hosts), here, connect_to, key, options.ssh_port, options.launcher_args, path)
+    return [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
+
+
 def _control_port(options: LaunchOptions) -> int:
     return (options.master_port or DEFAULT_PORT) + 1
 
 
-def _join(options: LaunchOptions, num_nodes: int) -> int:
+def join(options: LaunchOptions, num_nodes: int) -> int:
     """Without ssh: meet node 0's launcher and be its agent here, on this machine's own screen."""
     index = options.node_rank
     if index is None or not 0 <= index < num_nodes or not options.master_addr:
@@ -205,9 +172,7 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
         known = ",".join(map(str, one.slots)) if hosts[one.host] else "as many as it has devices"
         rows.append((one.host, f"{one.first_rank}-{one.first_rank + len(one.slots) - 1}", known))
     lines = columns(rows)
-    here = frozenset(host for host in names if is_here(host))
-    reach = Reach(names, here, "ADDRESS:PORT", {KEY: "KEY"}, options.ssh_port, options.launcher_args)
-    launches = [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
+    launches = _launches(options, hosts, backend, "ADDRESS:PORT", {KEY: "KEY"})
     lines += [shlex.join(launch.argv) for launch in launches]
     script = ["python", *["-m"] * options.workload.module, options.workload.script, *options.workload.script_args]
     names_only = " ".join(sorted(options.workload.env)) or "none"

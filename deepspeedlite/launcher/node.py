@@ -7,11 +7,11 @@ It meets the launcher over a `Link` (ssh's pipes, or TCP), says what machine thi
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,14 +20,14 @@ from typing import Any
 
 from deepspeedlite.env_report.preflight import facts
 from deepspeedlite.launcher import protocol
-from deepspeedlite.launcher.agent import Agent
-from deepspeedlite.launcher.job import Assignment, Workload, build_job, choose_port
-from deepspeedlite.launcher.output import Screen
+from deepspeedlite.launcher.agent import Agent, Outcome
+from deepspeedlite.launcher.job import Assignment, Job, Workload, build_job, choose_port
+from deepspeedlite.launcher.loop import Loop
+from deepspeedlite.launcher.output import Screen, Shown
 from deepspeedlite.launcher.signals import SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 KEY = "DSL_LAUNCHER_KEY"
-_WINDOW_BYTES = 1 << 20  # output on its way that the launcher has not shown yet
 _CONNECT_S = 3.0
 # Set by what started this agent. Ranks would take them for a word on their own place.
 _SCHEDULER = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "HYDRA", "HYDI_", "MPI_LOCAL", "MV2_COMM", "MPIR_", "MPIEXEC_")
@@ -43,14 +43,12 @@ _SLURM_TASK = (
 
 
 class RemoteScreen(Screen):
-    """A screen at the other end of a link. Its writers wait while too much has not been shown."""
+    """A screen at the other end of a link: full while too much of what was sent has not been shown there."""
 
     def __init__(self, link: protocol.Link, sizes: Mapping[str, str], has_colour: bool) -> None:
         super().__init__()
         self.has_colour = has_colour
         self._link, self._sizes = link, {int(fd): bytes.fromhex(size) for fd, size in sizes.items()}
-        self._room = threading.Condition()
-        self._unshown_bytes = 0
 
     def is_terminal(self, fd: int) -> bool:
         """Whether the launcher's stream is one."""
@@ -60,28 +58,17 @@ class RemoteScreen(Screen):
         """The launcher's terminal's, at the start."""
         return self._sizes.get(fd, b"")
 
-    def lines(self, fd: int, data: bytes) -> None:
-        """Send whole lines."""
-        self._send(fd, 0, data)
+    def start(self) -> None:
+        """No thread: a link never blocks."""
 
-    def live(self, fd: int, data: bytes) -> None:
-        """Send bytes as they come."""
-        self._send(fd, 1, data)
+    def show(self, fd: int, data: bytes, how: str = "lines", shown: Shown | None = None) -> None:
+        """Send it in one frame: what is cut between frames could be shown with another node's lines between."""
+        self._queued_bytes += len(data)
+        self._link.send(protocol.OUTPUT, raw=bytes([fd, how == "live"]) + data)
 
     def acknowledge(self, nbytes: int | None) -> None:
-        """So much has been shown; None: nobody is there any more."""
-        with self._room:
-            self._unshown_bytes = 0 if nbytes is None else self._unshown_bytes - nbytes
-            self._room.notify_all()
-
-    def _send(self, fd: int, is_live: int, data: bytes) -> None:
-        """In one frame: what is cut between frames could be shown with another node's lines between."""
-        with self._room:
-            self._room.wait_for(lambda: self._unshown_bytes < _WINDOW_BYTES or self._link.closed)
-            self._unshown_bytes += len(data)
-        self._link.send(protocol.OUTPUT, raw=bytes([fd, is_live]) + data)
-        while self._link.pending and not self._link.closed:
-            self._link.flush(protocol.BEAT_S)
+        """So much has been shown; None: nobody is there any more, and nothing is waited for."""
+        self._shown_bytes = self._queued_bytes if nbytes is None else self._shown_bytes + nbytes
 
 
 class AgentSession:
@@ -96,7 +83,8 @@ class AgentSession:
         self, link: protocol.Link, key: str, index: int | None, own: Workload | None = None, is_told: bool = True
     ) -> None:
         self._link, self._key, self._index, self._own, self._is_told = link, key, index, own, is_told
-        self._listener: socket.socket | None = None
+        self._listener: socket.socket | None = None  # holds the ranks' port until they start
+        self._is_paused = False  # the launcher is stopped too, and its silence means nothing
 
     def run(self) -> int:
         """Meet the launcher, do what it asks, and give the exit status of the whole job."""
@@ -142,19 +130,63 @@ class AgentSession:
     def _run_job(self, told: Mapping[str, Any]) -> None:
         if self._listener is not None:
             self._listener.close()
-        screen = Screen() if self._own is not None else RemoteScreen(self._link, told["terminals"], told["colour"])
+        signals = SignalQueue()
+        remote = RemoteScreen(self._link, told["terminals"], told["colour"]) if self._own is None else None
+        screen = remote or Screen(signals=signals)
         workload, assignment = self._own or Workload(**told["workload"]), Assignment(**told["assignment"])
         try:
             if workload.cwd:
                 os.chdir(workload.cwd)
             job = build_job(workload, assignment, environment(os.environ), keyboard=False)
-            with SignalQueue() as signals:
-                outcome = Agent(job, screen, signals, self._link).run()
-            told_back = {"outcome": {**vars(outcome), "failures": [asdict(failure) for failure in outcome.failures]}}
+            with signals:
+                outcome = self._serve(job, screen, Loop(signals))
         except (LaunchError, OSError) as error:
             self._link.send(protocol.ERROR, str(error))
             return
-        self._link.send(protocol.DONE, told_back["outcome"])
+        self._link.send(protocol.DONE, asdict(outcome))
+
+    def _serve(self, job: Job, screen: Screen, loop: Loop) -> Outcome:
+        """Turn the agent until all has ended, and hand it what the launcher and signals ask for."""
+        link, agent, has_told = self._link, Agent(job, screen, loop), False
+        loop.watch(link.read_fd, functools.partial(self._obey, agent, screen, loop))
+        for timeout_s in agent.run():
+            wait_s = protocol.BEAT_S if timeout_s is None else min(timeout_s, protocol.BEAT_S)
+            for number in loop.turn(wait_s, [link] if link.pending else []):
+                self._signal(agent, number)
+            if not link.closed and not self._is_paused and time.monotonic() - link.heard_s > protocol.SILENCE_S:
+                self._lose(agent, screen, loop)
+            if agent.outcome.failures and not has_told:  # ending takes seconds; the launcher should know now
+                has_told = True
+                link.send(protocol.FAILED, [asdict(failure) for failure in agent.outcome.failures])
+        loop.forget(link.read_fd)
+        screen.stop(1.0 if agent.outcome.interrupted_by is not None else 1e9)
+        return agent.outcome
+
+    def _signal(self, agent: Agent, number: int) -> None:
+        if number in (signal.SIGTSTP, signal.SIGCONT):
+            self._is_paused = number == signal.SIGTSTP
+        agent.signal(number)
+
+    def _obey(self, agent: Agent, screen: Screen, loop: Loop) -> None:
+        """Do what the launcher has sent."""
+        link = self._link
+        for kind, value in link.receive():
+            if kind == protocol.BEAT:
+                link.send(protocol.BEAT, [time.monotonic(), value])
+            elif kind == protocol.SIGNAL:
+                self._signal(agent, int(value))
+            elif kind == protocol.END:
+                agent.end()
+            elif kind == protocol.ACK:
+                screen.acknowledge(value)
+        if link.closed:
+            self._lose(agent, screen, loop)
+
+    def _lose(self, agent: Agent, screen: Screen, loop: Loop) -> None:
+        self._link.closed = True
+        loop.forget(self._link.read_fd)
+        screen.acknowledge(None)
+        agent.lose_launcher()
 
 
 def environment(environ: Mapping[str, str]) -> dict[str, str]:

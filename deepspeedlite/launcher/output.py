@@ -1,8 +1,7 @@
 """Carries the ranks' output to the launcher's own stdout and stderr.
 
-One thread (`Pump`) reads every rank's pipes. A line of one rank is written whole, in one write, with the rank in
-front, in colour only on a terminal: `[1] text`. With a single rank there is no prefix and every byte passes at once.
-Bytes are never decoded.
+A line of one rank is written whole, in one write, with the rank in front, in colour only on a terminal: `[1] text`.
+With a single rank there is no prefix and every byte passes at once. Bytes are never decoded.
 
 Rank 0's progress bars stay intact. Where the launcher's stream is a terminal, rank 0 gets a pseudo-terminal (as
 wide as the real one less the prefix), so that rich and tqdm behave as they do alone, and its bytes are shown
@@ -13,46 +12,55 @@ forwarded one by one. Other ranks' carriage returns are collapsed to the last st
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import os
+import queue
 import re
 import select
-import selectors
+import signal
 import struct
 import termios
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import BinaryIO
 
 from deepspeedlite.launcher.report import ErrorTail
+from deepspeedlite.launcher.signals import ENDING, SignalQueue
 
 _CHUNK_BYTES = 1 << 16
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory
 _LIVE_LIMIT_BYTES = 1 << 12  # what is redrawn of an unfinished line
-# After the ranks' end a process they left behind may hold their pipes open, silent or not: stop listening then.
-_DRAIN_S = 0.05
-_DRAIN_LIMIT_BYTES = 16 << 20
-_ERASE_LINE = b"\r\x1b[2K"
-_HIDE_CURSOR, _SHOW_CURSOR = b"\x1b[?25l", b"\x1b[?25h"
+_WINDOW_BYTES = 1 << 20  # output on its way that has not been shown yet
+_ERASE_LINE, _SHOW_CURSOR = b"\r\x1b[2K", "\x1b[?25h"
 # Where a prefix goes: at a line's first byte, and after a carriage return that goes back to the line's start.
 _LINE_START = re.compile(rb"(?<=\n)(?=[^\r])|(?<=\r)(?=[^\r\n])")
 
+Shown = Callable[[int], None]  # told how many bytes have been shown
+
 
 class Screen:
-    """The launcher's stdout and stderr, shared by the ranks' streams and the launcher's own lines."""
+    """The launcher's stdout and stderr, shared by the ranks' streams and the launcher's own lines.
 
-    def __init__(self, out_fd: int = 1, err_fd: int = 2) -> None:
+    Between `start` and `stop` a thread writes, so that a stopped pager delays neither the launcher's answers nor the
+    end of a failed run. Who shows much looks at `is_full` first.
+
+    Args:
+        signals: learns by a SIGPIPE that a stream can no longer be written, and is woken when there is room again.
+    """
+
+    def __init__(self, out_fd: int = 1, err_fd: int = 2, signals: SignalQueue | None = None) -> None:
         self.out_fd, self.err_fd = out_fd, err_fd
-        self.on_broken: Callable[[], None] = lambda: None  # called once per stream that can no longer be written
         self.has_colour = not os.environ.get("NO_COLOR")
-        self._lock = threading.Lock()
+        self._signals = signals
         self._is_terminal = {fd: os.isatty(fd) for fd in (out_fd, err_fd)}
         self._broken: set[int] = set()
         self._unfinished: dict[int, bytes] = {}  # the text after the last line end, by surface
-        self._cursor_owner: int | None = None  # where a rank has hidden the cursor
+        self._thread: threading.Thread | None = None
+        self._queue: queue.SimpleQueue[tuple[int, bytes, str, Shown | None] | None] = queue.SimpleQueue()
+        # Each has one writer, the loop's thread and the printing one: no lock is needed.
+        self._queued_bytes = self._shown_bytes = 0
 
     def is_terminal(self, fd: int) -> bool:
         """Whether a person may be looking at this stream."""
@@ -71,57 +79,76 @@ class Screen:
         except OSError:
             return b""
 
+    @property
+    def is_full(self) -> bool:
+        """Whether too much waits to be shown: whoever writes it should wait too."""
+        return self._queued_bytes - self._shown_bytes > _WINDOW_BYTES
+
+    def start(self) -> None:
+        """Let a thread write from here on; after the last fork."""
+        if self._thread is None:
+            self._queue = queue.SimpleQueue()  # an earlier thread may still be stuck with the old one
+            self._queued_bytes = self._shown_bytes = 0
+            self._thread = threading.Thread(target=self._print, args=(self._queue,), name="output", daemon=True)
+            self._thread.start()
+
+    def stop(self, patience_s: float) -> None:
+        """Show what is waiting, which a person may cut short by a signal, and write at once from here on."""
+        thread, self._thread = self._thread, None
+        deadline_s = time.monotonic() + patience_s
+        self._queue.put(None)
+        while thread is not None and thread.is_alive() and time.monotonic() < deadline_s:
+            thread.join(0.05)
+            if self._signals is not None and set(self._signals.take()) & set(ENDING):
+                return
+
+    def show(self, fd: int, data: bytes, how: str = "lines", shown: Shown | None = None) -> None:
+        """Show bytes of a rank: whole `lines`, `live` ones as they come, or the launcher's `own` lines."""
+        if self._thread is None:
+            self._put(fd, data, how)
+            return
+        self._queued_bytes += len(data)
+        self._queue.put((fd, data, how, shown))
+
     def acknowledge(self, nbytes: int | None) -> None:
-        """Nothing to do where writing shows at once."""
-
-    def _surface(self, fd: int) -> int:
-        """Two streams on terminals share one line: that of the person's screen."""
-        return -1 if self._is_terminal[fd] else fd
-
-    def lines(self, fd: int, data: bytes) -> None:
-        """Write whole lines; an unfinished line on the same terminal is moved below them."""
-        with self._lock:
-            unfinished = self._unfinished.get(self._surface(fd), b"")
-            if not unfinished:
-                self._write(fd, data)
-            elif self._is_terminal[fd]:
-                self._write(fd, _ERASE_LINE + data + unfinished)
-            else:
-                self._unfinished[fd] = b""
-                self._write(fd, b"\n" + data)
-
-    def live(self, fd: int, data: bytes) -> None:
-        """Write bytes as they come."""
-        with self._lock:
-            surface = self._surface(fd)
-            # A bar that ends with a carriage return stays on the screen until something is written over it.
-            body = data.removesuffix(b"\r")
-            line_end = max(body.rfind(b"\n"), body.rfind(b"\r"))
-            before = self._unfinished.get(surface, b"") if line_end < 0 else b""
-            before = b"" if before.endswith(b"\r") and body else before
-            self._unfinished[surface] = (before + data[line_end + 1 :])[-_LIVE_LIMIT_BYTES:]
-            if (hide := data.rfind(_HIDE_CURSOR)) != (show := data.rfind(_SHOW_CURSOR)):
-                self._cursor_owner = fd if hide > show else None
-            self._write(fd, data)
-
-    def restore(self) -> None:
-        """Show the cursor again if a rank was ended before its progress bar could."""
-        if self._cursor_owner is not None and self._is_terminal[self._cursor_owner]:
-            self.lines(self._cursor_owner, _SHOW_CURSOR)
-        self._cursor_owner = None
+        """Nothing to do where the thread that writes counts."""
 
     def say(self, text: str) -> None:
         """Write the launcher's own lines to stderr, below whatever is unfinished there."""
-        # A reader that has stopped reading must not keep the launcher from ending.
-        locked = self._lock.acquire(timeout=1.0)
-        try:
-            surface = self._surface(self.err_fd)
-            start = b"\n" if self._unfinished.get(surface) else b""
+        self.show(self.err_fd, text.encode(errors="surrogateescape"), "own")
+
+    def restore(self) -> None:
+        """Show the cursor again: a rank that was ended may have hidden it for a progress bar."""
+        if self.is_terminal(self.err_fd):
+            self.say(_SHOW_CURSOR)
+
+    def _print(self, waiting: queue.SimpleQueue[tuple[int, bytes, str, Shown | None] | None]) -> None:
+        while (item := waiting.get()) is not None:
+            fd, data, how, shown = item
+            self._put(fd, data, how)
+            was_full = self.is_full
+            self._shown_bytes += len(data)
+            if shown is not None:
+                shown(len(data))
+            if was_full and not self.is_full and self._signals is not None:
+                self._signals.poke()
+
+    def _put(self, fd: int, data: bytes, how: str) -> None:
+        # Two streams on terminals share one line: that of the person's screen.
+        surface = -1 if self._is_terminal[fd] else fd
+        unfinished = self._unfinished.get(surface, b"")
+        if how == "live":
+            # A bar that ends with a carriage return stays on the screen until something is written over it.
+            body = data.removesuffix(b"\r")
+            line_end = max(body.rfind(b"\n"), body.rfind(b"\r"))
+            before = b"" if line_end >= 0 or (unfinished.endswith(b"\r") and body) else unfinished
+            self._unfinished[surface] = (before + data[line_end + 1 :])[-_LIVE_LIMIT_BYTES:]
+        elif unfinished and how == "lines" and self._is_terminal[fd]:
+            data = _ERASE_LINE + data + unfinished
+        elif unfinished:
             self._unfinished[surface] = b""
-            self._write(self.err_fd, start + text.encode(errors="surrogateescape"))
-        finally:
-            if locked:
-                self._lock.release()
+            data = b"\n" + data
+        self._write(fd, data)
 
     def _write(self, fd: int, data: bytes) -> None:
         view = memoryview(data)
@@ -132,7 +159,8 @@ class Screen:
                 select.select([], [fd], [])
             except OSError:  # closed pipe, vanished terminal, full disk: nobody can be told here
                 self._broken.add(fd)
-                self.on_broken()
+                if self._signals is not None:
+                    self._signals.poke(signal.SIGPIPE)
 
 
 class ScreenText(io.TextIOBase):
@@ -177,24 +205,31 @@ class RankLog:
 class RankStream:
     """One of a rank's two streams, from the pipe's end to the screen."""
 
-    def __init__(self, screen: Screen, sink_fd: int, prefix: bytes, is_first: bool) -> None:
+    def __init__(
+        self,
+        screen: Screen,
+        sink_fd: int,
+        prefix: bytes,
+        is_first: bool,
+        tail: ErrorTail | None = None,
+        log: RankLog | None = None,
+    ) -> None:
         self._screen, self._sink_fd, self._prefix = screen, sink_fd, screen.painted(sink_fd, prefix)
         # A lone rank has no prefix; only rank 0 of several may leave a line unfinished, and only on a terminal.
         self._is_live = not prefix or (is_first and screen.is_terminal(sink_fd))
         self._is_first = is_first
-        self._previous = b"\n"
-        self._held = b""
-        self.tail: ErrorTail | None = None
-        self.log: RankLog | None = None
+        self._previous = b"\n"  # the last byte that was shown: whether a prefix is due
+        self._held = b""  # an unfinished line
+        self._tail, self._log = tail, log
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes the rank wrote."""
-        if self.tail is not None:
-            self.tail.feed(data, time.monotonic())
-        if self.log is not None:
-            self.log.feed(self._sink_fd, data)
+        if self._tail is not None:
+            self._tail.feed(data, time.monotonic())
+        if self._log is not None:
+            self._log.feed(self._sink_fd, data)
         if self._is_live:
-            self._screen.live(self._sink_fd, self._tagged(data))
+            self._screen.show(self._sink_fd, self._tagged(data), "live")
             return
         data = self._held + data
         end = data.rfind(b"\n") + 1
@@ -213,13 +248,13 @@ class RankStream:
         if self._held:
             self._emit(self._held + b"\n")
             self._held = b""
-        if self.log is not None:
-            self.log.finish(self._sink_fd)
+        if self._log is not None:
+            self._log.finish(self._sink_fd)
 
     def _emit(self, lines: bytes) -> None:
         if not self._is_first and b"\r" in lines:
             lines = b"\n".join(line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines.split(b"\n"))
-        self._screen.lines(self._sink_fd, self._tagged(lines))
+        self._screen.show(self._sink_fd, self._tagged(lines))
 
     def _tagged(self, data: bytes) -> bytes:
         if not self._prefix:
@@ -250,58 +285,3 @@ def set_window_size(pty_fd: int, size: bytes, prefix_width: int) -> None:
         fcntl.ioctl(
             pty_fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, max(columns - prefix_width, 0), width, height)
         )
-
-
-class Pump(threading.Thread):
-    """Reads all ranks' streams until they close. Whoever reads our output slowly slows the ranks, as a pipe would."""
-
-    def __init__(self, streams: Iterable[tuple[int, RankStream]]) -> None:
-        super().__init__(name="rank output", daemon=True)
-        self._selector = selectors.DefaultSelector()
-        self._num_open = 0
-        for fd, stream in streams:
-            os.set_blocking(fd, False)
-            self._selector.register(fd, selectors.EVENT_READ, stream)
-            self._num_open += 1
-        self._wake_read, self._wake_write = os.pipe()
-        self._selector.register(self._wake_read, selectors.EVENT_READ)
-        self._stopping = False
-        self._left_bytes = _DRAIN_LIMIT_BYTES
-
-    def run(self) -> None:
-        """Forward until every stream has ended, or until `stop` was called and no more is waiting."""
-        while self._num_open and self._left_bytes > 0:
-            ready = self._selector.select(_DRAIN_S if self._stopping else None)
-            if not ready:
-                break
-            for key, _ in ready:
-                if key.data is None:
-                    os.read(key.fd, 1)
-                else:
-                    self._read(key.fd, key.data)
-        for key in self._selector.get_map().values():
-            if key.data is not None:
-                key.data.finish()
-
-    def stop(self) -> None:
-        """The ranks are gone: forward what they had written, and end."""
-        self._stopping = True
-        os.write(self._wake_write, b"x")
-
-    def _read(self, fd: int, stream: RankStream) -> None:
-        try:
-            data = os.read(fd, _CHUNK_BYTES)
-        except BlockingIOError:
-            return
-        except OSError as error:
-            if error.errno != errno.EIO:  # EIO: the last holder of a pty's other side has closed it
-                raise
-            data = b""
-        if data:
-            self._left_bytes -= len(data) * self._stopping
-            stream.feed(data)
-            return
-        self._selector.unregister(fd)
-        os.close(fd)
-        self._num_open -= 1
-        stream.finish()

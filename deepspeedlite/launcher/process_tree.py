@@ -6,6 +6,8 @@ rank's process group is still found. A *parent-death signal* kills a rank the mo
 the rest of each rank's session: the parent-death signal reaches only the rank itself, not a python below a shell
 wrapper or a data-loading worker, which would keep GPU memory. Both are needed: `kill -9` of everything named
 deepspeedlite takes the watchdog too.
+
+psutil is imported where processes are first looked for: by then the ranks have started, and nobody waits for it.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple
 
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
@@ -44,51 +45,30 @@ def die_with(launcher_pid: int, cores: Sequence[int] = ()) -> Callable[[], None]
     return in_child
 
 
-class Process(NamedTuple):
-    """One live process as /proc shows it."""
+def _is_live(pid: int) -> bool:
+    import psutil
 
-    pid: int
-    parent: int
-    session: int
-
-
-def live_processes() -> list[Process]:
-    """Every process that is not a zombie."""
-    found = []
-    for name in os.listdir("/proc"):
-        if not name.isdigit():
-            continue
-        try:
-            with open(f"/proc/{name}/stat", "rb") as file:
-                stat = file.read()
-        except OSError:  # it ended while we looked
-            continue
-        # pid (any bytes, even parentheses) state parent group session ...
-        state, parent, _group, session = stat[stat.rindex(b")") + 2 :].split(maxsplit=4)[:4]
-        if state not in (b"Z", b"X"):
-            found.append(Process(int(name), int(parent), int(session)))
-    return found
+    with contextlib.suppress(psutil.Error):  # it ended while we looked
+        return psutil.Process(pid).status() not in (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
+    return False
 
 
 def descendants(root: int) -> set[int]:
     """Live processes below `root`, itself excluded."""
-    children: dict[int, list[int]] = {}
-    for process in live_processes():
-        children.setdefault(process.parent, []).append(process.pid)
-    found: set[int] = set()
-    open_pids = [root]
-    while open_pids:
-        for child in children.get(open_pids.pop(), ()):
-            if child not in found:
-                found.add(child)
-                open_pids.append(child)
-    return found
+    import psutil
+
+    return {child.pid for child in psutil.Process(root).children(recursive=True) if _is_live(child.pid)}
 
 
 def in_sessions(sessions: Iterable[int]) -> set[int]:
     """Live processes of these sessions."""
-    wanted = set(sessions)
-    return {process.pid for process in live_processes() if process.session in wanted}
+    import psutil
+
+    wanted, found = set(sessions), set()
+    for pid in psutil.pids():
+        with contextlib.suppress(ProcessLookupError):
+            found |= {pid} if os.getsid(pid) in wanted and _is_live(pid) else set()
+    return found
 
 
 def send(pids: Iterable[int], number: int) -> None:

@@ -5,8 +5,8 @@
     1 byte               the kind
     JSON                 the value; for OUTPUT: 1 byte stream, 1 byte whether it is live, then the bytes as they are
 
-A link never blocks: what the other side does not take now is kept for the next `flush`. Whoever writes much watches
-`pending` (output.py sends no more than a window that has not been acknowledged).
+A link never blocks: what the other side does not take now is kept for the next `flush`, which the loop calls. Who
+writes much sends no more than a window that has not been acknowledged (`Screen.is_full`).
 """
 
 from __future__ import annotations
@@ -34,26 +34,23 @@ class Link:
     """One end, over two descriptors or a socket's one. `receive` belongs to one thread; `send` may be called by any."""
 
     def __init__(self, read_fd: int, write_fd: int = -1) -> None:
-        self.read_fd, self._write_fd = read_fd, read_fd if write_fd < 0 else write_fd
-        for fd in (self.read_fd, self._write_fd):
+        # A socket's descriptor is doubled, for a selector to know reading and writing apart.
+        self.read_fd, self.write_fd = read_fd, os.dup(read_fd) if write_fd < 0 else write_fd
+        for fd in (self.read_fd, self.write_fd):
             os.set_blocking(fd, False)
         self.closed = False
-        self.heard_s = time.monotonic()
-        self._lock = threading.Lock()
-        self._outgoing = MAGIC
+        self.heard_s = time.monotonic()  # when the other side last said anything
+        self._lock = threading.Lock()  # of `_outgoing`: the launcher's printing thread acknowledges by itself
+        self._outgoing = bytearray(MAGIC)
         self._incoming = b""
-        self._has_magic = False
+        self._has_magic = False  # until then what comes is a login shell's
         self._held: list[tuple[bytes, Any]] = []  # frames that `expect` was not asked for
         self.flush()
 
-    def fileno(self) -> int:
-        """For `select`."""
-        return self.read_fd
-
     @property
     def pending(self) -> bool:
-        """Whether something waits to be written."""
-        return bool(self._outgoing)
+        """Whether something waits to be written, and can be."""
+        return bool(self._outgoing) and not self.closed
 
     def send(self, kind: bytes, value: Any = None, raw: bytes | None = None) -> None:
         """Queue a frame and write what the other side takes at once."""
@@ -68,7 +65,7 @@ class Link:
         while self._outgoing and not self.closed:
             with self._lock:
                 try:
-                    self._outgoing = self._outgoing[os.write(self._write_fd, self._outgoing[: 1 << 16]) :]
+                    del self._outgoing[: os.write(self.write_fd, self._outgoing[: 1 << 16])]
                     continue
                 except BlockingIOError:
                     pass
@@ -78,7 +75,7 @@ class Link:
             left_s = deadline_s - time.monotonic()
             if left_s <= 0:
                 return
-            _await(self._write_fd, select.POLLOUT, left_s)
+            _await(self.write_fd, select.POLLOUT, left_s)
 
     def receive(self) -> list[tuple[bytes, Any]]:
         """The frames that have come; sets `closed` when there will be no more."""
@@ -138,7 +135,7 @@ class Link:
     def close(self) -> None:
         """Close both descriptors."""
         self.closed = True
-        for fd in {self.read_fd, self._write_fd}:
+        for fd in (self.read_fd, self.write_fd):
             with contextlib.suppress(OSError):
                 os.close(fd)
 

@@ -1,4 +1,4 @@
-"""Signals as something to select on: while `SignalQueue` is open they neither end nor interrupt this process."""
+"""Signals as something to select on: while a `SignalQueue` is open they neither end nor interrupt this process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PASSED_ON = (signal.SIGUSR1, signal.SIGUSR2)
 
 
 class SignalQueue:
-    """Hears what ends, pauses or concerns a job, in the order in which it came."""
+    """Hears what ends, pauses or concerns a job, in the order in which it came. May be opened again."""
 
     def __init__(self) -> None:
         self._read, self._write = socket.socketpair()
@@ -47,7 +47,7 @@ class SignalQueue:
             return self._read.recv(4096)
         return b""
 
-    def poke(self, number: int) -> None:
-        """As if this signal had come; any thread may call it."""
+    def poke(self, number: int = 0) -> None:
+        """As if this signal had come (0 is none: it only wakes); any thread may call it."""
         with contextlib.suppress(OSError):
             self._write.send(bytes([number]))

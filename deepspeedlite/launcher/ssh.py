@@ -21,11 +21,9 @@ from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile
 from deepspeedlite.runtime.errors import LaunchError
 
 TIMED_OUT = 124  # as coreutils' timeout has it
-# Asks nothing, and notices within 15 s that a host is gone, before the connection or in the middle of it.
-QUICK_TO_NOTICE = (
-    *("-o", "BatchMode=yes", "-o", "ConnectTimeout=10"),
-    *("-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3"),
-)
+ASK_NOTHING = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+# Notices within 15 s that a host is gone, before the connection or in the middle of it.
+QUICK_TO_NOTICE = (*ASK_NOTHING, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _SSH_FAILED = 255
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory
 _DRAIN_S = 0.5  # for output that is still in the pipes when ssh has ended; a process left behind may hold them open

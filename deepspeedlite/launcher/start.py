@@ -7,11 +7,13 @@ import os
 import re
 import signal
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
-from deepspeedlite.launcher.agent import Agent, Outcome
+from deepspeedlite.launcher.agent import Outcome
+from deepspeedlite.launcher.cluster import Cluster, LocalNode
 from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile, select
 from deepspeedlite.launcher.job import Assignment, Job, Workload, build_job, choose_port, shell_line
 from deepspeedlite.launcher.output import Screen, ScreenText
@@ -57,6 +59,16 @@ class LaunchOptions:
 Hosts = dict[str, "list[int] | None"]
 
 
+class Attempt(Protocol):
+    """One start of a training: planned when it is made."""
+
+    num_ranks: int
+    gone: set[str]  # machines that were lost, or did not answer
+
+    def run(self) -> Outcome | None:
+        """How it went; None if it was only to be checked, and is well. Raises LaunchError: it did not start."""
+
+
 def start(options: LaunchOptions) -> int:
     """Run the training and return its exit status.
 
@@ -64,16 +76,54 @@ def start(options: LaunchOptions) -> int:
         LaunchError: it could not be started.
     """
     hosts, spares, is_listed = choose_hosts(options, os.environ)
-    workload = replace(options.workload, env=exported(options, os.environ))
+    options = replace(options, workload=replace(options.workload, env=exported(options, os.environ)))
     alone = next(iter(hosts)) if len(hosts) == 1 else None
-    options = replace(options, workload=workload)
-    screen = Screen()
-    with _pid_file(options.save_pid):
-        if alone and not (options.force_multi or options.no_ssh or options.check or (is_listed and not is_here(alone))):
-            return _start_here(options, hosts[alone], screen)
-        from deepspeedlite.launcher.multinode import start_multinode
+    is_wide = options.force_multi or options.no_ssh or options.check
+    if alone is not None and not is_wide and (not is_listed or is_here(alone)):
+        if options.dry_run:
+            print(dry_run_here(options, hosts[alone]))
+            return 0
+        return run_attempts(options, hosts, {}, _AttemptHere)
+    from deepspeedlite.launcher import multinode
 
-        return start_multinode(options, hosts, spares, screen)
+    if options.no_ssh and options.node_rank != 0:
+        return multinode.join(options, len(hosts))
+    if options.dry_run:
+        print(multinode.dry_run(options, hosts))
+        return 0
+    return run_attempts(options, hosts, spares, multinode.RemoteAttempt)
+
+
+def run_attempts(
+    options: LaunchOptions,
+    hosts: Hosts,
+    spares: Hosts,
+    attempt_of: Callable[[LaunchOptions, Hosts, int, Screen, SignalQueue], Attempt],
+) -> int:
+    """Start, and after a failure again, on those machines that are left; the exit status."""
+    wanted, least, attempt, status = len(hosts), options.min_nodes or len(hosts), 0, 0
+    pool, signals = {**hosts, **spares}, SignalQueue()
+    screen = Screen(signals=signals)
+    with _pid_file(options.save_pid):
+        while True:
+            planned = attempt_of(options, dict(list(pool.items())[:wanted]), attempt, screen, signals)
+            try:
+                with contextlib.redirect_stderr(ScreenText(screen)), signals:
+                    outcome = planned.run()
+                    if outcome is None:
+                        return 0
+                    conclude(outcome, planned.num_ranks, screen)
+            except LaunchError:
+                if not attempt or not planned.gone:
+                    raise  # else a machine to spare does not answer either: try those that are left
+            else:
+                status = outcome.exit_status
+                if not goes_on(outcome, attempt, options):
+                    return status
+                attempt += 1
+            pool = {host: slots for host, slots in pool.items() if host not in planned.gone}
+            if len(pool) < least:
+                raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
 
 
 def choose_hosts(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[Hosts, Hosts, bool]:
@@ -177,35 +227,46 @@ def _pid_file(is_wanted: bool):  # type: ignore[no-untyped-def]
 # --- one machine ------------------------------------------------------------------------------------------------------
 
 
-def plan_here(options: LaunchOptions, slots: Sequence[int] | None, environ: Mapping[str, str]) -> Job:
+def plan_here(options: LaunchOptions, slots: Sequence[int] | None, restarts: int, environ: Mapping[str, str]) -> Job:
     """The job of a start on this machine alone."""
     environ = {**environ, **options.workload.env}
     devices = find_devices(environ)
     count, note = choose_ranks(devices, options.num_gpus if not (slots and options.num_gpus is None) else len(slots))
     port, port_note = choose_port(options.master_port)
     used = list(slots)[:count] if slots else list(range(count))
-    assignment = Assignment(used, count, options.master_addr or "127.0.0.1", port)
+    assignment = Assignment(used, count, options.master_addr or "127.0.0.1", port, restarts=restarts)
     workload = replace(options.workload, log_dir=None) if options.dry_run else options.workload
     job = build_job(workload, assignment, environ, devices)
     return replace(job, notes=tuple(filter(None, (note, port_note))))
 
 
-def _start_here(options: LaunchOptions, slots: Sequence[int] | None, screen: Screen) -> int:
-    for attempt in range(options.max_restarts + 1):
-        job = plan_here(options, slots, os.environ)
-        if options.dry_run:
-            print("\n".join([*(f"# {note}" for note in job.notes), *map(shell_line, job.ranks)]))
-            return 0
-        say(job.notes, job.details)
-        if attempt:
-            again = {"TORCHELASTIC_RESTART_COUNT": str(attempt)}
-            job = replace(job, ranks=tuple(replace(rank, env={**rank.env, **again}) for rank in job.ranks))
-        with contextlib.redirect_stderr(ScreenText(screen)), SignalQueue() as signals:
-            outcome = Agent(job, screen, signals).run()
-            conclude(outcome, len(job.ranks), screen)
-        if not goes_on(outcome, attempt, options):
-            break
-    return outcome.exit_status
+def dry_run_here(options: LaunchOptions, slots: Sequence[int] | None) -> str:
+    """What would run: notes, and a command for each rank."""
+    job = plan_here(options, slots, 0, os.environ)
+    return "\n".join([*(f"# {note}" for note in job.notes), *map(shell_line, job.ranks)])
+
+
+class _AttemptHere:
+    """On this machine alone: a cluster of one."""
+
+    def __init__(
+        self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, signals: SignalQueue
+    ) -> None:
+        self.gone: set[str] = set()
+        self._screen, self._signals = screen, signals
+        (slots,) = hosts.values()
+        self._job = plan_here(options, slots, attempt, os.environ)
+        self.num_ranks = len(self._job.ranks)
+        say(self._job.notes, self._job.details)
+
+    def run(self) -> Outcome:
+        """How it went."""
+        cluster = Cluster(self._screen, self._signals)
+        cluster.nodes = [LocalNode(self._job, self._screen, cluster.loop)]
+        try:
+            return cluster.run()
+        finally:
+            cluster.close(0)
 
 
 def goes_on(outcome: Outcome, attempt: int, options: LaunchOptions) -> bool:
@@ -226,7 +287,8 @@ def say(notes: Sequence[str], details: Sequence[str] = ()) -> None:
 
 def conclude(outcome: Outcome, num_ranks: int, screen: Screen) -> None:
     """Say how it went: the last lines."""
-    screen.restore()
+    if outcome.exit_status:
+        screen.restore()
     if outcome.left_behind:
         logger.warning("%d processes that ranks left behind were ended", outcome.left_behind)
     if outcome.unkillable:

@@ -1,0 +1,156 @@
+"""How a node's agent gets started on other machines: a table of pure functions from `Reach` to commands.
+
+Every backend starts the same agent, one per node, and does nothing else: places, variables, output, signals and
+failures go over the agents' links. A new backend is a function and a row of `BACKENDS`.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from deepspeedlite.launcher.ssh import ASK_NOTHING
+from deepspeedlite.runtime.errors import LaunchError
+
+
+@dataclass(frozen=True)
+class Reach:
+    """What a backend needs to know."""
+
+    hosts: Sequence[str]
+    here: frozenset[str] = frozenset()  # hosts that are this machine
+    connect: str = ""  # where agents find the launcher: ADDRESS,...:PORT
+    key: Mapping[str, str] = field(default_factory=dict)  # the variable by which an agent shows that it is ours
+    ssh_port: int | None = None
+    extra: Sequence[str] = ()  # --launcher_args
+    python_path: str = ""
+    python: str = sys.executable
+
+    @property
+    def variables(self) -> dict[str, str]:
+        """What an agent that connects must find in its environment."""
+        return {**self.key, **({"PYTHONPATH": self.python_path} if self.python_path else {})}
+
+    def agent(self, *arguments: str) -> list[str]:
+        """The agent's command line."""
+        return [self.python, "-m", "deepspeedlite.launcher.node", *arguments]
+
+    def shell(self, *arguments: str) -> str:
+        """The agent's command line, with its variables, for any login shell."""
+        env = [f"{name}={value}" for name, value in self.variables.items()]
+        return "exec " + shlex.join([*(["env", *env] if env else []), *self.agent(*arguments)])
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A process to start here. `node`: the one agent whose link is this process's stdin and stdout."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str] = field(default_factory=dict)
+    node: int | None = None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """The programs of which one must be installed (the usual name last), and the commands, given that one."""
+
+    programs: Sequence[str]
+    build: Callable[[Reach, str], list[Launch]]
+    by_pipes: bool = False  # whether the links are the processes' own pipes; else agents connect
+
+    def launches(self, reach: Reach) -> list[Launch]:
+        """What to start here so that every node of `reach` gets an agent."""
+        program = next((name for name in self.programs if shutil.which(name)), self.programs[-1])
+        return self.build(reach, program)
+
+
+def _ssh(reach: Reach, program: str) -> list[Launch]:
+    """A connection per node, none for this machine. Only sshd's port need be open, and all is encrypted."""
+    options = ["-T", *ASK_NOTHING, *reach.extra, *(["-p", str(reach.ssh_port)] if reach.ssh_port is not None else [])]
+    return [
+        Launch(reach.agent("--index", str(index)), reach.variables, node=index)
+        if host in reach.here
+        else Launch([program, *options, host, reach.shell("--index", str(index))], node=index)
+        for index, host in enumerate(reach.hosts)
+    ]
+
+
+def _pdsh(reach: Reach, program: str) -> list[Launch]:
+    """One for all nodes; `%n` is a node's index. It hands no stdin on: the key stands in `ps` until they connect."""
+    port = f" -p {reach.ssh_port}" if reach.ssh_port is not None else ""
+    theirs = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
+    env = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"{theirs} {' '.join(ASK_NOTHING)}{port}"}
+    remote = reach.shell("--connect", reach.connect) + " --index %n"
+    return [Launch([program, "-S", "-f", "1024", "-w", ",".join(reach.hosts), *reach.extra, remote], env)]
+
+
+def _slurm(reach: Reach, program: str) -> list[Launch]:
+    """Inside an allocation on its nodes, else on whole nodes that it asks for; nodes are known by their names."""
+    count = str(len(reach.hosts))
+    argv = [program, "-N", count, "-n", count, "--ntasks-per-node=1", f"--nodelist={','.join(reach.hosts)}"]
+    argv += ["--cpu-bind=none", "--input=none", "--export=ALL", "--kill-on-bad-exit=0"]
+    argv += [] if "SLURM_JOB_ID" in os.environ else ["--exclusive"]
+    return [Launch([*argv, *reach.extra, *reach.agent("--connect", reach.connect)], reach.variables)]
+
+
+def _mpirun(reach: Reach, program: str, options: Sequence[str], env: Mapping[str, str]) -> list[Launch]:
+    """One agent per node; the key travels in the environment, which no `ps` shows."""
+    path = ["env", f"PYTHONPATH={reach.python_path}"] if reach.python_path else []
+    argv = [program, "-n", str(len(reach.hosts)), *options, *reach.extra, *path]
+    return [Launch([*argv, *reach.agent("--connect", reach.connect)], {**reach.key, **env})]
+
+
+def _openmpi(reach: Reach, program: str) -> list[Launch]:
+    """Binding is left to the ranks: it would put an agent, and all that it starts, on one core."""
+    options = ["--host", ",".join(f"{host}:1" for host in reach.hosts), "--map-by", "node", "--bind-to", "none"]
+    options += [word for name in reach.key for word in ("-x", name)]
+    options += ["--mca", "plm_rsh_args", f"-p {reach.ssh_port}"] if reach.ssh_port is not None else []
+    as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # containers run as root
+    return _mpirun(reach, program, options, as_root)
+
+
+def _hydra(**variables: str) -> Callable[[Reach, str], list[Launch]]:
+    """MPICH's process manager and its relatives, with what else they must be told.
+
+    They hand on the key alone: values with line ends would stop them. MPICH 4.0 overlooks the last variable of its
+    environment, so another one comes after the key.
+    """
+
+    def build(reach: Reach, program: str) -> list[Launch]:
+        options = ["-ppn", "1", "-hosts", ",".join(reach.hosts), "-genvlist", *reach.key]
+        return _mpirun(reach, program, options, {**variables, "DSL_LAUNCHER_LAST": ""})
+
+    return build
+
+
+BACKENDS = {
+    "pdsh": Backend(("pdsh",), _pdsh),
+    "ssh": Backend(("ssh",), _ssh, by_pipes=True),
+    "openmpi": Backend(("mpirun.openmpi", "mpirun"), _openmpi),
+    "mpich": Backend(("mpirun.mpich", "mpiexec.hydra", "mpirun"), _hydra()),
+    "slurm": Backend(("srun",), _slurm),
+    # The commands of these two are checked as text only: neither is free to install here. Unpinned, else all that an
+    # agent starts would be on its part of the node.
+    "impi": Backend(("mpirun",), _hydra(I_MPI_PIN="0")),
+    "mvapich": Backend(("mpirun",), _hydra(MV2_ENABLE_AFFINITY="0")),
+}
+
+
+def find_backend(name: str | None, path: str | None = None) -> Backend:
+    """The backend of this name; pdsh where it is installed, else ssh.
+
+    Raises:
+        LaunchError: there is no such backend, or its program is not installed.
+    """
+    if name is None:
+        name = "pdsh" if shutil.which("pdsh", path=path) else "ssh"
+    if name not in BACKENDS:
+        raise LaunchError(f"--launcher {name}: the launchers are {', '.join(BACKENDS)}")
+    programs = BACKENDS[name].programs
+    if not any(shutil.which(program, path=path) for program in programs):
+        raise LaunchError(f"--launcher {name}: {programs[-1]} is not installed here; --launcher ssh needs only ssh")
+    return BACKENDS[name]
