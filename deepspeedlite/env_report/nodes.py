@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import json
 import shlex
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 from deepspeedlite.env_report.rows import BAD, INFO, Row
+from deepspeedlite.launcher.ssh import TIMED_OUT, HostResult, run_on_hosts
 
 NODE_TIMEOUT_S = 60.0
-_MOST_AT_ONCE = 64
 # What differs between healthy nodes: rows by their section, or by section and name.
 _OWN = {"network", "cache", "disk", ("machine", "memory"), ("machine", "/dev/shm"), ("nodes", "report")}
 _OWN_VARIABLES = {"RANK", "LOCAL_RANK", "TMPDIR", "world"}
@@ -23,23 +21,27 @@ _OWN_VARIABLES = {"RANK", "LOCAL_RANK", "TMPDIR", "world"}
 
 def reports(hosts: Sequence[str], ssh: str, arguments: Sequence[str] = ()) -> dict[str, list[Row]]:
     """Every host's rows; `ssh` is the command that reaches them, `arguments` are the report's."""
-    with ThreadPoolExecutor(min(len(hosts), _MOST_AT_ONCE)) as pool:
-        return dict(zip(hosts, pool.map(lambda host: _report_of(host, ssh, arguments), hosts)))
-
-
-def _report_of(host: str, ssh: str, arguments: Sequence[str]) -> list[Row]:
     remote = shlex.join([sys.executable, "-m", "deepspeedlite.env_report", "--json", *arguments])
-    command = [*shlex.split(ssh), "-n", "-o", "BatchMode=yes", "-o", "ConnectTimeout=10", host, remote]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=NODE_TIMEOUT_S)
-    except subprocess.TimeoutExpired:
+    said: dict[str, list[bytes]] = {host: [b"", b"", b""] for host in hosts}
+
+    def keep(host: str, stream: int, lines: bytes) -> None:
+        said[host][stream] += lines
+
+    results = run_on_hosts(hosts, [remote], keep, ssh, NODE_TIMEOUT_S)
+    return {host: _rows_of(host, remote, results[host], *said[host][1:]) for host in hosts}
+
+
+def _rows_of(host: str, remote: str, result: HostResult, out: bytes, err: bytes) -> list[Row]:
+    if result.status == TIMED_OUT:
         return [_silent(f"did not answer in {NODE_TIMEOUT_S:.0f} s", f"look at {host}: ssh {host} uptime")]
-    except OSError as error:
-        return [_silent(f"{command[0]} cannot be run: {error.strerror}", "install openssh-client")]
+    if "cannot be run" in result.reason:
+        value, _, remedy = result.reason.partition("; ")
+        return [_silent(value, remedy)]
     try:
-        return [Row(**row) for row in json.loads(done.stdout)["rows"]]
+        return [Row(**row) for row in json.loads(out)["rows"]]
     except (ValueError, KeyError, TypeError):
-        words = (done.stderr.strip() or done.stdout.strip() or f"exit status {done.returncode}").splitlines()
+        said = [err.decode(errors="replace").strip(), out.decode(errors="replace").strip(), result.reason]
+        words = next(filter(None, said)).splitlines()
         remedy = f"see that `ssh {host} {remote}` works without a password"
         return [_silent(f"no report: {words[-1]}", remedy)]
 

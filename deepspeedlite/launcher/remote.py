@@ -12,14 +12,13 @@ import functools
 import os
 import signal
 import socket
-import subprocess
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
 from deepspeedlite.env_report.preflight import Found
-from deepspeedlite.launcher import process_tree, protocol
+from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Outcome
 from deepspeedlite.launcher.backends import Launch
 from deepspeedlite.launcher.cluster import KILL_S, Cluster
@@ -28,6 +27,7 @@ from deepspeedlite.launcher.loop import Writer
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.report import Failure
 from deepspeedlite.launcher.signals import SignalQueue
+from deepspeedlite.launcher.ssh import HostProcess
 from deepspeedlite.runtime.errors import LaunchError
 
 _SETTLE_S = 1.0  # how long to wait for a failure that explains those of lost connections
@@ -139,47 +139,6 @@ class RemoteNode:
             self.link.flush(1.0)
 
 
-class _Starter:
-    """A local process that starts agents, and what it says on stderr."""
-
-    def __init__(self, launch: Launch) -> None:
-        by_pipes, pipe = launch.node is not None, subprocess.PIPE
-        try:
-            self.process = subprocess.Popen(
-                launch.argv,
-                env={**os.environ, **launch.env},
-                stdin=pipe if by_pipes else subprocess.DEVNULL,
-                stdout=pipe,
-                stderr=pipe if by_pipes else subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=process_tree.die_with(os.getpid()),  # safe: no other thread runs yet
-            )
-        except OSError as error:
-            raise LaunchError(f"cannot start {launch.argv[0]}: {error.strerror}") from error
-        self.node = launch.node
-        said = self.process.stderr if by_pipes else self.process.stdout
-        assert said is not None
-        self.said = said.fileno()
-        os.set_blocking(self.said, False)
-        self.is_open = True  # whether more may be said
-        self.last_words = b""
-
-    def read(self) -> bytes:
-        """Whole lines that have come."""
-        try:
-            data = os.read(self.said, 1 << 16)
-        except BlockingIOError:
-            return b""
-        self.is_open = bool(data)
-        self.last_words = (self.last_words + data)[-4096:]
-        return data if not data or data.endswith(b"\n") else data + b"\n"
-
-    def link(self) -> protocol.Link:
-        """Over the process's own pipes."""
-        assert self.process.stdin is not None and self.process.stdout is not None
-        return protocol.Link(os.dup(self.process.stdout.fileno()), os.dup(self.process.stdin.fileno()))
-
-
 class RemoteCluster(Cluster):
     """A cluster whose nodes are reached over links.
 
@@ -195,38 +154,45 @@ class RemoteCluster(Cluster):
         super().__init__(screen, signals)
         self.nodes: list[RemoteNode] = [RemoteNode(found) for found in hosts]
         self._key, self._listener = key, listener
-        self._starters: list[_Starter] = []
+        self._starters: list[tuple[int | None, HostProcess]] = []  # with the one node whose link it is
         self._strangers: dict[protocol.Link, str] = {}  # connected, and not yet known -> the nonce they were given
 
     # Meeting
 
     def gather(self, launches: Sequence[Launch], limit_s: float) -> None:
         """Start the agents and return when each has said what it is, or why not (`found.error`) is known."""
-        self._starters = [_Starter(launch) for launch in launches]
+        for launch in launches:
+            self._start(launch)
         self.screen.start()
         if self._listener is not None:
             self.loop.watch(self._listener.fileno(), self._accept)
-        for starter in self._starters:
-            self.loop.watch(starter.said, functools.partial(self._relay, starter))
-            if starter.node is not None:
-                self._challenge(starter.link())
+        for number, starter in self._starters:
+            if number is not None:  # over the process's own pipes
+                theirs, ours = starter.process.stdin, starter.process.stdout
+                assert theirs is not None and ours is not None
+                self._challenge(protocol.Link(os.dup(ours.fileno()), os.dup(theirs.fileno())))
         self.until(lambda: all(n.found.facts or self._has_failed(n) for n in self.nodes), limit_s)
         for node in self.nodes:
             if not node.found.facts and not node.found.error:
                 node.found.error = f"no answer in {limit_s:.0f} s"
 
-    def _relay(self, starter: _Starter) -> None:
-        """Show what a starter says, which may be an agent's own words."""
-        if data := starter.read():
-            tag = f"[{self.nodes[starter.node].host}] ".encode() if starter.node is not None else b""
-            self.screen.show(self.screen.err_fd, b"".join(tag + line for line in data.splitlines(True)))
-        if not starter.is_open:
-            self.loop.forget(starter.said)
+    def _start(self, launch: Launch) -> None:
+        """Start a process that starts agents, and show what it, or an agent, says."""
+        tag = f"[{self.nodes[launch.node].host}] ".encode() if launch.node is not None else b""
+
+        def write(_: int, lines: bytes) -> None:
+            self.screen.show(self.screen.err_fd, b"".join(tag + line for line in lines.splitlines(True)))
+
+        try:
+            starter = HostProcess(launch.argv, self.loop, write, launch.env, is_link=launch.node is not None)
+        except OSError as error:
+            raise LaunchError(f"cannot start {launch.argv[0]}: {error.strerror}") from error
+        self._starters.append((launch.node, starter))
 
     def _has_failed(self, node: RemoteNode) -> bool:
         """Whether the process that should have started this node's agent has gone, or says that it could not."""
         index = self.nodes.index(node)
-        own = next((s for s in self._starters if s.node in (None, index)), None)
+        own = next((starter for number, starter in self._starters if number in (None, index)), None)
         if own is None:
             return False
         words = own.last_words.decode(errors="replace").strip().splitlines()
@@ -335,8 +301,8 @@ class RemoteCluster(Cluster):
         """Let the agents go, and kill what started them if it stays."""
         for node in self.nodes:
             node.close(status)
-        self.until(lambda: all(starter.process.poll() is not None for starter in self._starters), KILL_S)
-        for starter in self._starters:
+        self.until(lambda: all(starter.process.poll() is not None for _, starter in self._starters), KILL_S)
+        for _, starter in self._starters:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(starter.process.pid, signal.SIGKILL)
             starter.process.wait()

@@ -1,23 +1,27 @@
 """`dslite_ssh`: one command on all hosts of a hostfile, at once, by ssh.
 
 Every line comes out whole, with its host in front, as it would from pdsh. A host that is dead or hangs costs its own
-time-out and no other host's. No torch.
+time-out and no other host's. No torch. `run_on_hosts` serves dslite_report too, and `HostProcess` the launcher.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
+import contextlib
+import functools
 import os
 import shlex
 import signal
+import subprocess
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile
+from deepspeedlite.launcher.loop import Loop
+from deepspeedlite.launcher.process_tree import die_with
+from deepspeedlite.launcher.signals import ENDING, SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 TIMED_OUT = 124  # as coreutils' timeout has it
@@ -28,139 +32,172 @@ _SSH_FAILED = 255
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory
 _DRAIN_S = 0.5  # for output that is still in the pipes when ssh has ended; a process left behind may hold them open
 _GRACE_S = 1.0  # between SIGTERM and SIGKILL
+_POLL_S = 0.05
 
-Write = Callable[[int, bytes], None]  # a file descriptor, and whole lines for it
+Write = Callable[[int, bytes], None]  # 1 or 2 for stdout or stderr, and whole lines for it
+
+
+class Stopped(SystemExit):
+    """A signal, or a reader that has left, ended all; `code` is the exit status."""
+
+
+class HostProcess:
+    """A local process that reaches hosts: its lines are handed on as they come, and its last words kept.
+
+    Args:
+        write: gets its lines.
+        is_link: its stdin and stdout are pipes for somebody else, and only stderr is read here.
+
+    Raises:
+        OSError: it cannot be started.
+    """
+
+    def __init__(
+        self, argv: Sequence[str], loop: Loop, write: Write, env: Mapping[str, str] | None = None, is_link: bool = False
+    ) -> None:
+        pipe = subprocess.PIPE
+        self.process = subprocess.Popen(
+            argv,
+            env={**os.environ, **(env or {})},
+            stdin=pipe if is_link else subprocess.DEVNULL,
+            stdout=pipe,
+            stderr=pipe,
+            start_new_session=True,
+            preexec_fn=die_with(os.getpid()),  # safe: no other thread runs yet
+        )
+        self.last_words = b""  # of stderr
+        self._loop, self._write = loop, write
+        self._rests: dict[int, bytes] = {}  # descriptor -> its unfinished line; only those that are open
+        self.is_late = False  # it was ended for that
+        self._limit_s, self._next_signal = 1e12, signal.SIGTERM
+        assert self.process.stdout is not None and self.process.stderr is not None
+        for number, stream in ((1, self.process.stdout), (2, self.process.stderr))[is_link:]:
+            os.set_blocking(stream.fileno(), False)
+            self._rests[stream.fileno()] = b""
+            loop.watch(stream.fileno(), functools.partial(self._read, number, stream.fileno()))
+
+    @property
+    def is_open(self) -> bool:
+        """Whether more may be said."""
+        return bool(self._rests)
+
+    def _read(self, number: int, fd: int) -> None:
+        try:
+            data = os.read(fd, 1 << 16)
+        except BlockingIOError:
+            return
+        *lines, rest = (self._rests[fd] + data).split(b"\n")
+        if rest and (not data or len(rest) > _LINE_LIMIT_BYTES):
+            lines, rest = [*lines, rest], b""
+        self._rests[fd] = rest
+        if not data:
+            self._forget(fd)
+        if number == 2:
+            self.last_words = (self.last_words + data)[-4096:]
+        if lines:
+            self._write(number, b"".join(line + b"\n" for line in lines))
+
+    def _forget(self, fd: int) -> None:
+        self._loop.forget(fd)
+        del self._rests[fd]
+
+    def limit(self, deadline_s: float) -> None:
+        """End it by then, if it has not ended: it and what it has started (a ProxyCommand, say)."""
+        self._limit_s = deadline_s
+
+    def has_ended(self) -> bool:
+        """Whether it is over and has said all; ends it where it is late."""
+        now_s = time.monotonic()
+        if self.process.poll() is None:
+            if now_s >= self._limit_s:
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(self.process.pid, self._next_signal)
+                self._limit_s, self._next_signal, self.is_late = now_s + _GRACE_S, signal.SIGKILL, True
+            return False
+        self._limit_s = min(self._limit_s, now_s + _DRAIN_S)
+        if self._rests and now_s < self._limit_s:
+            return False
+        for fd in list(self._rests):
+            self._forget(fd)
+        return True
 
 
 @dataclass(frozen=True)
-class Outcome:
+class HostResult:
     """How the command ended on a host: its exit status, and the reason in words where that is not 0."""
 
     status: int
     reason: str = ""
 
 
-async def run_on_hosts(
+def run_on_hosts(
     hosts: Sequence[str],
     words: Sequence[str],
+    write: Callable[[str, int, bytes], None],
     ssh: str = "ssh",
     timeout_s: float | None = None,
     at_once: int = 64,
-    write: Write | None = None,
-) -> dict[str, Outcome]:
-    """Run a command on hosts, `at_once` of them at a time, and give every host's outcome, in the hosts' order.
+) -> dict[str, HostResult]:
+    """Run a command on hosts, `at_once` of them at a time, and give every host's result, in the hosts' order.
 
-    `words` are joined by spaces and read by the shell there, as ssh does it. `timeout_s` is for one host: then its ssh
-    is ended (the command there may go on). What this raises or is cancelled by ends every ssh first.
+    `words` are joined by spaces and read by the shell there, as ssh does it. `write` gets a host, 1 or 2, and whole
+    lines. `timeout_s` is for one host: then its ssh is ended (the command there may go on).
+
+    Raises:
+        Stopped: by a signal, or by an OSError of `write`; every ssh has been ended before.
     """
-    write = write or _write
-    gate = asyncio.Semaphore(at_once)
     command = [*shlex.split(ssh), "-n", "-T", *QUICK_TO_NOTICE, "--"]
+    waiting, running, results = list(hosts), dict[str, HostProcess](), dict[str, HostResult]()
+    stopped_by = 0  # the first signal
+    with SignalQueue() as signals:
+        loop = Loop(signals)
 
-    async def on(host: str) -> Outcome:
-        async with gate:
-            return await _run_on(host, [*command, host, " ".join(words)], timeout_s, write)
+        def relay(host: str, number: int, lines: bytes) -> None:
+            try:
+                write(host, number, lines)
+            except OSError:  # nobody can be told here
+                signals.poke(signal.SIGPIPE)
 
-    tasks = [asyncio.ensure_future(on(host)) for host in hosts]
-    try:
-        # Not `gather`: cancelled, it cancels them, and the second time, below, would end their cleaning up.
-        for task in (await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION))[0]:
-            task.result()  # raises what it raised
-        return {host: task.result() for host, task in zip(hosts, tasks)}
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+        while running or (waiting and not stopped_by):
+            while waiting and len(running) < at_once and not stopped_by:
+                host = waiting.pop(0)
+                try:
+                    argv = [*command, host, " ".join(words)]
+                    running[host] = HostProcess(argv, loop, functools.partial(relay, host))
+                except OSError as error:
+                    reason = f"{command[0]} cannot be run: {error.strerror}; install openssh-client"
+                    results[host] = HostResult(_SSH_FAILED, reason)
+                    continue
+                running[host].limit(time.monotonic() + (timeout_s or 1e9))
+            for number in loop.turn(_POLL_S if running else 0):
+                if number in ENDING and not stopped_by:
+                    stopped_by = number
+                    for each in running.values():
+                        each.limit(0.0)
+            for host in [host for host, each in running.items() if each.has_ended()]:
+                results[host] = _result(running.pop(host), timeout_s)
+        loop.close()
+    if stopped_by:
+        raise Stopped(128 + stopped_by)
+    return {host: results[host] for host in hosts}
 
 
-async def _run_on(host: str, command: Sequence[str], timeout_s: float | None, write: Write) -> Outcome:
-    pipe = asyncio.subprocess.PIPE
-    try:
-        process = await asyncio.create_subprocess_exec(*command, stdout=pipe, stderr=pipe, start_new_session=True)
-    except OSError as error:
-        return Outcome(_SSH_FAILED, f"{command[0]} cannot be run: {error.strerror}; install openssh-client")
-    assert process.stdout is not None and process.stderr is not None
-    relays = [
-        asyncio.ensure_future(_relay(stream, host, partial(write, fd)))
-        for stream, fd in ((process.stdout, 1), (process.stderr, 2))
-    ]
-    try:
-        status = await asyncio.wait_for(process.wait(), timeout_s)
-        await asyncio.wait(relays, timeout=_DRAIN_S)
-    except asyncio.TimeoutError:
-        return Outcome(TIMED_OUT, f"took longer than {timeout_s:g} s")
-    finally:
-        await _end(process)
-        for relay in relays:
-            relay.cancel()
-        ended = await asyncio.gather(*relays, return_exceptions=True)
+def _result(ended: HostProcess, timeout_s: float | None) -> HostResult:
+    status = ended.process.returncode
+    if ended.is_late:
+        return HostResult(TIMED_OUT, f"took longer than {timeout_s or 0:g} s")
     if status == 0:
-        return Outcome(0)
+        return HostResult(0)
     if status < 0:
-        return Outcome(128 - status, f"its ssh was ended by {signal.Signals(-status).name}")
-    last = ended[1] if isinstance(ended[1], bytes) else b""
-    words = f": {last.decode(errors='replace')}" if status == _SSH_FAILED and last else ""
-    return Outcome(status, f"exit status {status}{words}")
+        return HostResult(128 - status, f"its ssh was ended by {signal.Signals(-status).name}")
+    said = [line.strip() for line in ended.last_words.decode(errors="replace").splitlines() if line.strip()]
+    return HostResult(status, f"exit status {status}{f': {said[-1]}' if status == _SSH_FAILED and said else ''}")
 
 
-async def _relay(stream: asyncio.StreamReader, host: str, write: Callable[[bytes], None]) -> bytes:
-    """Carry a stream's lines until its end; gives the last one that is not blank."""
-    prefix, rest, last = f"{host}: ".encode(), b"", b""
-    while chunk := await stream.read(1 << 16):
-        *lines, rest = (rest + chunk).split(b"\n")
-        if len(rest) > _LINE_LIMIT_BYTES:
-            lines, rest = [*lines, rest], b""
-        if lines:
-            write(b"".join(prefix + line + b"\n" for line in lines))
-            last = next((line.strip() for line in reversed(lines) if line.strip()), last)
-    if rest:
-        write(prefix + rest + b"\n")
-    return rest.strip() or last
-
-
-async def _end(process: asyncio.subprocess.Process) -> None:
-    """End ssh and what it has started (a ProxyCommand, say), if it has not ended by itself."""
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        if process.returncode is not None:
-            return
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, number)
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(process.wait(), _GRACE_S)
-
-
-def _write(fd: int, lines: bytes) -> None:
-    view = memoryview(lines)
+def _print(host: str, number: int, lines: bytes) -> None:
+    view = memoryview(b"".join(f"{host}: ".encode() + line for line in lines.splitlines(keepends=True)))
     while view:
-        view = view[os.write(fd, view) :]
-
-
-async def _until_stopped(args: argparse.Namespace, hosts: Sequence[str]) -> dict[str, Outcome] | int:
-    """`run_on_hosts`, or the exit status where a signal or a reader that has left ended it."""
-    running = asyncio.current_task()
-    assert running is not None
-    statuses: list[int] = []
-
-    def stop(status: int) -> None:
-        statuses.append(status)
-        if len(statuses) == 1:  # the second would end the cleaning up
-            running.cancel()
-
-    def write(fd: int, lines: bytes) -> None:
-        try:
-            _write(fd, lines)
-        except OSError:  # nobody can be told here
-            stop(128 + signal.SIGPIPE)
-            raise
-
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop, 128 + number)
-    try:
-        return await run_on_hosts(hosts, args.command, args.ssh, args.timeout, args.at_once, write)
-    except asyncio.CancelledError:
-        if not statuses:
-            raise
-        return statuses[0]
+        view = view[os.write(number, view) :]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -175,17 +212,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         hosts = list(read_hostfile(args.hostfile, slots_needed=False))
     except LaunchError as error:
         parser.error(str(error))
-    outcomes = asyncio.run(_until_stopped(args, hosts))
-    if isinstance(outcomes, int):
-        with suppress(OSError):
+    try:
+        results = run_on_hosts(hosts, args.command, _print, args.ssh, args.timeout, args.at_once)
+    except Stopped as stopped:
+        with contextlib.suppress(OSError):
             print("dslite_ssh: stopped; what runs on the hosts may go on there", file=sys.stderr)
-        return outcomes
-    failed = {host: outcome for host, outcome in outcomes.items() if outcome.status != 0}
+        return int(stopped.code or 0)
+    failed = {host: result for host, result in results.items() if result.status != 0}
     if failed:
         print(f"dslite_ssh: {len(failed)} of {len(hosts)} hosts failed:", file=sys.stderr)
-        for host, outcome in failed.items():
-            print(f"  {host}: {outcome.reason}", file=sys.stderr)
-    return next((outcome.status for outcome in failed.values()), 0)
+        for host, result in failed.items():
+            print(f"  {host}: {result.reason}", file=sys.stderr)
+    return next((result.status for result in failed.values()), 0)
 
 
 def _parser() -> argparse.ArgumentParser:
