@@ -24,8 +24,10 @@ from typing import Any
 import torch
 
 from deepspeedlite.checkpoint.coordination import Ranks
+from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.checkpoint.load import Loader, LoadOptions
 from deepspeedlite.checkpoint.save import Saver
+from deepspeedlite.checkpoint.train_state import COUNTERS, TrainState
 from deepspeedlite.comm import Group
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig
 from deepspeedlite.data.loader import LoaderOptions
@@ -89,6 +91,7 @@ class Engine(torch.nn.Module):
     """
 
     optimizer_class = ShardedOptimizer
+    checkpoint_formats = Formats()  # besides our own
 
     @classmethod
     def mpu_of(cls, model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
@@ -138,7 +141,8 @@ class Engine(torch.nn.Module):
         self._offloaded: OffloadedStates | None = None
         self._attached = Attached(module)
         ranks = Ranks()
-        self._saver, self._loader = Saver(self, ranks), Loader(self, ranks)
+        self._saver = Saver(parts.config.checkpoint, ranks, self.checkpoint_formats)
+        self._loader = Loader(ranks, self.checkpoint_formats)
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -386,8 +390,8 @@ class Engine(torch.nn.Module):
         Raises `CheckpointError`, the same on every rank; earlier checkpoints are then as they were.
         """
         self._check_alive("save_checkpoint")
-        state = client_sd if client_state is None else client_state
-        self._saver.save(save_dir, tag, state, save_latest, exclude_frozen_parameters)
+        state = self._train_state(client_sd if client_state is None else client_state)
+        self._saver.save(state, save_dir, tag, save_latest, exclude_frozen_parameters)
         return True
 
     def load_checkpoint(
@@ -410,7 +414,31 @@ class Engine(torch.nn.Module):
         options = LoadOptions(
             load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
         )
-        return self._loader.load(load_dir, tag, options)
+        state = self._train_state()
+        path = self._loader.load(state, load_dir, tag, options)
+        if path is not None and not load_module_only:
+            vars(self).update(state.counters, _window_steps=0)
+        return path, state.client_state
+
+    def _train_state(self, client_state: dict[str, Any] | None = None) -> TrainState:
+        """What there is to save, or to load into, as it is now."""
+        parts = self._parts
+        return TrainState(
+            module=self.module,
+            reducer=parts.reducer,
+            frozen=parts.frozen,
+            optimizer=self.optimizer,
+            lr_scheduler=self.lr_scheduler,
+            dataloader=self.training_dataloader,
+            loss_scaler=self._scaler,
+            group=parts.group,
+            replica=parts.replica,
+            stage=parts.plan.stage,
+            share_numel=parts.config.zero_optimization.allgather_bucket_size,
+            config=parts.config.raw,
+            counters={name: getattr(self, name) for name in COUNTERS},
+            client_state=client_state or {},
+        )
 
     @property
     def load_mismatches(self) -> list[str]:

@@ -19,10 +19,11 @@ from pathlib import Path
 import torch
 from rich.progress import track
 
+from deepspeedlite.checkpoint.formats import FORMATS, open_checkpoint
 from deepspeedlite.checkpoint.formats.deepspeed import convert
-from deepspeedlite.checkpoint.formats.deepspeed.reader import open_tag
-from deepspeedlite.checkpoint.formats.hugging_face import export_weights, open_checkpoint, parse_bytes
-from deepspeedlite.checkpoint.tag import is_whole, read_latest, tags_in
+from deepspeedlite.checkpoint.formats.hugging_face.weights import export_weights, parse_bytes
+from deepspeedlite.checkpoint.reader import open_tag
+from deepspeedlite.checkpoint.tag import is_checkpoint, read_latest, tags_in
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.tools import checkpoint_inspect
 
@@ -60,8 +61,8 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except CheckpointError as error:
         print(error)
         return 1
-    names = sorted({*tags_in(args.dir), *filter(None, [newest])})  # what `latest` names is to be there, and whole
-    tags = [args.dir] if is_whole(args.dir) else [args.dir / name for name in names]
+    names = sorted({*tags_in(args.dir, FORMATS), *filter(None, [newest])})  # what `latest` names must be whole
+    tags = [args.dir] if is_checkpoint(args.dir, FORMATS) else [args.dir / name for name in names]
     if not tags:
         parser.error(f"there is no checkpoint in {args.dir}")
     whole = [_is_whole(tag) for tag in tags]
@@ -70,7 +71,7 @@ def _verify(args: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 
 def _is_whole(tag: Path) -> bool:
     try:
-        with open_tag(tag) as reader:
+        with open_tag(tag, FORMATS) as reader:
             files = sorted(reader.manifest.files)
             for name in track(files, str(tag), disable=not sys.stderr.isatty(), transient=True):
                 reader.verify([name])

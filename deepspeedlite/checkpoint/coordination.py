@@ -37,18 +37,9 @@ class Ranks:
     """
 
     def __init__(self) -> None:
-        self._all = Group()
+        everyone = Group()
+        self.rank, self.size = everyone.rank, everyone.size
         self._own: dist.ProcessGroup | None = None
-
-    @property
-    def rank(self) -> int:
-        """This process's number."""
-        return self._all.rank
-
-    @property
-    def size(self) -> int:
-        """How many there are."""
-        return self._all.size
 
     def meet(self, what: str) -> None:
         """Return when every rank has come here.

@@ -10,7 +10,9 @@ import json
 import os
 import stat
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, Strict
 
 from deepspeedlite.runtime.errors import CheckpointError
 
@@ -49,6 +51,20 @@ def check_folder(path: Any, call: str) -> Path:
     except OSError as error:
         raise CheckpointError(f"{call}: {folder} is no folder: {error.strerror}") from error
     return folder
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether `name` is one that stays inside its directory and is no leftover's."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0") and name[0] != "."
+
+
+def _plain(name: str) -> str:
+    if not is_plain_name(name):
+        raise ValueError(f"the file name {name!r} leads outside the checkpoint")
+    return name
+
+
+PlainName = Annotated[str, Strict(), AfterValidator(_plain)]  # of a field that pydantic validates
 
 
 def kind_of(path: Path) -> str:

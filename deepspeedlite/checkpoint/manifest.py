@@ -14,15 +14,17 @@ from __future__ import annotations
 import json
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
+from functools import cache
 from math import isfinite, prod
-from typing import Any, NamedTuple
+from typing import Annotated, Any, ClassVar, NamedTuple
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, Strict, TypeAdapter, ValidationError
 
-from deepspeedlite.checkpoint.files import parse_json
+from deepspeedlite.checkpoint.files import PlainName, parse_json
 from deepspeedlite.checkpoint.tensors import CODES, MALFORMED, FileRecord
 from deepspeedlite.runtime.errors import CheckpointError
 
@@ -34,30 +36,51 @@ EXTRA_STATE = "_extra_state"  # what torch calls a module's extra state in a sta
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES.values()}
 
 
+def _known_dtype(name: str) -> str:
+    if name not in DTYPES:
+        raise ValueError(f"has the unknown dtype {name}")
+    return name
+
+
+def _file_record(found: Any) -> FileRecord:
+    return FileRecord(int(found["nbytes"]), int(found["crc32"], 16))
+
+
+# What the fields of a manifest may be: nothing is converted but JSON's lists. (True is no number here.)
+_STRICT = ConfigDict(extra="forbid")
+Text = Annotated[str, Strict()]
+Flag = Annotated[bool, Strict()]
+Size = Annotated[int, Strict(), Field(ge=0)]
+Dtype = Annotated[str, Strict(), AfterValidator(_known_dtype)]
+Record = Annotated[FileRecord, BeforeValidator(_file_record)]
+
+
 class Piece(NamedTuple):
     """A range of a parameter and where it lies; all but the names in elements."""
 
-    file: str
-    tensor: str
-    offset: int
-    start: int
-    numel: int
+    file: Text
+    tensor: Text
+    offset: Size
+    start: Size
+    numel: Size
 
 
 @dataclass
 class Parameter:
     """One parameter or buffer. Tied parameters are one entry under the first name, the others in `tied`."""
 
-    name: str
-    shape: tuple[int, ...]
-    dtype: str  # that the model computes in, as in `torch.float32` without "torch."
-    trainable: bool = True
-    buffer: bool = False
-    group: int | None = None  # optimizer group
-    position: int | None = None  # in that group, as the optimizer was given it
-    tied: list[str] = field(default_factory=list)
-    pieces: dict[str, list[Piece]] = field(default_factory=dict)
-    scalars: dict[str, Any] = field(default_factory=dict)  # optimizer state that is one value, such as `step`
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
+    name: Text
+    shape: tuple[Size, ...]
+    dtype: Dtype  # that the model computes in, as in `torch.float32` without "torch."
+    trainable: Flag = True
+    buffer: Flag = False
+    group: Size | None = None  # optimizer group
+    position: Size | None = None  # in that group, as the optimizer was given it
+    tied: list[Text] = field(default_factory=list)
+    pieces: dict[Text, list[Piece]] = field(default_factory=dict)
+    scalars: dict[Text, Any] = field(default_factory=dict)  # optimizer state that is one value, such as `step`
 
     @property
     def numel(self) -> int:
@@ -65,28 +88,38 @@ class Parameter:
         return prod(self.shape)
 
 
+def _check_state(state: Any) -> Any:
+    """What is asked of `Manifest.state` before it is decoded."""
+    for name, kind in (("engine", dict), ("rng", list)) if isinstance(state, dict) else ():
+        if not isinstance(state.get(name), (kind, type(None))):
+            raise ValueError(f"its {name} is no {kind.__name__}")
+    return state
+
+
 @dataclass
 class Manifest:
     """All of a checkpoint but the tensors. Values in `param_groups` and `state` are as `encode` made them."""
 
+    __pydantic_config__: ClassVar[ConfigDict] = _STRICT
+
     parameters: list[Parameter]
-    files: dict[str, FileRecord]
-    tag: str = ""
-    world_size: int = 1
-    stage: int = 0
-    global_steps: int = 0
-    frozen_excluded: bool = False
-    model_parallel: int = 1  # ranks that each have parameters of their own, named mp_rank_00.* and so on if several
-    optimizer: str | None = None  # class name
+    files: dict[PlainName, Record]
+    tag: Text = ""
+    world_size: Size = 1
+    stage: Size = 0
+    global_steps: Size = 0
+    frozen_excluded: Flag = False
+    model_parallel: Size = 1  # ranks that each have parameters of their own, named mp_rank_00.* and so on if several
+    optimizer: Text | None = None  # class name
     param_groups: list[dict[str, Any]] = field(default_factory=list)
     # engine (counters), config, lr_scheduler, loss_scaler, dataloader, rng (a list, one per rank), client_state,
     # extra_state (of modules, by name)
-    state: dict[str, Any] = field(default_factory=dict)
+    state: Annotated[dict[str, Any], BeforeValidator(_check_state)] = field(default_factory=dict)
 
     def to_bytes(self) -> bytes:
         """The file's content."""
-        body = asdict(self)
-        body["parameters"] = [{**vars(p), "shape": list(p.shape)} for p in self.parameters]
+        body = dict(vars(self))
+        body["parameters"] = [vars(parameter) for parameter in self.parameters]
         body["files"] = {name: {"nbytes": r.nbytes, "crc32": f"{r.crc32:08x}"} for name, r in self.files.items()}
         text = json.dumps({"format": FORMAT, "version": VERSION, **body}, allow_nan=False, separators=(",", ":"))
         rest = text[1:].encode() + b"\n"
@@ -112,10 +145,10 @@ class Manifest:
             if version != VERSION:
                 raise CheckpointError(f"{where} has version {version}, and this release reads version {VERSION}")
             del body["crc32"]
-            files = {n: FileRecord(int(r["nbytes"]), int(r["crc32"], 16)) for n, r in body.pop("files").items()}
-            parameters = [_parameter(entry, files) for entry in body.pop("parameters")]
-            manifest = cls(parameters=parameters, files=files, **body)
+            manifest = _validator().validate_python(body)
             _check(manifest)
+        except ValidationError as error:
+            raise CheckpointError(f"{where}: {_first_fault(error, body)}") from None
         except CheckpointError as error:
             raise CheckpointError(f"{where}: {error}") from None
         except MALFORMED as error:
@@ -123,94 +156,46 @@ class Manifest:
         return manifest
 
 
+@cache
+def _validator() -> TypeAdapter[Manifest]:
+    return TypeAdapter(Manifest)
+
+
 def _first_line(rest: bytes) -> bytes:
     return b'{"crc32": "%08x",\n' % zlib.crc32(rest)
 
 
-def _parameter(entry: dict[str, Any], files: dict[str, FileRecord]) -> Parameter:
-    pieces = {kind: [Piece(*piece) for piece in found] for kind, found in entry.pop("pieces").items()}
-    parameter = Parameter(pieces=pieces, **{**entry, "shape": tuple(entry["shape"])})
-    name = parameter.name
-    _check_types(f"parameter {name}", parameter, _TYPES_OF_PARAMETER)
-    if not all(isinstance(other, str) for other in parameter.tied):
-        raise CheckpointError(f"parameter {name} has impossible other names")
-    if parameter.dtype not in DTYPES:
-        raise CheckpointError(f"parameter {name} has the unknown dtype {parameter.dtype}")
-    if not all(type(extent) is int and extent >= 0 for extent in parameter.shape):
-        raise CheckpointError(f"parameter {name} has the impossible shape {parameter.shape}")
-    if WEIGHT not in pieces and MASTER not in pieces:
-        raise CheckpointError(f"parameter {name} has neither a weight nor a master")
-    for kind, found in pieces.items():
-        cursor = 0
-        for piece in found:
-            numbers = (piece.offset, piece.start, piece.numel)
-            if not isinstance(piece.file, str) or not isinstance(piece.tensor, str):
-                raise CheckpointError(f"parameter {name}: its {kind} lies in no file ({piece})")
-            if piece.file not in files or not all(type(n) is int and n >= 0 for n in numbers) or piece.start != cursor:
-                raise CheckpointError(f"parameter {name}: its {kind} does not lie in the checkpoint ({piece})")
-            cursor += piece.numel
-        if cursor != parameter.numel:
-            raise CheckpointError(f"parameter {name}: {cursor} of {parameter.numel} elements of its {kind} are here")
-    return parameter
-
-
-# What each field may be, besides what the dataclass says. (bool is no int here.)
-_TYPES_OF_PARAMETER: dict[str, tuple[type, ...]] = {
-    "name": (str,),
-    "shape": (tuple,),
-    "dtype": (str,),
-    "trainable": (bool,),
-    "buffer": (bool,),
-    "group": (int, type(None)),
-    "position": (int, type(None)),
-    "tied": (list,),
-    "scalars": (dict,),
-}
-_TYPES_OF_MANIFEST: dict[str, tuple[type, ...]] = {
-    "tag": (str,),
-    "world_size": (int,),
-    "stage": (int,),
-    "global_steps": (int,),
-    "frozen_excluded": (bool,),
-    "model_parallel": (int,),
-    "optimizer": (str, type(None)),
-    "param_groups": (list,),
-    "state": (dict,),
-}
-_TYPES_OF_STATE: dict[str, tuple[type, ...]] = {"engine": (dict, type(None)), "rng": (list, type(None))}
-
-
-def _check_types(what: str, found: Any, types: dict[str, tuple[type, ...]]) -> None:
-    for name, allowed in types.items():
-        value = found.get(name) if isinstance(found, dict) else getattr(found, name)
-        if type(value) not in allowed or (type(value) is int and value < 0):
-            raise CheckpointError(f"{what} has the impossible {name} {repr(value)[:80]}")
+def _first_fault(error: ValidationError, body: dict[str, Any]) -> str:
+    """What pydantic found first, with the parameter that it is in by name."""
+    fault = error.errors(include_url=False)[0]
+    path, said = [*fault["loc"]], fault["msg"].removeprefix("Value error, ")
+    what = "the checkpoint"
+    if path[:1] == ["parameters"] and len(path) > 2:
+        what, path = f"parameter {body['parameters'][path[1]].get('name')}", path[2:]
+    return f"{what} has an impossible {'.'.join(map(str, path))}, {repr(fault['input'])[:80]}: {said}"
 
 
 def _check(manifest: Manifest) -> None:
-    _check_types("the checkpoint", manifest, _TYPES_OF_MANIFEST)
-    _check_types("its state", manifest.state, _TYPES_OF_STATE)
-    if not all(isinstance(group, dict) for group in manifest.param_groups):
-        raise CheckpointError("its param_groups are no options")
-    if any(record.nbytes < 0 for record in manifest.files.values()):
-        raise CheckpointError("a file has a negative size")
-    for name in manifest.files:
-        if not is_plain_name(name):
-            raise CheckpointError(f"the file name {name!r} leads outside the checkpoint")
+    """What no field shows alone."""
     seen = Counter(name for p in manifest.parameters for name in (p.name, *p.tied))
     twice = [name for name, count in seen.items() if count > 1]
     if twice:
         raise CheckpointError(f"parameters are listed twice: {', '.join(twice[:8])}")
+    for parameter in manifest.parameters:
+        if WEIGHT not in parameter.pieces and MASTER not in parameter.pieces:
+            raise CheckpointError(f"parameter {parameter.name} has neither a weight nor a master")
+        for kind, pieces in parameter.pieces.items():
+            _check_pieces(f"parameter {parameter.name}", kind, pieces, parameter.numel, manifest.files)
 
 
-def is_plain_name(name: str) -> bool:
-    """Whether `name` is one that stays inside its directory and is no leftover's."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\\0") and name[0] != "."
-
-
-def merge_pieces(parts: Sequence[Sequence[Piece]]) -> list[Piece]:
-    """Pieces of one kind from all writers, in order."""
-    return sorted((piece for part in parts for piece in part if piece.numel), key=lambda piece: piece.start)
+def _check_pieces(what: str, kind: str, pieces: list[Piece], numel: int, files: Container[str]) -> None:
+    cursor = 0
+    for piece in pieces:
+        if piece.file not in files or piece.start != cursor:
+            raise CheckpointError(f"{what}: its {kind} does not lie in the checkpoint ({piece})")
+        cursor += piece.numel
+    if cursor != numel:
+        raise CheckpointError(f"{what}: {cursor} of {numel} elements of its {kind} are here")
 
 
 # --- values: JSON-able data and tensors ---------------------------------------------------------------------------

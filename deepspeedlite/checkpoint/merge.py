@@ -1,4 +1,4 @@
-"""What the ranks that hold one model together write, as one list of parameters; see `zero.replica`.
+"""What the ranks that hold one model together write, as one list of parameters; see `parallel.replica`.
 
 Each data-parallel group tells by its first rank what it holds. Where two hold something under one name (layers tied
 over pipeline stages), or under names that one of them has tied, it is one parameter, and the first alone writes it.
@@ -24,7 +24,7 @@ class Holding:
     checksums: dict[str, int]  # of buffers
 
 
-class Union(NamedTuple):
+class Merged(NamedTuple):
     """What the holdings are together."""
 
     entries: list[Parameter]
@@ -32,7 +32,7 @@ class Union(NamedTuple):
     left_out: dict[int, set[str]]  # names that a holding, by its first rank, leaves to an earlier one
 
 
-def unite(holdings: Sequence[Holding]) -> Union:
+def merge(holdings: Sequence[Holding]) -> Merged:
     """Every parameter and buffer once.
 
     Raises:
@@ -61,7 +61,7 @@ def unite(holdings: Sequence[Holding]) -> Union:
                 first.tied += [name for name in names if name not in (first.name, *first.tied)]
                 left_out.setdefault(holding.first_rank, set()).add(entry.name)
             holders.update(dict.fromkeys(names, (first, rank)))
-    return Union(entries, checksums, left_out)
+    return Merged(entries, checksums, left_out)
 
 
 def _check_alike(first: Parameter, first_rank: int, second: Parameter, second_rank: int) -> None:

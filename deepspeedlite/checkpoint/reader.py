@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.checkpoint.files import open_regular, read_regular
+from deepspeedlite.checkpoint.foreign import Formats, Groups
 from deepspeedlite.checkpoint.manifest import (
     DTYPES,
     FILE_NAME,
@@ -24,13 +25,21 @@ from deepspeedlite.checkpoint.manifest import (
     WEIGHT,
     Manifest,
     Parameter,
+    Piece,
     decode,
 )
-from deepspeedlite.checkpoint.tag import find_tag_dir
-from deepspeedlite.checkpoint.tensors import MALFORMED, Place, checksum, read_into, read_places
+from deepspeedlite.checkpoint.tag import find_tag_dir, is_ours
+from deepspeedlite.checkpoint.tensors import MALFORMED, TensorInfo, checksum, read_header, read_into
 from deepspeedlite.runtime.errors import CheckpointError
 
 _CAST_NUMEL = 1 << 20  # elements read at a time where they must be cast
+
+
+def open_tag(path: Path, formats: Formats, groups: Groups | None = None) -> Reader:
+    """A reader of a tag, ours or another program's. `groups`: as in `ForeignFormat.open`."""
+    path = find_tag_dir(path)
+    foreign = None if is_ours(path) else formats.of(path)
+    return Reader(path) if foreign is None else foreign.open(path, groups)
 
 
 class Reader:
@@ -52,50 +61,46 @@ class Reader:
         except OSError as error:
             raise CheckpointError(f"{file} cannot be read: {error.strerror}; this is not a whole checkpoint") from error
         self.manifest = Manifest.from_bytes(raw, str(file))
-        self._places = {name: self._check_file(name) for name in self.manifest.files}
+        self._tensors = {name: self._check_file(name) for name in self.manifest.files}
         self._index()
-        self._check_claims()
 
     def _index(self) -> None:
         """Look parameters up by name, and check that each lies where the manifest says."""
         self.parameters: dict[str, Parameter] = {p.name: p for p in self.manifest.parameters}
         self.by_any_name = {name: p for p in self.manifest.parameters for name in (p.name, *p.tied)}
+        claimed: Counter[tuple[str, str]] = Counter()
         for parameter in self.manifest.parameters:
-            self._check_pieces(parameter)
+            for kind, pieces in parameter.pieces.items():
+                self._check_pieces(parameter.name, kind, pieces, claimed)
+        self._check_claims(claimed)
 
-    def _check_file(self, name: str) -> dict[str, Place]:
+    def _check_file(self, name: str) -> dict[str, TensorInfo]:
         path, expected = self.path / name, self.manifest.files[name].nbytes
         if path.is_symlink():
             raise CheckpointError(f"{path} is a link, which leads outside the checkpoint")
-        places = read_places(path)
+        found = read_header(path)
         size = path.stat().st_size
         if size != expected:
             raise CheckpointError(f"{path} is damaged: it has {size} bytes and should have {expected}")
-        return places
+        return found
 
-    def _check_pieces(self, parameter: Parameter) -> None:
-        for kind, pieces in parameter.pieces.items():
-            dtypes = set()
-            for piece in pieces:
-                place = self._places[piece.file].get(piece.tensor)
-                if place is None or len(place.shape) != 1 or piece.offset + piece.numel > place.shape[0]:
-                    raise CheckpointError(
-                        f"{self.path}: the {kind} of parameter {parameter.name} does not lie in tensor "
-                        f"{piece.tensor} of {piece.file}"
-                    )
-                dtypes.add(place.dtype)
-            if len(dtypes) > 1:
-                raise CheckpointError(f"{self.path}: the {kind} of {parameter.name} is of several dtypes: {dtypes}")
+    def _check_pieces(self, name: str, kind: str, pieces: list[Piece], claimed: Counter[tuple[str, str]]) -> None:
+        dtypes = set()
+        for piece in pieces:
+            info = self._tensors[piece.file].get(piece.tensor)
+            if info is None or len(info.shape) != 1 or piece.offset + piece.numel > info.shape[0]:
+                raise CheckpointError(
+                    f"{self.path}: the {kind} of parameter {name} does not lie in tensor {piece.tensor} of {piece.file}"
+                )
+            dtypes.add(info.dtype)
+            claimed[piece.file, piece.tensor] += piece.numel
+        if len(dtypes) > 1:
+            raise CheckpointError(f"{self.path}: the {kind} of {name} is of several dtypes: {dtypes}")
 
-    def _check_claims(self) -> None:
-        """Check that no tensor is claimed beyond its size, so that what is asked for is never larger than the files."""
-        claimed: Counter[tuple[str, str]] = Counter()
-        for parameter in self.manifest.parameters:
-            for pieces in parameter.pieces.values():
-                for piece in pieces:
-                    claimed[piece.file, piece.tensor] += piece.numel
+    def _check_claims(self, claimed: Counter[tuple[str, str]]) -> None:
+        """Check that no tensor is claimed beyond its size: what is asked for is then never larger than the files."""
         for (file, tensor), numel in claimed.items():
-            if numel > self._places[file][tensor].shape[0]:
+            if numel > self._tensors[file][tensor].shape[0]:
                 raise CheckpointError(
                     f"{self.path / file}: {numel} elements of tensor {tensor} are claimed, more than it has"
                 )
@@ -104,9 +109,8 @@ class Reader:
 
     def stored_dtype(self, parameter: Parameter, kind: str) -> torch.dtype:
         """The dtype that a stored kind has in its files (a parameter without elements: the parameter's own)."""
-        for piece in parameter.pieces[kind]:
-            return self._places[piece.file][piece.tensor].dtype
-        return DTYPES[parameter.dtype]
+        pieces = parameter.pieces[kind]
+        return self._tensors[pieces[0].file][pieces[0].tensor].dtype if pieces else DTYPES[parameter.dtype]
 
     def source(self, parameter: Parameter, kind: str) -> str:
         """The kind that is stored for `kind`: a weight may be there as its master only, and the reverse."""
@@ -142,8 +146,8 @@ class Reader:
 
     def _fill(self, file: str, tensor: str, first: int, out: torch.Tensor) -> None:
         """Fill the 1-D `out` with elements of a tensor of a file, from `first` on."""
-        place, fd, where = self._places[file][tensor], self._fd(file), str(self.path / file)
-        dtype, at = place.dtype, place.offset + first * place.dtype.itemsize
+        info, fd, where = self._tensors[file][tensor], self._fd(file), str(self.path / file)
+        dtype, at = info.dtype, info.offset + first * info.dtype.itemsize
         if out.dtype == dtype and out.device.type == "cpu" and out.is_contiguous():
             read_into(fd, out, at, where)
             return
@@ -171,10 +175,10 @@ class Reader:
 
     def _tensor(self, reference: Sequence[str]) -> torch.Tensor:
         file, name = reference
-        place = self._places.get(file, {}).get(name)
-        if place is None:
+        info = self._tensors.get(file, {}).get(name)
+        if info is None:
             raise CheckpointError(f"{self.path}: tensor {name} of {file} is not there")
-        out = torch.empty(place.shape, dtype=place.dtype)
+        out = torch.empty(info.shape, dtype=info.dtype)
         self._fill(file, name, 0, out.view(-1))
         return out
 

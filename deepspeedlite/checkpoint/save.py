@@ -1,6 +1,6 @@
 """Saving: each rank writes its own shards, rank 0 the manifest; in the background where the configuration says so.
 
-A step that fails on one rank fails on all (`together`), before the tag's directory appears. With `async_save` the
+A step that fails on one rank fails on all (`coordination`), before the tag's directory appears. With `async_save` the
 tensors are copied to host memory, the rest happens in a thread, and the next save, load, or `destroy` waits for it.
 """
 
@@ -10,32 +10,31 @@ import atexit
 import json
 import logging
 import os
-import random
+import secrets
 import sys
 import threading
 import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 
 from deepspeedlite.checkpoint.coordination import Ranks
 from deepspeedlite.checkpoint.files import check_folder
-from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Manifest, Parameter, Piece, encode, merge_pieces
-from deepspeedlite.checkpoint.merge import Holding, unite
+from deepspeedlite.checkpoint.foreign import Formats
+from deepspeedlite.checkpoint.manifest import MASTER, WEIGHT, Manifest, Parameter, Piece, encode
+from deepspeedlite.checkpoint.merge import Holding, merge
+from deepspeedlite.checkpoint.rng import rng_state
 from deepspeedlite.checkpoint.state_map import Flat, flats_of, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.tag import check_new_tag
 from deepspeedlite.checkpoint.tensors import FileRecord, bytes_of
+from deepspeedlite.checkpoint.train_state import MACHINE_OPTIONS, TrainState
 from deepspeedlite.checkpoint.writer import TagWriter, survey
+from deepspeedlite.config.sections.storage import Checkpoint
 from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
-
-# Of param groups: how a step is computed on this machine, which is not the run's business.
-MACHINE_OPTIONS = {"params", "fused", "foreach", "capturable", "differentiable"}
-
 
 _UNHEARD: list[BaseException] = []  # failures of saves in the background that nothing has waited for yet
 
@@ -102,16 +101,39 @@ class RankPart:
                     piece = Piece(self.file, name, first - start, part.first + first - part.start, last - first)
                     self.pieces.setdefault(part.name, {}).setdefault(kind, []).append(piece)
 
+    def add_buffer(self, name: str, buffer: torch.Tensor) -> None:
+        """A whole buffer."""
+        self.tensors[f"buffer.{name}"] = buffer.detach().reshape(-1)
+        piece = Piece(self.file, f"buffer.{name}", 0, 0, buffer.numel())
+        self.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
 
-def rng_state() -> dict[str, Any]:
-    """Every generator of this process that training code commonly draws from."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
-    return {
-        "torch": torch.get_rng_state(),
-        "cuda": cuda,
-        "numpy": np.random.get_state(),
-        "python": random.getstate(),
+
+def _holding(state: TrainState, exclude_frozen: bool) -> Holding | None:
+    """What this rank's data-parallel group holds, as its first rank tells."""
+    if state.group.rank != 0:
+        return None
+    entries, buffers = parameters_of(state, exclude_frozen)
+    return Holding(state.group.ranks[0], entries, checksums(buffers))
+
+
+def _describe_run(state: TrainState, manifest: Manifest, part: RankPart) -> None:
+    """What no parameter has, which rank 0 writes for all."""
+    if state.reducer.has_grads:
+        logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
+    if state.optimizer is not None:
+        manifest.optimizer = type(state.optimizer.optimizer).__name__
+        for number, group in enumerate(state.optimizer.param_groups):
+            options = {key: value for key, value in group.items() if key not in MACHINE_OPTIONS}
+            manifest.param_groups.append(encode(options, f"optimizer.param_groups[{number}]", part.add_tensor))
+    parts = {"loss_scaler": state.loss_scaler, "lr_scheduler": state.lr_scheduler, "dataloader": state.dataloader}
+    values = {
+        "engine": state.counters,
+        **{name: held.state_dict() if hasattr(held, "state_dict") else None for name, held in parts.items()},
+        "config": json.loads(json.dumps(state.config, default=str)),
+        "client_state": state.client_state,
     }
+    for name, value in values.items():
+        manifest.state[name] = encode(value, name, part.add_tensor)
 
 
 def checksums(buffers: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -119,70 +141,111 @@ def checksums(buffers: dict[str, torch.Tensor]) -> dict[str, int]:
     return {name: zlib.crc32(bytes_of(buffer.cpu().contiguous())) for name, buffer in buffers.items()}
 
 
-class Saver:
-    """Saves one engine."""
+class _Decided(NamedTuple):
+    """What rank 0 decides for all ranks, before anything is written."""
 
-    def __init__(self, engine: Any, ranks: Ranks) -> None:
-        self._engine, self._ranks = engine, ranks
-        self._settings = engine._parts.config.checkpoint
+    tag: str
+    suffix: str  # of new files' names, so that they are not those of files that are there
+    number: str  # of the save
+    buffers: dict[str, int]  # checksums of those that are written for all
+    left_out: dict[int, set[str]]  # see `merge.Merged`
+
+
+def _collect(state: TrainState, manifest: Manifest, part: RankPart, decided: _Decided) -> None:
+    """Put into `part` what this rank writes: its share of what its data-parallel group writes, and its own."""
+    for unit in state.reducer.units:
+        unit.verify_attached()
+    group, elsewhere = state.group, decided.left_out.get(state.group.ranks[0], set())
+    entries, buffers = parameters_of(state, manifest.frozen_excluded)
+    wanted = {entry.name for entry in entries} - elsewhere
+    for number, flat in enumerate(flats_of(state)):
+        flat.parts = [piece for piece in flat.parts if piece.name in wanted]
+        if flat.parts:
+            part.add_flat(number, flat, group.rank, group.size)
+    own = {name: buffers[name] for name, crc in checksums(buffers).items() if crc != decided.buffers.get(name)}
+    manifest.state["rng"] = encode({**rng_state(), "buffers": own}, "what is this rank's own", part.add_tensor)
+    if group.rank != 0:
+        return
+    for name in filter(wanted.__contains__, buffers):
+        part.add_buffer(name, buffers[name])
+    for name, module in with_extra_state(state).items():
+        part.extra[name] = encode(module.get_extra_state(), f"get_extra_state() of {name}", part.add_tensor)
+
+
+class Saver:
+    """Saves the states of one engine, one after the other."""
+
+    def __init__(self, settings: Checkpoint, ranks: Ranks, formats: Formats) -> None:
+        self._settings, self._ranks, self._formats = settings, ranks, formats
+        # The save in the background, if there is one, and how it failed: told by the next `wait`.
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
+        # What a save in the background writes from, by the tensors' names: the next save's are copied into the same
+        # memory, which costs much to allocate and pin.
         self._host: dict[str, torch.Tensor] = {}
         # Of the disk that offloading uses: cleared while a save in the background reads what is there.
         self._has_read = threading.Event()
 
     def save(
         self,
+        state: TrainState,
         save_dir: str | Path,
         tag: Any = None,
-        client_state: dict[str, Any] | None = None,
         save_latest: bool = True,
         exclude_frozen: bool = False,
     ) -> None:
-        """Write a checkpoint; see `DeepSpeedEngine.save_checkpoint`."""
+        """Write a checkpoint of `state` under `save_dir/tag` (`global_step<N>` if None). Collective.
+
+        Args:
+            state: what there is to save.
+            save_dir: the folder of tags; made if it is missing.
+            tag: a folder's name.
+            save_latest: have the file `latest` name it.
+            exclude_frozen: leave out parameters that are not trained.
+
+        Raises:
+            CheckpointError: on every rank the same; what was saved before is as it was.
+        """
         self.wait()
         self._ranks.meet("save_checkpoint")
-        asked = f"global_step{self._engine.global_steps}" if tag is None else tag
-        told = self._ranks.each(
-            "save_checkpoint",
-            lambda: (check_new_tag(asked), self._holding(exclude_frozen), check_folder(save_dir, "save_checkpoint")),
-        )
-        entries: list[Parameter] = []  # of all ranks together, on rank 0
+        asked = f"global_step{state.counters['global_steps']}" if tag is None else tag
+        manifest = Manifest([], {}, "", self._ranks.size, state.stage, state.counters["global_steps"], exclude_frozen)
+        manifest.model_parallel = state.replica.parts
 
-        def agree() -> tuple[str, str, str, dict[str, int], dict[int, set[str]]]:
-            tag = self._agreed([tag for tag, *_ in told])
-            suffix = survey(Path(save_dir), tag)
-            united = unite([holding for _, holding, _ in told if holding is not None])
-            entries.extend(united.entries)
-            return tag, suffix, TagWriter.new_number(), united.checksums, united.left_out
+        def tell() -> tuple[str, Holding | None]:
+            name = check_new_tag(asked, self._formats)
+            check_folder(save_dir, "save_checkpoint")
+            return name, _holding(state, exclude_frozen)
 
-        tag, suffix, number, first_buffers, left_out = self._ranks.first("save_checkpoint", agree)
-        part = RankPart(f"rank_{self._ranks.rank:05d}{suffix}.safetensors")
-        elsewhere = left_out.get(self._engine._parts.group.ranks[0], set())
-        what = f"saving checkpoint {tag} to {save_dir}"
-        collected: list[Manifest] = []
+        def decide() -> _Decided:
+            name = self._one_of([name for name, _ in told])
+            suffix = survey(Path(save_dir), name, self._formats)
+            merged = merge([holding for _, holding in told if holding is not None])
+            manifest.parameters = merged.entries
+            return _Decided(name, suffix, secrets.token_hex(8), merged.checksums, merged.left_out)
 
         def collect() -> None:
-            collected.append(self._collect(part, exclude_frozen, first_buffers, elsewhere))
+            _collect(state, manifest, part, decided)
             if self._ranks.rank == 0:
-                self._describe_run(collected[0], part, client_state or {})
+                _describe_run(state, manifest, part)
             if self._settings.async_save:
                 self._snapshot(part)
 
+        told = self._ranks.each("save_checkpoint", tell)
+        decided = self._ranks.first("save_checkpoint", decide)
+        part = RankPart(f"rank_{self._ranks.rank:05d}{decided.suffix}.safetensors")
+        manifest.tag, what = decided.tag, f"saving checkpoint {decided.tag} to {save_dir}"
         try:
             self._ranks.each(what, collect)
         except BaseException:  # another rank's: nothing will read what this one wanted to be read
             self._has_read.set()
             raise
-        manifest = collected[0]
-        manifest.tag, manifest.parameters = tag, entries
-        writer = TagWriter(save_dir, tag, self._settings.fsync, number)
+        writer = TagWriter(save_dir, decided.tag, self._settings.fsync, decided.number, self._formats)
+        arguments = (writer, part, manifest, save_latest, what)
         if not self._settings.async_save:
-            self._finish(writer, part, manifest, save_latest, what)
+            self._finish(*arguments)
             return
-        self._thread = threading.Thread(
-            target=self._in_background, args=(writer, part, manifest, save_latest, what), name="checkpoint"
-        )
+        self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -199,69 +262,13 @@ class Saver:
             _UNHEARD.remove(failure)
             raise failure
 
-    def _agreed(self, tags: list[str]) -> str:
+    def _one_of(self, tags: list[str]) -> str:
         if len(set(tags)) > 1 and self._settings.tag_validation != "ignore":
             shown = ", ".join(f"rank {rank}: {tag!r}" for rank, tag in enumerate(tags))
             if self._settings.tag_validation == "fail":
                 raise CheckpointError(f"the ranks save under different tags ({shown}); pass the same tag on all")
             logger.warning("the ranks save under different tags (%s); rank 0's is taken", shown)
         return tags[0]
-
-    def _holding(self, exclude_frozen: bool) -> Holding | None:
-        """What this rank's data-parallel group holds, as its first rank tells."""
-        group = self._engine._parts.group
-        if group.rank != 0:
-            return None
-        entries, buffers = parameters_of(self._engine, exclude_frozen)
-        return Holding(group.ranks[0], entries, checksums(buffers))
-
-    def _collect(
-        self, part: RankPart, exclude_frozen: bool, first_buffers: dict[str, int], elsewhere: set[str]
-    ) -> Manifest:
-        """Put into `part` what this rank writes: its share of what its data-parallel group writes, and its own."""
-        engine, group, replica = self._engine, self._engine._parts.group, self._engine._parts.replica
-        for unit in engine._parts.reducer.units:
-            unit.verify_attached()
-        if engine._reducer.has_grads and self._ranks.rank == 0:
-            logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
-        entries, buffers = parameters_of(engine, exclude_frozen)
-        wanted = {entry.name for entry in entries} - elsewhere
-        for number, flat in enumerate(flats_of(engine)):
-            flat.parts = [piece for piece in flat.parts if piece.name in wanted]
-            if flat.parts:
-                part.add_flat(number, flat, group.rank, group.size)
-        manifest = Manifest([], {}, "", self._ranks.size, engine.zero_optimization_stage(), engine.global_steps)
-        manifest.model_parallel = replica.parts
-        manifest.frozen_excluded = exclude_frozen
-        own = {name: buffers[name] for name, crc in checksums(buffers).items() if crc != first_buffers.get(name)}
-        manifest.state["rng"] = encode({**rng_state(), "buffers": own}, "what is this rank's own", part.add_tensor)
-        for name, buffer in buffers.items():
-            if group.rank == 0 and name in wanted:
-                part.tensors[f"buffer.{name}"] = buffer.detach().reshape(-1)
-                piece = Piece(part.file, f"buffer.{name}", 0, 0, buffer.numel())
-                part.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
-        for name, module in with_extra_state(engine).items() if group.rank == 0 else ():
-            part.extra[name] = encode(module.get_extra_state(), f"get_extra_state() of {name}", part.add_tensor)
-        return manifest
-
-    def _describe_run(self, manifest: Manifest, part: RankPart, client_state: dict[str, Any]) -> None:
-        engine = self._engine
-        if engine.optimizer is not None:
-            manifest.optimizer = type(engine.optimizer.optimizer).__name__
-            for number, group in enumerate(engine.optimizer.param_groups):
-                options = {key: value for key, value in group.items() if key not in MACHINE_OPTIONS}
-                manifest.param_groups.append(encode(options, f"optimizer.param_groups[{number}]", part.add_tensor))
-        scheduler, loader = engine.lr_scheduler, engine.training_dataloader
-        values = {
-            "engine": {name: getattr(engine, name) for name in COUNTERS},
-            "loss_scaler": engine._scaler.state_dict(),
-            "lr_scheduler": scheduler.state_dict() if hasattr(scheduler, "state_dict") else None,
-            "dataloader": loader.state_dict() if hasattr(loader, "state_dict") else None,
-            "config": json.loads(json.dumps(engine.config, default=str)),
-            "client_state": client_state,
-        }
-        for name, value in values.items():
-            manifest.state[name] = encode(value, name, part.add_tensor)
 
     def _snapshot(self, part: RankPart) -> None:
         """Copy to host memory that is kept for the next save: pinned where there is a GPU to copy from.
@@ -282,7 +289,7 @@ class Saver:
             elif tensor.numel():  # memmove, which writes large tensors past the caches: in 60 % of the time of copy_
                 bytes_of(host)[:] = bytes_of(tensor)
             copies[name] = host
-        if self._engine.device.type == "cuda":
+        if any(tensor.is_cuda for tensor in part.tensors.values() if isinstance(tensor, torch.Tensor)):
             torch.cuda.synchronize()
         self._host, part.tensors = copies, {**copies, **stored}
         if stored:
@@ -335,13 +342,11 @@ class Saver:
             raise
 
 
-COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
-
-
 def _fill(entry: Parameter, parts: list[tuple[dict[str, list[Piece]], dict[str, Any] | None]]) -> None:
     """Join what the ranks wrote of one parameter."""
     for kind in dict.fromkeys(kind for pieces, _ in parts for kind in pieces):
-        entry.pieces[kind] = merge_pieces([pieces.get(kind, []) for pieces, _ in parts])
+        found = [piece for pieces, _ in parts for piece in pieces.get(kind, []) if piece.numel]
+        entry.pieces[kind] = sorted(found, key=lambda piece: piece.start)
     if not entry.pieces:
         entry.pieces[WEIGHT] = []  # no elements
     entry.scalars = next((scalars for _, scalars in parts if scalars), {})

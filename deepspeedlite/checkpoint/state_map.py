@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.checkpoint.manifest import Parameter
+from deepspeedlite.checkpoint.train_state import TrainState
 from deepspeedlite.offload.store import MASTER, STATE, VALUES, Store
 from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.zero.flat_params import FlatParams, full_shape, owner_of
@@ -82,29 +83,25 @@ class _Names:
         return {known: name for known, name in named if name}
 
 
-def flats_of(engine: Any, change: bool = False) -> Iterator[Flat]:
+def flats_of(state: TrainState, change: bool = False) -> Iterator[Flat]:
     """This rank's flats of all parameters, under their names in checkpoints.
 
     With `change` the caller writes to them: every tensor is then in memory until the next flat is asked for, and
     `master` is the key of its states in the optimizer.
     """
-    prefix = engine._parts.replica.name_prefix
-    for flat in _flats(engine, change):
+    prefix = state.replica.name_prefix
+    for flat in _flats(state, change):
         flat.parts = [part._replace(name=prefix + part.name) for part in flat.parts]
         yield flat
 
 
-def _flats(engine: Any, change: bool) -> Iterator[Flat]:
-    parts, names = engine._parts, _Names(engine.module)
-    for unit in parts.reducer.units:
-        states = parts.optimizer.state if parts.optimizer is not None else {}
-        yield from _of_owner(unit, names.inside(unit), states, change)
-    for frozen in parts.frozen:
-        if not frozen.slots:  # thawed since
-            continue
-        yield from _of_owner(frozen, names.inside(frozen), {}, change)
-    own = set(owners(engine))
-    for name, param in engine.module.named_parameters():
+def _flats(state: TrainState, change: bool) -> Iterator[Flat]:
+    names = _Names(state.module)
+    states = state.optimizer.state if state.optimizer is not None else {}
+    for owner in state.owners:
+        yield from _of_owner(owner, names.inside(owner), states, change)
+    own = set(state.owners)
+    for name, param in state.module.named_parameters():
         owner = owner_of(param)
         if param.numel() and (owner is None or (owner not in own and not owner.sharded)):
             yield Flat([Part(name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
@@ -133,18 +130,18 @@ def _runs_of(owner: FlatParams) -> list[tuple[Run, torch.Tensor, torch.Tensor | 
     return [(run, values, None, store) for run, values, store in owner.stored_runs()]
 
 
-def parameters_of(engine: Any, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
+def parameters_of(state: TrainState, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
     """This rank's parameters and persistent buffers, and the buffers' tensors, under their names in checkpoints."""
-    entries, buffers = _named(engine)
-    prefix = engine._parts.replica.name_prefix
+    entries, buffers = _named(state)
+    prefix = state.replica.name_prefix
     for entry in entries:
         entry.name, entry.tied = prefix + entry.name, [prefix + name for name in entry.tied]
     kept = [entry for entry in entries if entry.trainable or entry.buffer or not exclude_frozen]
     return kept, {prefix + name: buffer for name, buffer in buffers.items()}
 
 
-def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
-    module = engine.module
+def _named(state: TrainState) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
+    module = state.module
     names: dict[int, list[str]] = {}
     entries: dict[str, Parameter] = {}
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -154,9 +151,9 @@ def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
             entries[name] = Parameter(name, shape, dtype, param.requires_grad, tied=[])
         else:
             entries[names[id(param)][0]].tied.append(name)
-    positions = engine._parts.optimizer.positions if engine._parts.optimizer is not None else {}
+    positions = state.optimizer.positions if state.optimizer is not None else {}
     called = _Names(module)
-    held = ((slot, param) for unit in engine._parts.reducer.units for slot, param in unit.slots)
+    held = ((slot, param) for unit in state.reducer.units for slot, param in unit.slots)
     for slot, param in held:
         if known := called.of(slot, param):
             dtype = str(param.dtype).removeprefix("torch.")
@@ -178,16 +175,11 @@ def _named(engine: Any) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
     return list(entries.values()), buffers
 
 
-def with_extra_state(engine: Any) -> dict[str, torch.nn.Module]:
+def with_extra_state(state: TrainState) -> dict[str, torch.nn.Module]:
     """The modules that have a state besides parameters and buffers (`get_extra_state`), by name in checkpoints."""
-    prefix, plain = engine._parts.replica.name_prefix, torch.nn.Module.get_extra_state
+    prefix, plain = state.replica.name_prefix, torch.nn.Module.get_extra_state
     return {
         prefix + name: module
-        for name, module in engine.module.named_modules()
+        for name, module in state.module.named_modules()
         if type(module).get_extra_state is not plain
     }
-
-
-def owners(engine: Any) -> list[FlatParams]:
-    """Every owner of values, trained and frozen."""
-    return [*engine._parts.reducer.units, *(frozen for frozen in engine._parts.frozen if frozen.slots)]

@@ -61,7 +61,7 @@ class FileRecord(NamedTuple):
     crc32: int
 
 
-class Place(NamedTuple):
+class TensorInfo(NamedTuple):
     """Where a tensor's data begins in its file, in bytes, and what it is."""
 
     offset: int
@@ -76,17 +76,12 @@ def bytes_of(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
-def check_dtype(name: str, dtype: torch.dtype) -> None:
-    """Raise `CheckpointError` for a dtype that safetensors has no code for."""
-    if dtype not in _CODE_OF:
-        raise CheckpointError(f"{name} has dtype {dtype}, which a checkpoint cannot hold")
-
-
 def _header(tensors: Mapping[str, torch.Tensor | DiskTensor]) -> bytes:
     entries: dict[str, Any] = {}
     cursor = 0
     for name, tensor in tensors.items():
-        check_dtype(name, tensor.dtype)
+        if tensor.dtype not in _CODE_OF:
+            raise CheckpointError(f"{name} has dtype {tensor.dtype}, which a checkpoint cannot hold")
         end = cursor + tensor.numel() * tensor.itemsize
         entries[name] = {
             "dtype": _CODE_OF[tensor.dtype],
@@ -177,7 +172,7 @@ def checksum(path: Path) -> FileRecord:
     return FileRecord(nbytes, crc)
 
 
-def read_places(path: Path) -> dict[str, Place]:
+def read_header(path: Path) -> dict[str, TensorInfo]:
     """The header of a safetensors file, checked against the file's size; no data is read.
 
     Raises:
@@ -191,7 +186,7 @@ def read_places(path: Path) -> dict[str, Place]:
                 raise CheckpointError(f"{path} is damaged: its header claims {length} bytes of {size}")
             header = parse_json(file.read(length))
         begin = 8 + length
-        places = {}
+        found = {}
         for name, entry in header.items():
             if name == "__metadata__":
                 continue
@@ -201,8 +196,8 @@ def read_places(path: Path) -> dict[str, Place]:
                 raise CheckpointError(f"{path} is damaged: {name} lies outside the file")
             if prod(shape) * dtype.itemsize != end - start:
                 raise CheckpointError(f"{path} is damaged: {name} is {end - start} bytes for shape {shape}")
-            places[name] = Place(begin + start, dtype, shape)
-        return places
+            found[name] = TensorInfo(begin + start, dtype, shape)
+        return found
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}; the checkpoint is not whole") from error
     except MALFORMED as error:

@@ -12,7 +12,7 @@ saved again or because it has files of the user's, the new files move one by one
 the manifest takes the old one's place by rename, and what the old one listed goes. So what is whole before is whole
 until that rename, what is whole after it is the new one, and no other file is ever touched.
 
-Removed is what a manifest of ours lists, or a workplace's `owner.json`, and folders that are empty then. What a save
+Removed is what a manifest of ours lists, or a save's `owner.json`, and folders that are empty then. What a save
 that was killed has left, the next one removes, once the process that left it is known to have ended.
 """
 
@@ -29,14 +29,14 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.files import check_folder, kind_of, read_regular, sync_dir, write_bytes
-from deepspeedlite.checkpoint.formats.deepspeed.layout import is_deepspeed
-from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest, is_plain_name
-from deepspeedlite.checkpoint.owner import Owner, Turn, two_jobs
+from deepspeedlite.checkpoint.files import check_folder, is_plain_name, kind_of, read_regular, sync_dir, write_bytes
+from deepspeedlite.checkpoint.folder_lock import FolderLock, ProcessRecord, two_jobs
+from deepspeedlite.checkpoint.foreign import Formats
+from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest
+from deepspeedlite.checkpoint.staging import OWNER, TMP, SaveRecord, is_staging, stagings
 from deepspeedlite.checkpoint.tag import (
     LATEST,
     OLD,
-    PROGRAM,
     check_new_tag,
     find_tag_dir,
     in_words,
@@ -46,7 +46,6 @@ from deepspeedlite.checkpoint.tag import (
     saver_of,
 )
 from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
-from deepspeedlite.checkpoint.work import OWNER, TMP, Work, is_workplace, workplaces
 from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import log_once, logger
@@ -55,7 +54,7 @@ _NEW, _RETIRED, _NEXT = "new", "retired.", "next."
 _SINCE_S = time.time()  # nearly when this process started
 
 
-def survey(save_dir: Path, tag: str) -> str:
+def survey(save_dir: Path, tag: str, formats: Formats) -> str:
     """Look whether a checkpoint can be saved, before anything is written.
 
     Returns:
@@ -65,7 +64,7 @@ def survey(save_dir: Path, tag: str) -> str:
         CheckpointError: something that is not ours is in the way, or another job saves there.
     """
     check_folder(save_dir, "saving")
-    _check_latest(save_dir / LATEST)
+    _check_latest(save_dir / LATEST, formats)
     path = save_dir / tag
     kind = kind_of(path)
     if kind not in ("", "a folder"):
@@ -75,8 +74,10 @@ def survey(save_dir: Path, tag: str) -> str:
         raise CheckpointError(
             f"{path / FILE_NAME} is not a checkpoint's, and is in the way of one; save under another tag, or move it"
         )
-    if FILE_NAME not in names and is_deepspeed(path):
-        raise CheckpointError(f"{path} is a checkpoint of DeepSpeed's, and stays; save under another tag, or move it")
+    if FILE_NAME not in names and (foreign := formats.of(path)) is not None:
+        raise CheckpointError(
+            f"{path} is a checkpoint of {foreign.program}'s, and stays; save under another tag, or move it"
+        )
     if names and not os.access(path, os.W_OK | os.X_OK):
         raise CheckpointError(f"{path} may not be written to (PermissionError)")
     _check_alone(save_dir, [tag])
@@ -84,13 +85,13 @@ def survey(save_dir: Path, tag: str) -> str:
     return f".{secrets.token_hex(4)}" if is_taken else ""
 
 
-def _check_latest(path: Path) -> None:
+def _check_latest(path: Path, formats: Formats) -> None:
     kind = kind_of(path)
     if kind not in ("", "a file"):
         raise CheckpointError(f"{path} is {kind} that is not ours, where the newest tag's name should be; move it")
     if kind and not _is_blank(path):
         try:
-            check_new_tag(read_latest(path.parent))
+            check_new_tag(read_latest(path.parent), formats)
         except CheckpointError as error:
             raise CheckpointError(f"{path} is not ours, and is in the way: move it ({error})") from error
 
@@ -105,16 +106,16 @@ def _is_blank(path: Path) -> bool:
 
 def _check_alone(save_dir: Path, tags: list[str]) -> None:
     """Raise where a living process saves into the folder, or has since this one started; warn where it only may."""
-    here = Owner.here()
-    for workplace, work in workplaces(save_dir):
-        if work is None or work.owner == here or (alive := work.owner.is_alive()) is False:
+    here = ProcessRecord.here()
+    for staging, save in stagings(save_dir):
+        if save is None or save.owner == here or (alive := save.owner.is_alive()) is False:
             continue
-        what = f"{work.owner} is saving {work.tag}"
+        what = f"{save.owner} is saving {save.tag}"
         if alive:
             raise CheckpointError(two_jobs(save_dir, what))
         log_once(
             f"{what} in {save_dir}, or has been killed: that cannot be seen from {here.host}, and it may be another "
-            f"job; if it has ended, remove {workplace.name}",
+            f"job; if it has ended, remove {staging.name}",
             logging.WARNING,
         )
     with suppress(CheckpointError):
@@ -141,38 +142,37 @@ class TagWriter:
         save_dir: where tags are; made if it is missing.
         tag: the checkpoint's name.
         fsync: make it durable. Without, a crash of the machine (not of the process) may lose or damage it.
-        number: of the save, the same for all its processes; see `new_number`.
+        number: of the save, the same for all its processes and no other's: 16 hexadecimal digits.
+        formats: whose checkpoints stay, and what is left beside the tag.
 
     Raises:
         CheckpointError: the tag cannot be a directory's name, the folder cannot be one.
     """
 
-    def __init__(self, save_dir: str | Path, tag: Any, fsync: bool = True, number: str = "") -> None:
-        self.save_dir, self.tag, self.fsync = check_folder(save_dir, "saving"), check_new_tag(tag), fsync
+    def __init__(
+        self, save_dir: str | Path, tag: Any, fsync: bool = True, number: str = "", formats: Formats | None = None
+    ) -> None:
+        self._formats = formats or Formats()
+        self.save_dir, self.tag = check_folder(save_dir, "saving"), check_new_tag(tag, self._formats)
+        self.fsync = fsync
         self.path = self.save_dir / self.tag
-        self._workplace = self.save_dir / f"{TMP}{self.tag}.{number or self.new_number()}"
-        self._new = self._workplace / _NEW
-        self._turn = Turn(self.save_dir)
-        self._work = Work(Owner.here(), self.tag)
-
-    @staticmethod
-    def new_number() -> str:
-        """One that no other save has."""
-        return secrets.token_hex(8)
+        self._staging = self.save_dir / f"{TMP}{self.tag}.{number or secrets.token_hex(8)}"
+        self._new = self._staging / _NEW
+        self._lock = FolderLock(self.save_dir)
+        self._record = SaveRecord(owner=ProcessRecord.here(), tag=self.tag)
 
     def prepare(self, files: Iterable[str] = (), save_latest: bool = True) -> list[str]:
-        """Clear what interrupted saves have left and make the workplace for `files`; the names of the leftovers."""
+        """Clear what interrupted saves have left, and make the staging folder for `files`; the leftovers' names."""
         missing = [folder for folder in (self.save_dir, *self.save_dir.parents) if not folder.exists()]
         self.save_dir.mkdir(parents=True, exist_ok=True)
-        for folder in missing if self.fsync else ():
-            sync_dir(folder.parent)
-        self._turn.take(self._holder)
-        survey(self.save_dir, self.tag)
+        for folder in missing:
+            self._sync(folder.parent)
+        self._lock.take(self._holder)
+        survey(self.save_dir, self.tag, self._formats)
         leftovers = self._sweep()
-        self._work.files, self._work.is_latest = list(files), save_latest
-        self._workplace.mkdir()
-        self._note()
-        if not self._turn.is_certain:  # now that whoever comes at the same time sees this one
+        self._staging.mkdir()
+        self._note(files=list(files), is_latest=save_latest)
+        if not self._lock.is_certain:  # now that whoever comes at the same time sees this one
             _check_alone(self.save_dir, [self.tag])
         self._new.mkdir()
         return leftovers
@@ -187,34 +187,28 @@ class TagWriter:
         Returns:
             the tags that were removed.
         """
-        manifest.state["saved_by"] = self._work.owner.record()  # the last one: `tag.saver_of` looks for it there
+        manifest.state["saved_by"] = self._record.owner.model_dump()  # the last one: `tag.saver_of` looks for it there
         write_bytes(self._new / FILE_NAME, manifest.to_bytes(), self.fsync)
-        if self.fsync:
-            sync_dir(self._new)
+        self._sync(self._new)
         take_back = self._appear(manifest)
         try:
             self._name()
         except OSError:
             with suppress(OSError, CheckpointError):
-                if not self._work.is_latest or read_latest(self.save_dir) != self.tag:
+                if not self._record.is_latest or read_latest(self.save_dir) != self.tag:
                     take_back()
             raise
         removed = self._remove_older(keep_last) if keep_last else []
-        self._end()
+        self.discard()
         return removed
 
-    def discard(self) -> None:
-        """Remove what was written, after a failure, as far as that can be done."""
-        self._end()
-
     def _name(self) -> None:
-        self._put(PROGRAM.name, PROGRAM.read_bytes(), mode=0o777)
-        if self.fsync:
-            sync_dir(self.save_dir)
-        if self._work.is_latest:
+        if (companion := self._formats.companion) is not None:
+            self._put(companion.name, companion.read_bytes(), mode=0o777)
+        self._sync(self.save_dir)
+        if self._record.is_latest:
             self._put(LATEST, self.tag.encode())
-            if self.fsync:
-                sync_dir(self.save_dir)
+            self._sync(self.save_dir)
 
     def _appear(self, manifest: Manifest) -> Callable[[], None]:
         """Put the files where they belong; what takes that back."""
@@ -232,49 +226,47 @@ class TagWriter:
         taken = [name for name in files if os.path.lexists(self.path / name)]
         if taken:
             raise CheckpointError(f"{self.path} has got files of the checkpoint's names since: {in_words(taken)}")
-        self._work.moves = list(files)
-        self._note()
+        self._note(moves=list(files))
         there = self.path / FILE_NAME
         before = self._retire(self.path, there.read_bytes()) if manifest_of(self.path) is not None else None
         for name in files:
             os.rename(self._new / name, self.path / name)
-        if self.fsync:
-            sync_dir(self.path)
+        self._sync(self.path)
         os.rename(self._new / FILE_NAME, there)
-        if self.fsync:
-            sync_dir(self.path)
+        self._sync(self.path)
         return lambda: os.unlink(there) if before is None else os.rename(before, there)
 
-    def _note(self) -> None:
-        """Write down what this save does, old or new words at any instant."""
-        path = self._workplace / OWNER
-        at = path if not path.exists() else self._workplace / f"{_NEXT}{OWNER}"
-        write_bytes(at, self._work.to_bytes(), self.fsync)
+    def _note(self, **changes: Any) -> None:
+        """Write down what this save does from now on, old or new words at any instant."""
+        self._record = self._record.model_copy(update=changes)
+        path = self._staging / OWNER
+        at = path if not path.exists() else self._staging / f"{_NEXT}{OWNER}"
+        write_bytes(at, self._record.to_bytes(), self.fsync)
         if at != path:
             os.rename(at, path)
-        if self.fsync:
-            sync_dir(self._workplace)
+        self._sync(self._staging)
 
     def _retire(self, tag_dir: Path, manifest: bytes | None = None) -> Path:
         """Note that what a checkpoint's manifest lists is to go. It is taken from there, or is `manifest`."""
-        noted = self._workplace / f"{_RETIRED}{secrets.token_hex(4)}.json"
+        noted = self._staging / f"{_RETIRED}{secrets.token_hex(4)}.json"
         if manifest is not None:
             write_bytes(noted, manifest, self.fsync)
-            if self.fsync:
-                sync_dir(self._workplace)
-            return noted
-        os.rename(tag_dir / FILE_NAME, noted)  # from now on nobody takes a part of it for whole
-        if self.fsync:
-            sync_dir(tag_dir)
+        else:
+            os.rename(tag_dir / FILE_NAME, noted)  # from now on nobody takes a part of it for whole
+        self._sync(self._staging if manifest is not None else tag_dir)
         return noted
+
+    def _sync(self, folder: Path) -> None:
+        if self.fsync:
+            sync_dir(folder)
 
     def _put(self, name: str, data: bytes, mode: int = 0o666) -> None:
         """Make a file beside the tags have these bytes, old or new ones at any instant."""
-        path, temporary = self.save_dir / name, self._workplace / f"{_NEXT}{name}"
+        path, temporary = self.save_dir / name, self._staging / f"{_NEXT}{name}"
         there = kind_of(path)
         if there == "a file":
             found = read_regular(path, 1 << 20) if path.stat().st_size <= 1 << 20 else b""
-            if found == data or (name == PROGRAM.name and b"deepspeedlite" not in found):  # DeepSpeed's own, perhaps
+            if found == data or (name != LATEST and b"deepspeedlite" not in found):  # another program's of that name
                 return
         elif there:
             logger.warning("%s is %s that is not ours, and stays", path, there)
@@ -306,27 +298,25 @@ class TagWriter:
 
     def _holder(self) -> str | None:
         """Who has the folder."""
-        for _, work in workplaces(self.save_dir):
-            if work is not None and work.owner != self._work.owner and work.owner.is_alive():
-                return f"{work.owner} (tag {work.tag})"
-        return None
+        saves = [save for _, save in stagings(self.save_dir) if save and save.owner != self._record.owner]
+        return next((f"{save.owner} (tag {save.tag})" for save in saves if save.owner.is_alive()), None)
 
     def _sweep(self) -> list[str]:
         """Remove what interrupted saves have left, as far as it is ours and they have ended; its names."""
         leftovers = []
-        for path, work in workplaces(self.save_dir):
+        for path, save in stagings(self.save_dir):
             try:
-                if work is None:
-                    if self._turn.is_certain and _was_just_made(path):
-                        _clear_just_made(path)
-                        leftovers.append(path.name)
-                elif work.owner == self._work.owner or work.owner.is_alive() is False:
+                if save is None:
+                    has_ended = self._lock.is_certain and _was_just_made(path)
+                else:
+                    has_ended = save.owner == self._record.owner or save.owner.is_alive() is False
+                if has_ended:
                     leftovers.append(path.name)
-                    _clear(self.save_dir, path, work)
+                    _clear(self.save_dir, path, save)
             except OSError as error:
                 _cannot_be_removed(path, error)
         names = (name for name in os.listdir(self.save_dir) if name.startswith((TMP, OLD)))
-        for path in sorted(self.save_dir / name for name in names if not is_workplace(name)):
+        for path in sorted(self.save_dir / name for name in names if not is_staging(name)):
             if self._settle_earlier(path):
                 leftovers.append(path.name)
         return leftovers
@@ -347,38 +337,34 @@ class TagWriter:
         _remove_files(path, [FILE_NAME, *manifest.files])
         return True
 
-    def _end(self) -> None:
+    def discard(self) -> None:
+        """End the save: remove what has not gone to its place (after a failure all of it), as far as it can be done."""
         try:
-            if self._workplace.is_dir() and self._turn.is_held:
-                work = Work.at(self._workplace)
-                if work is not None:
-                    _clear(self.save_dir, self._workplace, work)
-                elif _was_just_made(self._workplace):
-                    _clear_just_made(self._workplace)
+            if self._staging.is_dir() and self._lock.is_held:
+                save = SaveRecord.at(self._staging)
+                if save is not None or _was_just_made(self._staging):
+                    _clear(self.save_dir, self._staging, save)
         except OSError as error:
-            _cannot_be_removed(self._workplace, error)
+            _cannot_be_removed(self._staging, error)
         finally:
-            self._turn.end()
+            self._lock.end()
 
 
-def _clear(save_dir: Path, workplace: Path, work: Work) -> None:
+def _clear(save_dir: Path, staging: Path, save: SaveRecord | None) -> None:
     """Remove what a save that has ended was about to remove, and what it has left."""
-    tag_dir = save_dir / work.tag
-    kept = _listed(tag_dir)
-    if kept is not None and work.moves:
-        _remove_files(tag_dir, set(work.moves) - kept)
-    names = os.listdir(workplace)
+    if save is not None and save.moves and (kept := _listed(save_dir / save.tag)) is not None:
+        _remove_files(save_dir / save.tag, set(save.moves) - kept)
+    names = os.listdir(staging)
     for name in names:
         if name.startswith(_RETIRED):
-            _finish_retiring(save_dir, workplace / name)
+            _finish_retiring(save_dir, staging / name)
         elif name.startswith(_NEXT):
-            os.unlink(workplace / name)
-    if _NEW in names:
-        _remove_files(workplace / _NEW, [FILE_NAME, *work.files])
-    left = set(os.listdir(workplace)) - {OWNER}
-    if not left:  # else the next save tries again
-        os.unlink(workplace / OWNER)
-        os.rmdir(workplace)
+            os.unlink(staging / name)
+    if save is not None and _NEW in names:
+        _remove_files(staging / _NEW, [FILE_NAME, *save.files])
+    if not set(os.listdir(staging)) - {OWNER}:  # else the next save tries again
+        (staging / OWNER).unlink(missing_ok=True)
+        os.rmdir(staging)
 
 
 def _finish_retiring(save_dir: Path, noted: Path) -> None:
@@ -427,17 +413,8 @@ def _cannot_be_removed(path: Path, error: OSError) -> None:
     logger.warning("%s cannot be removed: %s; the next save tries again", path, error)
 
 
-def _was_just_made(workplace: Path) -> bool:
-    """Whether a save was interrupted between making its workplace and saying whose it is: there is nothing to lose."""
-    names = os.listdir(workplace)
-    return not names or (names == [OWNER] and kind_of(workplace / OWNER) == "a file" and _is_empty(workplace))
-
-
-def _is_empty(workplace: Path) -> bool:
-    return (workplace / OWNER).stat().st_size == 0
-
-
-def _clear_just_made(workplace: Path) -> None:
-    with suppress(FileNotFoundError):
-        os.unlink(workplace / OWNER)
-    os.rmdir(workplace)
+def _was_just_made(staging: Path) -> bool:
+    """Whether a save was interrupted before it had said whose its staging folder is: there is nothing to lose."""
+    names = os.listdir(staging)
+    about = staging / OWNER
+    return not names or (names == [OWNER] and kind_of(about) == "a file" and about.stat().st_size == 0)

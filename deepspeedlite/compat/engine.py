@@ -11,6 +11,7 @@ import torch
 
 from deepspeedlite.checkpoint.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.checkpoint.files import check_folder
+from deepspeedlite.checkpoint.formats import FORMATS
 from deepspeedlite.compat.engine_accessors import EngineAccessors
 from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
 from deepspeedlite.data.loader import DeepSpeedDataLoader
@@ -29,6 +30,7 @@ class DeepSpeedEngine(EngineAccessors):
     """
 
     optimizer_class = NamedOptimizer
+    checkpoint_formats = FORMATS
 
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__(module, parts)

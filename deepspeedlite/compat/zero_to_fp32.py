@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.formats.hugging_face import export_weights, open_checkpoint, parse_bytes, state_dict_of
+from deepspeedlite.checkpoint.formats import open_checkpoint
+from deepspeedlite.checkpoint.formats.hugging_face.weights import export_weights, parse_bytes, state_dict_of
 
 
 def get_fp32_state_dict_from_zero_checkpoint(

@@ -11,7 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
-from deepspeedlite.checkpoint.formats.hugging_face import open_checkpoint
+from deepspeedlite.checkpoint.formats import open_checkpoint
 from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.runtime.errors import CheckpointError

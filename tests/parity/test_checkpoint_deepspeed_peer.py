@@ -16,8 +16,8 @@ from harness import distributed
 
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
+from deepspeedlite.checkpoint.formats import open_checkpoint
 from deepspeedlite.checkpoint.formats.deepspeed.pickles import load_inert
-from deepspeedlite.checkpoint.formats.hugging_face import open_checkpoint
 from deepspeedlite.compat.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -19,7 +19,7 @@ from test_mpu import config, engine_of, everywhere, take_step
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as checkpoint_tool
 from deepspeedlite.checkpoint.manifest import Parameter
-from deepspeedlite.checkpoint.merge import Holding, unite
+from deepspeedlite.checkpoint.merge import Holding, merge
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.checkpoint.writer import TagWriter
@@ -386,19 +386,19 @@ def test_weights_of_stages_whose_tensors_are_split(tmp_path):
         assert names == {name for name in reader.parameters if name.endswith("weight")}
 
 
-def test_the_union_of_what_ranks_hold():
+def test_what_ranks_hold_is_merged():
     def held(*names: tuple[str, ...]) -> list[Parameter]:
         return [
             Parameter(first, (2,), "float32", group=0, position=i, tied=tied) for i, (first, *tied) in enumerate(names)
         ]
 
-    united = unite([Holding(0, held(("a",), ("b",)), {"s": 1}), Holding(1, held(("c", "b"), ("d",)), {"s": 2, "t": 3})])
-    assert [(entry.name, entry.tied, entry.position) for entry in united.entries] == [
+    merged = merge([Holding(0, held(("a",), ("b",)), {"s": 1}), Holding(1, held(("c", "b"), ("d",)), {"s": 2, "t": 3})])
+    assert [(entry.name, entry.tied, entry.position) for entry in merged.entries] == [
         ("a", [], 0),
         ("b", ["c"], 1),
         ("d", [], 3),
     ]
-    assert united.left_out == {1: {"c"}} and united.checksums == {"s": 1, "t": 3}
+    assert merged.left_out == {1: {"c"}} and merged.checksums == {"s": 1, "t": 3}
     other = replace(held(("a",))[0], shape=(3,))
     with pytest.raises(CheckpointError, match=r"a has shape \(3,\) .* on rank 5, and a shape \(2,\) .* on rank 0"):
-        unite([Holding(0, held(("a",)), {}), Holding(5, [other], {})])
+        merge([Holding(0, held(("a",)), {}), Holding(5, [other], {})])

@@ -16,10 +16,11 @@ from harness import distributed
 
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
+from deepspeedlite.checkpoint.formats import open_checkpoint
 from deepspeedlite.checkpoint.formats.deepspeed.pickles import load_inert, save_for_deepspeed, verify_zip
 from deepspeedlite.checkpoint.formats.deepspeed.reader import DeepSpeedReader
 from deepspeedlite.checkpoint.formats.deepspeed.writer import export_to_deepspeed
-from deepspeedlite.checkpoint.formats.hugging_face import open_checkpoint
+from deepspeedlite.checkpoint.load import param_groups_of
 from deepspeedlite.compat.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
@@ -38,7 +39,7 @@ def saved(folder: Path, config, variant="mixed", client_state=CLIENT_STATE):
     engine = engine_of(config, variant)
     train(engine, [0, 2])
     engine.save_checkpoint(folder, client_state=client_state)
-    groups = engine._loader._groups()
+    groups = param_groups_of(engine._train_state())
     engine.destroy()
     return groups
 

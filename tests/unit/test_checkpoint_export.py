@@ -18,7 +18,7 @@ from torch import nn
 import deepspeedlite
 from deepspeedlite.checkpoint import tensors
 from deepspeedlite.checkpoint.__main__ import main as command
-from deepspeedlite.checkpoint.formats.hugging_face import parse_bytes
+from deepspeedlite.checkpoint.formats.hugging_face.weights import parse_bytes
 from deepspeedlite.checkpoint.tensors import write_tensors
 from deepspeedlite.compat.zero_to_fp32 import (
     convert_zero_checkpoint_to_fp32_state_dict,

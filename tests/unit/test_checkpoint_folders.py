@@ -25,15 +25,16 @@ from test_checkpoint_faults import raised
 
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
-from deepspeedlite.checkpoint.owner import Owner
+from deepspeedlite.checkpoint.folder_lock import ProcessRecord
 from deepspeedlite.checkpoint.reader import Reader
+from deepspeedlite.checkpoint.staging import SaveRecord
 from deepspeedlite.checkpoint.tag import read_latest
-from deepspeedlite.checkpoint.work import Work
 from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.runtime.errors import CheckpointError, EngineStateError
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
+FAR = ProcessRecord(host="far-away", boot="b", space="c", pid=1, ticks=1, started="yesterday")
 EARLIER = Path(__file__).parent / "checkpoint_of_0_1"  # written by that release
 
 
@@ -374,20 +375,22 @@ def _make_old(tag: Path) -> None:
 
 @distributed(world_size=[1, 2])
 def test_leftovers_go_when_their_process_is_known_to_have_ended_and_else_stay(tmp_path):
-    engine, here = engine_of(), Owner.here()
+    engine, here = engine_of(), ProcessRecord.here()
     owners = {
-        "ended": Owner(here.host, here.boot, here.space, here.pid, here.ticks - 1, ""),  # its number is another's now
-        "before": Owner(here.host, "an earlier start", here.space, here.pid, here.ticks, ""),
-        "elsewhere": Owner("far-away", "b", "c", 1, 1, "yesterday"),
-        "container": Owner(here.host, here.boot, "pid:[1]", 1, 1, "yesterday"),
+        "ended": here.model_copy(update={"ticks": here.ticks - 1}),  # its number is another's now
+        "before": here.model_copy(update={"boot": "an earlier start"}),
+        "elsewhere": FAR,
+        "container": FAR.model_copy(update={"host": here.host, "boot": here.boot, "space": "pid:[1]"}),
     }
 
     def prepare():
         for tag, owner in owners.items():
-            workplace = tmp_path / f".tmp.{tag}.{'0' * 16}"
-            (workplace / "new").mkdir(parents=True)
-            (workplace / "new" / "rank_00000.safetensors").write_bytes(b"half")
-            (workplace / "owner.json").write_bytes(Work(owner, tag, ["rank_00000.safetensors"]).to_bytes())
+            staging = tmp_path / f".tmp.{tag}.{'0' * 16}"
+            (staging / "new").mkdir(parents=True)
+            (staging / "new" / "rank_00000.safetensors").write_bytes(b"half")
+            (staging / "owner.json").write_bytes(
+                SaveRecord(owner=owner, tag=tag, files=["rank_00000.safetensors"]).to_bytes()
+            )
 
     on_first(prepare)
     with redirect_stderr(StringIO()) as said:
@@ -401,20 +404,24 @@ def test_leftovers_go_when_their_process_is_known_to_have_ended_and_else_stay(tm
 @distributed(world_size=[1, 2])
 def test_where_locks_do_not_tell_records_do(tmp_path):
     """As on NFS: a file system without locks, and a job on another host."""
-    engine, here = engine_of(), Owner.here()
+    engine, here = engine_of(), ProcessRecord.here()
     fcntl.flock, flock = _no_locks, fcntl.flock
     try:
         engine.save_checkpoint(tmp_path, tag="mine")
-        far = Owner("far-away", "b", "c", 1, 1, "yesterday")
-        on_first(lambda: rewritten(tmp_path / "mine", _put("state", "saved_by", far.record())))
+        on_first(lambda: rewritten(tmp_path / "mine", _put("state", "saved_by", FAR.model_dump())))
         with redirect_stderr(StringIO()) as said:
             engine.save_checkpoint(tmp_path, tag="mine")
         if dist.get_rank() == 0:
             assert "process 1 on far-away, started yesterday has saved mine while this one runs" in said.getvalue()
         init = Path("/proc/1/stat").read_text().rpartition(")")[2].split()
-        alive = Owner(here.host, here.boot, here.space, 1, int(init[19]), "at boot")
+        alive = here.model_copy(update={"pid": 1, "ticks": int(init[19])})
         theirs = tmp_path / f".tmp.theirs.{'0' * 16}"
-        on_first(lambda: (theirs.mkdir(), (theirs / "owner.json").write_bytes(Work(alive, "theirs").to_bytes())))
+        on_first(
+            lambda: (
+                theirs.mkdir(),
+                (theirs / "owner.json").write_bytes(SaveRecord(owner=alive, tag="theirs").to_bytes()),
+            )
+        )
         assert "process 1 on" in raised(lambda: engine.save_checkpoint(tmp_path, tag="mine"))
     finally:
         fcntl.flock = flock

@@ -18,7 +18,7 @@ from test_checkpoint_elastic import config, engine_of, train
 
 from deepspeedlite.checkpoint.__main__ import main as command
 from deepspeedlite.checkpoint.manifest import Manifest, Parameter, Piece
-from deepspeedlite.checkpoint.tensors import read_places
+from deepspeedlite.checkpoint.tensors import read_header
 from deepspeedlite.checkpoint.writer import TagWriter
 
 
@@ -63,7 +63,7 @@ def test_inspect_says_what_is_there_and_where(tmp_path):
     for parameter in found["parameters"]:
         for kind, stored in parameter["stored"].items():
             for piece in stored["pieces"]:
-                place = read_places(tmp_path / "global_step2" / piece["file"])[piece["tensor"]]
+                place = read_header(tmp_path / "global_step2" / piece["file"])[piece["tensor"]]
                 assert str(place.dtype) == f"torch.{stored['dtype']}", kind
                 assert piece["offset"] + piece["numel"] <= place.shape[0]
             assert sum(piece["numel"] for piece in stored["pieces"]) == parameter["numel"]

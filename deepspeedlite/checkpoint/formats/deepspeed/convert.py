@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from rich.progress import track
 
+from deepspeedlite.checkpoint.formats import FORMATS, open_checkpoint
 from deepspeedlite.checkpoint.formats.deepspeed.reader import DeepSpeedReader
 from deepspeedlite.checkpoint.formats.deepspeed.writer import Track, export_to_deepspeed
-from deepspeedlite.checkpoint.formats.hugging_face import open_checkpoint
 from deepspeedlite.checkpoint.manifest import Manifest, encode
 from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.runtime.errors import CheckpointError
@@ -32,7 +32,7 @@ def import_from_deepspeed(reader: DeepSpeedReader, out: str | Path, track: Track
     """
     if reader.left_out is not None:
         raise CheckpointError(f"{reader.path} cannot be imported: {reader.left_out}")
-    writer = TagWriter(out, reader.manifest.tag)
+    writer = TagWriter(out, reader.manifest.tag, formats=FORMATS)
     if os.path.lexists(writer.path):
         raise CheckpointError(f"{writer.path} exists already; name another folder")
     manifest, tensors = _as_ours(reader)

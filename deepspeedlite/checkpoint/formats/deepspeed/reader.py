@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.checkpoint.foreign import Groups
 from deepspeedlite.checkpoint.formats.deepspeed.layout import (
     MODEL_STATES,
     Span,
     dealt,
-    is_deepspeed,
     joined_spans,
     model_file,
     optimizer_file,
@@ -38,9 +38,8 @@ from deepspeedlite.checkpoint.formats.deepspeed.states import (
 )
 from deepspeedlite.checkpoint.manifest import EXTRA_STATE, MASTER, WEIGHT, Manifest, Parameter, Piece, encode
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.save import MACHINE_OPTIONS
-from deepspeedlite.checkpoint.tag import find_tag_dir, is_ours
-from deepspeedlite.checkpoint.tensors import FileRecord, Place
+from deepspeedlite.checkpoint.tensors import FileRecord, TensorInfo
+from deepspeedlite.checkpoint.train_state import MACHINE_OPTIONS
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 
@@ -66,15 +65,6 @@ _BY_NAME = {
     "lamb": "FusedLamb",
     "sgd": "SGD",
 }
-Groups = Sequence[Sequence[str]]
-
-
-def open_tag(path: Path, groups: Groups | None = None) -> Reader:
-    """A reader of a tag, ours or DeepSpeed's. `groups`: as in `DeepSpeedReader`."""
-    path = find_tag_dir(path)
-    if is_deepspeed(path) and not is_ours(path):
-        return DeepSpeedReader(path, groups)
-    return Reader(path)
 
 
 class DeepSpeedReader(Reader):
@@ -101,8 +91,8 @@ class DeepSpeedReader(Reader):
         self.tensors = files.tensors
         self.left_out = files.left_out  # why there are no optimizer states, where DeepSpeed's file has some
         self.manifest = Manifest.from_bytes(described.to_bytes(), str(self.path))
-        self._places = {
-            file: {name: Place(0, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
+        self._tensors = {
+            file: {name: TensorInfo(0, tensor.dtype, tuple(tensor.shape)) for name, tensor in tensors.items()}
             for file, tensors in self.tensors.items()
         }
         self._index()

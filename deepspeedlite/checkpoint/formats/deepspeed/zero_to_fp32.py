@@ -25,7 +25,8 @@ def main() -> None:
     parser.add_argument("--exclude_frozen_parameters", action="store_true", help="leave out what was not trained")
     args = parser.parse_args()
     try:
-        from deepspeedlite.compat.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
+        from deepspeedlite.checkpoint.formats import open_checkpoint
+        from deepspeedlite.checkpoint.formats.hugging_face.weights import export_weights, parse_bytes
         from deepspeedlite.runtime.errors import CheckpointError
     except ImportError as error:
         sys.exit(
@@ -33,7 +34,14 @@ def main() -> None:
             "run it with the Python of the training, or install deepspeedlite there"
         )
     try:
-        convert_zero_checkpoint_to_fp32_state_dict(**vars(args))
+        with open_checkpoint(args.checkpoint_dir, args.tag) as reader:
+            export_weights(
+                reader,
+                args.output_dir,
+                max_shard_bytes=parse_bytes(args.max_shard_size),
+                trained_only=args.exclude_frozen_parameters,
+                as_torch=not args.safe_serialization,
+            )
     except (CheckpointError, OSError) as error:
         sys.exit(str(error))
     print(f"the weights are in {args.output_dir}")

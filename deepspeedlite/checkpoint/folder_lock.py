@@ -2,8 +2,8 @@
 
 While a save lasts, its process has the folder locked (`flock` on the folder itself: no file is left that somebody would
 have to remove, and the kernel lets go when the process ends, however it ends). Where a file system has no such locks,
-as on some NFS mounts, the records that saves leave tell: `Owner` says which process it was, and whether it is alive
-where that can be known, which is on the machine it runs on.
+as on some NFS mounts, the records that saves leave tell: `ProcessRecord` says which process it was, and whether it is
+alive where that can be known, which is on the machine it runs on.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import os
 import socket
 import threading
 import time
-from dataclasses import asdict, dataclass, fields
+from contextlib import suppress
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
+
+from pydantic import BaseModel, ConfigDict, PositiveInt
 
 from deepspeedlite import comm
 from deepspeedlite.runtime.errors import CheckpointError
@@ -25,49 +27,36 @@ _PATIENCE_S = 2.0  # for another process that has locked a folder to say who it 
 _MOST_GENERATIONS = 64  # of parents that are looked at
 
 
-@dataclass(frozen=True)
-class Owner:
+class ProcessRecord(BaseModel):
     """A process, so that it can be told from any other at any time; empty or 0 where the system does not say."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
     host: str
     boot: str  # of the machine: changes when it starts anew
     space: str  # of process numbers: containers have their own
-    pid: int
+    pid: PositiveInt
     ticks: int  # of the kernel's clock, when the process started
     started: str  # the same for people
 
     @classmethod
-    def here(cls) -> Owner:
+    def here(cls) -> ProcessRecord:
         """This process."""
         pid, ticks = os.getpid(), (_stat(os.getpid()) or (0, 0))[1]
         boot_s = next((float(line.split()[1]) for line in _read("/proc/stat").splitlines() if line[:5] == "btime"), 0.0)
         at = datetime.fromtimestamp(boot_s + ticks / os.sysconf("SC_CLK_TCK"), timezone.utc) if boot_s else None
         return cls(
-            socket.gethostname(),
-            _read("/proc/sys/kernel/random/boot_id").strip(),
-            _link("/proc/self/ns/pid"),
-            pid,
-            ticks,
-            f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "at an unknown time",
+            host=socket.gethostname(),
+            boot=_read("/proc/sys/kernel/random/boot_id").strip(),
+            space=_read("/proc/self/ns/pid"),
+            pid=pid,
+            ticks=ticks,
+            started=f"{at:%Y-%m-%d %H:%M:%S} UTC" if at else "at an unknown time",
         )
-
-    @classmethod
-    def of(cls, record: Any) -> Owner | None:
-        """What `record` made; None for anything else."""
-        if not isinstance(record, dict) or record.keys() != {field.name for field in fields(cls)}:
-            return None
-        owner = cls(**record)
-        numbers = type(owner.pid) is int and type(owner.ticks) is int and owner.pid > 0
-        texts = all(isinstance(text, str) for text in (owner.host, owner.boot, owner.space, owner.started))
-        return owner if numbers and texts else None
-
-    def record(self) -> dict[str, Any]:
-        """As JSON-able data."""
-        return asdict(self)
 
     def is_alive(self) -> bool | None:
         """Whether the process still runs; None where that cannot be known from here."""
-        here = Owner.here()
+        here = ProcessRecord.here()
         if not self.boot or not here.boot:
             return None
         if self.boot != here.boot:
@@ -81,7 +70,7 @@ class Owner:
 
     def is_kin(self) -> bool:
         """Whether this process descends from that one, or that one from this."""
-        here = Owner.here()
+        here = ProcessRecord.here()
         if (self.boot, self.space) != (here.boot, here.space):
             return False
         return here.pid in _line(self.pid) or self.pid in _line(here.pid)
@@ -91,17 +80,10 @@ class Owner:
 
 
 def _read(path: str) -> str:
-    try:
-        return Path(path).read_text()
-    except (OSError, UnicodeDecodeError):
-        return ""
-
-
-def _link(path: str) -> str:
-    try:
-        return os.readlink(path)
-    except OSError:
-        return ""
+    """A file of the system's, or where a link leads; empty where there is none."""
+    with suppress(OSError, UnicodeDecodeError):
+        return os.readlink(path) if os.path.islink(path) else Path(path).read_text()
+    return ""
 
 
 def _stat(pid: int) -> tuple[int, int] | None:
@@ -116,10 +98,8 @@ def _is_hidden(pid: int) -> bool:
     """Whether there is such a process, of another user, that /proc does not show."""
     try:
         os.kill(pid, 0)
-    except PermissionError:
-        return True
-    except OSError:
-        pass
+    except OSError as error:
+        return isinstance(error, PermissionError)
     return False
 
 
@@ -148,7 +128,7 @@ def _in_a_child() -> None:
 os.register_at_fork(after_in_child=_in_a_child)
 
 
-class Turn:
+class FolderLock:
     """The right to write into a folder, from `take` until `end`; its holder loses it when it dies."""
 
     def __init__(self, folder: Path) -> None:
@@ -158,7 +138,7 @@ class Turn:
 
     @property
     def is_held(self) -> bool:
-        """Whether this has the turn."""
+        """Whether this has the folder."""
         return self._thread is not None
 
     def take(self, holder: Any) -> None:
@@ -168,7 +148,7 @@ class Turn:
             holder: gives the name of the process that writes there, or None as long as it is not known.
 
         Raises:
-            CheckpointError: another process has the turn.
+            CheckpointError: another process has the folder.
         """
         about = self._folder.stat()
         thread = _THREADS.setdefault((about.st_dev, about.st_ino), threading.Lock())

@@ -17,30 +17,13 @@ from typing import Any
 import torch
 
 from deepspeedlite.checkpoint.files import check_folder
-from deepspeedlite.checkpoint.formats.deepspeed.reader import open_tag
 from deepspeedlite.checkpoint.manifest import DTYPES, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.reader import Reader
-from deepspeedlite.checkpoint.tag import find_tag, is_whole
 from deepspeedlite.checkpoint.tensors import write_tensors
 from deepspeedlite.runtime.errors import CheckpointError
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 Track = Callable[[Iterable[Any], str], Iterable[Any]]
-
-
-def open_checkpoint(folder: str | Path, tag: Any = None) -> Reader:
-    """A tag's own folder, or `tag` (what `latest` names, if None) of a folder of tags; ours or DeepSpeed's.
-
-    Raises:
-        CheckpointError: there is none, or it is damaged.
-    """
-    folder = check_folder(folder, "reading")
-    if tag is None and is_whole(folder):
-        return open_tag(folder)
-    path = find_tag(folder, tag)
-    if path is None:
-        raise CheckpointError(f"{folder} is no checkpoint, and has none in it")
-    return open_tag(path)
 
 
 def parse_bytes(text: str | int) -> int:

@@ -1,0 +1,1 @@
+"""Hugging Face's layout of whole weights."""
