@@ -98,9 +98,9 @@ def flats_of(state: TrainState, change: bool = False) -> Iterator[Flat]:
 def _flats(state: TrainState, change: bool) -> Iterator[Flat]:
     names = _Names(state.module)
     states = state.optimizer.state if state.optimizer is not None else {}
-    for owner in state.owners:
-        yield from _of_owner(owner, names.inside(owner), states, change)
-    own = set(state.owners)
+    own = dict.fromkeys(state.owners)
+    for holder in own:
+        yield from _of_owner(holder, names.inside(holder), states, change)
     for name, param in state.module.named_parameters():
         owner = owner_of(param)
         if param.numel() and (owner is None or (owner not in own and not owner.sharded)):
