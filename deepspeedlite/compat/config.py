@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from operator import attrgetter
-from typing import Any, NamedTuple
+from types import SimpleNamespace
+from typing import Any
 
 from deepspeedlite import comm
 from deepspeedlite.config import ALL_SECTIONS, load_config
+from deepspeedlite.metrics.monitor.registry import WRITERS, Monitor, monitor_sections
 
 # DeepSpeed's attribute -> where it is in ours.
 _ATTRIBUTES = {
@@ -62,7 +64,7 @@ class DeepSpeedConfig:
     @property
     def monitor_config(self) -> MonitorConfig:
         """The sections of the monitors."""
-        return MonitorConfig(self._checked.tensorboard, self._checked.wandb, self._checked.csv_monitor)
+        return MonitorConfig(**monitor_sections(self._checked))
 
     def __getattr__(self, name: str) -> Any:
         if name == "_checked":  # not there yet: a copy, or an unpickled one
@@ -73,20 +75,23 @@ class DeepSpeedConfig:
         return attrgetter(_ATTRIBUTES.get(name, name))(self._checked)
 
 
-class MonitorConfig(NamedTuple):
-    """What `MonitorMaster` reads."""
-
-    tensorboard: Any
-    wandb: Any
-    csv_monitor: Any
+class MonitorConfig(SimpleNamespace):
+    """What `MonitorMaster` reads: the monitors' sections, by their names."""
 
     @property
     def enabled(self) -> bool:
         """Whether any of them is on."""
-        return any(section.enabled for section in self)
+        return any(section.enabled for section in vars(self).values())
+
+
+class MonitorMaster(Monitor):
+    """A `Monitor` of one's own, from what `get_monitor_config(dict)` returns. For any rank to make."""
+
+    def __init__(self, monitor_config: Any) -> None:
+        super().__init__(rank=comm.get_rank() if comm.is_initialized() else 0, **monitor_sections(monitor_config))
 
 
 def get_monitor_config(param_dict: Mapping[str, Any]) -> MonitorConfig:
     """The monitors' sections of a configuration, checked; what else it holds is not looked at."""
-    given = {name: param_dict[name] for name in (*MonitorConfig._fields, "comet") if name in param_dict}
+    given = {name: param_dict[name] for name in (*WRITERS, "comet") if name in param_dict}
     return DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **given}).monitor_config

@@ -16,7 +16,7 @@ import torch
 from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.metrics.flops import FlopsProfiler
 from deepspeedlite.metrics.memory import memory_breakdown
-from deepspeedlite.metrics.monitor.registry import Monitor
+from deepspeedlite.metrics.monitor.registry import Monitor, monitor_sections
 from deepspeedlite.metrics.timers import ThroughputTimer, Timers
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.log import log_dist
@@ -69,10 +69,10 @@ class TrainLog:
         self._memory = bool(config.memory_breakdown)
         self.timers = Timers(device, enabled=self._wall_clock)
         self.throughput = ThroughputTimer(batch_size, steps_per_output=self._every, device=device)
-        sections = (config.tensorboard, config.wandb, config.csv_monitor)
-        self.monitor = Monitor(*sections, rank=rank)
+        sections = monitor_sections(config)
+        self.monitor = Monitor(rank=rank, **sections)
         # Taking a norm is a collective: all ranks take it, though rank 0 alone writes it down.
-        self.writes_norm = any(section is not None and section.enabled for section in sections)
+        self.writes_norm = any(section.enabled for section in sections.values())
         self._losses: list[torch.Tensor] = []
         self._flops_config = config.flops_profiler
         profiles = self._flops_config.enabled and rank == 0

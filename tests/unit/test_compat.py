@@ -339,8 +339,7 @@ def test_a_configuration_of_one_s_own(tmp_path):
 def test_a_monitor_of_one_s_own(tmp_path):
     """Made without an engine, from a part of a configuration."""
     from deepspeedlite.monitor.config import get_monitor_config
-
-    from deepspeedlite.metrics.monitor.registry import MonitorMaster
+    from deepspeedlite.monitor.monitor import MonitorMaster
 
     config = {"anything": 1, "csv_monitor": {"enabled": True, "output_path": str(tmp_path), "job_name": "mine"}}
     monitor = MonitorMaster(get_monitor_config(config))

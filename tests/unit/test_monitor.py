@@ -151,7 +151,11 @@ def test_a_value_that_is_no_number_is_named(tmp_path: Path, value: object) -> No
 def test_other_ranks_and_disabled_sections_touch_nothing(tmp_path: Path) -> None:
     on, off = section(tmp_path / "on"), section(tmp_path / "off", enabled=False)
     wandb = SimpleNamespace(enabled=True, group=None, team=None, project="p")
-    for monitor in (Monitor(on, wandb, on, rank=1), Monitor(off, None, off), Monitor()):
+    for monitor in (
+        Monitor(tensorboard=on, wandb=wandb, csv_monitor=on, rank=1),
+        Monitor(tensorboard=off, wandb=None, csv_monitor=off),
+        Monitor(),
+    ):
         assert not monitor.enabled
         monitor.write_events([("Train/x", 1.0, 1)])
         monitor.flush()

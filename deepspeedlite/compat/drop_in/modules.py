@@ -368,12 +368,11 @@ MODULES: Mapping[str, Names] = {
     "checkpoint.utils": at("compat.helpers", "clone_tensors_for_torch_save")
     | no("files are named by their manifest; see docs/checkpoint-format.md", "get_model_ckpt_name_for_rank")
     | no("files are named by their manifest; see docs/checkpoint-format.md", "get_zero_ckpt_name_for_rank"),
-    "monitor.monitor": at(
-        "metrics.monitor.registry", "MonitorMaster Monitor", "a failing disk ends a monitor, not the training"
-    ),
+    "monitor.monitor": at("metrics.monitor.registry", "Monitor", "a failing disk ends a monitor, not the training")
+    | at("compat.config", "MonitorMaster", "a failing disk ends a monitor, not the training"),
     "monitor.config": at("compat.config", "get_monitor_config")
     | at("compat.config", "CometConfig", "a section of the configuration")
-    | renamed("compat.config", "a tuple of the sections", DeepSpeedMonitorConfig="MonitorConfig")
+    | renamed("compat.config", "an object with the sections", DeepSpeedMonitorConfig="MonitorConfig")
     | renamed(
         "config.sections.monitors",
         "a section of the configuration",

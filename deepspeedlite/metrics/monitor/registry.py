@@ -6,51 +6,53 @@ device tensors: those of one call are fetched together, so a call costs at most 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
 import torch
 
-from deepspeedlite import comm
 from deepspeedlite.metrics.monitor.csv_files import CsvWriter
 from deepspeedlite.metrics.monitor.tensorboard import TensorBoardWriter
 from deepspeedlite.metrics.monitor.wandb import WandbWriter
-from deepspeedlite.metrics.monitor.writer import Event, FileSection, Point, WandbSection, Writer
+from deepspeedlite.metrics.monitor.writer import Event, Point, Writer
 from deepspeedlite.runtime.errors import UnsupportedError
 from deepspeedlite.runtime.log import logger
+
+# A section of the configuration -> what writes for it; opened in this order.
+WRITERS: Mapping[str, Callable[[Any], Writer]] = {
+    "tensorboard": TensorBoardWriter,
+    "csv_monitor": CsvWriter,
+    "wandb": WandbWriter,
+}
+
+
+def monitor_sections(config: Any) -> dict[str, Any]:
+    """The sections of the monitors in a configuration."""
+    return {name: getattr(config, name) for name in WRITERS}
 
 
 class Monitor:
     """All writers as one. On ranks other than 0 it opens nothing and does nothing.
 
     Args:
-        tensorboard: config section (enabled, output_path, job_name), or None.
-        wandb: config section (enabled, group, team, project), or None.
-        csv_monitor: config section (enabled, output_path, job_name), or None.
         rank: this process's global rank.
+        sections: by their names in `WRITERS`, sections of a configuration, or None.
 
     Raises:
         ConfigError: an enabled writer's package is missing, its folder cannot be made, or W&B refuses the run.
+        UnsupportedError: there is no monitor of such a name.
     """
 
-    def __init__(
-        self,
-        tensorboard: FileSection | None = None,
-        wandb: WandbSection | None = None,
-        csv_monitor: FileSection | None = None,
-        rank: int = 0,
-    ) -> None:
+    def __init__(self, *, rank: int = 0, **sections: Any) -> None:
+        if unknown := sections.keys() - WRITERS.keys():
+            raise UnsupportedError(f"there is no monitor {', '.join(sorted(unknown))}; use {', '.join(WRITERS)}")
         self._writers: list[Writer] = []
-        if rank != 0:
-            return
         try:
-            if tensorboard is not None and tensorboard.enabled:
-                self._writers.append(TensorBoardWriter(tensorboard))
-            if csv_monitor is not None and csv_monitor.enabled:
-                self._writers.append(CsvWriter(csv_monitor))
-            if wandb is not None and wandb.enabled:
-                self._writers.append(WandbWriter(wandb))
+            for name, make_writer in WRITERS.items() if rank == 0 else ():
+                section = sections.get(name)
+                if section is not None and section.enabled:
+                    self._writers.append(make_writer(section))
         except BaseException:
             self.close()
             raise
@@ -93,14 +95,6 @@ class Monitor:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
-
-
-class MonitorMaster(Monitor):
-    """A `Monitor` of one's own, from what `monitor.config.get_monitor_config(dict)` returns. For any rank to make."""
-
-    def __init__(self, monitor_config: Any) -> None:
-        rank = comm.get_rank() if comm.is_initialized() else 0
-        super().__init__(monitor_config.tensorboard, monitor_config.wandb, monitor_config.csv_monitor, rank=rank)
 
 
 def _to_host(events: Sequence[Event]) -> list[Point]:

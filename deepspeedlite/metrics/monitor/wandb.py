@@ -7,11 +7,25 @@ variables work as ever.
 from __future__ import annotations
 
 from itertools import groupby
+from typing import Protocol
 
-from deepspeedlite.metrics.monitor.writer import Point, WandbSection, require
+from deepspeedlite.metrics.monitor.writer import Point, require
 from deepspeedlite.runtime.errors import ConfigError
 
 SECTION = "wandb"
+
+
+class WandbSection(Protocol):
+    """Config section `wandb`."""
+
+    @property
+    def enabled(self) -> bool: ...
+    @property
+    def group(self) -> str | None: ...
+    @property
+    def team(self) -> str | None: ...
+    @property
+    def project(self) -> str: ...
 
 
 class WandbWriter:

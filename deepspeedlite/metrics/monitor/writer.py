@@ -33,19 +33,6 @@ class FileSection(Protocol):
     def job_name(self) -> str: ...
 
 
-class WandbSection(Protocol):
-    """Config section `wandb`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def group(self) -> str | None: ...
-    @property
-    def team(self) -> str | None: ...
-    @property
-    def project(self) -> str: ...
-
-
 class Writer(Protocol):
     """One destination."""
 

@@ -273,7 +273,8 @@ class PipelineEngine(Engine):
     def _forget_batch(self) -> None:
         """Leave the engine as it was before a batch that has failed."""
         self.zero_grad()
-        self.micro_steps, self.module.micro_offset = self._before
+        self.micro_steps, micro_offset = self._before
+        self.module.rewind(micro_offset)
         self._window_steps = self._passes_since_step = 0
 
     def _forward_micro_batch(
@@ -282,7 +283,7 @@ class PipelineEngine(Engine):
         """One forward pass of this stage: its inputs, and its output (on the last stage, its loss if it has one)."""
         inputs = None if self.is_first_stage() else self._comm.receive_activation(training)
         if inputs is None and not self.is_first_stage():
-            self._faults.idle = True
+            self._faults.keep_step()
         found = self._faults.attempt(
             "forward", index, partial(self._compute, inputs, batch, training=training, compute_loss=compute_loss)
         )

@@ -68,6 +68,10 @@ class Faults:
             self.idle = True
         return None
 
+    def keep_step(self) -> None:
+        """A stage before this one has said that it failed."""
+        self.idle = True
+
     def ask(self) -> None:
         """Start to find out whether any rank has failed. Collective, as is `settle`, which must follow."""
         flag = torch.tensor([int(self.idle)])

@@ -234,6 +234,10 @@ class PipelineModule(torch.nn.Module):
         if checkpoint_interval:
             self.activation_checkpoint_interval = checkpoint_interval
 
+    def rewind(self, micro_offset: int) -> None:
+        """Forget the forward passes since there were so many."""
+        self.micro_offset = micro_offset
+
     def set_checkpoint_interval(self, interval: int) -> None:
         """Keep the input of only every so many layers from now on; 0: keep all."""
         self.activation_checkpoint_interval = interval
