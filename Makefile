@@ -50,6 +50,9 @@ test:  ## run the whole test suite
 test-fast:  ## run the quick tests of every part, in under three minutes
 	$(TIMED) "make test-fast" $(MAKE) --no-print-directory test-here MARKS='-m "not slow"'
 
+coverage:  ## run the whole test suite and print which statements and branches it reaches (PYTEST_ARGS: a part of it)
+	$(TIMED) "make coverage" $(MAKE) --no-print-directory coverage-here MARKS=
+
 test-images:  ## run the tests of images and of clusters of containers (needs a Docker engine)
 	$(TIMED) "make test-images" env DSL_TEST_GPU_IMAGES=1 $(MAKE) --no-print-directory test-here \
 		PYTEST_ARGS=tests/image
@@ -68,7 +71,7 @@ fuzz:  ## train random small models under random configurations for an hour, eac
 	$(TIMED) "make fuzz" env DSL_FUZZ_S=$(FUZZ_S) DSL_FUZZ_SEED=$(FUZZ_SEED) $(MAKE) --no-print-directory test-here \
 		PYTEST_ARGS="tests/field/test_fuzz.py -k for_a_while $(PYTEST_ARGS)"
 
-.PHONY: demo-here test-here clients-here
+.PHONY: coverage demo-here test-here coverage-here clients-here
 clients-here: $(VENV)/.ready-clients
 	@$(BIN)/python -m pytest -p no:cacheprovider tests/clients $(PYTEST_ARGS)
 
@@ -76,8 +79,15 @@ demo-here: venv-examples
 	@$(BIN)/deepspeedlite --num_gpus $(RANKS) examples/cifar10/train.py \
 		--deepspeed_config examples/cifar10/ds_config.json --min_accuracy usual
 
+PYTEST = pytest -p no:cacheprovider --beside image,wheel,cluster $(MARKS) $(PYTEST_ARGS)
+
 test-here: venv-dev
-	@$(BIN)/python -m pytest -p no:cacheprovider $(MARKS) $(PYTEST_ARGS)
+	@$(BIN)/python -m $(PYTEST)
+
+coverage-here: export COVERAGE_FILE = $(abspath $(VENV))/coverage
+coverage-here: venv-dev
+	@rm -f "$(COVERAGE_FILE)"*
+	@$(BIN)/coverage run -m $(PYTEST); status=$$?; $(BIN)/coverage combine --quiet && $(BIN)/coverage report; exit $$status
 
 lint: venv-dev  ## check style, types, shell scripts and Dockerfiles
 	@bash tools/lint.sh "$(BIN)"

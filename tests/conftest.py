@@ -5,6 +5,7 @@ Ranks are started by `harness.distributed`; see its docstring. `from harness imp
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import socket
@@ -21,6 +22,14 @@ from paths import HELPERS, put_on_path
 
 put_on_path()
 pytest_plugins = ["beside"]
+
+if "COVERAGE_PROCESS_CONFIG" in os.environ:  # `make coverage`, which makes Python code slow
+    import hypothesis
+
+    hypothesis.settings.register_profile(
+        "traced", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+    )
+    hypothesis.settings.load_profile("traced")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

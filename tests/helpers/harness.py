@@ -44,6 +44,7 @@ START_LIMIT_S = 120.0  # a cold import of torch on a busy machine
 GRACE_S = 1.0  # how long the other ranks may still report after the first failure
 DEATH_CREDIT_S = 0.5  # a death is noticed later than the broken connections it causes on other ranks
 STACK_WAIT_S = 0.5  # how long faulthandler may take to write a rank's stack
+WRITE_WAIT_S = 20.0  # how long a rank may write its part of a coverage report
 LOG_TAIL_CHARS = 8000
 BOUND_TO_PYTEST = frozenset({"request", "monkeypatch", "capsys", "capfd", "capsysbinary", "capfdbinary", "caplog"})
 
@@ -315,8 +316,14 @@ class WorkerPool:
         self.workers.clear()
 
     def close(self) -> None:
-        """Kill every worker and remove the temporary files. In a forked child this does nothing."""
+        """End every worker and remove the temporary files. In a forked child this does nothing."""
         if os.getpid() == self.owner_pid:
+            if "COVERAGE_PROCESS_CONFIG" in os.environ:  # they write down what they have measured
+                for worker in self.workers:
+                    worker.pipe.close()
+                for worker in self.workers:
+                    with contextlib.suppress(subprocess.TimeoutExpired):
+                        worker.process.wait(WRITE_WAIT_S)
             self.close_workers()
             shutil.rmtree(self.folder, ignore_errors=True)
 
