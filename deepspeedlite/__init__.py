@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from deepspeedlite.comm import init_distributed
     from deepspeedlite.compat.engine import DeepSpeedEngine
     from deepspeedlite.compat.initialize import add_config_arguments, initialize
-    from deepspeedlite.optim.lr_schedules import add_tuning_arguments
+    from deepspeedlite.compat.tuning_arguments import add_tuning_arguments
 
 _OWN = ("config", "errors")
-_LAZY = {"add_tuning_arguments": "optim.lr_schedules"}
+_LAZY = {"add_tuning_arguments": "compat.tuning_arguments"}
 
 serve()  # DeepSpeed's module paths, such as deepspeedlite.runtime.lr_schedules: see drop_in
 

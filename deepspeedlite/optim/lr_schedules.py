@@ -3,8 +3,7 @@
 A schedule is a pure function of the step n, counted from 0: `lrs_at(n)` gives one learning rate per parameter group.
 `_Schedule` does the rest: it writes the rates into the optimizer, remembers n and saves it. So a schedule can be
 plotted, resumed or moved to any step without a replay. `build_scheduler` makes one from a configuration's
-`scheduler` section, where any torch.optim.lr_scheduler class may be named too; `add_tuning_arguments` adds the
-parameters of all of them to a command line.
+`scheduler` section, where any torch.optim.lr_scheduler class may be named too.
 
 The engine calls `step()` after each optimizer step, so step n of training runs with the rate of n - 1, and the
 very first with the one written at construction (n = -1).
@@ -12,7 +11,6 @@ very first with the one written at construction (n = -1).
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -20,11 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeedlite.config.recipes import accepted_parameters, scheduler_faults
+from deepspeedlite.config.recipes import scheduler_faults
 from deepspeedlite.optim.registry import fault_line
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.runtime.log import logger
-from deepspeedlite.runtime.text import IN_BRACKETS, did_you_mean
 
 PerGroup = float | Sequence[float]  # one value for all parameter groups, or one for each
 
@@ -70,6 +67,11 @@ class _Schedule:
         self.last_batch_iteration = sd["last_batch_iteration"]
         self._write()
 
+    def _begin(self) -> None:
+        """Write the first rates, unless this resumes."""
+        if self.last_batch_iteration == -1:
+            self._write()
+
     def _write(self) -> None:
         groups = self.optimizer.param_groups
         for group, lr in zip(groups, self.get_lr()):
@@ -109,8 +111,7 @@ class LRRangeTest(_Schedule):
         self.step_size = _whole_number("lr_range_test_step_size", lr_range_test_step_size, least=1)
         self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
         self.staircase = lr_range_test_staircase
-        if last_batch_iteration == -1:
-            self._write()
+        self._begin()
 
     def lrs_at(self, step: int) -> list[Any]:
         """The formula of the class's docstring."""
@@ -173,9 +174,8 @@ class OneCycle(_Schedule):
                 type(self.optimizer).__name__,
             )
             self.cycle_momentum = False
-        if last_batch_iteration == -1:
-            self._write()
-            self._last_lr = None
+        self._begin()
+        self._last_lr = None
 
     def lrs_at(self, step: int) -> list[Any]:
         """The formula of the class's docstring; min_lr before the first step."""
@@ -244,8 +244,7 @@ class WarmupLR(_Schedule):
         self.min_lrs = self._per_group("warmup_min_lr", warmup_min_lr)
         self.max_lrs = self._per_group("warmup_max_lr", warmup_max_lr)
         self.warmup_num_steps, self.warmup_type = _warmup(warmup_num_steps, warmup_type)
-        if last_batch_iteration == -1:
-            self._write()
+        self._begin()
 
     def lrs_at(self, step: int) -> list[Any]:
         """The formula of the class's docstring; min_lr before the first step."""
@@ -314,8 +313,7 @@ class WarmupCosineLR(_Schedule):
         groups = self.optimizer.param_groups
         self.org_lrs = [group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
         _warn_if_all_warmup(self.total_num_steps, self.warmup_num_steps)
-        if last_batch_iteration == -1:
-            self._write()
+        self._begin()
 
     def lrs_at(self, step: int) -> list[Any]:
         """The formula of the class's docstring."""
@@ -337,18 +335,13 @@ class WarmupCosineLR(_Schedule):
         return max(0.0, self.cos_min_ratio + (1.0 - self.cos_min_ratio) * (1 + math.cos(math.pi * progress)) / 2)
 
 
-_SCHEDULES: dict[str, type[_Schedule]] = {
+SCHEDULES: dict[str, type[_Schedule]] = {
     cls.__name__: cls for cls in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
 }
-VALID_LR_SCHEDULES: list[str] = list(_SCHEDULES)
+VALID_LR_SCHEDULES: list[str] = list(SCHEDULES)
 
 _TORCH_SCHEDULES: dict[str, type] = {
-    name: cls
-    for name, cls in vars(torch.optim.lr_scheduler).items()
-    if isinstance(cls, type)
-    and issubclass(cls, torch.optim.lr_scheduler.LRScheduler)
-    and not name.startswith("_")
-    and name != "LRScheduler"
+    name: getattr(torch.optim.lr_scheduler, name) for name in torch.optim.lr_scheduler.__all__ if name != "LRScheduler"
 }
 
 
@@ -361,74 +354,19 @@ def build_scheduler(type: str, params: Mapping[str, Any] | None, optimizer: Any)
     options = dict(params or {})
     if faults := scheduler_faults(type, options):
         raise OptimizerError(f"scheduler {type}: " + "\n  ".join(fault_line("scheduler", type, *one) for one in faults))
-    cls = {name.lower(): cls for name, cls in {**_TORCH_SCHEDULES, **_SCHEDULES}.items()}[type.lower()]
+    cls = {name.lower(): cls for name, cls in {**_TORCH_SCHEDULES, **SCHEDULES}.items()}[type.lower()]
     try:
         return cls(_with_param_groups(optimizer), **options)
     except (OptimizerError, TypeError, ValueError, AttributeError) as error:
         raise OptimizerError(f"scheduler {type} cannot be built with scheduler.params {options}: {error}") from error
 
 
-# --lr_range_test_min_lr and so on: the name, its default on the command line, what it is.
-_TUNING_ARGUMENTS: tuple[tuple[str, Any, str], ...] = (
-    ("lr_range_test_min_lr", 0.001, "LRRangeTest: the rate to start from"),
-    ("lr_range_test_step_rate", 1.0, "LRRangeTest: growth per interval, as a multiple of the first rate"),
-    ("lr_range_test_step_size", 1000, "LRRangeTest: steps per interval"),
-    ("lr_range_test_staircase", False, "LRRangeTest: grow once per interval instead of every step"),
-    ("cycle_first_step_size", 1000, "OneCycle: steps of the rise"),
-    ("cycle_first_stair_count", -1, "OneCycle: stairs of the rise (-1: none)"),
-    ("cycle_second_step_size", -1, "OneCycle: steps of the fall (-1: as many as of the rise)"),
-    ("cycle_second_stair_count", -1, "OneCycle: stairs of the fall (-1: as many as of the rise)"),
-    ("decay_step_size", 1000, "OneCycle: steps per interval of the decay after the cycle"),
-    ("cycle_min_lr", 0.01, "OneCycle: lowest rate of the cycle"),
-    ("cycle_max_lr", 0.1, "OneCycle: highest rate of the cycle"),
-    ("decay_lr_rate", 0.0, "OneCycle: decay of the rate per interval after the cycle"),
-    ("cycle_momentum", False, "OneCycle: cycle the momentum too"),
-    ("cycle_min_mom", 0.8, "OneCycle: lowest momentum"),
-    ("cycle_max_mom", 0.9, "OneCycle: highest momentum"),
-    ("decay_mom_rate", 0.0, "OneCycle: growth of the momentum per interval after the cycle"),
-    ("warmup_min_lr", 0.0, "WarmupLR, WarmupDecayLR: the rate to start from"),
-    ("warmup_max_lr", 0.001, "WarmupLR, WarmupDecayLR: the rate to reach"),
-    ("warmup_num_steps", 1000, "Warmup*: steps of the rise"),
-    ("warmup_type", "log", "Warmup*: shape of the rise, log or linear"),
-    ("warmup_min_ratio", 0.01, "WarmupCosineLR: what to start from, as a part of the optimizer's lr"),
-    ("cos_min_ratio", 0.01, "WarmupCosineLR: what to end at, as a part of the optimizer's lr"),
-)
-
-
-def add_tuning_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
-    """Add `--lr_schedule` and one argument for every schedule parameter, with DeepSpeed's names and defaults."""
-    group = parser.add_argument_group("learning-rate schedule")
-    group.add_argument("--lr_schedule", type=str, default=None, help=f"one of {', '.join(VALID_LR_SCHEDULES)}")
-    for name, default, text in _TUNING_ARGUMENTS:
-        if isinstance(default, bool):
-            group.add_argument(f"--{name}", action="store_true", default=default, help=text)
-        else:
-            group.add_argument(f"--{name}", type=type(default), default=default, help=f"{text} (default %(default)s)")
-    return parser
-
-
-def get_config_from_args(args: argparse.Namespace) -> tuple[dict[str, Any] | None, str | None]:
-    """A `scheduler` section from the arguments of `add_tuning_arguments`: (section, None) or (None, why not)."""
-    name = getattr(args, "lr_schedule", None)
-    if name is None:
-        return None, "--lr_schedule not specified on command line"
-    if name not in _SCHEDULES:
-        return None, f"{name} is not a supported LR schedule{did_you_mean(name, VALID_LR_SCHEDULES, form=IN_BRACKETS)}"
-    accepted = accepted_parameters(_SCHEDULES[name], leading=1)
-    given = {key: value for key, value in vars(args).items() if key in accepted and value is not None}
-    params = {key: value for key, value in given.items() if not (key.startswith("cycle_") and value == -1)}
-    return {"type": name, "params": params}, None
-
-
 def _with_param_groups(optimizer: Any) -> Any:
     """The object whose `param_groups` are to be written: an inner torch optimizer first, else the one given."""
-    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
-        if isinstance(candidate, torch.optim.Optimizer):
-            return candidate
-    for candidate in (optimizer, getattr(optimizer, "optimizer", None)):
-        if hasattr(candidate, "param_groups"):
-            return candidate
-    raise OptimizerError(f"a schedule needs an optimizer with param_groups, got {type(optimizer).__name__}")
+    candidates = [one for one in (optimizer, getattr(optimizer, "optimizer", None)) if hasattr(one, "param_groups")]
+    if not candidates:
+        raise OptimizerError(f"a schedule needs an optimizer with param_groups, got {type(optimizer).__name__}")
+    return next((one for one in candidates if isinstance(one, torch.optim.Optimizer)), candidates[0])
 
 
 def _number(name: str, value: Any, least: float | None = None) -> Any:

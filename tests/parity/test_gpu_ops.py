@@ -21,6 +21,7 @@ from deepspeedlite.ops.adam import FusedAdam, fused_adam_in_torch
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
+from deepspeedlite.ops.uncorrected_adam import UncorrectedAdam
 from deepspeedlite.optim import registry
 from deepspeedlite.runtime.errors import OpError, OptimizerError
 
@@ -517,7 +518,7 @@ def test_the_engine_hands_over_16_bit_gradients(cls, device, monkeypatch):
 def test_adam_without_bias_correction_is_stepped_by_the_op_too(device):
     ours, theirs = parameters(device), parameters(device)
     mine = registry.build_optimizer("Adam", {"bias_correction": False, "adam_w_mode": False, "weight_decay": 0.1}, ours)
-    reference = registry.UncorrectedAdam(theirs, weight_decay=0.1, adam_w_mode=False)
+    reference = UncorrectedAdam(theirs, weight_decay=0.1, adam_w_mode=False)
     assert type(mine) is FusedAdam
     for _ in range(3):
         give_gradients(ours, theirs)

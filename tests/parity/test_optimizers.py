@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion
+from deepspeedlite.ops.uncorrected_adam import UncorrectedAdam
 from deepspeedlite.optim import registry
-from deepspeedlite.optim.registry import UncorrectedAdam, build_optimizer, check_flat_compatible, choose_fused
+from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 SHAPES = ((3, 4), (5,), (2, 2, 2), (1,))

@@ -11,6 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspeedlite.compat import tuning_arguments
 from deepspeedlite.optim import lr_schedules as schedules
 from deepspeedlite.optim.lr_schedules import OneCycle, WarmupCosineLR, WarmupLR, build_scheduler
 from deepspeedlite.runtime.errors import OptimizerError
@@ -251,13 +252,13 @@ def test_not_an_optimizer():
 
 
 def test_command_line():
-    parser = schedules.add_tuning_arguments(argparse.ArgumentParser())
-    assert schedules.get_config_from_args(parser.parse_args([]))[0] is None
-    section, problem = schedules.get_config_from_args(parser.parse_args(["--lr_schedule", "WarmupLRR"]))
+    parser = tuning_arguments.add_tuning_arguments(argparse.ArgumentParser())
+    assert tuning_arguments.get_config_from_args(parser.parse_args([]))[0] is None
+    section, problem = tuning_arguments.get_config_from_args(parser.parse_args(["--lr_schedule", "WarmupLRR"]))
     assert section is None and 'did you mean "WarmupLR"' in str(problem)
     for name in CASES:
         args = parser.parse_args(["--lr_schedule", name, "--warmup_num_steps", "12", "--cycle_max_lr", "0.5"])
-        section, problem = schedules.get_config_from_args(args)
+        section, problem = tuning_arguments.get_config_from_args(args)
         assert problem is None and section is not None and section["type"] == name
         extra = {"total_num_steps": 50} if "total_num_steps" in CASES[name] else {}
         build_scheduler(name, {**section["params"], **extra}, make_optimizer()).step()

@@ -192,9 +192,9 @@ MODULES: Mapping[str, Names] = {
     | at("data.loader", "DeepSpeedDataLoader", "made by build_dataloader; its position can be saved"),
     "runtime.lr_schedules": at(
         "optim.lr_schedules",
-        "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR add_tuning_arguments get_config_from_args "
-        "VALID_LR_SCHEDULES",
+        "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES",
     )
+    | at("compat.tuning_arguments", "add_tuning_arguments get_config_from_args")
     | at(
         "compat.names",
         "LR_SCHEDULE LR_RANGE_TEST ONE_CYCLE WARMUP_LR WARMUP_DECAY_LR WARMUP_COSINE_LR WARMUP_MIN_LR WARMUP_MAX_LR "
