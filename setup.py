@@ -1,6 +1,6 @@
 """Build entry point: the metadata is pyproject.toml's; here are the version and the ops that DS_BUILD_* ask for.
 
-See docs/ops.md for the variables. Nothing of the package is imported, nor torch.
+See docs/ops.md for the variables. Of the package the table of ops alone is imported; it needs nothing, torch neither.
 """
 
 import os
@@ -15,8 +15,8 @@ if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"error: setuptools {setuptools.__version__} is too old; pip install 'setuptools>=77'")
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE / "deepspeedlite" / "ops"))  # in a checkout a link leads from there to op_builder/
-from op_builder import OpBuildError, wheel  # noqa: E402
+sys.path.insert(0, str(HERE))
+from deepspeedlite.ops.op_builder import OpBuildError, wheel  # noqa: E402
 
 # The release's; see wheel.version for what may follow it.
 base = re.search(r'__version__ = "(.+)"', (HERE / "deepspeedlite" / "_version.py").read_text())[1]

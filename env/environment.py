@@ -235,7 +235,7 @@ def _fields(key: Key) -> list[str]:
 
 def buildable_ops() -> list[str]:
     """The ops that have sources."""
-    from op_builder import OPS
+    from deepspeedlite.ops.op_builder import OPS
 
     return [spec.name for spec in OPS.values() if not spec.pending]
 

@@ -16,9 +16,9 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "deepspeedlite" / "ops"))
-from op_builder import OPS, OpBuildError, find_torch  # noqa: E402
-from op_builder.gpu import find_gpu_compiler  # noqa: E402
+sys.path.insert(0, str(ROOT))
+from deepspeedlite.ops.op_builder import OPS, OpBuildError, find_torch  # noqa: E402
+from deepspeedlite.ops.op_builder.gpu import find_gpu_compiler  # noqa: E402
 
 # What comes with torch, with ROCm and with drivers is found where they are, and not copied into the wheel.
 ELSEWHERE = ("libtorch*.so", "libc10*.so", "libamdhip64.so*", "libcuda.so*")

@@ -6,20 +6,17 @@ sees no GPU, so none is initialised. It starts first and the report goes on mean
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import time
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 _IMPORT_TIMEOUT_S = 50.0  # less than a node may take, so that a node with a torch that hangs still reports
 _MARK = "dslite: "
-_OP_BUILDER = Path(__file__).resolve().parent.parent / "ops" / "op_builder"
 # Reads constants of the build only. Of the ops those are loaded that are compiled: argv names the files. Each is named
 # before it is loaded: one that kills the child is known by that, and is not taken for a broken torch.
 _SCRIPT = (
@@ -87,19 +84,11 @@ class Probe:
         return {**said[0], "loads": {fact["library"]: fact["failure"] for fact in said[1:]}}
 
 
-@cache
 def op_builder() -> ModuleType:
-    """The table of ops. (`deepspeedlite.ops` imports torch, so its folder is imported by its path.)"""
-    name = "_deepspeedlite_op_builder"
-    spec = importlib.util.spec_from_file_location(
-        name, _OP_BUILDER / "__init__.py", submodule_search_locations=[str(_OP_BUILDER)]
-    )
-    if spec is None or spec.loader is None:
-        raise ImportError(f"there is no table of ops in {_OP_BUILDER}")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module
-    spec.loader.exec_module(module)
-    return module
+    """The table of ops, which reading a report's other sections need not wait for."""
+    from deepspeedlite.ops import op_builder as table
+
+    return table
 
 
 def compiled_libraries() -> dict[str, Path]:

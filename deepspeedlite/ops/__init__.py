@@ -1,14 +1,12 @@
 """Compiled ops and the optimizers made of them. Every op has a counterpart in plain torch, for where it cannot be had.
 
-`load("cpu_adam")` gives the op, compiled when it is first asked for (see `op_builder.jit`).
+`load("cpu_adam")` gives the op, compiled when it is first asked for (see `op_builder.jit`). Only that imports torch.
 """
 
 from __future__ import annotations
 
 from functools import cache
 from typing import Any
-
-import torch
 
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops
 from deepspeedlite.runtime.errors import OpError
@@ -30,6 +28,8 @@ def load(name: str, device_type: str = "cpu") -> Any:
         op = getattr(load_ops(spec), name)
     except OpBuildError as error:
         raise OpError(f"op {name} is not available: {error}") from error
+    import torch
+
     if not torch._C._dispatch_has_computed_kernel_for_dispatch_key(f"deepspeedlite::{name}", device_type.upper()):
         raise OpError(f"op {name} is not available on {device_type}: it was compiled for the CPU alone")
     return op

@@ -185,7 +185,7 @@ def test_what_is_missing_comes_from_the_mirror_and_a_broken_node_is_bad(nodes: N
     (broken / "__init__.py").write_text("raise ImportError('no libtorch')\n")
     # The wheel is kept, so from a copy of the checkout.
     root = tmp_path / "checkout"
-    for name in ("deepspeedlite", "op_builder", "csrc", "tools"):
+    for name in ("deepspeedlite", "csrc", "tools"):
         shutil.copytree(ROOT / name, root / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__", "lib"))
     for name in ("install.sh", "pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, root)

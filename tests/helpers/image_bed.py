@@ -119,7 +119,7 @@ def copy_of_checkout(folder: Path) -> Path:
     ignored = shutil.ignore_patterns(
         ".git", ".venv*", "build", "dist", "*.egg-info", "__pycache__", "lib", ".*cache", "*.whl"
     )
-    for name in ("env", "op_builder", "csrc", "tools", "deepspeedlite", "examples"):
+    for name in ("env", "csrc", "tools", "deepspeedlite", "examples"):
         shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
     for name in (
         "setup.py",

@@ -264,7 +264,7 @@ def cold(tmp_path, monkeypatch):
     return tmp_path / "deepspeedlite"
 
 
-BUILD = "import sys; sys.path.insert(0, '.'); import op_builder as b; print(b.built(b.OPS['cpu_adam']))"
+BUILD = "from deepspeedlite.ops import op_builder as b; print(b.built(b.OPS['cpu_adam']))"
 
 
 def start_building() -> subprocess.Popen[str]:

@@ -31,7 +31,7 @@ STILL_CYCLES = {
 LAYERS = dict(
     enumerate(
         [
-            ["_version", "runtime"],
+            ["_version", "runtime", "ops.op_builder"],
             ["config"],
             ["launcher", "env_report"],
             ["comm", "ops"],
@@ -72,7 +72,7 @@ def python_files() -> list[Path]:
 
 
 def sized_files() -> list[Path]:
-    return [*python_files(), *sorted((ROOT / "op_builder").glob("*.py")), *sorted((ROOT / "env").rglob("*.py"))]
+    return [*python_files(), *sorted((ROOT / "env").rglob("*.py"))]
 
 
 def layer_of(module: str) -> int:
@@ -213,7 +213,7 @@ def modules_after(statement: str) -> set[str]:
         ("import deepspeedlite.launcher.ssh", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.tools.io_tune", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.config", {"torch", "rich", "numpy"}),
-        ("import op_builder", {"torch", "deepspeedlite", "numpy", "rich"}),  # setup.py reads it where none is installed
+        ("import deepspeedlite.ops.op_builder", {"torch", "pydantic", "numpy", "rich", "psutil"}),  # setup.py reads it
         ("import deepspeedlite; deepspeedlite.initialize", {"tensorboard", "wandb", "mpi4py", "rich", "pandas"}),
     ],
 )

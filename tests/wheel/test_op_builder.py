@@ -122,7 +122,7 @@ ISOLATED = """
 import sys
 sys.path = [p for p in sys.path if "site-packages" not in p]
 sys.path.insert(0, ".")
-import op_builder
+from deepspeedlite.ops import op_builder
 print(op_builder.find_torch().home)
 """
 

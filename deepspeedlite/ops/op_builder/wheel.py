@@ -16,12 +16,12 @@ from setuptools import Extension
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-from .errors import OpBuildError
-from .jit import why_not_compile
-from .prebuilt import Record, csrc, sources_hash, write_record
-from .spec import OPS
-from .toolchain import Build, Toolchain, build
-from .torch_build import find_torch
+from deepspeedlite.ops.op_builder.errors import OpBuildError
+from deepspeedlite.ops.op_builder.jit import why_not_compile
+from deepspeedlite.ops.op_builder.prebuilt import Record, csrc, sources_hash, write_record
+from deepspeedlite.ops.op_builder.spec import OPS
+from deepspeedlite.ops.op_builder.toolchain import Build, Toolchain, build
+from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 _FOLDER = Path("deepspeedlite", "ops", "lib")
 _NO_OPS = ("DS_BUILD_OPS", "DS_BUILD_STRING", "DS_BUILD_HOSTNAME")

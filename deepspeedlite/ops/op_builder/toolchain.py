@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import OpBuildError
-from .gpu import GpuCompiler, find_gpu_compiler
-from .spec import OpSpec
-from .torch_build import TorchBuild, find_torch
+from deepspeedlite.ops.op_builder.errors import OpBuildError
+from deepspeedlite.ops.op_builder.gpu import GpuCompiler, find_gpu_compiler
+from deepspeedlite.ops.op_builder.spec import OpSpec
+from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
 
 OLDEST_TORCH = 0x020A000000000000  # TORCH_TARGET_VERSION: 2.10
 _COMMON = ("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden")

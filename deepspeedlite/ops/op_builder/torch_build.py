@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import OpBuildError
+from deepspeedlite.ops.op_builder.errors import OpBuildError
 
 ACCELERATORS = ("cpu", "cuda", "rocm")
 

@@ -1,18 +1,18 @@
 """The ops: what each is made of (`spec`), how it is compiled (`toolchain`), when it is needed (`jit`) or into a wheel
 (`wheel`), and loading it under DeepSpeed's builder classes (`builder`).
 
-Nothing here imports deepspeedlite, and torch only where an op is loaded: setup.py, the library and env_report all read
-the one table. Inside the package this folder is `deepspeedlite.ops.op_builder`.
+Nothing else of the package is imported from here, and torch only where an op is loaded: setup.py (where nothing is
+installed), the library and env_report all read the one table.
 """
 
 from typing import Any
 
-from .builder import BUILDERS, OpBuilder, load_ops
-from .errors import OpBuildError
-from .jit import CacheEntry, built, cache_entries, cache_folder, compiled, why_not
-from .prebuilt import Record, installed_libraries, misfit, read_record
-from .spec import OPS, OpSpec
-from .torch_build import find_torch
+from deepspeedlite.ops.op_builder.builder import BUILDERS, OpBuilder, load_ops
+from deepspeedlite.ops.op_builder.errors import OpBuildError
+from deepspeedlite.ops.op_builder.jit import CacheEntry, built, cache_entries, cache_folder, compiled, why_not
+from deepspeedlite.ops.op_builder.prebuilt import Record, installed_libraries, misfit, read_record
+from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
+from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 __all__ = [
     "BUILDERS",

@@ -23,11 +23,11 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-from .errors import OpBuildError
-from .prebuilt import csrc, prebuilt, sources_hash
-from .spec import OPS, OpSpec
-from .toolchain import Build, Toolchain, build
-from .torch_build import find_torch
+from deepspeedlite.ops.op_builder.errors import OpBuildError
+from deepspeedlite.ops.op_builder.prebuilt import csrc, prebuilt, sources_hash
+from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
+from deepspeedlite.ops.op_builder.toolchain import Build, Toolchain, build
+from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 _logger = logging.getLogger("deepspeedlite")
 

@@ -11,10 +11,10 @@ from functools import cache
 from types import SimpleNamespace
 from typing import ClassVar
 
-from .errors import OpBuildError
-from .jit import built, why_not
-from .prebuilt import lib, misfit, read_record
-from .spec import OPS, OpSpec
+from deepspeedlite.ops.op_builder.errors import OpBuildError
+from deepspeedlite.ops.op_builder.jit import built, why_not
+from deepspeedlite.ops.op_builder.prebuilt import lib, misfit, read_record
+from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
 
 _logger = logging.getLogger("deepspeedlite")
 

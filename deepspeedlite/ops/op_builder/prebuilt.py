@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .gpu import cuda_mismatch
-from .spec import OpSpec
+from deepspeedlite.ops.op_builder.gpu import cuda_mismatch
+from deepspeedlite.ops.op_builder.spec import OpSpec
 
 
 class Record(NamedTuple):

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-from .errors import OpBuildError
-from .torch_build import TorchBuild
+from deepspeedlite.ops.op_builder.errors import OpBuildError
+from deepspeedlite.ops.op_builder.torch_build import TorchBuild
 
 # torch's names for generations, as in its own TORCH_CUDA_ARCH_LIST.
 _GENERATIONS = {
