@@ -39,9 +39,9 @@ from deepspeedlite.zero.lease import Lease, take_over
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.trace import PrefetchLimits
 from deepspeedlite.zero.unit import ReducePolicy
 from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
+from deepspeedlite.zero.use_order import PrefetchLimits
 from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.wrap import (
     FROZEN,

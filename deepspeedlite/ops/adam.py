@@ -99,6 +99,18 @@ def fused_adam_in_torch(
     put_back(on_device.found_inf, written, before)
 
 
+def _lists(of: OnePassOptimizer, updates: Sequence[OnePassUpdate], amsgrad: bool) -> tuple[list[Tensor], ...]:
+    """What either op is given: parameters, gradients, both moments, the largest second ones, and the copies."""
+    return (
+        [update.param for update in updates],
+        [update.grad for update in updates],
+        of._states(updates, "exp_avg"),
+        of._states(updates, "exp_avg_sq"),
+        of._states(updates, "max_exp_avg_sq") if amsgrad else [],
+        [update.copy for update in updates if update.copy is not None],
+    )
+
+
 class DeepSpeedCPUAdam(OnePassOptimizer):
     """Adam for parameters on the CPU, under DeepSpeed's name and with its arguments.
 
@@ -148,15 +160,7 @@ class DeepSpeedCPUAdam(OnePassOptimizer):
         how = Adam(step, float(group["lr"]), beta1, beta2, group["eps"], group["weight_decay"], grad_scale)
         how = how._replace(decoupled=group["adamw_mode"], bias_correction=group["bias_correction"])
         apply = load("cpu_adam") if is_available("cpu_adam") else adam_in_torch
-        apply(
-            [update.param for update in updates],
-            [update.grad for update in updates],
-            self._states(updates, "exp_avg"),
-            self._states(updates, "exp_avg_sq"),
-            self._states(updates, "max_exp_avg_sq") if group["amsgrad"] else [],
-            [update.copy for update in updates if update.copy is not None],
-            *how,
-        )
+        apply(*_lists(self, updates, group["amsgrad"]), *how)
 
 
 class FusedAdam(FusedOptimizer):
@@ -199,12 +203,7 @@ class FusedAdam(FusedOptimizer):
             known_lr = 0.0 if on_device.lr is not None else float(lr)
             apply = self._op("fused_adam", together) or fused_adam_in_torch
             apply(
-                [update.param for update in together],
-                [update.grad for update in together],
-                self._states(together, "exp_avg"),
-                self._states(together, "exp_avg_sq"),
-                self._states(together, "max_exp_avg_sq") if group["amsgrad"] else [],
-                [update.copy for update in together if update.copy is not None],
+                *_lists(self, together, group["amsgrad"]),
                 steps,
                 *on_device,
                 known_lr,

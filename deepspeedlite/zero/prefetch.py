@@ -28,8 +28,8 @@ from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.trace import LookAhead, PrefetchLimits, UseTrace
 from deepspeedlite.zero.unit import ShardUnit
+from deepspeedlite.zero.use_order import LookAhead, PrefetchLimits, UseTrace
 
 
 def tensors_in(value: Any, inside_objects: int = 2) -> Iterator[torch.Tensor]:

@@ -170,6 +170,13 @@ def test_objects_keep_their_attributes():
     assert len(slots) <= MAX_CALLBACK_SLOTS, f"callbacks that are assigned from outside: {slots}"
 
 
+def test_no_module_is_named_like_one_of_the_standard_library():
+    """Who types `import io` beside our files, or reads `trace` in a traceback, must not wonder which one is meant."""
+    forced = {"profiling"}  # by DeepSpeed's own path; the standard library's is new in Python 3.15
+    names = {part for file in python_files() for part in file.relative_to(PACKAGE).with_suffix("").parts}
+    assert not names & sys.stdlib_module_names - forced
+
+
 def test_sizes():
     wrong = []
     for file in sized_files():

@@ -26,15 +26,10 @@ class Wandb(Section):
     project: Text = key("deepspeed", "Project that the run belongs to.")
 
 
-class CsvMonitor(Section):
+class CsvMonitor(TensorBoard):
     """Metrics as one CSV file each."""
 
-    SWITCH = "enabled"
-    MAY_DIFFER = True
-
     enabled: Flag = key(False, "Write CSV files.")
-    output_path: Path = key("", "Directory for the files; empty: below the current directory.")
-    job_name: Text = key("DeepSpeedJobName", "Subdirectory for this run.")
 
 
 class CommsLogger(Section):

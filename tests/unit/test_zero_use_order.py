@@ -16,7 +16,7 @@ from harness import distributed
 from torch import nn
 
 import deepspeedlite
-from deepspeedlite.zero.trace import LookAhead, UseTrace
+from deepspeedlite.zero.use_order import LookAhead, UseTrace
 
 # --- the trace, beside one that looks at every use to come, every time ----------------------------------------------
 
