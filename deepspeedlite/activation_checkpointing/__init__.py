@@ -93,26 +93,24 @@ def configure(
     Raises:
         ConfigError: `contiguous_checkpointing` without what it needs.
     """
-    settings = _Settings(configured=True, mpu=mpu_)
-    settings.group = _model_parallel_group(mpu_)
+    section = None
     if deepspeed_config is not None:
         world = Group(mpu_.get_data_parallel_group()).size if mpu_ is not None else Group().size
-        loaded = load_config(deepspeed_config, world_size=world, peek=True)
-        section = loaded.activation_checkpointing
-        settings.partition, settings.on_host = section.partition_activations, section.cpu_checkpointing
-        settings.contiguous, settings.number = section.contiguous_memory_optimization, section.number_checkpoints
-        settings.synchronize, settings.profile = section.synchronize_checkpoint_boundary, section.profile
+        section = load_config(deepspeed_config, world_size=world, peek=True).activation_checkpointing
     given = {
-        "partition": partition_activations,
-        "contiguous": contiguous_checkpointing,
-        "number": num_checkpoints,
-        "on_host": checkpoint_in_cpu,
-        "synchronize": synchronize,
-        "profile": profile,
+        "partition": (partition_activations, "partition_activations"),
+        "contiguous": (contiguous_checkpointing, "contiguous_memory_optimization"),
+        "number": (num_checkpoints, "number_checkpoints"),
+        "on_host": (checkpoint_in_cpu, "cpu_checkpointing"),
+        "synchronize": (synchronize, "synchronize_checkpoint_boundary"),
+        "profile": (profile, "profile"),
     }
-    for name, value in given.items():
-        if value is not None:
-            setattr(settings, name, value)
+    chosen: dict[str, Any] = {
+        name: value if value is not None else getattr(section, key)
+        for name, (value, key) in given.items()
+        if value is not None or section is not None
+    }
+    settings = _Settings(configured=True, mpu=mpu_, group=_model_parallel_group(mpu_), **chosen)
     if settings.contiguous and not (settings.partition and settings.number):
         raise ConfigError("contiguous_checkpointing needs partition_activations and num_checkpoints")
     if settings.contiguous:
