@@ -187,7 +187,7 @@ class _Load:
             self._load_rest()
         state.reducer.share_values(state.share_numel)
         if state.optimizer is not None:
-            state.optimizer.broken = ""
+            state.optimizer.mend()
         if not self._options.module_only:
             self._load_progress()
 

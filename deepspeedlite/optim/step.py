@@ -12,7 +12,6 @@ on another tier, parameters on other ranks) has its place in that loop.
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -22,6 +21,7 @@ import torch
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer
 from deepspeedlite.optim.masters import MasterMaker, SteppedRun
+from deepspeedlite.optim.norms import StepNorm
 from deepspeedlite.optim.precision import LossScaler
 from deepspeedlite.optim.settings import StepSettings
 from deepspeedlite.optim.skipped import SkippedSteps
@@ -34,7 +34,6 @@ from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
-CLIP_EPSILON = 1e-6  # as in torch.nn.utils.clip_grad_norm_
 # Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
 CONVERTED_NUMEL = 1 << 22
 
@@ -68,26 +67,22 @@ class ShardedOptimizer(torch.optim.Optimizer):
     ) -> None:
         self.optimizer = optimizer
         self.loss_scaler = scaler
-        self.overflow = False
-        self._reducer = reducer
-        self._settings = settings
-        self._norm: float | None = None
-        self._norm_is_current = False
-        self.stepped_alone = False  # since the last backward pass, by `step`
-        self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
-        self._offload = settings.offload
+        self._reducer, self._settings, self._offload, self._module = reducer, settings, settings.offload, module
+        self._norm = StepNorm(reducer, scaler, settings.gradient_clipping, settings.check_overflow)
         self._skipped = SkippedSteps(scaler)
         self._masters = MasterMaker(optimizer, settings.offload, settings.low_precision_masters)
-        self._module = module
+        self.overflow = False  # whether the last step was skipped
+        self.stepped_alone = False  # since the last backward pass, by `step`
+        self.broken = ""  # why the states are not those of any step; loading a checkpoint mends it
         # Of the wrapped optimizer's groups, but frozen so far. See `train_thawed`.
         self.dormant = [entry for entry in named if not entry.param.requires_grad]
         at = {id(param): position for group in self.param_groups for position, param in enumerate(group["params"])}
-        # Of parameters, by name, in the groups that the optimizer was given.
+        # Of parameters, by name, in the groups that the optimizer was given: a checkpoint names states by them.
         self.positions = {entry.name: at[id(entry.param)] for entry in named}
         self._runs: list[SteppedRun] = []
-        self._runs_of_units: list[list[SteppedRun]] = []
+        self._runs_of_units: list[list[SteppedRun]] = []  # the same, in the order of the reducer's units
         for group in optimizer.param_groups:
-            group["params"] = []
+            group["params"] = []  # the units' runs take their places
         self._step_also(reducer.units)
         clear_with(optimizer, self.zero_grad)
 
@@ -147,7 +142,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         if self._reducer.has_grads:
             self.take_step()
             self.stepped_alone = True
-        elif self._norm_is_current:
+        elif self._norm.has_stepped:
             said = "optimizer.step() does nothing after engine.step(), which has taken the step: leave it out"
             log_once(said, logging.WARNING)
         else:
@@ -166,20 +161,13 @@ class ShardedOptimizer(torch.optim.Optimizer):
             unit.wait_for_readers()
         if self._settings.every_gradient_must_come:
             self._check_all_came()
-        self._norm, self._norm_is_current = None, True
-        factor = 1.0 / self.loss_scaler.scale
-        self.overflow = False
-        if self.needs_norm:
-            norm = self._measure_norm()
-            guilty = [] if math.isfinite(norm) else self._reducer.overflowed()
-            if guilty and self._settings.check_overflow:
-                self.overflow = True
-                self._reducer.clear()
-                self._skipped.account(guilty)
-                return
-            if not math.isfinite(norm) and not guilty:  # the squares alone overflowed
-                norm = self._measure_norm(precise=True)
-            factor *= self._clip_factor(norm)
+        guilty = self._norm.begin_step()
+        self.overflow = bool(guilty)
+        if guilty:
+            self._reducer.clear()
+            self._skipped.account(guilty)
+            return
+        factor = 1.0 / self.loss_scaler.scale * self._norm.clip_factor()
         frozen = self._frozen_parts()
         stores = [[run.store for run in runs] for runs in self._sub_groups]
         try:
@@ -244,10 +232,6 @@ class ShardedOptimizer(torch.optim.Optimizer):
         ]
         return [(view, view.clone()) for view in views]
 
-    def _clip_factor(self, norm: float) -> float:
-        limit = self._settings.gradient_clipping
-        return min(1.0, limit / (norm + CLIP_EPSILON)) if limit > 0 else 1.0
-
     @staticmethod
     def _load_grads(sub_group: list[SteppedRun], factor: float) -> None:
         for master, _, grads, *_ in sub_group:
@@ -274,11 +258,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     @property
     def needs_norm(self) -> bool:
         """Whether the step asks for the gradients' norm."""
-        return self._settings.gradient_clipping > 0 or self._settings.check_overflow
-
-    def _measure_norm(self, alone: bool = False, precise: bool = False) -> float:
-        self._norm = float(self._reducer.grad_norm(alone, precise)) / self.loss_scaler.scale
-        return self._norm
+        return self._norm.is_needed
 
     def grad_norm(self) -> float | None:
         """The 2-norm of the last step's averaged gradients, before clipping; None before the first step.
@@ -286,9 +266,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         Where neither clipping nor an overflow check needed it during the step, it is computed when asked for, which is
         possible until the next backward pass overwrites the gradients; afterwards None.
         """
-        if self._norm is None and self._norm_is_current and not self._reducer.has_grads:
-            return self._measure_norm(alone=True)
-        return self._norm
+        return self._norm.last()
 
     # --- what users and clients of an optimizer touch ----------------------------------------------------------------
 
@@ -350,6 +328,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
         units = self._reducer.add_units(reverse_buckets(entries, None))
         self.optimizer.param_groups[-1]["params"] = []
         self._step_also(units)
+
+    def mend(self) -> None:
+        """All states have come from a checkpoint."""
+        self.broken = ""
 
     def note_backward(self) -> None:
         """A backward pass begins: a step that comes after it is a new one."""
