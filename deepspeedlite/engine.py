@@ -45,7 +45,7 @@ from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
 from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.grad_reducer import GradReducer
-from deepspeedlite.zero.lease import Lease, weak_call
+from deepspeedlite.zero.lease import Lease
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher, tensors_in
 from deepspeedlite.zero.state_dicts import StateDicts
@@ -118,12 +118,8 @@ class Engine(torch.nn.Module):
         self._batch = parts.batch
         self._reducer = parts.reducer
         parts.lease.held_by(self)
-        self._reducer.on_unannounced = weak_call(self._announce_backward)
-        self._reducer.on_forget = weak_call(self._note_clearing)
         self._clearing = ModuleClearing(module, self._reducer)
         self._prefetcher = parts.prefetcher
-        if self._prefetcher is not None:
-            self._reducer.on_pass_end = self._prefetcher.end_backward
         self._scaler = parts.scaler
         self._casts_inputs = parts.precision.cast_inputs
         self._train_log = parts.train_log
@@ -187,7 +183,7 @@ class Engine(torch.nn.Module):
         if recording and (self.optimizer is not None or self._prefetcher is not None):
             for tensor in tensors_in(outputs):
                 if tensor.requires_grad:
-                    tensor.register_hook(self._announce_backward)
+                    tensor.register_hook(self.announce_backward)
         return outputs
 
     def backward(self, loss: torch.Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True) -> torch.Tensor:
@@ -328,7 +324,8 @@ class Engine(torch.nn.Module):
         self._loss_is_scaled = False
         self._reducer.end_backward()
 
-    def _announce_backward(self, grad: torch.Tensor | None = None) -> None:
+    def announce_backward(self, grad: torch.Tensor | None = None) -> None:
+        """A backward pass is under way; called by hooks, of the outputs and of the parameters."""
         self._reducer.note_pass()
         if not self._reducer.in_backward and not self._destroyed:
             self._begin_backward()
@@ -357,7 +354,8 @@ class Engine(torch.nn.Module):
         for param in self.module.parameters():
             param.grad = None
 
-    def _note_clearing(self) -> None:
+    def note_clearing(self) -> None:
+        """A user clears gradients."""
         self._losses_since_step = 0
         note_clearing(self._window_steps, self._batch.accumulation)
 

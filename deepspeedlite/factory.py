@@ -21,7 +21,7 @@ from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.data.loader import DeepSpeedDataLoader, LoaderOptions
 from deepspeedlite.engine import Engine, EngineParts
 from deepspeedlite.metrics.train_log import TrainLog
-from deepspeedlite.offload.options import Offload, make_offload
+from deepspeedlite.offload.options import make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.precision import LossScaler, Precision
@@ -31,20 +31,20 @@ from deepspeedlite.parallel.replica import Replica, Tie
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once
-from deepspeedlite.runtime.tensors import dtype_named
 from deepspeedlite.zero.flat_params import FlatParams, make_whole, owner_of
 from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
-from deepspeedlite.zero.lease import Lease, take_over
-from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.lease import Holder, Lease, take_over
+from deepspeedlite.zero.plan import ReducePolicy, ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.unit import ReducePolicy
+from deepspeedlite.zero.unit import ShardUnit, UnitOptions
 from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
-from deepspeedlite.zero.use_order import PrefetchLimits
+from deepspeedlite.zero.use_order import PrefetchLimits, UseTrace
 from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.wrap import (
     FROZEN,
+    Bucket,
     NamedParameter,
     frozen_parameters,
     module_buckets,
@@ -137,8 +137,16 @@ def _build_parts(
         warn_left_out(model, [*(entry.param for entry in named), *left], param_groups)
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     offload = make_offload(settings, Group(), cuts_runs=not isinstance(base, FusedLamb))
-    settled = precision, offload, engine_class.ties_of(model)
-    reducer, sharded = _make_reducer(settings, plan, group, replica, model, trained, left, settled)
+    ties, holder = engine_class.ties_of(model), Holder()
+    options = UnitOptions(
+        policy=ReducePolicy.from_config(settings, group),
+        plan=plan,
+        grad_dtype=precision.grad_dtype,
+        offload=offload,
+        counts=replica.counts,
+        live=UseTrace(),
+    )
+    reducer, sharded = _make_reducer(settings, options, replica, model, trained, left, ties, holder)
     scaler = LossScaler.from_config(settings, precision)
     step_settings = StepSettings.from_config(settings, precision, offload)
     optimizer = None
@@ -158,7 +166,7 @@ def _build_parts(
         optimizer=optimizer,
         lr_scheduler=_make_scheduler(settings, base, given.lr_scheduler),
         train_log=TrainLog(settings, device, model, batch.train, comm.get_rank()),
-        lease=Lease(reducer, *sharded, trains=base is not None, borrows=bool(left)),
+        lease=Lease(reducer, *sharded, holder=holder, trains=base is not None, borrows=bool(left)),
         state_dicts=state_dicts,
         prefetcher=prefetcher,
         frozen=frozen,
@@ -176,45 +184,34 @@ def _make_loader(data: Any, batch: BatchSizes, group: Group, loading: LoaderOpti
 
 def _make_reducer(
     settings: DeepSpeedConfig,
-    plan: ShardingPlan,
-    group: Group,
+    options: UnitOptions,
     replica: Replica,
     model: torch.nn.Module,
     trained: Sequence[NamedParameter],
     left: Collection[torch.Tensor],
-    settled: tuple[Precision, Offload, Sequence[Tie]],
+    ties: Sequence[Tie],
+    holder: Holder,
 ) -> tuple[GradReducer, tuple[StateDicts, ParamPrefetcher | None, list[FlatParams]]]:
     """The units; what gathers values for state dicts and for passes, and the sharded values that are not trained."""
-    zero, (precision, offload, ties) = settings.zero_optimization, settled
+    zero, plan, group = settings.zero_optimization, options.plan, options.policy.group
     mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
     buckets, frozen = _make_buckets(zero, plan, model, trained, left, ties)
-    policy = ReducePolicy(
-        group,
-        prescale_gradients=settings.prescale_gradients,
-        predivide_factor=settings.gradient_predivide_factor,
-        wire_dtype=dtype_named(settings.communication_data_type),
-        scatter=zero.reduce_scatter,
-    )
-    reducer = GradReducer(
-        buckets,
-        policy,
-        plan=plan,
-        grad_dtype=precision.grad_dtype,
-        overlap=zero.overlap_comm is not False,
-        offload=offload,
-        replica=replica,
-    )
-    for unit in reducer.units:
-        unit.tied_group = next((tie.group for tie in ties if tie.holds(unit.params[0])), None)
-    frozen_values = [FlatParams(bucket, group, sharded=True, offload=offload) for bucket in frozen]
-    sharded = [*(unit for unit in reducer.units if unit.sharded), *frozen_values]
-    gathered = {*reducer.units, *frozen_values}
+    units = [ShardUnit(bucket, options) for bucket in buckets]
+    frozen_values = [
+        FlatParams(bucket, group, sharded=True, offload=options.offload, live=options.live) for bucket in frozen
+    ]
+    sharded = [*(unit for unit in units if unit.sharded), *frozen_values]
+    gathered = {*units, *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
     leaves = get_z3_leaf_modules(model)
     dicts = StateDicts(model, leaves)
     limits = PrefetchLimits.from_config(zero)
-    prefetcher = ParamPrefetcher(model, sharded, leaves, limits, state_dicts=dicts) if sharded else None
+    prefetcher = None
+    if sharded:
+        prefetcher = ParamPrefetcher(model, sharded, leaves, limits, trace=options.live, state_dicts=dicts)
+    overlap = zero.overlap_comm is not False
+    reducer = GradReducer(units, options, overlap=overlap, replica=replica, prefetcher=prefetcher, listener=holder)
     return reducer, (dicts, prefetcher, frozen_values)
 
 
@@ -225,25 +222,27 @@ def _make_buckets(
     trained: Sequence[NamedParameter],
     left: Collection[torch.Tensor],
     ties: Sequence[Tie],
-) -> tuple[list[tuple[list[NamedParameter], bool]], list[list[NamedParameter]]]:
-    """The parameters of each unit in launch order with whether its values are sharded; those of each frozen one."""
+) -> tuple[list[Bucket], list[list[NamedParameter]]]:
+    """The parameters of each unit in launch order; those of each frozen one."""
     if not plan.shard_params:
-        apart = [[entry for entry in trained if tie.holds(entry.param)] for tie in ties]
-        tied = {entry.name for entries in apart for entry in entries}
+        apart = [(tie.group, [entry for entry in trained if tie.holds(entry.param)]) for tie in ties]
+        tied = {entry.name for _, entries in apart for entry in entries}
         rest = [entry for entry in trained if entry.name not in tied]
-        buckets = [(bucket, False) for bucket in reverse_buckets(rest, zero.reduce_bucket_size)]
+        buckets = [Bucket(members) for members in reverse_buckets(rest, zero.reduce_bucket_size)]
         # Alike on every stage that has a copy, so that the copies' gradients can be added up.
-        return buckets + [(bucket, False) for entries in apart for bucket in reverse_buckets(entries, sys.maxsize)], []
+        for tied_group, entries in apart:
+            buckets += [Bucket(members, False, tied_group) for members in reverse_buckets(entries, sys.maxsize)]
+        return buckets, []
     everyone = [*trained, *(entry for entry in frozen_parameters(model, trained) if entry.param not in left)]
     held = {id(param) for param in model.parameters()}
     persistent, sharded = split_persistent(
         everyone, held, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
     )
     by_module = module_buckets(model, sharded, get_z3_leaf_modules(model))
-    buckets = [(bucket, True) for bucket in by_module if bucket[0].group != FROZEN]
+    buckets = [Bucket(members, sharded=True) for members in by_module if members[0].group != FROZEN]
     small = [entry for entry in persistent if entry.group != FROZEN]
-    buckets += [(bucket, False) for bucket in reverse_buckets(small, zero.reduce_bucket_size)]
-    return buckets, [bucket for bucket in by_module if bucket[0].group == FROZEN]
+    buckets += [Bucket(members) for members in reverse_buckets(small, zero.reduce_bucket_size)]
+    return buckets, [members for members in by_module if members[0].group == FROZEN]
 
 
 def _make_base_optimizer(

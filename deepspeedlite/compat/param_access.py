@@ -28,7 +28,8 @@ import torch
 
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
 from deepspeedlite.zero.flat_params import ParamState, full_shape, owner_of
-from deepspeedlite.zero.unit import GradState, ShardUnit, Stepper
+from deepspeedlite.zero.grad_buffer import GradState
+from deepspeedlite.zero.unit import ShardUnit, Stepper
 
 _T = TypeVar("_T")
 _FINE, _NOT_MADE, _UNKNOWN = range(3)
@@ -68,7 +69,7 @@ class _Place:
         self.unit, self.slot, self.loss_scale = unit, unit.slot_of(param), stepper.loss_scale
         self.dtype = torch.float64 if unit.dtype is torch.float64 else torch.float32
         self.is_split = unit.layout.shard_count > 1
-        self.in_slot, self.in_shard = unit.own_part(self.slot)
+        self.in_slot, self.in_shard = unit.grads.own_part(self.slot)
         start, stop = self.slot.start + self.in_slot.start, self.slot.start + self.in_slot.stop
         self.numel, self._stepper = stop - start, stepper
         self._runs = [
@@ -123,8 +124,8 @@ class _Place:
         """The gradient in the unit's memory, times the loss scale: 1-D, and whether it is more than the fragment."""
         self.unit.take_in()
         own = self.unit.own_grad(self.slot)
-        if own is None and self.unit.grad_state is GradState.AVERAGED:
-            return self.unit.grad_shard[self.in_shard], False
+        if own is None and self.unit.grads.state is GradState.AVERAGED:
+            return self.unit.grads.shard[self.in_shard], False
         return own, self.is_split
 
     def local_grad(self) -> torch.Tensor | None:
@@ -227,7 +228,7 @@ def safe_set_full_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     whole = place.checked(value, place.slot.shape) * place.loss_scale
     grad, is_more = place.grad()
     place.existing(grad, _NO_GRAD).copy_(whole if is_more else whole[place.in_slot])
-    place.unit.forget_norm()
+    place.unit.grads.forget_norm()
 
 
 def safe_update_full_grad_vectorized(
@@ -300,7 +301,7 @@ def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
     place = _writable(param)
     fragment = place.checked(value, (place.numel,)) * place.loss_scale
     place.existing(place.local_grad(), _NO_GRAD).copy_(fragment)
-    place.unit.forget_norm()
+    place.unit.grads.forget_norm()
 
 
 @torch.no_grad()

@@ -33,8 +33,8 @@ def states_of(units: Iterable[Any], state: Mapping[torch.Tensor, Mapping[str, An
         "optim_states": kept,
         "hp_params": [master for unit in units for master in unit.masters],
         "lp_params": [tensor for unit in units for tensor in (unit.shard, unit.values)],
-        "lp_grads": [unit.grad_shard for unit in units],
-        "contiguous_grad_buffer": [unit.grads for unit in units],
+        "lp_grads": [unit.grads.shard for unit in units],
+        "contiguous_grad_buffer": [unit.grads.full for unit in units],
     }
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -92,9 +91,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Give the wrapped optimizer the units' runs, in their groups."""
         for unit in units:
             runs = self._masters.adopt(unit)
-            unit.on_new_values = partial(self._refresh, runs)
-            unit.stepper, unit.masters = self, [run.master for run in runs]
-            unit.run_stores = [run.store for run in runs]
+            unit.be_stepped_by(self, [run.master for run in runs], [run.store for run in runs])
             self._runs_of_units.append(runs)
             self._runs += runs
         self._sub_groups = self._cut_sub_groups()
@@ -109,7 +106,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         # Kernels on GPUs read 16-bit gradients as they are, and the fewer launches the better.
         as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(u.device.type == "cuda" for u in units)
         as_they_are |= self._settings.low_precision_masters
-        if not as_they_are and any(u.grad_dtype.itemsize < 4 for u in units):
+        if not as_they_are and any(u.grads.dtype.itemsize < 4 for u in units):
             most = min(most, CONVERTED_NUMEL)
         tile = self._offload.run_numel
         for unit, runs in zip(units, self._runs_of_units):
@@ -245,10 +242,10 @@ class ShardedOptimizer(torch.optim.Optimizer):
             run.master.grad = None
             run.send(updated=False)
 
-    @staticmethod
     @torch.no_grad()
-    def _refresh(runs: Sequence[SteppedRun]) -> None:
-        for master, values, _, store, _ in runs:
+    def refresh(self, unit: ShardUnit) -> None:
+        """A unit's values were written from outside: take the masters from them."""
+        for master, values, _, store, _ in self._runs_of_units[self._reducer.units.index(unit)]:
             if master is not values:
                 with store.opened(write=True):
                     master.copy_(values)

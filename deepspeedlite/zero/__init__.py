@@ -1,7 +1,8 @@
 """The one ZeRO: what is sharded, how it lies in flat buffers, when it is moved, and what users call.
 
-Read `plan`, `layout`, `flat_params`, `unit`, `grad_reducer`, `prefetch`, in this order. `wrap` is policy, and `init` is
-what users call. Names are imported on first use.
+Read `plan`, `layout`, `flat_params`, `grad_buffer`, `arrivals`, `unit`, `prefetch`, `grad_reducer`, in this order; the
+last has a note on the way of a gradient. `wrap` is policy, and `init` is what users call. Names are imported on first
+use.
 """
 
 from __future__ import annotations

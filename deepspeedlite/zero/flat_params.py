@@ -33,11 +33,11 @@ module before the current one ends, and overlaps the current one.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from itertools import count
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
@@ -92,6 +92,13 @@ def full_shape(param: torch.Tensor) -> torch.Size:
     return param.shape if owner is None else torch.Size(owner.slot_of(param).shape)
 
 
+class LiveListener(Protocol):
+    """Who counts sharded values that come to life."""
+
+    def live_changed(self, values: Any, numel: int) -> None:
+        """So many more elements are whole now, or on their way; less than zero: are sharded again."""
+
+
 class FlatParams:
     """The values of parameters of one dtype and device.
 
@@ -103,6 +110,7 @@ class FlatParams:
         source: the rank of the group whose values count on all ranks; None: they agree already.
         offload: says where the shard lives while the values are sharded.
         run_numel: see `FlatLayout`.
+        live: who counts values that are whole.
     """
 
     def __init__(
@@ -115,6 +123,7 @@ class FlatParams:
         source: int | None = 0,
         offload: Offload | None = None,
         run_numel: int | None = None,
+        live: LiveListener | None = None,
     ) -> None:
         ordered = sorted(members, key=lambda member: member.group)
         self.params = [member.param for member in ordered]
@@ -130,11 +139,8 @@ class FlatParams:
         """How often all ranks were given new values from outside the optimizer."""
         # What the engine that has the values keeps on its module (a `Lease`); None of those that `zero.Init` has made.
         self.lease: Any = None
-        # Called when values were written from outside the optimizer, which may keep copies of them.
-        self.on_new_values: Callable[[], None] = lambda: None
-        # Called with the elements that come to life (less than zero: are resharded) where values are sharded.
-        self.on_live: Callable[[int], None] = lambda numel: None
-        self.state = ParamState.UNSHARDED
+        self._live = live
+        self.state = ParamState.SHARDED if sharded else ParamState.UNSHARDED
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
         self.key = next(group.tags)
         """A number that no other values of these ranks have, the same on all of them."""
@@ -223,8 +229,8 @@ class FlatParams:
         was_live, self.state = self.state is not ParamState.SHARDED, state
         if self.sharded:
             is_live = state is not ParamState.SHARDED
-            if is_live != was_live:
-                self.on_live(self.numel if is_live else -self.numel)
+            if is_live != was_live and self._live is not None:
+                self._live.live_changed(self, self.numel if is_live else -self.numel)
             status = _STATUS[state]
             for param in self.params:
                 param.ds_status = status  # type: ignore[attr-defined]
@@ -347,7 +353,10 @@ class FlatParams:
             with self.shard_in_memory(write=True):
                 self.shard.copy_(self.values[start:stop])
         self.writes += 1
-        self.on_new_values()
+        self.note_new_values()
+
+    def note_new_values(self) -> None:
+        """The values were written from outside the optimizer, which may keep copies of them."""
 
     def follow_memory(self) -> None:
         """The buffer's memory has gone, or has come back elsewhere: show what is there."""
@@ -413,7 +422,7 @@ class FlatParams:
 
         On one rank it waits for no other.
         """
-        self.on_new_values, self.on_live = lambda: None, lambda numel: None
+        self._live = None
         if self.sharded:
             self.reshard()
             self.store = self.store.outlast()

@@ -8,94 +8,119 @@ per reducing pass.
 
 Where gradients are sharded, every pass reduces, and at most `MAX_IN_FLIGHT` reductions are under way, because each of
 them keeps a whole gradient buffer alive.
+
+[Note: the way of a gradient]
+From autograd to Adam, by plain calls, in the order of the files:
+
+    engine          `backward` begins the pass: `GradReducer.begin_backward`, and each unit hides its gradients
+    unit            `hook`: autograd calls `GradReducer._arrived` with every gradient that it has put into `param.grad`
+    grad_reducer    `_arrived` gives it to the unit, counts it, and lets the prefetcher reshard what is done with
+    unit            `take` checks it, and takes it out of `param.grad`
+    grad_buffer     `add` copies it, scaled, into its slot
+    arrivals        `note` counts it, and says when the unit has all of its own
+    grad_reducer    `_launch_complete` then reduces the unit, when those before it are: `GradBuffer.reduce`
+    engine          the pass is over: `GradReducer.end_backward` reduces what is left and waits for all of it
+    grad_buffer     `wait_for_reduce` leaves this rank's part of the average in `shard`
+    engine          `step` calls `ShardedOptimizer.take_step`, and that `GradReducer.finish` and `grad_norm`
+    optim/step      each run is a piece of `shard`: it goes, unscaled and clipped, to the optimizer with its master
+    flat_params     `start_sharing` sends the values that the step has written, where every rank keeps all of them
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from typing import Protocol
 
 import torch
 
-from deepspeedlite.comm import Group
-from deepspeedlite.offload.options import Offload
 from deepspeedlite.parallel.replica import Replica
 from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.zero.grad_buffer import GradState
 from deepspeedlite.zero.norm import joined, norm_dtype, norm_of_all
-from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.unit import GradState, ReducePolicy, ShardUnit
-from deepspeedlite.zero.wrap import NamedParameter
+from deepspeedlite.zero.prefetch import ParamPrefetcher
+from deepspeedlite.zero.unit import ShardUnit, UnitOptions
+from deepspeedlite.zero.wrap import Bucket, NamedParameter
 
 MAX_IN_FLIGHT = 2
+
+
+class PassListener(Protocol):
+    """What the reducer tells whoever counts passes, which is the engine."""
+
+    def announce_backward(self) -> None:
+        """A gradient has come in a pass that nobody began: call `GradReducer.begin_backward`."""
+
+    def note_clearing(self) -> None:
+        """A user clears gradients between two passes."""
 
 
 class GradReducer:
     """The units of one engine and the progress of their reduction.
 
     Args:
-        buckets: the parameters of each unit, in launch order, and whether the unit's values are sharded.
-        policy: how gradients are averaged.
-        plan: what is sharded.
-        grad_dtype: dtype in which gradients accumulate; each parameter's own if None.
+        units: in launch order.
+        options: what they were made with.
         overlap: launch a unit as soon as it is complete rather than at the end of the pass.
-        offload: where the units' states are kept.
         replica: the ranks whose gradients are one model's, for its norm and its overflow.
+        prefetcher: what unshards sharded values, where there are any.
+        listener: who counts passes.
     """
 
     def __init__(
         self,
-        buckets: Sequence[tuple[Sequence[NamedParameter], bool]],
-        policy: ReducePolicy,
+        units: Sequence[ShardUnit],
+        options: UnitOptions,
         *,
-        plan: ShardingPlan | None = None,
-        grad_dtype: torch.dtype | None = None,
         overlap: bool = True,
-        offload: Offload | None = None,
         replica: Replica | None = None,
+        prefetcher: ParamPrefetcher | None = None,
+        listener: PassListener,
     ) -> None:
-        self._offload = offload
+        self.units = list(units)
+        self._options, self.plan, self.group = options, options.plan, options.policy.group
         self.replica = replica or Replica()
-        self.plan = plan or ShardingPlan()
-        self.group: Group = policy.group
         self._overlap = overlap
+        self._prefetcher, self._listener = prefetcher, listener
         # A reduction under way keeps a whole gradient alive where they are sharded; on gloo, the other ranks' pieces.
         self._bounded = self.plan.shard_grads or (self.plan.shard_optimizer and self.group.backend == "gloo")
-        self._launched_units = 0
-        self._awaited_units = 0
-        self._reducing = False
+        # How many of the units, in their order, this pass has begun to reduce, and how many of those are done.
+        self._launched_units = self._awaited_units = 0
+        # Whether this pass averages; and whether there is one, from `begin_backward` to `end_backward`.
+        self._reducing = self.in_backward = False
+        # autograd's number of the outermost pass; -1 until a hook that surely runs in it has told.
         self._outer_pass = -1
-        self.in_backward = False
-        # Called when gradients arrive in a pass that nobody began; must call `begin_backward`. The engine sets it.
-        self.on_unannounced: Callable[[], None] = lambda: self.begin_backward(1.0, reduce=False)
-        # Called when a user clears gradients. The engine sets it.
-        self.on_forget: Callable[[], None] = lambda: None
-        # Called when a pass is over, before what is left is reduced: parameters are released first.
-        self.on_pass_end: Callable[[], None] = lambda: None
-        self._policy, self._grad_dtype = policy, grad_dtype
-        self.units: list[ShardUnit] = []
-        for bucket, sharded in buckets:
-            self._add_unit(bucket, sharded)
+        self.attach()
 
-    def _add_unit(self, bucket: Sequence[NamedParameter], sharded: bool) -> None:
-        unit = ShardUnit(
-            bucket,
-            policy=self._policy,
-            plan=self.plan,
-            sharded=sharded,
-            grad_dtype=self._grad_dtype,
-            offload=self._offload,
-        )
-        unit.on_complete, unit.is_nested = self._launch_complete, self._is_nested
-        unit.on_unannounced = lambda: self.on_unannounced()
-        counted = {slot.name for slot, param in unit.slots if self.replica.counts(param)}
-        unit.counted = [slice(*span) for span in unit.layout.spans(unit.index, counted)]
-        self.units.append(unit)
+    def attach(self) -> None:
+        """Take the gradients of the units' parameters as they arrive."""
+        for unit in self.units:
+            unit.hook(self._arrived)
 
     def add_units(self, buckets: Sequence[Sequence[NamedParameter]]) -> list[ShardUnit]:
         """Units for parameters that are trained from now on; their values stay whole on every rank."""
-        known = len(self.units)
-        for bucket in buckets:
-            self._add_unit(bucket, sharded=False)
-        return self.units[known:]
+        added = [ShardUnit(Bucket(members), self._options) for members in buckets]
+        for unit in added:
+            unit.hook(self._arrived)
+        self.units += added
+        return added
+
+    # --- one backward pass ----------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _arrived(self, unit: ShardUnit, index: int, param: torch.Tensor) -> None:
+        """Autograd has put a gradient into `param.grad`."""
+        grad = param.grad
+        if grad is None:
+            return
+        if not unit.arrivals.in_pass:
+            unit.hide_unannounced(index, param)
+            self._listener.announce_backward()
+        unit.take(index, param, grad)
+        is_nested = not unit.arrivals.has_learnt and self._is_nested()
+        if unit.arrivals.note(index, is_nested):
+            if self._prefetcher is not None:
+                self._prefetcher.all_arrived(unit)
+            self._launch_complete()
 
     def begin_backward(self, scale: float, reduce: bool, measure: bool = False) -> None:
         """A backward pass starts, whose gradients count `scale` times.
@@ -128,7 +153,7 @@ class GradReducer:
     def _launch_complete(self) -> None:
         if not (self._reducing and self.in_backward and (self._overlap or self.plan.shard_grads)):
             return
-        while self._launched_units < len(self.units) and self.units[self._launched_units].complete:
+        while self._launched_units < len(self.units) and self.units[self._launched_units].arrivals.is_complete:
             self._launch_next()
 
     def _launch_next(self) -> None:
@@ -137,7 +162,7 @@ class GradReducer:
         if self._bounded:
             in_flight = MAX_IN_FLIGHT if self._overlap or not self.plan.shard_grads else 0
             while self._awaited_units < self._launched_units - in_flight:
-                self.units[self._awaited_units].wait_for_reduce()
+                self.units[self._awaited_units].grads.wait_for_reduce()
                 self._awaited_units += 1
 
     def end_backward(self, is_shared: bool = False) -> None:
@@ -148,7 +173,8 @@ class GradReducer:
         if not self.in_backward:
             return
         self.in_backward = False
-        self.on_pass_end()
+        if self._prefetcher is not None:
+            self._prefetcher.end_backward()  # what it reshards is memory for what is left to reduce
         if self._reducing and (is_shared or self.has_grads):
             while self._launched_units < len(self.units):
                 self._launch_next()
@@ -165,30 +191,30 @@ class GradReducer:
         self.end_backward()
         for unit in self.units:
             unit.take_in()
-            if unit.grad_state is not GradState.AVERAGED:
+            if unit.grads.state is not GradState.AVERAGED:
                 unit.reduce()
                 if self.plan.shard_grads:
-                    unit.wait_for_reduce()
+                    unit.grads.wait_for_reduce()
         self._wait()
         for unit in self.units:
             unit.sum_over_tied()
 
     def _wait(self) -> None:
         for unit in self.units:
-            unit.wait_for_reduce()
-        if any(unit.grad_shard.device != unit.device for unit in self.units):
+            unit.grads.wait_for_reduce()
+        if any(unit.grads.shard.device != unit.device for unit in self.units):
             torch.cuda.synchronize()  # averages are on their way to the host's memory, in the current stream
 
     @property
     def has_grads(self) -> bool:
         """Whether any gradient has arrived since the last `clear`."""
-        return any(unit.grad_state is not GradState.EMPTY for unit in self.units)
+        return any(unit.grads.state is not GradState.EMPTY for unit in self.units)
 
     def forget(self, params: Iterable[torch.Tensor] | None = None) -> None:
         """Clear the gradients of these parameters, or all, as a user asks for it between two passes."""
         if not self.has_grads:
             return
-        self.on_forget()
+        self._listener.note_clearing()
         if params is None:
             self.clear()
             return
@@ -211,9 +237,9 @@ class GradReducer:
         group holds all gradients.
         """
         alike = not self.plan.shard_optimizer
-        dtype = torch.float64 if precise else norm_dtype(self.units[0].grad_dtype) if self.units else torch.float32
+        dtype = torch.float64 if precise else norm_dtype(self.units[0].grads.dtype) if self.units else torch.float32
         device = self.units[0].device if self.units else self.replica.group.device
-        total = joined([norm for unit in self.units for norm in unit.norms(precise)], dtype, device)
+        total = joined([norm for unit in self.units for norm in unit.grads.norms(precise)], dtype, device)
         if not (alone and alike):
             total = norm_of_all(total, self.group, alike)
         return norm_of_all(total.double(), self.replica.group) if self.replica.group.size > 1 else total

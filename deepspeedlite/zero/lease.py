@@ -36,6 +36,39 @@ _TAKEN = (
 _BORROWED = "another engine trains its parameters; save, load and train with that one"
 
 
+class Holder:
+    """The engine that units belong to, while the script holds it: it is made after them, and may go before them."""
+
+    def __init__(self) -> None:
+        self._engine: Callable[[], Any] = lambda: None
+        self._is_over = False  # destroyed; clients go on with it at stage 0, so it is told of passes all the same
+
+    def held_by(self, engine: Any) -> None:
+        """`engine` has the units from now on; nothing here keeps it alive."""
+        self._engine = weakref.ref(engine)
+
+    def let_go(self) -> None:
+        """The engine is destroyed."""
+        self._is_over = True
+
+    @property
+    def is_there(self) -> bool:
+        """Whether there is an engine that was not destroyed."""
+        return not self._is_over and self._engine() is not None
+
+    def announce_backward(self) -> None:
+        """See `PassListener`."""
+        engine = self._engine()
+        if engine is not None:
+            engine.announce_backward()
+
+    def note_clearing(self) -> None:
+        """See `PassListener`."""
+        engine = self._engine()
+        if engine is not None:
+            engine.note_clearing()
+
+
 class Lease:
     """The flat values and the hooks of one engine's module.
 
@@ -44,6 +77,7 @@ class Lease:
         state_dicts: of the module.
         prefetcher: what unshards sharded values, where there are any.
         frozen: sharded values that are not trained.
+        holder: the engine.
         trains: whether there is an optimizer.
         borrows: whether some of the parameters stay another engine's.
     """
@@ -54,6 +88,8 @@ class Lease:
         state_dicts: StateDicts,
         prefetcher: ParamPrefetcher | None,
         frozen: Sequence[FlatParams],
+        *,
+        holder: Holder,
         trains: bool,
         borrows: bool = False,
     ) -> None:
@@ -61,7 +97,7 @@ class Lease:
         self.state_dicts, self.prefetcher = state_dicts, prefetcher
         # Why the engine may only read; empty while it may do all. What an ended lease held waits for its next owner.
         self.ended = _BORROWED if borrows and not trains else ""
-        self._holder: Callable[[], Any] = lambda: None  # the engine, while the script holds it
+        self._holder = holder
         for values in self.values():
             values.lease = self
 
@@ -75,14 +111,14 @@ class Lease:
 
     def held_by(self, engine: Any) -> None:
         """From now on the lease is this engine's; when the script lets go of it, gradients are the module's alone."""
-        self._holder = weakref.ref(engine)
+        self._holder.held_by(engine)
         # The handles alone, which hold nothing: else what the engine trained would outlive the collection that ends it.
         weakref.finalize(engine, _unhook, [unit.hooks for unit in self.reducer.units]).atexit = False
 
     @property
     def in_use(self) -> bool:
         """Whether this rank's script still holds an engine that trains."""
-        return self.trains and self._holder() is not None
+        return self.trains and self._holder.is_there
 
     def refusal(self, what: str) -> str:
         """Why the engine may not do something; empty if it may. What nobody trains from may always be computed."""
@@ -110,7 +146,7 @@ class Lease:
 
     def close(self) -> None:
         """The engine is destroyed; see `FlatParams.close`."""
-        self._holder = lambda: None
+        self._holder.let_go()
         if self.ended == _TAKEN:
             return
         self.reducer.close()
@@ -133,11 +169,10 @@ class Lease:
             )
         try:
             for unit in self.reducer.units:
-                unit.attach()
+                unit.take_back()
         except EngineStateError as error:
-            for unit in self.reducer.units:
-                unit.unhook()
             raise EngineStateError(f"engine.{what}() after engine.destroy(): {error}") from None
+        self.reducer.attach()
         self.state_dicts = self.state_dicts.again()
         log_once("an engine is used after destroy(): at stage 0 it goes on")
 
@@ -195,15 +230,3 @@ def _unhook(units: list[list[RemovableHandle]]) -> None:
     for hooks in units:
         for hook in hooks:
             hook.remove()
-
-
-def weak_call(method: Callable[[], Any]) -> Callable[[], None]:
-    """Calls a bound method for as long as its object is there."""
-    reference = weakref.WeakMethod(method)
-
-    def call() -> None:
-        alive = reference()
-        if alive is not None:
-            alive()
-
-    return call

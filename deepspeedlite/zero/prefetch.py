@@ -126,6 +126,7 @@ class ParamPrefetcher:
         owners: its sharded flat values, trained (`ShardUnit`) and frozen.
         leaves: modules whose parameters are unsharded as one, whatever happens inside.
         limits: prefetching and reuse.
+        trace: the order of their uses; the owners tell it when they come to life.
         state_dicts: the model's; none are under way when a pass starts.
     """
 
@@ -136,16 +137,15 @@ class ParamPrefetcher:
         leaves: Collection[torch.nn.Module] = (),
         limits: PrefetchLimits | None = None,
         *,
+        trace: UseTrace,
         state_dicts: StateDicts,
     ) -> None:
         self.owners = list(owners)
         self._state_dicts = state_dicts
         self.limits = limits or PrefetchLimits()
-        self.trace = UseTrace()
+        self.trace = trace
         self._unshards, self._fetches = LookAhead(self.trace), LookAhead(self.trace)
         self._owned = frozenset(self.owners)
-        self.live_numel = 0
-        """Elements of sharded values that are whole now, or on the way."""
         self._pass = 0
         self._in_backward = False
         self._recording = True
@@ -161,12 +161,7 @@ class ParamPrefetcher:
         for module in list(self._users):
             self._attach(module)
         for owner in self.owners:
-            if isinstance(owner, ShardUnit):
-                owner.on_all_arrived = partial(self._all_arrived, owner)
             _PREFETCHERS[owner] = ref(self)
-            owner.on_live = partial(self._count_live, owner)
-            if owner.state is not ParamState.SHARDED:
-                self._count_live(owner, owner.numel)
         for module in root.modules():
             for param in _EXTERNAL.get(module, ()):
                 self.add_user(module, param)
@@ -248,7 +243,7 @@ class ParamPrefetcher:
 
     def _unshard_ahead(self, coming: FlatParams) -> bool:
         if coming.state is ParamState.SHARDED:
-            if self.live_numel + coming.numel > self.limits.max_live_numel:
+            if self.trace.live_numel + coming.numel > self.limits.max_live_numel:
                 return False
             coming.unshard()
         return True
@@ -279,14 +274,9 @@ class ParamPrefetcher:
         """Whether values stay whole after a forward use because the next use is near."""
         if self._in_backward:
             return True  # a recomputation: the backward pass of what was recomputed follows
-        if not recording or self.live_numel > self.limits.max_live_numel:
+        if not recording or self.trace.live_numel > self.limits.max_live_numel:
             return False
         return self.trace.used_within(owner, self.limits.max_reuse_numel)
-
-    def _count_live(self, owner: FlatParams, numel: int) -> None:
-        self.live_numel += numel
-        if numel < 0:
-            self.trace.dropped(owner)
 
     # --- backward -------------------------------------------------------------------------------------------------
 
@@ -312,7 +302,8 @@ class ParamPrefetcher:
         if self._open.pop(owner, None) is not None:
             owner.end_use(reshard=True)
 
-    def _all_arrived(self, owner: FlatParams) -> None:
+    def all_arrived(self, owner: FlatParams) -> None:
+        """Every trained parameter has its gradient: nothing in this pass needs the values any more."""
         if owner not in self._read_elsewhere:
             self._close(owner)
 

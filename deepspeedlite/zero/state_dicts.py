@@ -175,7 +175,7 @@ class StateDicts:
         if call is not None and call is self._calls[0]:
             for owner in owners_of(module.parameters()):
                 if not owner.sharded:
-                    owner.on_new_values()
+                    owner.note_new_values()
         self._leave(module)
 
     def again(self) -> StateDicts:

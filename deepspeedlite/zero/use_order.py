@@ -45,6 +45,8 @@ class UseTrace:
         self._places: dict[FlatParams, list[int]] = {}  # the known uses of each
         self._before: list[int] = [0]  # elements of all known uses before each, and before the end
         self._looks: list[LookAhead] = []
+        self.live_numel = 0
+        """Elements of sharded values that are whole now, or on the way."""
 
     def begin(self) -> None:
         """A forward pass of the whole model starts."""
@@ -97,6 +99,12 @@ class UseTrace:
         """Whether `values` are used again in this pass after at most `numel` elements of others."""
         index = self._next_use(values)
         return index is not None and self._before[index] - self._before[self._position] <= numel
+
+    def live_changed(self, values: FlatParams, numel: int) -> None:
+        """So many more elements of `values` are whole now, or on the way; less than zero: are sharded again."""
+        self.live_numel += numel
+        if numel < 0:
+            self.dropped(values)
 
     def dropped(self, values: FlatParams) -> None:
         """`values` are sharded again: what was done about their next use is undone."""

@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import torch
 
+from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import UnsupportedError
 
 # Large enough to reach the wire's full bandwidth, small enough that the last bucket, whose reduction nothing hides,
@@ -36,6 +37,15 @@ class NamedParameter(NamedTuple):
     name: str
     param: torch.nn.Parameter
     group: int
+
+
+class Bucket(NamedTuple):
+    """The parameters of one unit, and what is particular about it."""
+
+    members: Sequence[NamedParameter]
+    sharded: bool = False  # whether the values are
+    # Ranks that hold the same parameters for another part of the model, and have a gradient of their own for them.
+    tied_group: Group | None = None
 
 
 def name_parameters(

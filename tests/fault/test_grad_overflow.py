@@ -187,6 +187,6 @@ def test_accumulated_gradients_are_measured_once_a_step() -> None:
     engine = make(2, gradient_accumulation_steps=3)
     for micro in range(3):
         engine.backward(engine(data(engine)).sum())
-        assert [unit._norms is not None for unit in engine._reducer.units] == [micro == 2]
+        assert [unit.grads._norms is not None for unit in engine._reducer.units] == [micro == 2]
         engine.step()
     assert engine.was_step_applied()

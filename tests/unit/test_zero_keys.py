@@ -66,7 +66,7 @@ class Tape:
     def _note(self, what: str, whose: str) -> None:
         self.events.append((what, whose))
         if self._engine._prefetcher is not None:
-            self.most_live_numel = max(self.most_live_numel, self._engine._prefetcher.live_numel)
+            self.most_live_numel = max(self.most_live_numel, self._engine._prefetcher.trace.live_numel)
 
     def _noted(self, what: str, whose: str, work: Any) -> Any:
         self._note(what, whose)
@@ -78,11 +78,11 @@ class Tape:
         return self._noted(what, label(owner), self._all_gather(out, shard, **options))
 
     def _on_reduce_scatter(self, out: Tensor, full: Tensor, *op: str, **options: Any) -> Any:
-        owner = next(unit for unit in self._engine._reducer.units if unit.grads is full)
+        owner = next(unit for unit in self._engine._reducer.units if unit.grads.full is full)
         return self._noted("reduce", label(owner), self._reduce_scatter(out, full, *op, **options))
 
     def _on_all_reduce(self, tensor: Tensor, *op: str, **options: Any) -> Any:
-        whole = [unit for unit in self._engine._reducer.units if unit.grads is tensor]
+        whole = [unit for unit in self._engine._reducer.units if unit.grads.full is tensor]
         what = "reduce by all-reduce" if whole else "all-reduce"
         whose = label(whole[0]) if whole else f"{tensor.numel()} elements"
         return self._noted(what, whose, self._all_reduce(tensor, *op, **options))
