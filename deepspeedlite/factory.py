@@ -35,12 +35,12 @@ from deepspeedlite.zero.flat_params import FlatParams, make_whole, owner_of
 from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
 from deepspeedlite.zero.lease import Holder, Lease, take_over
-from deepspeedlite.zero.plan import ReducePolicy, ShardingPlan
+from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.unit import ShardUnit, UnitOptions
 from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
-from deepspeedlite.zero.use_order import PrefetchLimits, UseTrace
+from deepspeedlite.zero.use_order import PrefetchLimits
 from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.wrap import (
     FROZEN,
@@ -131,21 +131,13 @@ def _build_parts(
     named = name_parameters(model, param_groups)
     check_optimizer(base, given.lr_scheduler, named, group, replica)
     trained = [entry for entry in named if entry.param.requires_grad]
-    wanted = [entry.param for entry in trained]
-    left = take_over(model, wanted, trains=base is not None, shards=plan.shard_params, group=group)
+    left = take_over(model, [e.param for e in trained], trains=base is not None, shards=plan.shard_params, group=group)
     if base is not None:
         warn_left_out(model, [*(entry.param for entry in named), *left], param_groups)
     # LAMB needs the norms of whole parameters, so whole units pass through its step.
     offload = make_offload(settings, Group(), cuts_runs=not isinstance(base, FusedLamb))
     ties, holder = engine_class.ties_of(model), Holder()
-    options = UnitOptions(
-        policy=ReducePolicy.from_config(settings, group),
-        plan=plan,
-        grad_dtype=precision.grad_dtype,
-        offload=offload,
-        counts=replica.counts,
-        live=UseTrace(),
-    )
+    options = UnitOptions.from_config(settings, group, precision.grad_dtype, offload, replica.counts)
     reducer, sharded = _make_reducer(settings, options, replica, model, trained, left, ties, holder)
     scaler = LossScaler.from_config(settings, precision)
     step_settings = StepSettings.from_config(settings, precision, offload)

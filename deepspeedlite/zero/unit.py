@@ -24,6 +24,8 @@ from typing import Any, Protocol
 import torch
 from torch.utils.hooks import RemovableHandle
 
+from deepspeedlite.comm import Group
+from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.store import Store
 from deepspeedlite.runtime.errors import EngineStateError
@@ -59,8 +61,27 @@ class UnitOptions:
     plan: ShardingPlan
     grad_dtype: torch.dtype | None = None  # in which gradients are accumulated; the parameters' own if None
     offload: Offload  # where values live between uses, and averaged gradients; how runs are cut
-    counts: Callable[[torch.Tensor], bool] = lambda param: True  # whether the model's norm counts a parameter here
+    counts: Callable[[torch.Tensor], bool]  # whether the model's norm counts a parameter here
     live: UseTrace  # counts values that come to life, and knows the order of their uses
+
+    @classmethod
+    def from_config(
+        cls,
+        settings: DeepSpeedConfig,
+        group: Group,
+        grad_dtype: torch.dtype | None,
+        offload: Offload,
+        counts: Callable[[torch.Tensor], bool],
+    ) -> UnitOptions:
+        """What the configuration says of units over the ranks of `group`."""
+        return cls(
+            policy=ReducePolicy.from_config(settings, group),
+            plan=ShardingPlan.from_stage(settings.zero_optimization.stage),
+            grad_dtype=grad_dtype,
+            offload=offload,
+            counts=counts,
+            live=UseTrace(),
+        )
 
 
 class ShardUnit(FlatParams):
