@@ -410,7 +410,11 @@ class Engine(torch.nn.Module):
         self._check_alive("load_checkpoint")
         self._saver.wait()
         options = LoadOptions(
-            load_module_strict, load_optimizer_states, load_lr_scheduler_states, load_module_only, custom_load_fn
+            strict=load_module_strict,
+            optimizer_states=load_optimizer_states,
+            lr_scheduler_states=load_lr_scheduler_states,
+            module_only=load_module_only,
+            custom_load_fn=custom_load_fn,
         )
         state = self._train_state()
         path = self._loader.load(state, load_dir, tag, options)

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import pickle
 import time
 import weakref
 from collections.abc import Callable, MutableMapping, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from deepspeedlite import comm
-from deepspeedlite.checkpoint.tensors import bytes_of
 from deepspeedlite.comm import Group, whereabouts
 from deepspeedlite.comm.stall_watch import condition
 from deepspeedlite.runtime.errors import CheckpointError
@@ -39,6 +36,7 @@ class Ranks:
     def __init__(self) -> None:
         everyone = Group()
         self.rank, self.size = everyone.rank, everyone.size
+        # Made when the ranks first meet: an engine that neither saves nor loads needs none.
         self._own: dist.ProcessGroup | None = None
 
     def meet(self, what: str) -> None:
@@ -126,21 +124,15 @@ class Ranks:
 
     def _send(self, obj: Any, rank: int) -> None:
         """Send an object; a rank that is gone is noticed where its answer is received."""
-        data = torch.frombuffer(bytearray(pickle.dumps(obj)), dtype=torch.uint8)
         with contextlib.suppress(RuntimeError):
-            dist.send(torch.tensor([data.numel()]), rank, self._own)
-            dist.send(data, rank, self._own)
+            dist.send_object_list([obj], rank, self._own)
 
     def _receive(self, rank: int) -> Any:
         """The object that a rank sends; None if it has gone."""
-        length = torch.zeros(1, dtype=torch.int64)
-        try:
-            dist.recv(length, rank, self._own)
-            data = torch.empty(int(length), dtype=torch.uint8)
-            dist.recv(data, rank, self._own)
-        except RuntimeError:
-            return None
-        return pickle.loads(bytes_of(data))
+        held = [None]
+        with contextlib.suppress(RuntimeError):
+            dist.recv_object_list(held, rank, self._own)
+        return held[0]
 
 
 def _outcome(action: Callable[[], _T]) -> tuple[_T | None, str | None]:

@@ -132,9 +132,13 @@ class FolderLock:
     """The right to write into a folder, from `take` until `end`; its holder loses it when it dies."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder, self._fd = folder, -1
+        self._folder = folder
+        # Open while this holds the folder: the kernel's lock is on the open file, and goes with the last descriptor of
+        # it. -1: none, or one that a fork has closed (see `_in_a_child`).
+        self._fd = -1
+        # Held along with it: locks of the kernel do not part the threads, and engines, of one process.
         self._thread: threading.Lock | None = None
-        self.is_certain = False  # the file system has such locks
+        self.is_certain = False  # the file system has such locks, so that no other process writes there
 
     @property
     def is_held(self) -> bool:

@@ -32,7 +32,7 @@ _ALIKE = (
 )
 
 
-@dataclass
+@dataclass(kw_only=True)
 class LoadOptions:
     """What of a checkpoint is wanted."""
 

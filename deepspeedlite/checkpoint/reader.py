@@ -54,7 +54,7 @@ class Reader:
 
     def __init__(self, path: str | Path) -> None:
         self.path = find_tag_dir(Path(path))
-        self._fds: dict[str, int] = {}
+        self._fds: dict[str, int] = {}  # of files that something was read of: most ranks need few of them
         file = self.path / FILE_NAME
         try:
             raw = read_regular(file, MOST_NBYTES)

@@ -156,9 +156,11 @@ class TagWriter:
         self.save_dir, self.tag = check_folder(save_dir, "saving"), check_new_tag(tag, self._formats)
         self.fsync = fsync
         self.path = self.save_dir / self.tag
+        # All processes of a save write into one folder, which its number tells from those of saves that were killed.
         self._staging = self.save_dir / f"{TMP}{self.tag}.{number or secrets.token_hex(8)}"
         self._new = self._staging / _NEW
         self._lock = FolderLock(self.save_dir)
+        # What `owner.json` says, so that whoever finds the folder knows what may go: see `_note`.
         self._record = SaveRecord(owner=ProcessRecord.here(), tag=self.tag)
 
     def prepare(self, files: Iterable[str] = (), save_latest: bool = True) -> list[str]:

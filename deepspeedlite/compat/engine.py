@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.formats import FORMATS
+from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.compat.engine_accessors import EngineAccessors
 from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
 from deepspeedlite.data.loader import DeepSpeedDataLoader
@@ -97,18 +97,18 @@ class DeepSpeedEngine(EngineAccessors):
         return state
 
     def _consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, torch.Tensor] | None:
-        """The weights on the first rank of each part of the model that keeps its own names; see `zero.replica`."""
+        """The weights on the first rank of each part of the model that keeps its own names; see `parallel.replica`."""
         group, replica = self._parts.group, self._parts.replica
         state = consolidated_state_dict(self.module, group, exclude_frozen_parameters)
         if state is None or replica.parts == replica.group.size:
             return state
         parts = replica.group.all_gather_objects(replica.part)
-        united = None
+        merged = None
         for part in range(replica.parts):
             held = replica.group.gather_objects(state if part == replica.part else {}, dst=parts.index(part))
             if held:
-                united = {name: weight for stage in reversed(held) for name, weight in stage.items()}
-        return united
+                merged = {name: weight for stage in reversed(held) for name, weight in stage.items()}
+        return merged
 
     def _zero3_consolidated_16bit_state_dict(
         self, exclude_frozen_parameters: bool = False

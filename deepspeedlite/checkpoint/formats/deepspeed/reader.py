@@ -32,7 +32,7 @@ from deepspeedlite.checkpoint.formats.deepspeed.pickles import load_inert, verif
 from deepspeedlite.checkpoint.formats.deepspeed.states import (
     UnassignedStatesError,
     options_of,
-    slots_of,
+    param_numbers,
     state_of,
     whole_states,
 )
@@ -326,11 +326,11 @@ class _Files:
         options = options_of(bases[0])
         zero = self._config().get("zero_optimization") or {}
         hands = self._world if zero.get("round_robin_gradients") and stage < 3 else 1
-        for number, (shapes, (slot, group)) in enumerate(
-            zip(self._model["param_shapes"], slots_of(bases[0]), strict=True)
+        for number, (shapes, (param_number, group)) in enumerate(
+            zip(self._model["param_shapes"], param_numbers(bases[0]), strict=True)
         ):
             group_step = options[group].get("step", states[0].get("base_optimizer_state_step"))
-            found = [state_of(base, slot, group_step) for base in bases]
+            found = [state_of(base, param_number, group_step) for base in bases]
             held = {rank: {MASTER: masters[rank][number], **elements} for rank, (elements, _) in enumerate(found)}
             scalars = next((scalars for _, scalars in found if scalars), {})
             self._describe_states(shapes, group, scalars, dealt(len(shapes), hands))

@@ -31,11 +31,11 @@ class WholeState(NamedTuple):
     scalars: dict[str, Any]
 
 
-def slots_of(base: Any) -> list[tuple[int, int]]:
+def param_numbers(base: Any) -> list[tuple[int, int]]:
     """The number of each parameter (or partition) and its group. A list is DeepSpeed's form for elastic checkpoints."""
     if isinstance(base, list):
         return [(number, number) for number in range(len(base))]
-    return [(slot, number) for number, group in enumerate(base["param_groups"]) for slot in group["params"]]
+    return [(number, index) for index, group in enumerate(base["param_groups"]) for number in group["params"]]
 
 
 def options_of(base: Any) -> list[dict[str, Any]]:
@@ -43,15 +43,15 @@ def options_of(base: Any) -> list[dict[str, Any]]:
     return [{} for _ in base] if isinstance(base, list) else base["param_groups"]
 
 
-def state_of(base: Any, slot: int, group_step: Any = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+def state_of(base: Any, number: int, group_step: Any = None) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """The states that have a value per element, by kind, and those that are one value. Step counts become tensors.
 
     Args:
         base: the optimizer's state dict.
-        slot: the parameter's number.
+        number: the parameter's number.
         group_step: the step count where the optimizer keeps it for a group.
     """
-    state = base[slot] if isinstance(base, list) else base["state"].get(slot, {})
+    state = base[number] if isinstance(base, list) else base["state"].get(number, {})
     elements = {key: value for key, value in state.items() if isinstance(value, torch.Tensor) and value.dim() > 0}
     scalars = {key: value for key, value in state.items() if key not in elements}
     if state and "step" not in scalars and group_step is not None:
@@ -80,23 +80,23 @@ def whole_states(
         CheckpointError: masters and weights contradict each other.
     """
     base = optimizer.get("optimizer_state_dict", optimizer)
-    slots, options = slots_of(base), options_of(base)
+    numbers, options = param_numbers(base), options_of(base)
     masters = optimizer.get("fp32_groups_flat")
     if masters is None:
         masters = [master for group in optimizer.get("fp32_groups", ()) for master in group]
-    found = [state_of(base, slot, options[group].get("step")) for slot, group in slots]
+    found = [state_of(base, number, options[group].get("step")) for number, group in numbers]
     free = {name: entry for name, entry in entries.items() if not entry.buffer}
     if masters:
         named = [_by_value(master, free, weights) for master in masters]
     else:
         shapes = [next((tuple(value.shape) for value in elements.values()), None) for elements, _ in found]
-        named = [[name] for name in _by_order(shapes, slots, free, groups)] if any(shapes) else [[] for _ in slots]
+        named = [[name] for name in _by_order(shapes, numbers, free, groups)] if any(shapes) else [[] for _ in numbers]
     steps: dict[int, torch.Tensor] = {}
-    for (_, group), (_, scalars) in zip(slots, found):
+    for (_, group), (_, scalars) in zip(numbers, found):
         if "step" in scalars:  # DeepSpeed's FusedAdam counts a group's steps at its last parameter alone
             steps[group] = max(scalars["step"], steps.get(group, scalars["step"]))
     states = []
-    for number, ((_, group), (elements, scalars)) in enumerate(zip(slots, found)):
+    for number, ((_, group), (elements, scalars)) in enumerate(zip(numbers, found)):
         kinds = {MASTER: masters[number], **elements} if masters else elements
         counted = {**scalars, "step": steps[group]} if "step" in scalars else scalars
         states.append(WholeState(named[number], group, kinds, counted))
@@ -129,7 +129,7 @@ def _rounds_to(flat: torch.Tensor, entry: Parameter, weight: torch.Tensor) -> bo
 
 def _by_order(
     shapes: Sequence[Shape | None],
-    slots: Sequence[tuple[int, int]],
+    numbers: Sequence[tuple[int, int]],
     free: Mapping[str, Parameter],
     groups: Sequence[Sequence[str]] | None,
 ) -> list[str]:
@@ -138,7 +138,7 @@ def _by_order(
         names = [name for group in groups for name in group if name in free]
         if _fit(shapes, [free[name] for name in names]):
             return names
-    elif len({group for _, group in slots}) == 1:
+    elif len({group for _, group in numbers}) == 1:
         first, last = _alignment(shapes, free.values()), _alignment(shapes[::-1], reversed(list(free.values())))
         if first is not None and last is not None and first == last[::-1]:
             return first
