@@ -12,7 +12,7 @@ The models are GPTs in bf16 with AdamW (its two moments are kept, its update doe
 meta form). Nothing clips, since a norm would have to be read. Stage 3 lets parameters go after each use
 (`stage3_max_reuse_distance` 0); all else is the default. Columns of the table:
 
-- states: live bytes after a step, and their ratio to `deepspeedlite.tools.memory_plan.estimate`'s formula,
+- states: live bytes after a step, and their ratio to `deepspeedlite.tools.memory_plan.states`' formula,
 - peak: most live bytes in forward and backward,
 - reduces, shares, gathers: collectives of one step. A share sends updated values that every rank keeps, a gather makes
   sharded values whole; "late" are the gathers that a module had to wait for as soon as they were started,
@@ -46,7 +46,7 @@ from training import GPT, GPTConfig
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import deepspeedlite
 from deepspeedlite.runtime.device import Device
-from deepspeedlite.tools.memory_plan.estimate import model_states_bytes
+from deepspeedlite.tools.memory_plan.states import model_states_bytes
 
 GIB = 1 << 30
 META = torch.device("meta")

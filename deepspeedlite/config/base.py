@@ -15,7 +15,7 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
 from pydantic.fields import FieldInfo
 
-from deepspeedlite.config.features import FEATURES, Feature, Status
+from deepspeedlite.config.features import FEATURES, Feature, Status, verdict
 
 LARGEST = 2**63 - 1
 
@@ -84,37 +84,35 @@ def key(
     default: Any,
     doc: str,
     *,
-    feature: str | None = None,
-    status: Status | None = None,
-    note: str = "",
+    stands: str = "core",
     by_value: dict[Any, str] | None = None,
     may_differ: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one key.
 
-    `feature` names a line of `features.FEATURES` ("core" if left out); `status` and `note` say it
-    on the spot for a key that stands alone. `by_value` gives single values their own feature: {"sum": "gradient_sum"}.
+    `stands` names a line of `features.FEATURES`, or says it on the spot for a key that stands alone: "hint: changes
+    nothing". `by_value` gives single values their own feature: {"sum": "gradient_sum"}.
     `may_differ`: ranks may have different values (the section's own MAY_DIFFER if left out).
     `limits` are pydantic's: ge, gt, le, lt, min_length.
     """
-    extra: dict[str, Any] = {}
-    if feature is not None:
-        extra["feature"] = feature
-    if status is not None:
-        extra.update(status=status, note=note)
+    extra = stands_as(stands)
     if may_differ:
         extra["may_differ"] = True
     if by_value:
         extra["by_value"] = {str(value): name for value, name in by_value.items()}
-    if callable(default):
-        return Field(default_factory=default, description=doc, json_schema_extra=extra, **limits)
-    return Field(default, description=doc, json_schema_extra=extra, **limits)
+    given = {"default_factory": default} if callable(default) else {"default": default}
+    return Field(description=doc, json_schema_extra=extra, **given, **limits)
 
 
-def part(section: type[Section], doc: str, **extra: Any) -> Any:
+def stands_as(text: str) -> dict[str, Any]:
+    """What a key's record says of its feature, or of its own verdict."""
+    return {"feature": text} if text in FEATURES else dict(verdict(text)._asdict())
+
+
+def part(section: type[Section], doc: str, stands: str = "core") -> Any:
     """Declare a key whose value is a section that is always there, all defaults when it is not given."""
-    return Field(default_factory=section.model_construct, description=doc, json_schema_extra=extra)
+    return Field(default_factory=section.model_construct, description=doc, json_schema_extra=stands_as(stands))
 
 
 class Section(BaseModel):

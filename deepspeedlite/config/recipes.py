@@ -7,6 +7,7 @@ signatures; without one the tables below, which are torch 2.13's, stand for them
 
 from __future__ import annotations
 
+import ast
 import inspect
 import math
 import sys
@@ -18,61 +19,50 @@ from deepspeedlite.runtime.text import IN_BRACKETS, did_you_mean
 REQUIRED: Any = ...
 Faults = list[tuple[tuple[Any, ...], str]]  # (path within the section, what is wrong)
 
-_EACH = {"foreach": None, "maximize": False, "differentiable": False}
-_LOOP = {**_EACH, "capturable": False}
-_BETAS = {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0}
+
+def _signatures(text: str) -> Mapping[str, Mapping[str, Any]]:
+    """`Name(needed, other=1e-3)`, a line each, as {"Name": {"needed": REQUIRED, "other": 1e-3}}; "    " goes on."""
+    calls: list[Any] = [ast.parse(line, mode="eval").body for line in text.replace("\n    ", " ").strip().splitlines()]
+    return {
+        call.func.id: {
+            **{parameter.id: REQUIRED for parameter in call.args},
+            **{parameter.arg: ast.literal_eval(parameter.value) for parameter in call.keywords},
+        }
+        for call in calls
+    }
+
 
 # torch.optim's classes: parameters and their defaults.
-TORCH_OPTIMIZERS: Mapping[str, Mapping[str, Any]] = {
-    "Adadelta": {"lr": 1.0, "rho": 0.9, "eps": 1e-6, "weight_decay": 0, **_LOOP},
-    "Adafactor": {
-        "lr": 0.01,
-        "beta2_decay": -0.8,
-        "eps": (None, 0.001),
-        "d": 1.0,
-        "weight_decay": 0.0,
-        "foreach": None,
-        "maximize": False,
-    },
-    "Adagrad": {
-        "lr": 0.01,
-        "lr_decay": 0,
-        "weight_decay": 0,
-        "initial_accumulator_value": 0,
-        "eps": 1e-10,
-        **_EACH,
-        "fused": None,
-    },
-    "Adam": {"lr": 1e-3, **_BETAS, "amsgrad": False, **_LOOP, "fused": None, "decoupled_weight_decay": False},
-    "AdamW": {"lr": 1e-3, **_BETAS, "weight_decay": 0.01, "amsgrad": False, **_LOOP, "fused": None},
-    "Adamax": {"lr": 2e-3, **_BETAS, **_LOOP},
-    "ASGD": {"lr": 0.01, "lambd": 1e-4, "alpha": 0.75, "t0": 1e6, "weight_decay": 0, **_LOOP},
-    "LBFGS": {
-        "lr": 1,
-        "max_iter": 20,
-        "max_eval": None,
-        "tolerance_grad": 1e-7,
-        "tolerance_change": 1e-9,
-        "history_size": 100,
-        "line_search_fn": None,
-    },
-    "Muon": {
-        "lr": 1e-3,
-        "weight_decay": 0.1,
-        "momentum": 0.95,
-        "nesterov": True,
-        "eps": 1e-7,
-        "ns_steps": 5,
-        "ns_coefficients": (3.4445, -4.775, 2.0315),
-        "adjust_lr_fn": None,
-    },
-    "NAdam": {"lr": 2e-3, **_BETAS, "momentum_decay": 0.004, "decoupled_weight_decay": False, **_LOOP},
-    "RAdam": {"lr": 1e-3, **_BETAS, "decoupled_weight_decay": False, **_LOOP},
-    "RMSprop": {"lr": 0.01, "alpha": 0.99, "eps": 1e-8, "weight_decay": 0, "momentum": 0, "centered": False, **_LOOP},
-    "Rprop": {"lr": 0.01, "etas": (0.5, 1.2), "step_sizes": (1e-6, 50), **_LOOP},
-    "SGD": {"lr": 1e-3, "momentum": 0, "dampening": 0, "weight_decay": 0, "nesterov": False, **_EACH, "fused": None},
-    "SparseAdam": {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "maximize": False},
-}
+TORCH_OPTIMIZERS = _signatures("""
+Adadelta(lr=1.0, rho=0.9, eps=1e-06, weight_decay=0, foreach=None, maximize=False, differentiable=False,
+    capturable=False)
+Adafactor(lr=0.01, beta2_decay=-0.8, eps=(None, 0.001), d=1.0, weight_decay=0.0, foreach=None, maximize=False)
+Adagrad(lr=0.01, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10, foreach=None, maximize=False,
+    differentiable=False, fused=None)
+Adam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, amsgrad=False, foreach=None, maximize=False,
+    differentiable=False, capturable=False, fused=None, decoupled_weight_decay=False)
+AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, amsgrad=False, foreach=None, maximize=False,
+    differentiable=False, capturable=False, fused=None)
+Adamax(lr=0.002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, foreach=None, maximize=False, differentiable=False,
+    capturable=False)
+ASGD(lr=0.01, lambd=0.0001, alpha=0.75, t0=1000000.0, weight_decay=0, foreach=None, maximize=False,
+    differentiable=False, capturable=False)
+LBFGS(lr=1, max_iter=20, max_eval=None, tolerance_grad=1e-07, tolerance_change=1e-09, history_size=100,
+    line_search_fn=None)
+Muon(lr=0.001, weight_decay=0.1, momentum=0.95, nesterov=True, eps=1e-07, ns_steps=5, ns_coefficients=(3.4445,
+    -4.775, 2.0315), adjust_lr_fn=None)
+NAdam(lr=0.002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, momentum_decay=0.004, decoupled_weight_decay=False,
+    foreach=None, maximize=False, differentiable=False, capturable=False)
+RAdam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, decoupled_weight_decay=False, foreach=None,
+    maximize=False, differentiable=False, capturable=False)
+RMSprop(lr=0.01, alpha=0.99, eps=1e-08, weight_decay=0, momentum=0, centered=False, foreach=None, maximize=False,
+    differentiable=False, capturable=False)
+Rprop(lr=0.01, etas=(0.5, 1.2), step_sizes=(1e-06, 50), foreach=None, maximize=False, differentiable=False,
+    capturable=False)
+SGD(lr=0.001, momentum=0, dampening=0, weight_decay=0, nesterov=False, foreach=None, maximize=False,
+    differentiable=False, fused=None)
+SparseAdam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, maximize=False)
+""")
 
 
 class Known(NamedTuple):
@@ -94,24 +84,19 @@ ADAM_SWITCHES = {
 }
 _ADAM = Known("Adam", switches={**ADAM_SWITCHES, "decoupled_weight_decay": True})
 _ADAGRAD = Known("Adagrad", switches={"fp32_optimizer_states": True})
+_OURS = _signatures("""
+lion(lr=0.001, betas=(0.9, 0.999), weight_decay=0.0, set_grad_none=True)
+lamb(lr=0.001, bias_correction=True, betas=(0.9, 0.999), eps=1e-08, eps_inside_sqrt=False, weight_decay=0.0,
+    max_coeff=10.0, min_coeff=0.01, amsgrad=False)
+""")
 _LION = Known(
     ours="lion",
-    own={"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.0, "set_grad_none": True},
+    own=_OURS["lion"],
     switches={"fp32_optimizer_states": True},
 )
 _LAMB = Known(
     ours="lamb",
-    own={
-        "lr": 1e-3,
-        "bias_correction": True,
-        "betas": (0.9, 0.999),
-        "eps": 1e-8,
-        "eps_inside_sqrt": False,
-        "weight_decay": 0.0,
-        "max_coeff": 10.0,
-        "min_coeff": 0.01,
-        "amsgrad": False,
-    },
+    own=_OURS["lamb"],
 )
 OPTIMIZERS: Mapping[str, Known] = {
     **dict.fromkeys(("adam", "fusedadam", "cpuadam", "deepspeedcpuadam"), _ADAM),
@@ -154,105 +139,39 @@ REFUSED: Mapping[str, str] = {
     "musgd": _MUP.format("MuSGD"),
 }
 
-SCHEDULES: Mapping[str, Mapping[str, Any]] = {
-    "LRRangeTest": {
-        "lr_range_test_min_lr": 1e-3,
-        "lr_range_test_step_size": 2000,
-        "lr_range_test_step_rate": 1.0,
-        "lr_range_test_staircase": False,
-        "last_batch_iteration": -1,
-    },
-    "OneCycle": {
-        "cycle_min_lr": REQUIRED,
-        "cycle_max_lr": REQUIRED,
-        "decay_lr_rate": 0.0,
-        "cycle_first_step_size": 2000,
-        "cycle_second_step_size": None,
-        "cycle_first_stair_count": 0,
-        "cycle_second_stair_count": None,
-        "decay_step_size": 0,
-        "cycle_momentum": True,
-        "cycle_min_mom": 0.8,
-        "cycle_max_mom": 0.9,
-        "decay_mom_rate": 0.0,
-        "last_batch_iteration": -1,
-    },
-    "WarmupLR": {
-        "warmup_min_lr": 0.0,
-        "warmup_max_lr": None,
-        "warmup_num_steps": 1000,
-        "warmup_type": "log",
-        "last_batch_iteration": -1,
-    },
-    "WarmupDecayLR": {
-        "total_num_steps": REQUIRED,
-        "warmup_min_lr": 0.0,
-        "warmup_max_lr": 1e-3,
-        "warmup_num_steps": 1000,
-        "warmup_type": "log",
-        "last_batch_iteration": -1,
-    },
-    "WarmupCosineLR": {
-        "total_num_steps": REQUIRED,
-        "warmup_min_ratio": 0.0,
-        "warmup_num_steps": 1000,
-        "cos_min_ratio": 1e-4,
-        "warmup_type": "log",
-        "last_batch_iteration": -1,
-    },
-}
-_MOMENTA = {"cycle_momentum": True, "base_momentum": 0.85, "max_momentum": 0.95}
-TORCH_SCHEDULES: Mapping[str, Mapping[str, Any]] = {
-    "LambdaLR": {"lr_lambda": REQUIRED, "last_epoch": -1},
-    "MultiplicativeLR": {"lr_lambda": REQUIRED, "last_epoch": -1},
-    "StepLR": {"step_size": REQUIRED, "gamma": 0.1, "last_epoch": -1},
-    "MultiStepLR": {"milestones": REQUIRED, "gamma": 0.1, "last_epoch": -1},
-    "ConstantLR": {"factor": 1 / 3, "total_iters": 5, "last_epoch": -1},
-    "LinearLR": {"start_factor": 1 / 3, "end_factor": 1.0, "total_iters": 5, "last_epoch": -1},
-    "ExponentialLR": {"gamma": REQUIRED, "last_epoch": -1},
-    "SequentialLR": {"schedulers": REQUIRED, "milestones": REQUIRED, "last_epoch": -1},
-    "PolynomialLR": {"total_iters": 5, "power": 1.0, "last_epoch": -1},
-    "CosineAnnealingLR": {"T_max": REQUIRED, "eta_min": 0.0, "last_epoch": -1},
-    "ChainedScheduler": {"optimizer": None},
-    "ReduceLROnPlateau": {
-        "mode": "min",
-        "factor": 0.1,
-        "patience": 10,
-        "threshold": 1e-4,
-        "threshold_mode": "rel",
-        "cooldown": 0,
-        "min_lr": 0,
-        "eps": 1e-8,
-    },
-    "CyclicLR": {
-        "base_lr": REQUIRED,
-        "max_lr": REQUIRED,
-        "step_size_up": 2000,
-        "step_size_down": None,
-        "gamma": 1.0,
-        "mode": "triangular",
-        "scale_fn": None,
-        "scale_mode": "cycle",
-        "cycle_momentum": True,
-        "base_momentum": 0.8,
-        "max_momentum": 0.9,
-        "last_epoch": -1,
-    },
-    "CosineAnnealingWarmRestarts": {"T_0": REQUIRED, "T_mult": 1, "eta_min": 0.0, "last_epoch": -1},
-    "OneCycleLR": {
-        "max_lr": REQUIRED,
-        "total_steps": None,
-        "epochs": None,
-        "steps_per_epoch": None,
-        "pct_start": 0.3,
-        "anneal_strategy": "cos",
-        **_MOMENTA,
-        "div_factor": 25.0,
-        "final_div_factor": 1e4,
-        "three_phase": False,
-        "last_epoch": -1,
-    },
-}
+SCHEDULES = _signatures("""
+LRRangeTest(lr_range_test_min_lr=0.001, lr_range_test_step_size=2000, lr_range_test_step_rate=1.0,
+    lr_range_test_staircase=False, last_batch_iteration=-1)
+OneCycle(cycle_min_lr, cycle_max_lr, decay_lr_rate=0.0, cycle_first_step_size=2000, cycle_second_step_size=None,
+    cycle_first_stair_count=0, cycle_second_stair_count=None, decay_step_size=0, cycle_momentum=True,
+    cycle_min_mom=0.8, cycle_max_mom=0.9, decay_mom_rate=0.0, last_batch_iteration=-1)
+WarmupLR(warmup_min_lr=0.0, warmup_max_lr=None, warmup_num_steps=1000, warmup_type='log', last_batch_iteration=-1)
+WarmupDecayLR(total_num_steps, warmup_min_lr=0.0, warmup_max_lr=0.001, warmup_num_steps=1000, warmup_type='log',
+    last_batch_iteration=-1)
+WarmupCosineLR(total_num_steps, warmup_min_ratio=0.0, warmup_num_steps=1000, cos_min_ratio=0.0001,
+    warmup_type='log', last_batch_iteration=-1)
+""")
+TORCH_SCHEDULES = _signatures("""
+LambdaLR(lr_lambda, last_epoch=-1)
+MultiplicativeLR(lr_lambda, last_epoch=-1)
+StepLR(step_size, gamma=0.1, last_epoch=-1)
+MultiStepLR(milestones, gamma=0.1, last_epoch=-1)
+ConstantLR(factor=0.3333333333333333, total_iters=5, last_epoch=-1)
+LinearLR(start_factor=0.3333333333333333, end_factor=1.0, total_iters=5, last_epoch=-1)
+ExponentialLR(gamma, last_epoch=-1)
+SequentialLR(schedulers, milestones, last_epoch=-1)
+PolynomialLR(total_iters=5, power=1.0, last_epoch=-1)
+CosineAnnealingLR(T_max, eta_min=0.0, last_epoch=-1)
+ChainedScheduler(optimizer=None)
+ReduceLROnPlateau(mode='min', factor=0.1, patience=10, threshold=0.0001, threshold_mode='rel', cooldown=0, min_lr=0,
+    eps=1e-08)
+CyclicLR(base_lr, max_lr, step_size_up=2000, step_size_down=None, gamma=1.0, mode='triangular', scale_fn=None,
+    scale_mode='cycle', cycle_momentum=True, base_momentum=0.8, max_momentum=0.9, last_epoch=-1)
+CosineAnnealingWarmRestarts(T_0, T_mult=1, eta_min=0.0, last_epoch=-1)
+OneCycleLR(max_lr, total_steps=None, epochs=None, steps_per_epoch=None, pct_start=0.3, anneal_strategy='cos',
+    cycle_momentum=True, base_momentum=0.85, max_momentum=0.95, div_factor=25.0, final_div_factor=10000.0,
+    three_phase=False, last_epoch=-1)
+""")
 
 # Names that people write and that no spelling distance leads to the right one.
 _ONE_BIT_ONLY = "belongs to the 1-bit optimizers, which are not here: leave it out"

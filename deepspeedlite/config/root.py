@@ -87,8 +87,7 @@ class DeepSpeedConfig(Section):
     zero_allow_untested_optimizer: Flag = key(
         False,
         "Shard optimizers that DeepSpeed has not tested.",
-        status="hint",
-        note="changes nothing: optimizers that cannot be sharded are refused by name",
+        stands="hint: changes nothing: optimizers that cannot be sharded are refused by name",
     )
     aio: Aio = part(Aio, "Asynchronous file access.")
     checkpoint: Checkpoint = part(Checkpoint, "Saving and loading.")

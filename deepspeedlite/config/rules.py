@@ -57,17 +57,14 @@ RULES: tuple[Rule, ...] = (
         "fp16 and bf16 are both enabled",
         "enable one of them",
     ),
-    Rule(
-        ("torch_autocast.enabled", "fp16.enabled"),
-        lambda c: c.torch_autocast.enabled and c.fp16.enabled,
-        "torch_autocast wants fp32 weights, and fp16 is enabled",
-        'disable fp16, and set torch_autocast.dtype to "fp16"',
-    ),
-    Rule(
-        ("torch_autocast.enabled", "bf16.enabled"),
-        lambda c: c.torch_autocast.enabled and c.bf16.enabled,
-        "torch_autocast wants fp32 weights, and bf16 is enabled",
-        'disable bf16, and set torch_autocast.dtype to "bf16"',
+    *(
+        Rule(
+            ("torch_autocast.enabled", f"{half}.enabled"),
+            lambda c, half=half: c.torch_autocast.enabled and getattr(c, half).enabled,  # type: ignore[misc]
+            f"torch_autocast wants fp32 weights, and {half} is enabled",
+            f'disable {half}, and set torch_autocast.dtype to "{half}"',
+        )
+        for half in ("fp16", "bf16")
     ),
     Rule(
         ("data_types.grad_accum_dtype", "fp16.enabled", "bf16.enabled"),
@@ -135,19 +132,14 @@ RULES: tuple[Rule, ...] = (
         "the optimizer's state can be offloaded only when it is sharded",
         "set zero_optimization.stage to 1, 2 or 3",
     ),
-    Rule(
-        ("zero_optimization.offload_param.nvme_path", "zero_optimization.offload_param.device"),
-        lambda c: (
-            c.zero_optimization.offload_param.device == "nvme" and not c.zero_optimization.offload_param.nvme_path
-        ),
-        'is needed when device is "nvme"',
-        "give a directory on the drive",
-    ),
-    Rule(
-        ("zero_optimization.offload_optimizer.nvme_path", "zero_optimization.offload_optimizer.device"),
-        lambda c: _nvme_without_path(c.zero_optimization.offload_optimizer),
-        'is needed when device is "nvme"',
-        "give a directory on the drive",
+    *(
+        Rule(
+            (f"zero_optimization.{name}.nvme_path", f"zero_optimization.{name}.device"),
+            lambda c, name=name: _nvme_without_path(getattr(c.zero_optimization, name)),  # type: ignore[misc]
+            'is needed when device is "nvme"',
+            "give a directory on the drive",
+        )
+        for name in ("offload_param", "offload_optimizer")
     ),
     Rule(
         ("zero_optimization.offload_param.nvme_path", "zero_optimization.offload_optimizer.nvme_path"),

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 from pydantic import create_model
 
 from deepspeedlite.config.base import AnyCase, Dtype, Flag, FreeForm, Int, Number, Section, Text, key, part
-from deepspeedlite.config.features import FEATURES, UNSUPPORTED, verdict
+from deepspeedlite.config.features import UNSUPPORTED
 
 Model = TypeVar("Model", bound=type[Section])
 _TYPES: Mapping[str, Any] = {
@@ -54,7 +54,7 @@ def _extended(model: Any, node: Mapping[str, Any], about: str | None) -> Any:
 def _field(name: str, kind: str, default: Any, doc: str, stands: str, section: Any = None) -> tuple[Any, Any]:
     """A key's annotation and its declaration."""
     words, *more = kind.split(", ")
-    options: dict[str, Any] = {"feature": stands} if stands in FEATURES else verdict(stands)._asdict()
+    options: dict[str, Any] = {"stands": stands}
     inner: Any = None
     if section is not None:
         title = "".join(word.capitalize() for word in name.split("_"))

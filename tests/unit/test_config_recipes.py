@@ -132,7 +132,7 @@ def test_the_tables_are_torchs():
 
 
 def test_the_tables_are_ours():
-    for name, cls in lr_schedules._SCHEDULES.items():
+    for name, cls in lr_schedules.SCHEDULES.items():
         assert recipes.accepted_parameters(cls, 1) == recipes.SCHEDULES[name], name
     for name, known in recipes.OPTIMIZERS.items():
         if not known.torch:

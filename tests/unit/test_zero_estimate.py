@@ -16,7 +16,7 @@ from paths import ROOT
 
 from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.tools.memory_plan import estimate
-from deepspeedlite.tools.memory_plan.estimate import OFFLOADS, Setup, all_ways, model_states_bytes
+from deepspeedlite.tools.memory_plan.states import OFFLOADS, Setup, all_ways, model_states_bytes
 
 PAGE = ROOT / "docs/zero-memory.md"
 G = 10**9

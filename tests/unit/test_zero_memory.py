@@ -30,9 +30,9 @@ import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.shared_memory import SharedMemoryLink, link_of
 from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
-from deepspeedlite.tools.memory_plan.estimate import model_states_bytes, ways_of
 from deepspeedlite.tools.memory_plan.fit import Training, fit_all
 from deepspeedlite.tools.memory_plan.machine import Machine
+from deepspeedlite.tools.memory_plan.states import model_states_bytes, ways_of
 from deepspeedlite.zero import building
 from deepspeedlite.zero.layout import FlatLayout
 from deepspeedlite.zero.unit import ShardUnit

@@ -283,13 +283,13 @@ MODULES: Mapping[str, Names] = {
         "tools.memory_plan.estimate",
         "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",
     )
-    | no("tools.memory_plan.estimate.model_states_bytes", "estimate_zero3_model_states_mem_needs"),
+    | no("tools.memory_plan.states.model_states_bytes", "estimate_zero3_model_states_mem_needs"),
     "runtime.zero.stage_1_and_2": at("compat.optimizers", "DeepSpeedZeroOptimizer", _ONE_OPTIMIZER)
     | at(
         "tools.memory_plan.estimate",
         "estimate_zero2_model_states_mem_needs_all_live estimate_zero2_model_states_mem_needs_all_cold",
     )
-    | no("tools.memory_plan.estimate.model_states_bytes", "estimate_zero2_model_states_mem_needs"),
+    | no("tools.memory_plan.states.model_states_bytes", "estimate_zero2_model_states_mem_needs"),
     # --- ops ----------------------------------------------------------------------------------------------------------
     "ops.adam": at("ops.adam", "DeepSpeedCPUAdam FusedAdam") | no("ZenFlow is not in this release", "ZenFlowCPUAdam"),
     "ops.adam.cpu_adam": at("ops.adam", "DeepSpeedCPUAdam"),

@@ -39,8 +39,7 @@ class ActivationCheckpointing(Section):
     contiguous_memory_optimization: Flag = key(
         False,
         "Keep sharded activations in one buffer.",
-        status="hint",
-        note="changes nothing: the allocator keeps memory whole",
+        stands="hint: changes nothing: the allocator keeps memory whole",
     )
     number_checkpoints: Int | None = key(None, "How many checkpoints that buffer holds.", ge=1)
     synchronize_checkpoint_boundary: Flag = key(False, "Synchronize the device at every boundary.")

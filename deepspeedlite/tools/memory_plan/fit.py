@@ -1,6 +1,6 @@
 """The largest model that a machine can train, by stage and offload, and how long its steps take: `estimate --fit`.
 
-What must fit are the model states (`estimate.model_states_bytes`) and the activations of a GPT whose blocks are
+What must fit are the model states (`states.model_states_bytes`) and the activations of a GPT whose blocks are
 recomputed in the backward pass. A step's time is its slowest part in the passes plus its slowest in the optimizer's
 step: parts of one phase overlap. docs/zero-memory.md has the formulas.
 """
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.runtime.text import GIB, print_table, size_text
-from deepspeedlite.tools.memory_plan.estimate import (
+from deepspeedlite.tools.memory_plan.states import (
     MASTER_BYTES,
     MOMENTS_BYTES,
     OFFLOADS,
