@@ -70,11 +70,13 @@ class Offload:
     def __post_init__(self) -> None:
         options = self.options
         self.host = HostMemory(options.pinned)
-        self._pool: BufferPool | None = None
-        self._in_cpu_numel = 0
+        self._pool: BufferPool | None = None  # for shards of values; the pipeline has buffers of its own
+        self._in_cpu_numel = 0  # of shards that have been kept in memory, up to `max_in_cpu_numel`
+        # Of runs so far, and of those of them whose states are offloaded: `ratio` is kept at every moment, not at the
+        # end, so that what is offloaded is spread over the model and overlaps with what is not.
         self._seen_numel = self._taken_numel = 0
         self.pipeline = SwapPipeline(self.swap_file, options.buffers, options.read_ahead, options.write_behind)
-        self._has_told_wear = False
+        self._has_told_wear = False  # it is said once
         if self.swap_file is not None:
             _give_freed_memory_back()
             if self.placement.params is Tier.NVME:

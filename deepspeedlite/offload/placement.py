@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import Enum
 
 from deepspeedlite.config.sections.zero import ZeroOptimization
+from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 
 
 class Tier(Enum):
@@ -38,6 +39,22 @@ class Placement:
         states = Tier(zero.offload_optimizer.device)
         grads = Tier.DEVICE if states is Tier.DEVICE else Tier.CPU
         return cls(Tier(zero.offload_param.device), grads, states)
+
+    @classmethod
+    def of_built(cls, zero: ZeroOptimization, remote_device: str | None) -> Placement:
+        """Where the shards of a model that `zero.Init` builds live; `remote_device` goes before `offload_param`.
+
+        Raises:
+            UnsupportedError: a device that there is not.
+            ConfigError: "nvme" without a configuration that says where.
+        """
+        section = zero.offload_param
+        device = section.device if remote_device is None else {"cuda": "none"}.get(remote_device, remote_device)
+        if device not in [tier.value for tier in Tier]:
+            raise UnsupportedError(f"zero.Init(remote_device={remote_device!r}): use none, cpu or nvme")
+        if device == "nvme" and not section.nvme_path:
+            raise ConfigError('zero.Init(remote_device="nvme") needs zero_optimization.offload_param.nvme_path')
+        return cls(params=Tier(device))
 
     @property
     def uses_disk(self) -> bool:

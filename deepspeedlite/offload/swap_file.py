@@ -164,8 +164,8 @@ class StagingBuffer:
     def __init__(self, swap_file: SwapFile) -> None:
         self._swap_file = swap_file
         self._handle = swap_file.new_handle()
-        self._memory = torch.empty(0, dtype=torch.uint8)
-        self._used = 0
+        self._memory = torch.empty(0, dtype=torch.uint8)  # grows to the largest use, and stays: pages faulted in once
+        self._used = 0  # bytes that `take` has given out in this use
 
     def begin(self, nbytes: int) -> None:
         """A new use, of this many bytes in whole pages. What was taken before must not be used any more."""

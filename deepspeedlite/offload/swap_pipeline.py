@@ -36,7 +36,7 @@ class SwapPipeline:
         # Reading further ahead than a buffer is left for what is being written would wait for that instead of working.
         self._ahead = min(max(len(self._buffers) - 2, 1), 2, len(self._buffers) - 1) if read_ahead else 0
         self._behind = write_behind
-        self.written_nbytes = 0
+        self.written_nbytes = 0  # in the last run: what a step wears the drive by
 
     def run(self, groups: Sequence[Sequence[Store]], work: Callable[[int], None]) -> None:
         """`work(i)` for every group, in order, with its runs in memory; what it changed is written back.
@@ -64,10 +64,11 @@ class _Turn:
 
     def __init__(self, buffers: Sequence[StagingBuffer], groups: Sequence[Runs]) -> None:
         self._groups = groups
-        self._free = deque(buffers)
-        self._here: dict[int, StagingBuffer] = {}
+        self._free = deque(buffers)  # of no group: what was in it has been written
+        self._here: dict[int, StagingBuffer] = {}  # by group, from the start of its reading to its work's end
+        # Being written, the oldest first. A buffer may be filled anew only when its writes have ended.
         self._leaving: deque[tuple[int, StagingBuffer]] = deque()
-        self._fetched = 0
+        self._fetched = 0  # groups whose reading has been started, in order
 
     def fetch_until(self, last: int) -> None:
         """Start reading groups up to this one, as far as buffers can be had without waiting for work to be done."""

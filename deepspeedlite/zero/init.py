@@ -22,11 +22,10 @@ import torch
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group
-from deepspeedlite.config import DeepSpeedConfig, load_config
+from deepspeedlite.config import load_config
 from deepspeedlite.offload.options import make_offload
-from deepspeedlite.offload.placement import Placement, Tier
+from deepspeedlite.offload.placement import Placement
 from deepspeedlite.runtime.device import pick_device
-from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.zero.building import Building, built, give_values
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
@@ -86,7 +85,9 @@ class Init:
             half = torch.float16 if settings.fp16.enabled else torch.bfloat16 if settings.bf16.enabled else None
             self.dtype = dtype or half
             self.enabled = settings.zero_optimization.stage == 3
-        self._offload = make_offload(settings, self.group, _placement(settings, remote_device))
+        self._offload = make_offload(
+            settings, self.group, Placement.of_built(settings.zero_optimization, remote_device)
+        )
         self._building = Building(self.group, self.device, self._shard)
         if self.enabled and module is not None:
             self.shard(module)
@@ -129,14 +130,3 @@ class Init:
                 fresh = torch.empty_like(param, device=self.device)
                 module._parameters[key] = torch.nn.Parameter(fresh, requires_grad=param.requires_grad)
         give_values(module)
-
-
-def _placement(settings: DeepSpeedConfig, remote_device: str | None) -> Placement:
-    """Where shards live; nothing else is placed here."""
-    section = settings.zero_optimization.offload_param
-    device = section.device if remote_device is None else {"cuda": "none"}.get(remote_device, remote_device)
-    if device not in ("none", "cpu", "nvme"):
-        raise UnsupportedError(f"zero.Init(remote_device={remote_device!r}): use none, cpu or nvme")
-    if device == "nvme" and not section.nvme_path:
-        raise ConfigError('zero.Init(remote_device="nvme") needs zero_optimization.offload_param.nvme_path')
-    return Placement(params=Tier(device))
