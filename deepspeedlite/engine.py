@@ -16,7 +16,7 @@ scale are applied to the parameters' gradients as they arrive: the same result, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,7 +32,6 @@ from deepspeedlite.comm import Group
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig
 from deepspeedlite.data.loader import LoaderOptions
 from deepspeedlite.metrics.train_log import StepReport, TrainLog
-from deepspeedlite.offload.offload_states import OffloadedStates, states_of
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.optim.step import ShardedOptimizer
@@ -48,7 +47,6 @@ from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.lease import Lease
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher, tensors_in
-from deepspeedlite.zero.state_dicts import StateDicts
 
 STEPPED = "optimizer.step() has taken this step: leave it out, for engine.step() also counts and moves the schedule"
 NO_PASS = (
@@ -73,7 +71,6 @@ class EngineParts:
     lr_scheduler: Any
     train_log: TrainLog
     lease: Lease
-    state_dicts: StateDicts
     prefetcher: ParamPrefetcher | None = None  # where parameters are sharded
     frozen: Sequence[FlatParams] = ()  # sharded values that are not trained
     offload: Offload = field(default_factory=Offload)
@@ -110,33 +107,33 @@ class Engine(torch.nn.Module):
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__()
         self.module = module
+        # What a script was given of the parts; it may put another object in its place.
         self.optimizer = parts.optimizer
         self.lr_scheduler = parts.lr_scheduler
-        self.mpu = parts.mpu
         self.training_dataloader = parts.training_dataloader
+        self.mpu = parts.mpu
         self._parts = parts
-        self._batch = parts.batch
+        self._batch = parts.batch  # a script may change it between two batches
         self._reducer = parts.reducer
-        parts.lease.held_by(self)
-        self._clearing = ModuleClearing(module, self._reducer)
         self._prefetcher = parts.prefetcher
         self._scaler = parts.scaler
-        self._casts_inputs = parts.precision.cast_inputs
+        self._casts_inputs = parts.precision.cast_inputs  # of a pipeline, its first stage alone
         self._train_log = parts.train_log
-        self.micro_steps = 0
-        self.global_steps = 0
-        self.global_samples = 0
-        self.skipped_steps = 0
+        # Saved in checkpoints: calls of `step`, those that ended a window, their samples, those that overflowed.
+        self.micro_steps = self.global_steps = self.global_samples = self.skipped_steps = 0
         self._window_steps = 0  # micro-steps since the last boundary
         self._forced_boundary: bool | None = None  # what a script says of the coming micro-steps, over the count
         self._in_no_sync = False
         self._loss_is_scaled = False  # the loss of the coming backward pass carries loss scale and share of the batch
+        # Backward passes, and of those the calls of `backward`; for what is told and refused, not for what is computed.
         self._passes_since_step = self._losses_since_step = 0
-        self._step_applied = False
+        self._step_applied = False  # by the last `step`
         self._destroyed = False
-        self._offloaded: OffloadedStates | None = None
+        # What holds the module: the lease refers weakly to the engine, which may go before its module does.
+        parts.lease.held_by(self)
+        self._clearing = ModuleClearing(module, self._reducer)
         self._attached = Attached(module)
-        ranks = Ranks()
+        ranks = Ranks()  # one, whose meetings are counted, for saves and loads
         self._saver = Saver(parts.config.checkpoint, ranks, self.checkpoint_formats)
         self._loader = Loader(ranks, self.checkpoint_formats)
 
@@ -447,36 +444,7 @@ class Engine(torch.nn.Module):
         """What of the model and the last loaded checkpoint did not fit, with `load_module_strict=False`."""
         return self._loader.mismatches
 
-    # --- memory -----------------------------------------------------------------------------------------------------
-
-    def offload_states(
-        self,
-        include: Container[Any] | None = None,
-        device: Any = "cpu",
-        pin_memory: bool = True,
-        non_blocking: bool = False,
-    ) -> None:
-        """Free the device of model states until `reload_states`. Meanwhile nothing can train.
-
-        Args:
-            include: which states, by DeepSpeed's names for them; all if None.
-            device: where to; only "cpu".
-            pin_memory: keep them in page-locked memory.
-            non_blocking: taken for DeepSpeed's sake; they have left when this returns.
-        """
-        self._check_alive("offload_states")
-        state = self.optimizer.state if self.optimizer is not None else {}
-        self._offloaded = OffloadedStates(states_of(self._reducer.units, state), include, device, pin_memory)
-        for unit in self._reducer.units:
-            unit.follow_memory()
-
-    def reload_states(self, non_blocking: bool = False) -> None:
-        """Bring back what `offload_states` took away."""
-        if self._offloaded is not None:
-            self._offloaded.reload(non_blocking)
-            for unit in self._reducer.units:
-                unit.follow_memory()
-        self._offloaded = None
+    # --- life cycle -------------------------------------------------------------------------------------------------
 
     def _check_alive(self, what: str) -> None:
         if self._destroyed:
@@ -485,8 +453,6 @@ class Engine(torch.nn.Module):
         refusal = self._parts.lease.refusal(what)
         if refusal:
             raise EngineStateError(f"engine.{what}(): {refusal}")
-        if self._offloaded is not None:
-            raise EngineStateError(f"engine.{what}() after offload_states: call reload_states first")
         if self.optimizer is not None and self.optimizer.broken and what != "load_checkpoint":
             raise EngineStateError(f"engine.{what}(): {self.optimizer.broken}; load a checkpoint first")
 
@@ -500,7 +466,6 @@ class Engine(torch.nn.Module):
         if self._destroyed:
             return
         self._saver.wait()
-        self.reload_states()
         self._destroyed = True
         self._parts.lease.close()
         self._parts.offload.close()

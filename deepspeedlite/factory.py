@@ -144,7 +144,7 @@ def _build_parts(
     optimizer = None
     if base is not None:
         optimizer = engine_class.optimizer_class(base, reducer, scaler, step_settings, model, named)
-    state_dicts, prefetcher, frozen = sharded
+    _, prefetcher, frozen = sharded
     loading = LoaderOptions.from_config(settings, device, given.collate_fn)
     return EngineParts(
         config=settings,
@@ -159,7 +159,6 @@ def _build_parts(
         lr_scheduler=_make_scheduler(settings, base, given.lr_scheduler),
         train_log=TrainLog(settings, device, model, batch.train, comm.get_rank()),
         lease=Lease(reducer, *sharded, holder=holder, trains=base is not None, borrows=bool(left)),
-        state_dicts=state_dicts,
         prefetcher=prefetcher,
         frozen=frozen,
         offload=offload,

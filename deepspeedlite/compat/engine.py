@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +13,7 @@ from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.formats import FORMATS
 from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.compat.engine_accessors import EngineAccessors
+from deepspeedlite.compat.offload_states import OffloadedStates, states_of
 from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
 from deepspeedlite.data.loader import DeepSpeedDataLoader
 from deepspeedlite.engine import EngineParts
@@ -35,6 +36,7 @@ class DeepSpeedEngine(EngineAccessors):
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__(module, parts)
         self.collate_fn = parts.loading.collate_fn
+        self._offloaded: OffloadedStates | None = None
         if parts.plan.shard_params:
             describe_whole(module.parameters(), parts.group)
 
@@ -84,6 +86,49 @@ class DeepSpeedEngine(EngineAccessors):
         return DeepSpeedDataLoader(
             dataset, batch_size or self._batch.micro, group.rank, group.size, options, data_sampler
         )
+
+    # --- states away from the device --------------------------------------------------------------------------------
+
+    def offload_states(
+        self,
+        include: Container[Any] | None = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Free the device of model states until `reload_states`. Meanwhile nothing can train.
+
+        Args:
+            include: which states, by DeepSpeed's names for them; all if None.
+            device: where to; only "cpu".
+            pin_memory: keep them in page-locked memory.
+            non_blocking: taken for DeepSpeed's sake; they have left when this returns.
+        """
+        self._check_alive("offload_states")
+        state = self.optimizer.state if self.optimizer is not None else {}
+        self._offloaded = OffloadedStates(states_of(self._reducer.units, state), include, device, pin_memory)
+        for unit in self._reducer.units:
+            unit.follow_memory()
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` took away."""
+        if self._offloaded is not None:
+            self._offloaded.reload(non_blocking)
+            for unit in self._reducer.units:
+                unit.follow_memory()
+        self._offloaded = None
+
+    def _check_alive(self, what: str) -> None:
+        super()._check_alive(what)
+        if self._offloaded is not None:
+            raise EngineStateError(f"engine.{what}() after offload_states: call reload_states first")
+
+    def destroy(self) -> None:
+        """Bring back states that are away, remove the engine's hooks and close its monitors; see `Engine.destroy`."""
+        if not self._destroyed:
+            self._saver.wait()
+            self.reload_states()
+        super().destroy()
 
     # --- all weights ------------------------------------------------------------------------------------------------
 

@@ -19,9 +19,9 @@ from harness import distributed
 from models import tied_model, tokens
 
 import deepspeedlite
-from deepspeedlite.offload import offload_states
+from deepspeedlite.compat import offload_states
+from deepspeedlite.compat.offload_states import OffloadStateTypeEnum
 from deepspeedlite.offload.disk_store import DiskStore
-from deepspeedlite.offload.offload_states import OffloadStateTypeEnum
 from deepspeedlite.offload.options import Offload, OffloadOptions
 from deepspeedlite.offload.pinned import HostMemory
 from deepspeedlite.offload.placement import Placement, Tier

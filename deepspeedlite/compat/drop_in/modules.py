@@ -268,7 +268,7 @@ MODULES: Mapping[str, Names] = {
     )
     | at("compat.zero", "ZeroStageEnum"),
     "runtime.zero.offload_config": at("compat.zero", "OffloadDeviceEnum")
-    | at("offload.offload_states", "OffloadStateTypeEnum")
+    | at("compat.offload_states", "OffloadStateTypeEnum")
     | renamed(
         "config.sections.zero",
         "a section of DeepSpeedConfig",
