@@ -1,6 +1,7 @@
 """What the house looks like: sizes, walls and habits of the package, by its syntax trees and its import graph.
 
-    python tools/house.py [CHECKOUT]    a table of every room, and what is counted over all of them
+    python tools/house.py [CHECKOUT]               a table of every room, and what is counted over all of them
+    python tools/house.py --svg FILE [CHECKOUT]    a drawing of the rooms, by who imports whom
 
 A room is a folder or file of `deepspeedlite/`; `checkpoint/formats` and `parallel/replica` are rooms of their own.
 Lines of code are those that hold something else than a comment or a docstring. Only the standard library is needed.
@@ -34,6 +35,33 @@ CORE = ("engine", "factory", "passes", "config", "runtime", "comm", "zero", "off
 CORE += ("parallel/replica", "parallel/dims", "checkpoint")
 OWN_ROOMS = ("checkpoint/formats", "parallel/replica", "parallel/dims")
 MAX_FUNCTION_LINES = 60
+# What the drawing says under a room's name; the lowest first.
+NOTES = {
+    "runtime": "world, device, log, errors",
+    "config": "keys, checks, legacy spellings",
+    "launcher": "starts ranks on hosts",
+    "env_report": "what a machine has",
+    "comm": "groups, transports, stalls",
+    "ops": "compiled ops and oracles",
+    "parallel/replica": "a model over several ranks",
+    "parallel/dims": "the mesh of named axes",
+    "offload": "device, host or disk",
+    "zero": "flat buffers, units, prefetch",
+    "optim": "masters, step, schedules",
+    "data": "loaders",
+    "metrics": "train log, monitors, FLOPs",
+    "activation_checkpointing": "recomputation",
+    "checkpoint": "save, load, manifest",
+    "checkpoint/formats": "DeepSpeed, Hugging Face",
+    "passes": "forward and backward",
+    "engine": "the training interface",
+    "factory": "builds an engine",
+    "parallel": "pipelines",
+    "tools": "bench, memory plans",
+    "compat": "DeepSpeed's names",
+    "(root)": "lazy: imports no torch",
+}
+THIN_LINES = 100  # a room outside the core with less code only passes names on, and is not drawn
 _FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 _SCOPES = (*_FUNCTIONS, ast.ClassDef)
 _LAYOUT_TOKENS = {tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
@@ -374,12 +402,114 @@ def _list(title: str, names: list[str], shown: int = 20) -> list[str]:
     return [f"{title}: {len(names)}", *(f"  {name}" for name in names[:shown]), *more]
 
 
+# --- the drawing ------------------------------------------------------------------------------------------------------
+
+_WIDTH, _BOX_W, _BOX_H, _ROW_H, _MARGIN = 1000, 190, 46, 84, 34
+
+
+def room_graph(sources: list[Source]) -> dict[str, set[str]]:
+    """The rooms that each room imports, of those that are drawn."""
+    code: dict[str, int] = defaultdict(int)
+    for source in sources:
+        code[source.room] += source.code
+    drawn = {room for room, lines in code.items() if room in CORE or room == "(root)" or lines >= THIN_LINES}
+    room_of_module = {source.module: source.room for source in sources}
+    graph: dict[str, set[str]] = {room: set() for room in sorted(drawn)}
+    for source in sources:
+        # A command may reach for anything, and the version's file is everybody's.
+        if source.room in drawn and source.path.name != "__main__.py":
+            targets = {room_of_module[name] for name in source.imports if not name.endswith("._version")}
+            graph[source.room] |= (targets & drawn) - {source.room}
+    order = {room: index for index, room in enumerate(NOTES)}
+    for group in cycles(graph):
+        for room in group:
+            graph[room] -= {target for target in group if order.get(target, 0) > order.get(room, 0)}
+    return graph
+
+
+def levels(graph: Mapping[str, set[str]]) -> dict[str, int]:
+    """How high each room stands: above every room it imports."""
+    found: dict[str, int] = {}
+
+    def height(room: str) -> int:
+        if room not in found:
+            found[room] = max((height(target) + 1 for target in graph[room]), default=0)
+        return found[room]
+
+    return {room: height(room) for room in graph}
+
+
+def needed_edges(graph: Mapping[str, set[str]]) -> list[tuple[str, str]]:
+    """The imports that do not follow from others: of those from A to B and B to C, not the one from A to C."""
+
+    def reach(room: str) -> set[str]:
+        return graph[room].union(*(reach(target) for target in graph[room]))
+
+    return [
+        (room, target)
+        for room in sorted(graph)
+        for target in sorted(graph[room])
+        if not any(target in reach(other) for other in graph[room])
+    ]
+
+
+def drawing(sources: list[Source]) -> str:
+    """The rooms as an SVG image: the higher imports the lower, the core is blue."""
+    graph = room_graph(sources)
+    level = levels(graph)
+    top = max(level.values())
+    corner: dict[str, tuple[float, float]] = {}
+    for height in range(top + 1):
+        row = [room for room in sorted(graph) if level[room] == height]
+        gap = (_WIDTH - len(row) * _BOX_W) / (len(row) + 1)
+        for index, room in enumerate(row):
+            corner[room] = gap + index * (_BOX_W + gap), _MARGIN + (top - height) * _ROW_H
+    lines = []
+    for room, target in needed_edges(graph):
+        (x1, y1), (x2, y2) = corner[room], corner[target]
+        x1, y1, x2 = x1 + _BOX_W / 2, y1 + _BOX_H, x2 + _BOX_W / 2
+        lines.append(
+            f'<path d="M{x1:.0f} {y1:.0f}C{x1:.0f} {y1 + 30:.0f} {x2:.0f} {y2 - 34:.0f} {x2:.0f} {y2 - 4:.0f}"/>'
+        )
+    boxes = []
+    for room, (x, y) in sorted(corner.items()):
+        kind = "core" if room in CORE else "other"
+        middle = x + _BOX_W / 2
+        boxes.append(
+            f'<rect class="{kind}" x="{x:.0f}" y="{y:.0f}" width="{_BOX_W}" height="{_BOX_H}" rx="6"/>'
+            f'<text x="{middle:.0f}" y="{y + 20:.0f}">{"deepspeedlite" if room == "(root)" else room}</text>'
+            f'<text class="note" x="{middle:.0f}" y="{y + 37:.0f}">{NOTES.get(room, "")}</text>'
+        )
+    height_px = _MARGIN + (top + 1) * _ROW_H
+    legend = "Each room imports what is below it (imports that follow from others are not drawn). Blue is the core."
+    return "\n".join(
+        [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {height_px}" font-family="sans-serif">',
+            "<style>text{font-size:14px;text-anchor:middle;fill:#1b2733}.note{font-size:11px;fill:#51606e}"
+            ".core{fill:#cfe3f8;stroke:#2f6fae}.other{fill:#f0f1f3;stroke:#8b96a1}"
+            "path{fill:none;stroke:#9aa7b3;marker-end:url(#tip)}</style>",
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
+            '<polygon points="0 0 8 4 0 8" fill="#9aa7b3"/></marker></defs>',
+            f'<rect width="{_WIDTH}" height="{height_px}" fill="#ffffff"/>',
+            f'<text class="note" x="{_WIDTH // 2}" y="20">{legend}</text>',
+            *lines,
+            *boxes,
+            "</svg>\n",
+        ]
+    )
+
+
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("checkout", nargs="?", type=Path, default=Path(__file__).resolve().parents[1])
+    parser.add_argument("--svg", type=Path, metavar="FILE", help="draw instead")
     given = parser.parse_args()
-    print(report(read_package(given.checkout)))
+    sources = read_package(given.checkout)
+    if given.svg is None:
+        print(report(sources))
+    else:
+        given.svg.write_text(drawing(sources))
 
 
 if __name__ == "__main__":
