@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import json
 import re
 import subprocess
 import sys
@@ -18,8 +19,8 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 12_100  # the goal is 8,500; lowered to what is there at the end of a rebuild
-MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 106, 26, 10  # the goal for the last two is none
+MAX_CORE_LINES = 11_700  # the goal is 8,500; lowered to what is there at the end of a rebuild
+MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES = {
     ("deepspeedlite.launcher.multinode", "deepspeedlite.launcher.start"),
@@ -311,3 +312,34 @@ def test_commands_that_users_type():
     for name, process in started.items():
         said, _ = process.communicate(timeout=120)
         assert process.returncode == 0 and said.startswith("usage: "), f"{name}: {said}"
+
+
+# --- what documents say about the house -------------------------------------------------------------------------------
+
+
+def test_rooms_are_listed_and_drawn():
+    """CONTRIBUTING.md has every room, and the files that it sends to exist; the drawing has every room of the core."""
+    told = (ROOT / "CONTRIBUTING.md").read_text()
+    drawing = house().drawing(sources())
+    for room in {source.room for source in sources()} - {"(root)"}:
+        assert f"`{room}/`" in told or f"`{room}`" in told or f"`{room}" in told, f"CONTRIBUTING.md lacks {room}"
+    for room in house().room_graph(sources()).keys() - {"(root)"}:
+        assert f">{room}</text>" in drawing
+    table = told.partition("## Where do I change")[2].partition("\n## ")[0]
+    for path in re.findall(r"`([a-z_]+(?:/[a-z_]+)*(?:/|\.py|\.json))`", table):
+        found = [base for base in (PACKAGE, ROOT, PACKAGE / "checkpoint") if (base / path).exists()]
+        assert found, f"CONTRIBUTING.md sends to {path}, which is not there"
+
+
+def test_plot_is_current():
+    """docs/performance.svg is what benchmarks/plot.py draws of the saved results."""
+    before = (ROOT / "docs" / "performance.svg").read_text()
+    spec = importlib.util.spec_from_file_location("plot", ROOT / "benchmarks" / "plot.py")
+    assert spec is not None and spec.loader is not None
+    plot = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(plot)
+    results = json.loads((ROOT / "benchmarks" / "results.json").read_text())
+    assert before == plot.drawing(results), "run: python benchmarks/plot.py"
+    figures = (ROOT / "docs" / "performance.md").read_text()
+    for one in results:
+        assert f"{one['ratio']:.2f}" in figures or f"{one['theirs']:g}" in figures, f"not in docs/performance.md: {one}"
