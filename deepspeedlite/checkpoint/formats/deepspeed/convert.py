@@ -7,6 +7,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -68,10 +69,13 @@ def _as_ours(reader: DeepSpeedReader) -> tuple[Manifest, dict[str, dict[str, tor
         parameter.pieces[kind] = [piece._replace(file=names[piece.file]) for piece in found]
     for parameter in manifest.parameters:
         parameter.scalars = encode(reader.value(parameter.scalars), parameter.name, add_value)
-    manifest.param_groups = encode(reader.value(manifest.param_groups), "param_groups", add_value)
-    manifest.state = {name: encode(reader.state(name), name, add_value) for name in manifest.state}
-    manifest.files = {}
-    return manifest, {**tensors, **({"values.safetensors": values} if values else {})}
+    ours = replace(
+        manifest,
+        files={},
+        param_groups=encode(reader.value(manifest.param_groups), "param_groups", add_value),
+        state={name: encode(reader.state(name), name, add_value) for name in manifest.state},
+    )
+    return ours, {**tensors, **({"values.safetensors": values} if values else {})}
 
 
 def add_commands(commands: Any) -> None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -361,8 +362,9 @@ class _Files:
         encoded = {name: encode(value, f"optimizer state {name}", self._put_value) for name, value in scalars.items()}
         before = self._described[group]
         for name, position in zip(names, order):
-            entry = self._entries[name]
-            entry.trainable, entry.group, entry.position, entry.scalars = True, group, before + position, encoded
+            entry = self._entries[name] = replace(
+                self._entries[name], trainable=True, group=group, position=before + position, scalars=encoded
+            )
             self._described[group] += 1
             if entry.numel == 0:
                 entry.pieces[WEIGHT] = []
