@@ -34,7 +34,7 @@ class SwappedRun(Store):
         derived: Sequence[str] = (),
     ) -> None:
         self._swap_file, self._held, self._derived = swap_file, held, frozenset(derived)
-        self._regions = dict(regions or {})  # by name; a region is never given up, only replaced by a larger one
+        self._regions = dict(regions or {})  # by name; left, for good, only where a tensor has another size now
 
     @property
     def nbytes(self) -> int:
