@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from models import VOCABULARY, WIDTH
+from pairwise import each_pair
 from paths import BOOT
 from pipe_models import HYPER, Block, Reference, Sequential, batches, layers, loss_fn
 
@@ -64,10 +65,7 @@ def assert_copies_are_equal(engine: Any) -> None:
             assert all(torch.equal(copy, param) for copy in copies)
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "gpipe"])
-@pytest.mark.parametrize("micro_batches", [1, 5])
-@pytest.mark.parametrize("stage", [0, 1, 2])
-@pytest.mark.parametrize("stages", [1, 2, 4])
+@each_pair(3, stages=[1, 2, 4], stage=[0, 1, 2], micro_batches=[1, 5], schedule=["1f1b", "gpipe"])  # and every three
 @pytest.mark.slow_unless(stages=2, stage=1)
 @distributed(4)
 def test_training_equals_the_sequential_model(stages, stage, micro_batches, schedule):
