@@ -33,7 +33,7 @@ from deepspeedlite.runtime.errors import ConfigError, OptimizerError, Unsupporte
 from deepspeedlite.runtime.log import log_dist, log_once
 from deepspeedlite.zero.flat_params import FlatParams, make_whole, owner_of
 from deepspeedlite.zero.grad_reducer import GradReducer
-from deepspeedlite.zero.leaf import get_z3_leaf_modules, mark_leaves
+from deepspeedlite.zero.leaf import leaf_modules, mark_leaves
 from deepspeedlite.zero.lease import Holder, Lease, take_over
 from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher
@@ -195,7 +195,7 @@ def _make_reducer(
     gathered = {*units, *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
-    leaves = get_z3_leaf_modules(model)
+    leaves = leaf_modules(model)
     dicts = StateDicts(model, leaves)
     limits = PrefetchLimits.from_config(zero)
     prefetcher = None
@@ -229,7 +229,7 @@ def _make_buckets(
     persistent, sharded = split_persistent(
         everyone, held, zero.stage3_param_persistence_threshold, zero.stage3_model_persistence_threshold
     )
-    by_module = module_buckets(model, sharded, get_z3_leaf_modules(model))
+    by_module = module_buckets(model, sharded, leaf_modules(model))
     buckets = [Bucket(members, sharded=True) for members in by_module if members[0].group != FROZEN]
     small = [entry for entry in persistent if entry.group != FROZEN]
     buckets += [Bucket(members) for members in reverse_buckets(small, zero.reduce_bucket_size)]

@@ -9,6 +9,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from deepspeedlite.compat.leaf_modules import (
+        get_z3_leaf_modules,
+        set_z3_leaf_module,
+        set_z3_leaf_modules,
+        set_z3_leaf_modules_by_name,
+        set_z3_leaf_modules_by_suffix,
+        unset_z3_leaf_modules,
+        z3_leaf_module,
+    )
     from deepspeedlite.compat.on_device import OnDevice
     from deepspeedlite.compat.param_access import (
         safe_get_full_fp32_param,
@@ -27,15 +36,6 @@ if TYPE_CHECKING:
     )
     from deepspeedlite.data.loader import RepeatingLoader
     from deepspeedlite.runtime.log import log_dist, log_dist_once, logger
-    from deepspeedlite.zero.leaf import (
-        get_z3_leaf_modules,
-        set_z3_leaf_module,
-        set_z3_leaf_modules,
-        set_z3_leaf_modules_by_name,
-        set_z3_leaf_modules_by_suffix,
-        unset_z3_leaf_modules,
-        z3_leaf_module,
-    )
 
 __all__ = [
     "OnDevice",
@@ -70,7 +70,7 @@ def _home(name: str) -> str:
     if name.startswith("safe_"):
         return "deepspeedlite.compat.param_access"
     if "z3_leaf" in name:
-        return "deepspeedlite.zero.leaf"
+        return "deepspeedlite.compat.leaf_modules"
     homes = {"RepeatingLoader": "data.loader", "OnDevice": "compat.on_device"}
     return f"deepspeedlite.{homes.get(name, 'runtime.log')}"
 

@@ -21,77 +21,24 @@ KNOWN_CLASSES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSpa
 _MARKED = WeakIdKeyDictionary()
 
 
-def z3_leaf_module(model: torch.nn.Module) -> bool:
+def is_leaf(model: torch.nn.Module) -> bool:
     """Whether a module is a leaf."""
     return bool(_MARKED.get(model, isinstance(model, ALWAYS)))
 
 
-def set_z3_leaf_module(model: torch.nn.Module, flag: bool) -> None:
+def mark_leaf(model: torch.nn.Module, flag: bool) -> None:
     """Make one module a leaf, or no longer one. Has its effect on engines made afterwards."""
     _MARKED[model] = flag
 
 
-def get_z3_leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
+def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
     """The outermost leaf modules of a model."""
     found: list[torch.nn.Module] = []
     inside: set[torch.nn.Module] = set()
     for module in model.modules():
-        if module not in inside and z3_leaf_module(module):
+        if module not in inside and is_leaf(module):
             found.append(module)
             inside.update(module.modules())
-    return found
-
-
-def set_z3_leaf_modules(
-    model: torch.nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Make every module of the given classes, or class names, a leaf; returns those modules.
-
-    Raises:
-        ConfigError: no module of the model is of these classes.
-    """
-    return _flag(model, leaf_module_classes, True, raise_if_not_found)
-
-
-def unset_z3_leaf_modules(
-    model: torch.nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """The opposite of `set_z3_leaf_modules`."""
-    return _flag(model, leaf_module_classes, False, raise_if_not_found)
-
-
-def set_z3_leaf_modules_by_name(
-    model: torch.nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Make the modules of these full names leaves; returns them.
-
-    Raises:
-        ConfigError: the model lacks one of them.
-    """
-    named = dict(model.named_modules())
-    missing = sorted(set(module_names) - named.keys())
-    if missing and raise_if_not_found:
-        raise ConfigError(f"leaf modules: the model has no module called {', '.join(missing)}")
-    found = [named[name] for name in module_names if name in named]
-    for module in found:
-        set_z3_leaf_module(module, True)
-    return found
-
-
-def set_z3_leaf_modules_by_suffix(
-    model: torch.nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Make the modules whose full names end in one of these leaves; returns them.
-
-    Raises:
-        ConfigError: no name of a module ends so.
-    """
-    endings = tuple(module_name_suffixes)
-    found = [module for name, module in model.named_modules() if name.endswith(endings)]
-    if not found and raise_if_not_found:
-        raise ConfigError(f"leaf modules: no module's name ends in {', '.join(endings)}")
-    for module in found:
-        set_z3_leaf_module(module, True)
     return found
 
 
@@ -103,24 +50,39 @@ def mark_leaves(
 ) -> None:
     """Make leaves of what the configuration's `leaf_module` section lists; None: the classes known to need it."""
     if classes is None:
-        _flag(model, KNOWN_CLASSES, True, raise_if_not_found=False)
-    elif classes:
-        _flag(model, _listed(classes), True, raise_if_not_found=True)
-    set_z3_leaf_modules_by_name(model, _listed(names))
-    if suffixes:
-        set_z3_leaf_modules_by_suffix(model, _listed(suffixes))
+        found = modules_of(model, KNOWN_CLASSES, required=False)
+    else:
+        found = modules_of(model, _listed(classes)) if classes else []
+    found += modules_named(model, _listed(names))
+    found += modules_ending(model, _listed(suffixes)) if suffixes else []
+    for module in found:
+        mark_leaf(module, True)
 
 
-def _flag(
-    model: torch.nn.Module, classes: Iterable[type | str], flag: bool, raise_if_not_found: bool
-) -> list[torch.nn.Module]:
+def modules_of(model: torch.nn.Module, classes: Iterable[type | str], required: bool = True) -> list[torch.nn.Module]:
+    """The modules of these classes, or classes of these names; ConfigError if there must be one and is none."""
     wanted = list(classes)
     found = [module for module in model.modules() if any(_is_of(module, one) for one in wanted)]
-    if raise_if_not_found and not found:
+    if required and not found:
         shown = ", ".join(one if isinstance(one, str) else one.__name__ for one in wanted)
         raise ConfigError(f"leaf modules: no module of {type(model).__name__} is of class {shown}")
-    for module in found:
-        set_z3_leaf_module(module, flag)
+    return found
+
+
+def modules_named(model: torch.nn.Module, names: Sequence[str], required: bool = True) -> list[torch.nn.Module]:
+    """The modules of these full names; ConfigError if one is not there that must be."""
+    named = dict(model.named_modules())
+    missing = sorted(set(names) - named.keys())
+    if missing and required:
+        raise ConfigError(f"leaf modules: the model has no module called {', '.join(missing)}")
+    return [named[name] for name in names if name in named]
+
+
+def modules_ending(model: torch.nn.Module, suffixes: Sequence[str], required: bool = True) -> list[torch.nn.Module]:
+    """The modules whose full names end in one of these; ConfigError if there must be one and is none."""
+    found = [module for name, module in model.named_modules() if name.endswith(tuple(suffixes))]
+    if not found and required:
+        raise ConfigError(f"leaf modules: no module's name ends in {', '.join(suffixes)}")
     return found
 
 

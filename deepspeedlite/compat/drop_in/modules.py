@@ -45,7 +45,7 @@ _SAFE = (
 )
 _LEAVES = "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module"
 _LEAVES_BY_NAME = at(
-    "zero.leaf",
+    "compat.leaf_modules",
     "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix",
     "returns the modules alone; set_z3_leaf_module(module, False) undoes it",
 )

@@ -1,0 +1,68 @@
+"""Leaf modules under DeepSpeed's names; what they are is told in `zero.leaf`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from deepspeedlite.zero.leaf import is_leaf as z3_leaf_module
+from deepspeedlite.zero.leaf import leaf_modules as get_z3_leaf_modules
+from deepspeedlite.zero.leaf import mark_leaf as set_z3_leaf_module
+from deepspeedlite.zero.leaf import modules_ending, modules_named, modules_of
+
+__all__ = [
+    "get_z3_leaf_modules",
+    "set_z3_leaf_module",
+    "set_z3_leaf_modules",
+    "set_z3_leaf_modules_by_name",
+    "set_z3_leaf_modules_by_suffix",
+    "unset_z3_leaf_modules",
+    "z3_leaf_module",
+]
+
+
+def set_z3_leaf_modules(
+    model: torch.nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """Make every module of the given classes, or class names, a leaf; returns those modules.
+
+    Raises:
+        ConfigError: no module of the model is of these classes.
+    """
+    return _marked(modules_of(model, leaf_module_classes, raise_if_not_found), True)
+
+
+def unset_z3_leaf_modules(
+    model: torch.nn.Module, leaf_module_classes: Sequence[type | str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """The opposite of `set_z3_leaf_modules`."""
+    return _marked(modules_of(model, leaf_module_classes, raise_if_not_found), False)
+
+
+def set_z3_leaf_modules_by_name(
+    model: torch.nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """Make the modules of these full names leaves; returns them.
+
+    Raises:
+        ConfigError: the model lacks one of them.
+    """
+    return _marked(modules_named(model, module_names, raise_if_not_found), True)
+
+
+def set_z3_leaf_modules_by_suffix(
+    model: torch.nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
+) -> list[torch.nn.Module]:
+    """Make the modules whose full names end in one of these leaves; returns them.
+
+    Raises:
+        ConfigError: no name of a module ends so.
+    """
+    return _marked(modules_ending(model, module_name_suffixes, raise_if_not_found), True)
+
+
+def _marked(modules: list[torch.nn.Module], flag: bool) -> list[torch.nn.Module]:
+    for module in modules:
+        set_z3_leaf_module(module, flag)
+    return modules
