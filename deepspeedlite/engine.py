@@ -40,13 +40,14 @@ from deepspeedlite.passes import note_clearing, note_hidden, note_losses
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_once, logger
+from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
 from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.lease import Lease
 from deepspeedlite.zero.plan import ShardingPlan
-from deepspeedlite.zero.prefetch import ParamPrefetcher, tensors_in
+from deepspeedlite.zero.prefetch import ParamPrefetcher
 
 STEPPED = "optimizer.step() has taken this step: leave it out, for engine.step() also counts and moves the schedule"
 NO_PASS = (

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -33,3 +34,24 @@ def move_to_device(item: Any, device: Any, criterion_func: Callable[[torch.Tenso
     return map_tensors(
         item, lambda tensor: tensor.to(device) if criterion_func is None or criterion_func(tensor) else tensor
     )
+
+
+def tensors_in(value: Any, inside_objects: int = 2) -> Iterator[torch.Tensor]:
+    """Every tensor in what models take and return: tensors, lists, tuples, mappings, dataclasses of them at any depth.
+
+    Attributes of other objects (a cache, say) are followed too, but only `inside_objects` objects deep.
+    """
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, Mapping):
+        for item in value.values():
+            yield from tensors_in(item, inside_objects)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_in(item, inside_objects)
+    elif is_dataclass(value) and not isinstance(value, type):
+        for entry in fields(value):
+            yield from tensors_in(getattr(value, entry.name), inside_objects)
+    elif inside_objects and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
+        for item in list(vars(value).values()):
+            yield from tensors_in(item, inside_objects - 1)

@@ -34,6 +34,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import UnsupportedError
+from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, full_shape, make_whole, owner_of, tensors_over
 from deepspeedlite.zero.wrap import NamedParameter, refuse_unusable
 
@@ -265,7 +266,7 @@ class _Touches(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        params = [item for item in _tensors_in((args, kwargs)) if isinstance(item, torch.nn.Parameter)]
+        params = [item for item in tensors_in((args, kwargs), inside_objects=0) if isinstance(item, torch.nn.Parameter)]
         if params:
             asked = _name_of(func)
             if asked in _OF_SHAPE:
@@ -302,16 +303,6 @@ def _name_of(func: Any) -> str:
     """A function's name, or that of the attribute which it reads or writes."""
     name: str = getattr(func, "__name__", "")
     return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
-
-
-def _tensors_in(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from _tensors_in(item)
-    elif isinstance(value, dict):
-        yield from _tensors_in(list(value.values()))
 
 
 def _wrap_module() -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.tensors import tensors_in
 
 
 class MissingTensor(torch.Tensor):
@@ -34,7 +35,7 @@ class MissingTensor(torch.Tensor):
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """What needs no values is done, to the same effect on the result; what needs them raises DistributedError."""
-        given = next((each for each in _flat((args, kwargs or {})) if isinstance(each, MissingTensor)), None)
+        given = next((each for each in tensors_in((args, kwargs), 0) if isinstance(each, MissingTensor)), None)
         why = getattr(given, "why", "its values were not gathered")
         try:
             result = super().__torch_function__(func, types, args, kwargs or {})
@@ -42,7 +43,7 @@ class MissingTensor(torch.Tensor):
             if "meta" in str(error).lower():
                 raise DistributedError(why) from error
             raise
-        for each in _flat(result):
+        for each in tensors_in(result, 0):
             if isinstance(each, MissingTensor):
                 each.why = why
         return result
@@ -55,13 +56,3 @@ class MissingTensor(torch.Tensor):
 
     def __repr__(self, **_: Any) -> str:  # type: ignore[override]
         return f"MissingTensor({tuple(self.shape)}, {self.dtype}: {self.why})"
-
-
-def _flat(value: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        for each in value:
-            yield from _flat(each)
-    elif isinstance(value, dict):
-        yield from _flat(list(value.values()))
-    else:
-        yield value

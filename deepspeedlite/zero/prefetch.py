@@ -15,8 +15,7 @@ that are used again soon are not resharded in between.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
 from typing import Any
@@ -25,32 +24,12 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 import torch
 
 from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.use_order import LookAhead, PrefetchLimits, UseTrace
-
-
-def tensors_in(value: Any, inside_objects: int = 2) -> Iterator[torch.Tensor]:
-    """Every tensor in a model's output: tensors, lists, tuples, mappings and dataclasses of them at any depth.
-
-    Attributes of other objects (a cache, say) are followed too, but only `inside_objects` objects deep.
-    """
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, Mapping):
-        for item in value.values():
-            yield from tensors_in(item, inside_objects)
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_in(item, inside_objects)
-    elif is_dataclass(value) and not isinstance(value, type):
-        for entry in fields(value):
-            yield from tensors_in(getattr(value, entry.name), inside_objects)
-    elif inside_objects and hasattr(value, "__dict__") and not isinstance(value, (type, torch.nn.Module)):
-        for item in list(vars(value).values()):
-            yield from tensors_in(item, inside_objects - 1)
 
 
 class _Call:
