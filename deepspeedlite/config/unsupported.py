@@ -12,8 +12,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Annotated, Any, Literal, TypeVar, Union
 
-from pydantic import create_model
-
 from deepspeedlite.config.base import AnyCase, Dtype, Flag, FreeForm, Int, Number, Section, Text, key, part
 from deepspeedlite.config.features import UNSUPPORTED
 
@@ -33,14 +31,14 @@ _LIMITS = {">=": "ge", ">": "gt", "<=": "le", "<": "lt"}
 
 def beside(path: str) -> Callable[[Model], Model]:
     """Add to a model, which is at this path of the file, the keys that the table lists there."""
-    return lambda model: _extended(model, UNSUPPORTED[path], model.__doc__)
+    return lambda model: _extended(model.__name__, model, UNSUPPORTED[path], model.__doc__)
 
 
-def _extended(model: Any, node: Mapping[str, Any], about: str | None) -> Any:
+def _extended(title: str, base: Any, node: Mapping[str, Any], about: str | None) -> Any:
     usual = node.get("verdict", "core")
     rows = {name: _field(name, *row[:3], *(row[3:] or [usual])) for name, row in node["keys"].items()}
     namespace = {
-        "__module__": model.__module__,
+        "__module__": base.__module__,
         "__doc__": about,
         "__annotations__": {name: annotation for name, (annotation, _) in rows.items()},
         **{name: field for name, (_, field) in rows.items()},
@@ -48,7 +46,7 @@ def _extended(model: Any, node: Mapping[str, Any], about: str | None) -> Any:
     if "about" in node:  # a section of its own
         namespace |= {"SWITCH": node.get("switch"), "OFF": tuple(node.get("off", Section.OFF))}
         namespace["MAY_DIFFER"] = node.get("may_differ", False)
-    return type(model)(model.__name__, (model,), namespace)
+    return type(base)(title, (base,), namespace)
 
 
 def _field(name: str, kind: str, default: Any, doc: str, stands: str, section: Any = None) -> tuple[Any, Any]:
@@ -58,7 +56,7 @@ def _field(name: str, kind: str, default: Any, doc: str, stands: str, section: A
     inner: Any = None
     if section is not None:
         title = "".join(word.capitalize() for word in name.split("_"))
-        inner = _extended(create_model(title, __base__=Section, __module__=__name__), section, section["about"])
+        inner = _extended(title, Section, section, section["about"])
     annotation = _annotation(words, inner)
     if words == "section":
         return annotation, part(inner, doc, **options)
