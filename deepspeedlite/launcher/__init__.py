@@ -1,7 +1,8 @@
 """The launcher: `deepspeedlite train.py ...` starts the ranks of one training, on one machine or many, as one.
 
     cli.py           parses the command line; the only file that knows about argparse
-    start.py         options -> machines and variables; the attempts, and the last words
+    options.py       options -> machines and variables
+    start.py         the attempts, and the last words
     hostfile.py      which machines there are, and choosing from them
     cluster.py       turns one event loop for all nodes of a run; this machine alone is a cluster of one
     multinode.py     a run on several machines: the check before, and without ssh

@@ -50,6 +50,8 @@ class Outcome:
     interrupted_by: int | None = None
     left_behind: int = 0
     unkillable: tuple[int | str, ...] = ()  # with their hosts, where there are several
+    num_ranks: int = 0  # on all machines
+    gone: tuple[str, ...] = ()  # machines that were lost
 
     @property
     def first(self) -> Failure | None:

@@ -16,7 +16,7 @@ from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.text import did_you_mean
 
 if TYPE_CHECKING:  # at run time these wait until there is something to start: --help answers sooner
-    from deepspeedlite.launcher.start import LaunchOptions
+    from deepspeedlite.launcher.options import LaunchOptions
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 # Of each group: flags, the value's name ("" for a switch, "N" for a number), what it is for.
@@ -141,7 +141,7 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
     ours, theirs = _split(argv)
     args = _make_parser().parse_args(ours)
     from deepspeedlite.launcher.job import Workload, parse_cores
-    from deepspeedlite.launcher.start import LaunchOptions
+    from deepspeedlite.launcher.options import LaunchOptions
 
     if not theirs and not args.check:
         raise LaunchError("no script to start; usage: deepspeedlite [options] script [script's arguments ...]")
@@ -158,18 +158,13 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
         raise LaunchError("--no_ssh needs --node_rank, and a --master_port that all machines know")
     if args.bind_core_list is not None:
         parse_cores(args.bind_core_list)
-    log_dir = None if args.enable_each_rank_log == "None" else args.enable_each_rank_log
     workload = Workload(
         script=theirs[0] if theirs else "",
         script_args=tuple(theirs[1:]),
-        module=args.module,
-        no_python=args.no_python,
-        no_local_rank=args.no_local_rank,
-        venv_script=args.venv_script,
-        log_dir=log_dir,
-        as_deepspeed=args.as_deepspeed,
+        log_dir=None if args.enable_each_rank_log == "None" else args.enable_each_rank_log,
         bind_cores=args.bind_cores_to_rank or args.bind_core_list is not None,
         core_list=args.bind_core_list,
+        **{name: getattr(args, name) for name in _SAME_NAME_IN_WORKLOAD},
     )
     import shlex
 
@@ -186,6 +181,7 @@ def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
     return options, "error" if args.quiet else args.log_level
 
 
+_SAME_NAME_IN_WORKLOAD = ("module", "no_python", "no_local_rank", "venv_script", "as_deepspeed")
 _SAME_NAME = (
     *("hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "ssh_port", "force_multi", "no_ssh"),
     *("node_rank", "check", "no_check", "dry_run", "min_nodes", "save_pid"),

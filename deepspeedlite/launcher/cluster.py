@@ -6,11 +6,11 @@ reached over links, are in multinode.py.
 
 from __future__ import annotations
 
+import abc
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
 
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Agent, Outcome
 from deepspeedlite.launcher.job import Job
@@ -18,71 +18,91 @@ from deepspeedlite.launcher.loop import Loop, Writer
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.report import EarlyEnds, Failure
 from deepspeedlite.launcher.signals import ENDING, PASSED_ON, SignalQueue
+from deepspeedlite.runtime.errors import LaunchError
 
 POLL_S = 0.05
 KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
 
 
-class Node(Protocol):
-    """One machine, as the launcher sees it."""
+class NotReadyError(LaunchError):
+    """A run on several machines did not start. `gone`: those that did not answer."""
 
-    host: str  # "" where there is one machine
-    outcome: Outcome | None  # None: more is to come from it
-    lost: str  # why nothing more will come
-    wait_s: float | None  # how long the loop may sleep before `turn`; None: until something happens
-    limit_s: float  # how long it may take to say that all has ended, beyond its ranks' grace
+    def __init__(self, message: str, gone: Sequence[str]) -> None:
+        super().__init__(message)
+        self.gone = tuple(gone)
+
+
+class Node(abc.ABC):
+    """One machine, as the launcher sees it.
+
+    Args:
+        host: its name; "" where there is one machine.
+        limit_s: how long it may take to say that all has ended, beyond its ranks' grace.
+    """
+
+    def __init__(self, host: str, limit_s: float) -> None:
+        self.host, self.limit_s = host, limit_s
+        self.outcome: Outcome | None = None  # None: more is to come from it
+        self.lost = ""  # why nothing more will come
+        self.wait_s: float | None = 0.0  # how long the loop may sleep before `turn`; None: until something happens
 
     @property
+    def is_working(self) -> bool:
+        """Whether more is to come from it."""
+        return self.outcome is None and not self.lost
+
+    @property
+    @abc.abstractmethod
     def failures(self) -> list[Failure]:
         """Ranks, or the node itself, that failed on their own; times are on our clock."""
 
     def writers(self) -> list[Writer]:
         """What has something to write to it."""
+        return []
 
+    @abc.abstractmethod
     def turn(self) -> None:
         """Do what is due, after each turn of the loop."""
 
+    @abc.abstractmethod
     def signal(self, number: int) -> None:
         """Hand a signal to the ranks."""
 
+    @abc.abstractmethod
     def end(self) -> None:
         """End the ranks: others have failed."""
 
+    @abc.abstractmethod
     def close(self, status: int) -> None:
         """Let it go, with the exit status of all."""
 
 
-class LocalNode:
+class LocalNode(Node):
     """This machine alone: its agent runs in this process, and its ranks' end is waited for as long as it takes."""
 
-    host, lost, limit_s = "", "", 1e9
-
     def __init__(self, job: Job, screen: Screen, loop: Loop) -> None:
-        self.outcome: Outcome | None = None
-        self.wait_s: float | None = 0.0  # the first turn starts the ranks
+        super().__init__("", 1e9)
         self._agent = Agent(job, screen, loop)
-        self._steps = self._agent.run()
-        self.signal, self.end = self._agent.signal, self._agent.end
+        self._steps = self._agent.run()  # the first turn starts the ranks
 
     @property
     def failures(self) -> list[Failure]:
-        """Ranks that failed on their own."""
         return self._agent.outcome.failures
 
-    def writers(self) -> list[Writer]:
-        """None: nothing is between us."""
-        return []
-
     def turn(self) -> None:
-        """Resume the agent until it would sleep."""
         try:
-            self.wait_s = next(self._steps)
+            self.wait_s = next(self._steps) if self.outcome is None else None
         except StopIteration:
             self.outcome, self.wait_s = self._agent.outcome, None
 
+    def signal(self, number: int) -> None:
+        self._agent.signal(number)
+
+    def end(self) -> None:
+        self._agent.end()
+
     def close(self, status: int) -> None:
-        """Kill what an error has left running."""
-        self._steps.close()
+        self._steps.close()  # which kills what an error has left running
 
 
 class Cluster:
@@ -105,7 +125,7 @@ class Cluster:
         waits = [wait_s for wait_s in (timeout_s, *(node.wait_s for node in self.nodes)) if wait_s is not None]
         writers = [writer for node in self.nodes for writer in node.writers()]
         asked = self._obey(self.loop.turn(min(waits) if waits else None, writers))
-        for node in self._working():
+        for node in self.nodes:
             node.turn()
         return asked
 
@@ -139,9 +159,9 @@ class Cluster:
 
     # Running
 
-    def run(self) -> Outcome:
+    def run(self, num_ranks: int) -> Outcome:
         """Run the training, which the nodes know by now, to its end."""
-        outcome = Outcome(time.monotonic())
+        outcome = Outcome(time.monotonic(), num_ranks=num_ranks)
         early, ended_s = EarlyEnds("machine", outcome.started_s), dict[str, float]()
         while self._working() and not self._is_over():
             self.turn()
@@ -156,6 +176,7 @@ class Cluster:
             self._finish(FAILURE_GRACE_S)
         outcome.ended_s = time.monotonic()
         outcome.interrupted_by, outcome.failures = self.interrupted_by, self._failures()
+        outcome.gone = tuple(node.host for node in self.nodes if node.lost)
         for node in self.nodes:
             its = node.outcome or Outcome(0.0)
             outcome.left_behind += its.left_behind
@@ -165,7 +186,7 @@ class Cluster:
         return outcome
 
     def _working(self) -> list[Node]:
-        return [node for node in self.nodes if node.outcome is None and not node.lost]
+        return [node for node in self.nodes if node.is_working]
 
     def _failures(self) -> list[Failure]:
         return [failure for node in self.nodes for failure in node.failures]

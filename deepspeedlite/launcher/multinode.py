@@ -18,83 +18,74 @@ from deepspeedlite.env_report.rows import BAD
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Outcome
 from deepspeedlite.launcher.backends import Backend, Launch, Reach, find_backend
+from deepspeedlite.launcher.cluster import NotReadyError
 from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment
 from deepspeedlite.launcher.node import KEY, AgentSession, connect
+from deepspeedlite.launcher.options import EVERY_RANK, Hosts, LaunchOptions, is_here, say
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.remote import RemoteCluster
 from deepspeedlite.launcher.signals import SignalQueue
-from deepspeedlite.launcher.start import EVERY_RANK, Hosts, LaunchOptions, is_here, say
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import columns
 
 
-class RemoteAttempt:
-    """One start of a training over links: agents, the check before, the run."""
+def run(options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, signals: SignalQueue) -> Outcome | None:
+    """Start a training on these machines: how it went; None if it was only to be checked, and is well.
 
-    def __init__(
-        self, options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, signals: SignalQueue
-    ) -> None:
-        self._options, self._attempt, self._screen = options, attempt, screen
-        self._is_checked = not options.no_check
-        listener, key, connect_to, backend = _way_in(options)
-        path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
-        self._launches = _launches(options, hosts, backend, connect_to, key, path)
-        found = [Found(host, slots) for host, slots in hosts.items()]
-        self._cluster = RemoteCluster(found, "".join(key.values()), listener, screen, signals)
-        self.num_ranks = 0
-        self.gone: set[str] = set()
-
-    def run(self) -> Outcome | None:
-        """How it went; None if it was only to be checked, and is well.
-
-        Raises:
-            LaunchError: it did not start.
-        """
-        cluster, status = self._cluster, 1
+    Raises:
+        NotReadyError: it did not start.
+    """
+    listener, key, connect_to, backend = _way_in(options)
+    path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
+    launches = _launches(options, hosts, backend, connect_to, key, path)
+    cluster, status = RemoteCluster(hosts, "".join(key.values()), listener, screen, signals), 1
+    try:
+        cluster.gather(launches, options.start_timeout_s)
         try:
-            cluster.gather(self._launches, self._options.start_timeout_s)
-            try:
-                outcome = self._outcome()
-            except KeyboardInterrupt:  # while machines were still being asked
-                outcome = Outcome(cluster.started_s, time.monotonic(), interrupted_by=cluster.interrupted_by)
-            status = outcome.exit_status if outcome else 0
-            return outcome
-        finally:
-            self.gone = {node.host for node in cluster.nodes if node.lost or not node.found.facts}
-            cluster.close(status)
+            outcome = _check_and_run(cluster, options, attempt)
+        except KeyboardInterrupt:  # while machines were still being asked
+            outcome = Outcome(cluster.started_s, time.monotonic(), interrupted_by=cluster.interrupted_by)
+        status = outcome.exit_status if outcome else 0
+        return outcome
+    except LaunchError as error:
+        gone = [node.host for node in cluster.nodes if node.lost or not node.facts]
+        raise NotReadyError(str(error), gone) from error
+    finally:
+        cluster.close(status)
 
-    def _outcome(self) -> Outcome | None:
-        options, cluster = self._options, self._cluster
-        if cluster.interrupted_by is not None:
-            raise KeyboardInterrupt
-        found = [node.found for node in cluster.nodes]
-        address = ""
-        if all(node.facts for node in found):
-            address, port, note = cluster.meet(options.master_port, options.master_addr, self._is_checked)
-        self._judge(found, address)
-        if options.check:
-            return None
-        say([note] * bool(note))
-        visible = {node.host: node.facts["visible"] for node in found if node.facts["visible"]}
-        say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
-        assignments = assign_ranks(found, address, port, self._attempt)
-        self.num_ranks = assignments[0].world_size
-        say([f"{self.num_ranks} ranks on {len(assignments)} machines, which meet at {address}:{port}"])
-        cluster.assign(replace(options.workload, cwd=os.getcwd()), assignments)
-        return cluster.run()
 
-    def _judge(self, found: Sequence[Found], address: str) -> None:
-        rows = check(found, address)
-        bad = [row for row in rows if row.status == BAD and (self._is_checked or row.name == "reached")]
-        if bad or self._options.check:
-            self._screen.say(table(rows, self._screen.is_terminal(2) and self._screen.has_colour) + "\n")
-        if bad:
-            hosts = ", ".join(dict.fromkeys(row.section for row in bad))
-            skip = "" if any(row.name == "reached" for row in bad) else "; --no_check starts all the same"
-            raise LaunchError(f"{hosts}: not ready, nothing was started (see the table above{skip})")
-        if self._options.check:
-            logger.info("all %d machines are ready", len(found), extra=EVERY_RANK)
+def _check_and_run(cluster: RemoteCluster, options: LaunchOptions, attempt: int) -> Outcome | None:
+    if cluster.interrupted_by is not None:
+        raise KeyboardInterrupt
+    address = ""
+    if all(node.facts for node in cluster.nodes):
+        address, port, note = cluster.meet(options.master_port, options.master_addr, not options.no_check)
+    found = [node.found for node in cluster.nodes]
+    _judge(found, address, options, cluster.screen)
+    if options.check:
+        return None
+    say([note] * bool(note))
+    visible = {node.host: node.facts["visible"] for node in found if node.facts["visible"]}
+    say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
+    assignments = assign_ranks(found, address, port, attempt)
+    num_ranks = assignments[0].world_size
+    say([f"{num_ranks} ranks on {len(assignments)} machines, which meet at {address}:{port}"])
+    cluster.assign(replace(options.workload, cwd=os.getcwd()), assignments)
+    return cluster.run(num_ranks)
+
+
+def _judge(found: Sequence[Found], address: str, options: LaunchOptions, screen: Screen) -> None:
+    rows = check(found, address)
+    bad = [row for row in rows if row.status == BAD and (not options.no_check or row.name == "reached")]
+    if bad or options.check:
+        screen.say(table(rows, screen.is_terminal(2) and screen.has_colour) + "\n")
+    if bad:
+        hosts = ", ".join(dict.fromkeys(row.section for row in bad))
+        skip = "" if any(row.name == "reached" for row in bad) else "; --no_check starts all the same"
+        raise LaunchError(f"{hosts}: not ready, nothing was started (see the table above{skip})")
+    if options.check:
+        logger.info("all %d machines are ready", len(found), extra=EVERY_RANK)
 
 
 def _way_in(options: LaunchOptions) -> tuple[socket.socket | None, dict[str, str], str, Backend | None]:
@@ -145,19 +136,10 @@ def join(options: LaunchOptions, num_nodes: int) -> int:
 def assign_ranks(found: Sequence[Found], address: str, port: int, restarts: int) -> list[Assignment]:
     """Each node's ranks: they are numbered through the nodes in their order."""
     sizes = [len(node.slots or ()) for node in found]
+    firsts = [sum(sizes[:index]) for index in range(len(sizes))]
     return [
-        Assignment(
-            tuple(node.slots or ()),
-            sum(sizes),
-            address,
-            port,
-            node.host,
-            sum(sizes[:index]),
-            index,
-            len(found),
-            restarts,
-        )
-        for index, node in enumerate(found)
+        Assignment(tuple(node.slots or ()), sum(sizes), address, port, node.host, first, index, len(found), restarts)
+        for index, (node, first) in enumerate(zip(found, firsts))
     ]
 
 

@@ -53,7 +53,7 @@ class Screen:
     def __init__(self, out_fd: int = 1, err_fd: int = 2, signals: SignalQueue | None = None) -> None:
         self.out_fd, self.err_fd = out_fd, err_fd
         self.has_colour = not os.environ.get("NO_COLOR")
-        self._signals = signals
+        self._signals = signals or SignalQueue()
         self._is_terminal = {fd: os.isatty(fd) for fd in (out_fd, err_fd)}
         self._broken: set[int] = set()
         self._unfinished: dict[int, bytes] = {}  # the text after the last line end, by surface
@@ -99,7 +99,7 @@ class Screen:
         self._queue.put(None)
         while thread is not None and thread.is_alive() and time.monotonic() < deadline_s:
             thread.join(0.05)
-            if self._signals is not None and set(self._signals.take()) & set(ENDING):
+            if set(self._signals.take()) & set(ENDING):
                 return
 
     def show(self, fd: int, data: bytes, how: str = "lines", shown: Shown | None = None) -> None:
@@ -130,7 +130,7 @@ class Screen:
             self._shown_bytes += len(data)
             if shown is not None:
                 shown(len(data))
-            if was_full and not self.is_full and self._signals is not None:
+            if was_full and not self.is_full:
                 self._signals.poke()
 
     def _put(self, fd: int, data: bytes, how: str) -> None:
@@ -159,8 +159,7 @@ class Screen:
                 select.select([], [fd], [])
             except OSError:  # closed pipe, vanished terminal, full disk: nobody can be told here
                 self._broken.add(fd)
-                if self._signals is not None:
-                    self._signals.poke(signal.SIGPIPE)
+                self._signals.poke(signal.SIGPIPE)
 
 
 class ScreenText(io.TextIOBase):

@@ -21,9 +21,10 @@ from deepspeedlite.env_report.preflight import Found
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import Outcome
 from deepspeedlite.launcher.backends import Launch
-from deepspeedlite.launcher.cluster import KILL_S, Cluster
+from deepspeedlite.launcher.cluster import KILL_S, Cluster, Node
 from deepspeedlite.launcher.job import Assignment, Workload
 from deepspeedlite.launcher.loop import Writer
+from deepspeedlite.launcher.options import Hosts
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.report import Failure
 from deepspeedlite.launcher.signals import SignalQueue
@@ -33,18 +34,19 @@ from deepspeedlite.runtime.errors import LaunchError
 _SETTLE_S = 1.0  # how long to wait for a failure that explains those of lost connections
 
 
-class RemoteNode:
-    """A machine whose agent is at the other end of a link."""
+class RemoteNode(Node):
+    """A machine whose agent is at the other end of a link. `slots`: None for as many as it has devices."""
 
-    limit_s = KILL_S
-
-    def __init__(self, found: Found) -> None:
-        self.found, self.host = found, found.host
+    def __init__(self, host: str, slots: Sequence[int] | None) -> None:
+        super().__init__(host, KILL_S)
+        self.wait_s = protocol.BEAT_S
         self.link: protocol.Link | None = None  # None until its agent has shown that it is ours
+        self.slots = slots
+        self.facts: dict[str, Any] = {}  # what it is
+        self.skew_s = 0.0  # its clock, less ours
+        self.reached: bool | None = None  # whether it reaches where ranks will meet; None: not tried
+        self.error = ""  # why it said nothing of itself, or could not start its ranks
         self.told: dict[str, Any] | None = None  # the answer to the last question
-        self.outcome: Outcome | None = None
-        self.lost = ""
-        self.wait_s: float | None = protocol.BEAT_S
         self._ranks_failed: list[Failure] = []
         self._first_rank = 0
         self._offset_s = 0.0  # its monotonic clock, less ours, as the quickest answer to a beat has told it
@@ -52,9 +54,14 @@ class RemoteNode:
         self._beat_s = 0.0  # when it was last sent a beat
 
     @property
+    def found(self) -> Found:
+        """All that is known of it."""
+        return Found(self.host, self.slots, self.facts, self.error, self.skew_s, self.reached)
+
+    @property
     def failures(self) -> list[Failure]:
         """Its ranks that failed, and the node itself where it was lost or could not start them."""
-        why = (self.found.error or self.lost) if self.outcome is None else ""
+        why = (self.error or self.lost) if self.outcome is None else ""
         heard_s = self.link.heard_s if self.link is not None else time.monotonic()
         its = [Failure(self._first_rank, 1, heard_s, host=self.host, lost=why)] if why else []
         return self._ranks_failed + its
@@ -91,7 +98,7 @@ class RemoteNode:
             elif kind == protocol.TELL:
                 self.told = value
             elif kind == protocol.ERROR:
-                self.found.error = str(value)
+                self.error = str(value)
             elif kind == protocol.FAILED:
                 self._ranks_failed = [self._on_our_clock(fields) for fields in value]
             elif kind == protocol.DONE:
@@ -111,6 +118,8 @@ class RemoteNode:
         if now_s - self._beat_s >= protocol.BEAT_S:
             self._beat_s = now_s
             self.send(protocol.BEAT, now_s)
+        if not self.is_working:
+            return
         if self.link.closed:
             self.lost = "it was lost (its connection closed)"
         elif now_s - self.link.heard_s > protocol.SILENCE_S:
@@ -143,16 +152,16 @@ class RemoteCluster(Cluster):
     """A cluster whose nodes are reached over links.
 
     Args:
-        hosts: each node's name and slots (None: as many as it has devices).
+        hosts: each node's name and slots.
         key: what agents that connect must know; "" with ssh, whose pipes are theirs alone.
         listener: where they connect; None with ssh.
     """
 
     def __init__(
-        self, hosts: Sequence[Found], key: str, listener: socket.socket | None, screen: Screen, signals: SignalQueue
+        self, hosts: Hosts, key: str, listener: socket.socket | None, screen: Screen, signals: SignalQueue
     ) -> None:
         super().__init__(screen, signals)
-        self.nodes: list[RemoteNode] = [RemoteNode(found) for found in hosts]
+        self.nodes: list[RemoteNode] = [RemoteNode(host, slots) for host, slots in hosts.items()]
         self._key, self._listener = key, listener
         self._starters: list[tuple[int | None, HostProcess]] = []  # with the one node whose link it is
         self._strangers: dict[protocol.Link, str] = {}  # connected, and not yet known -> the nonce they were given
@@ -173,8 +182,8 @@ class RemoteCluster(Cluster):
                 self._challenge(protocol.Link(os.dup(ours.fileno()), os.dup(theirs.fileno())))
         self.until(lambda: all(n.found.facts or self._has_failed(n) for n in self.nodes), limit_s)
         for node in self.nodes:
-            if not node.found.facts and not node.found.error:
-                node.found.error = f"no answer in {limit_s:.0f} s"
+            if not node.facts and not node.error:
+                node.error = f"no answer in {limit_s:.0f} s"
 
     def _start(self, launch: Launch) -> None:
         """Start a process that starts agents, and show what it, or an agent, says."""
@@ -200,7 +209,7 @@ class RemoteCluster(Cluster):
         if not is_given_up and (own.process.poll() is None or own.is_open):
             return False
         about = [line for line in words if line.startswith(f"{node.host}: ")] or words
-        node.found.error = about[-1] if about else f"its starter ended with {own.process.returncode}"
+        node.error = about[-1] if about else f"its starter ended with {own.process.returncode}"
         return True
 
     def _accept(self) -> None:
@@ -224,10 +233,10 @@ class RemoteCluster(Cluster):
             link.close()
             return
         link.send(protocol.WELCOME, {"proof": protocol.proof(self._key, hello["nonce"], "launcher")})
-        node.link, node.found.facts = link, hello
-        node.found.skew_s = hello["time"] - time.time()
-        if node.found.slots is None:
-            node.found.slots = range(hello["gpus"] or 1)
+        node.link, node.facts = link, hello
+        node.skew_s = hello["time"] - time.time()
+        if node.slots is None:
+            node.slots = range(hello["gpus"] or 1)
         self.loop.watch(link.read_fd, functools.partial(self._hear, node))
 
     def _recognise(self, hello: Any, nonce: str) -> RemoteNode | None:
@@ -254,13 +263,13 @@ class RemoteCluster(Cluster):
         told = self._ask([first], {"port": port})[0]
         if "fault" in told:
             raise LaunchError(f"{first.host}: {told['fault']}")
-        candidates = [address] if address else list(dict.fromkeys([first.host, *first.found.facts["addresses"]]))
+        candidates = [address] if address else list(dict.fromkeys([first.host, *first.facts["addresses"]]))
         if not is_checked:
             return address or candidates[-1], told["port"], told["note"]
         answers = self._ask(self.nodes, {"reach": told["port"], "addresses": candidates})
         best = max(candidates, key=lambda name: sum(name in answer["reached"] for answer in answers))
         for node, answer in zip(self.nodes, answers):
-            node.found.reached = best in answer["reached"]
+            node.reached = best in answer["reached"]
         return best, told["port"], told["note"]
 
     def _ask(self, nodes: Sequence[RemoteNode], question: dict[str, Any]) -> list[dict[str, Any]]:
@@ -290,7 +299,7 @@ class RemoteCluster(Cluster):
             node.send(protocol.BEAT, begin_s)
 
         def is_known() -> bool:
-            working = [node for node in self.nodes if node.outcome is None and not node.lost]
+            working = [node for node in self.nodes if node.is_working]
             is_sure = any(not failure.lost_peer for failure in self._failures())
             is_late = time.monotonic() > begin_s + _SETTLE_S
             return all(node.has_spoken_since(begin_s) for node in working) and (is_sure or not working or is_late)

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 
 from deepspeedlite.launcher.cli import parse
 from deepspeedlite.launcher.job import Workload, rank_argv
+from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import RankStream, Screen
 from deepspeedlite.launcher.report import ErrorTail, Failure, extract_traceback, failure_report, first_failure
-from deepspeedlite.launcher.start import LaunchOptions
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import choose_ranks, find_devices, parse_visible
 

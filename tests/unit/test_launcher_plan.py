@@ -25,7 +25,7 @@ from deepspeedlite.launcher.cli import parse
 from deepspeedlite.launcher.hostfile import select
 from deepspeedlite.launcher.job import Assignment, Workload, build_job, parse_cores
 from deepspeedlite.launcher.multinode import assign_ranks, dry_run
-from deepspeedlite.launcher.start import choose_hosts
+from deepspeedlite.launcher.options import choose_hosts
 from deepspeedlite.runtime.errors import LaunchError
 
 # --include and --exclude
