@@ -139,18 +139,29 @@ node() {
     echo "@ has $version; env_report: ${report##*$'\n'}"
 }
 
-relay() { # relay HOST: a node's lines, as they come
-    local line
+relay() { # nodes' lines, as they come, each with its host in front
+    local line host
     while IFS= read -r line; do
+        host=${line%%: *} line=${line#*: }
         case $line in
-            '@ '*) say "$1" "${line#@ }" ;;
-            '@!'*) printf '%s\n' "${line#@!}" >"$scratch/reasons/$1" ;;
+            '@ '*) say "$host" "${line#@ }" ;;
+            '@!'*) failed "$host" "${line#@!}" ;;
             *)
-                printf '%s\n' "$line" >>"$scratch/logs/$1"
-                [ -z "$verbose" ] || say "$1" "$line"
+                printf '%s\n' "$line" >>"$scratch/logs/$host"
+                [ -z "$verbose" ] || say "$host" "$line"
                 ;;
         esac
     done
+}
+
+failed() { # failed HOST WHY: leaves a file in $scratch/reasons
+    local host=$1 why=${2#exit status 255: } log=$scratch/logs/$1
+    [ ! -e "$scratch/reasons/$host" ] || return 0 # it has said so itself
+    touch "$log"
+    case $why in 'exit status '*) why=$({ grep -i 'error' "$log" || grep . "$log" || echo "$why"; } | tail -n 1) ;; esac
+    printf '%s\n' "$why" >"$scratch/reasons/$host"
+    say "$host" "FAILED: $why"
+    [ -n "$verbose" ] || [ "$(wc -l <"$log")" -lt 2 ] || tail -n 5 "$log" | while IFS= read -r line; do say "$host" "  $line"; done
 }
 
 is_here() {
@@ -158,26 +169,21 @@ is_here() {
     return 1
 }
 
-install_on() { # install_on HOST: the whole of it on one node; leaves a file in $scratch/reasons where it failed
-    local host=$1 status=0 log=$scratch/logs/$1
-    local reach=(ssh -T -o BatchMode=yes -o ConnectTimeout=10 -o ServerAliveInterval=10 -o ServerAliveCountMax=3 "$1")
-    if is_here "$host"; then reach=(); fi
-    : >"$log"
-    local arguments=("$python" "${wheel##*/}" "$(wc -c <"$wheel")" "$mark" "$sudo" "$keep" "${index[@]}")
-    {
-        declare -f node
-        printf '%q ' node "${arguments[@]}"
-        printf '; exit\n' # on the same line, after which bash has read nothing yet
-        cat "$wheel"
-    } | timeout --foreground "$limit_s" "${reach[@]}" bash -s 2>&1 | relay "$host" || status=$?
-    [ $status -ne 0 ] || return 0
-    if [ $status -eq 124 ]; then
-        echo "took longer than $limit_s s" >"$scratch/reasons/$host"
-    elif [ ! -s "$scratch/reasons/$host" ]; then
-        { grep -i 'error' "$log" || grep . "$log" || echo "ended with status $status"; } | tail -n 1 >"$scratch/reasons/$host"
-    fi
-    say "$host" "FAILED: $(cat "$scratch/reasons/$host")"
-    [ -n "$verbose" ] || [ "$(wc -l <"$log")" -lt 2 ] || tail -n 5 "$log" | while IFS= read -r line; do say "$host" "  $line"; done
+install_here() {
+    local status=0
+    timeout --foreground "$limit_s" bash -s <"$payload" 2>&1 |
+        while IFS= read -r line; do printf '%s: %s\n' "$here" "$line"; done | relay || status=$?
+    case $status in
+        0) ;;
+        124) failed "$here" "took longer than $limit_s s" ;;
+        *) failed "$here" "exit status $status" ;;
+    esac
+}
+
+install_there() { # on all other nodes at once, as dslite_ssh does it
+    printf '%s\n' "${hosts[@]:1}" >"$scratch/hosts"
+    PYTHONPATH=$root "$python" -m deepspeedlite.launcher.ssh -H "$scratch/hosts" --input "$payload" \
+        --timeout "$limit_s" --at_once "$at_once" 'bash -s 2>&1' 2>"$scratch/failed" | relay
 }
 
 hosts=("$here")
@@ -207,15 +213,22 @@ wheel=$(PYTHONPATH=$tools "$python" "$root/tools/make_wheel.py" --plain --out "$
 wheel=${wheel##*$'\n'}
 say "$here" "built ${wheel##*/}${keep:+ in $root/dist}"
 
-install_on "$here"
-[ -e "$scratch/reasons/$here" ] || ${sudo:+sudo -n} touch "$mark"
-set -m # each node's processes are a group, which `end` can end
-for host in "${hosts[@]:1}"; do
-    while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do wait -n || true; done
-    install_on "$host" &
-done
-wait
-set +m
+payload=$scratch/payload
+{
+    declare -f node
+    printf '%q ' node "$python" "${wheel##*/}" "$(wc -c <"$wheel")" "$mark" "$sudo" "$keep" "${index[@]}"
+    printf '; exit\n' # on the same line, after which bash has read nothing yet
+    cat "$wheel"
+} >"$payload"
+install_here
+if [ ${#hosts[@]} -gt 1 ]; then
+    [ -e "$scratch/reasons/$here" ] || ${sudo:+sudo -n} touch "$mark"
+    set -m # its processes are a group, which `end` can end
+    install_there &
+    wait $! || true
+    set +m
+    while IFS= read -r line; do failed "${line%%: *}" "${line#*: }"; done < <(sed -n 's/^  //p' "$scratch/failed")
+fi
 
 bad=$(find "$scratch/reasons" -type f | wc -l)
 echo "deepspeedlite is on $((${#hosts[@]} - bad)) of ${#hosts[@]} nodes, in $python, after $SECONDS s"

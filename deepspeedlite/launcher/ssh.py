@@ -47,24 +47,32 @@ class HostProcess:
     Args:
         write: gets its lines.
         is_link: its stdin and stdout are pipes for somebody else, and only stderr is read here.
+        input_path: a file that it reads on stdin.
 
     Raises:
         OSError: it cannot be started.
     """
 
     def __init__(
-        self, argv: Sequence[str], loop: Loop, write: Write, env: Mapping[str, str] | None = None, is_link: bool = False
+        self,
+        argv: Sequence[str],
+        loop: Loop,
+        write: Write,
+        env: Mapping[str, str] | None = None,
+        is_link: bool = False,
+        input_path: str = os.devnull,
     ) -> None:
         pipe = subprocess.PIPE
-        self.process = subprocess.Popen(
-            argv,
-            env={**os.environ, **(env or {})},
-            stdin=pipe if is_link else subprocess.DEVNULL,
-            stdout=pipe,
-            stderr=pipe,
-            start_new_session=True,
-            preexec_fn=die_with(os.getpid()),  # safe: no other thread runs yet
-        )
+        with open(input_path, "rb") as given:
+            self.process = subprocess.Popen(
+                argv,
+                env={**os.environ, **(env or {})},
+                stdin=pipe if is_link else given,
+                stdout=pipe,
+                stderr=pipe,
+                start_new_session=True,
+                preexec_fn=die_with(os.getpid()),  # safe: no other thread runs yet
+            )
         self.last_words = b""  # of stderr
         self._loop, self._write = loop, write
         self._rests: dict[int, bytes] = {}  # descriptor -> its unfinished line; only those that are open
@@ -137,16 +145,18 @@ def run_on_hosts(
     ssh: str = "ssh",
     timeout_s: float | None = None,
     at_once: int = 64,
+    input_path: str = os.devnull,
 ) -> dict[str, HostResult]:
     """Run a command on hosts, `at_once` of them at a time, and give every host's result, in the hosts' order.
 
     `words` are joined by spaces and read by the shell there, as ssh does it. `write` gets a host, 1 or 2, and whole
-    lines. `timeout_s` is for one host: then its ssh is ended (the command there may go on).
+    lines. `timeout_s` is for one host: then its ssh is ended (the command there may go on). Each command reads the
+    file `input_path` on stdin.
 
     Raises:
         Stopped: by a signal, or by an OSError of `write`; every ssh has been ended before.
     """
-    command = [*shlex.split(ssh), "-n", "-T", *QUICK_TO_NOTICE, "--"]
+    command = [*shlex.split(ssh), *["-n"] * (input_path == os.devnull), "-T", *QUICK_TO_NOTICE, "--"]
     waiting, running, results = list(hosts), dict[str, HostProcess](), dict[str, HostResult]()
     stopped_by = 0  # the first signal
     with SignalQueue() as signals:
@@ -163,7 +173,7 @@ def run_on_hosts(
                 host = waiting.pop(0)
                 try:
                     argv = [*command, host, " ".join(words)]
-                    running[host] = HostProcess(argv, loop, functools.partial(relay, host))
+                    running[host] = HostProcess(argv, loop, functools.partial(relay, host), input_path=input_path)
                 except OSError as error:
                     reason = f"{command[0]} cannot be run: {error.strerror}; install openssh-client"
                     results[host] = HostResult(_SSH_FAILED, reason)
@@ -208,12 +218,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         args.command = args.command[1:]
     if not args.command:
         parser.error("there is no command; write it last, such as: dslite_ssh -H hosts -- nvidia-smi -L")
+    if not os.access(args.input, os.R_OK):
+        parser.error(f"--input {args.input} cannot be read")
     try:
         hosts = list(read_hostfile(args.hostfile, slots_needed=False))
     except LaunchError as error:
         parser.error(str(error))
     try:
-        results = run_on_hosts(hosts, args.command, _print, args.ssh, args.timeout, args.at_once)
+        results = run_on_hosts(hosts, args.command, _print, args.ssh, args.timeout, args.at_once, args.input)
     except Stopped as stopped:
         with contextlib.suppress(OSError):
             print("dslite_ssh: stopped; what runs on the hosts may go on there", file=sys.stderr)
@@ -240,6 +252,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("-t", "--timeout", metavar="S", type=_positive, help="for each host, in seconds (none)")
     parser.add_argument("--at_once", metavar="N", type=_count, default=64, help="how many hosts at a time (64)")
     parser.add_argument("--ssh", metavar="COMMAND", default="ssh", help="such as 'ssh -p 2222'")
+    parser.add_argument("--input", metavar="FILE", default=os.devnull, help="that each command reads (nothing)")
     parser.add_argument(
         "command", nargs=argparse.REMAINDER, help="as for ssh: joined by spaces, and read by the shell of each host"
     )
