@@ -24,7 +24,7 @@ from deepspeedlite.launcher.agent import Agent, Outcome
 from deepspeedlite.launcher.job import Assignment, Job, Workload, build_job, choose_port
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.output import Screen, Shown
-from deepspeedlite.launcher.signals import SignalQueue
+from deepspeedlite.launcher.signals import ENDING, SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 KEY = "DSL_LAUNCHER_KEY"
@@ -158,8 +158,12 @@ class AgentSession:
             if agent.outcome.failures and not has_told:  # ending takes seconds; the launcher should know now
                 has_told = True
                 link.send(protocol.FAILED, [asdict(failure) for failure in agent.outcome.failures])
+        late_s = time.monotonic() + (1.0 if agent.outcome.interrupted_by is not None else 1e9)
+        while self._own is not None and screen.is_behind and time.monotonic() < late_s:
+            if set(loop.turn(0.05)) & set(ENDING):  # beats are answered while a pager is stopped
+                break
         loop.forget(link.read_fd)
-        screen.stop(1.0 if agent.outcome.interrupted_by is not None else 1e9)
+        screen.stop(0.1)
         return agent.outcome
 
     def _signal(self, agent: Agent, number: int) -> None:

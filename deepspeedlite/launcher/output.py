@@ -84,6 +84,11 @@ class Screen:
         """Whether too much waits to be shown: whoever writes it should wait too."""
         return self._queued_bytes - self._shown_bytes > _WINDOW_BYTES
 
+    @property
+    def is_behind(self) -> bool:
+        """Whether anything waits to be shown."""
+        return self._queued_bytes > self._shown_bytes
+
     def start(self) -> None:
         """Let a thread write from here on; after the last fork."""
         if self._thread is None:
