@@ -87,22 +87,27 @@ class LocalNode(Node):
 
     @property
     def failures(self) -> list[Failure]:
+        """Ranks that failed on their own, which the agent has settled."""
         return self._agent.outcome.failures
 
     def turn(self) -> None:
+        """Resume the agent until it would sleep."""
         try:
             self.wait_s = next(self._steps) if self.outcome is None else None
         except StopIteration:
             self.outcome, self.wait_s = self._agent.outcome, None
 
     def signal(self, number: int) -> None:
+        """Hand it to the ranks."""
         self._agent.signal(number)
 
     def end(self) -> None:
+        """End the ranks, which the agent does by itself too."""
         self._agent.end()
 
     def close(self, status: int) -> None:
-        self._steps.close()  # which kills what an error has left running
+        """Kill what an error has left running."""
+        self._steps.close()
 
 
 class Cluster:
