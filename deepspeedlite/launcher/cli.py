@@ -7,6 +7,7 @@ belongs to it, untouched. Exit status: the first failing rank's, 130 after Ctrl-
 from __future__ import annotations
 
 import argparse
+import signal
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -198,7 +199,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         if level is not None:
             logger.setLevel(level.upper())
         sys.stdout.flush()
-        return start(options)
+        status = start(options)
+        if status > 128:  # an impatient second signal must not change the exit status while this process ends
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                signal.signal(number, signal.SIG_IGN)
+        return status
     except LaunchError as error:
         print(f"deepspeedlite: {error}", file=sys.stderr)
         return 2
