@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from harness import distributed
 from torch import Tensor
 
 import deepspeedlite
@@ -493,7 +494,8 @@ def test_a_configuration_gets_fused_adam_on_gpus_where_it_is_there(there, monkey
 
 
 @pytest.mark.parametrize("cls", [FusedAdam, FusedLamb, FusedLion])
-def test_the_engine_hands_over_16_bit_gradients(cls, device, monkeypatch):
+@distributed(world_size=1)
+def test_the_engine_hands_over_16_bit_gradients(cls, device):
     """Its own optimizers step in one pass and write the model's weights; they train as ordinary ones do there."""
     weights = []
     for in_one_pass in (True, False):
@@ -503,7 +505,7 @@ def test_the_engine_hands_over_16_bit_gradients(cls, device, monkeypatch):
         engine, *_ = deepspeedlite.initialize(model=model, config=config, optimizer=cls(model.parameters(), lr=1e-2))
         inner, calls = engine.optimizer.optimizer, []
         assert type(inner) is cls
-        monkeypatch.setattr(inner, "hand_over", lambda *a, f=inner.hand_over, c=calls: (c.append(a), f(*a)))
+        inner.hand_over = lambda *a, f=inner.hand_over, c=calls: (c.append(a), f(*a))
         if not in_one_pass:
             inner.register_step_pre_hook(lambda *_: None)
         for _ in range(3):
