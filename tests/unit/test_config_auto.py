@@ -18,10 +18,10 @@ from harness import distributed
 from test_config import faults_of, only_fault
 
 import deepspeedlite
-from deepspeedlite.compat import drop_in
 from deepspeedlite.config import load_config
 from deepspeedlite.config.__main__ import main
 from deepspeedlite.config.load import examine
+from deepspeedlite.launcher import stand_in
 
 BATCH = {
     "train_batch_size": "auto",
@@ -241,7 +241,7 @@ def test_under_the_name_deepspeed_auto_is_the_default(stage):
     """What DeepSpeed 0.19.8 does with these keys in its sections, and does not survive in params and batch sizes."""
     done = subprocess.run(
         [sys.executable, "-c", UNDER_THE_NAME.replace("STAGE", str(stage))],
-        env=drop_in.with_stand_in({**os.environ, "DSL_LOG_LEVEL": "info"}),
+        env=stand_in.with_stand_in({**os.environ, "DSL_LOG_LEVEL": "info"}),
         capture_output=True,
         text=True,
         timeout=120,
