@@ -24,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from harness import distributed
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
@@ -153,7 +154,8 @@ def reachable_bytes() -> int:
     nor those of parameters, which lie in that of their flat buffer.
     """
     gc.collect()
-    storages = [item.untyped_storage() for item in gc.get_objects() if issubclass(type(item), Tensor)]
+    tensors = [item for item in gc.get_objects() if issubclass(type(item), Tensor) and not isinstance(item, FakeTensor)]
+    storages = [item.untyped_storage() for item in tensors]
     found = link()
     blocks = [*found._maps.values(), *(block.memory for block in found._blocks)] if found else []
     distinct = {storage._cdata: storage for storage in storages}
