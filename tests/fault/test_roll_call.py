@@ -69,6 +69,7 @@ def test_of_two_calls_that_wait_for_each_other_the_lighter_is_given_up():
         assert time.monotonic() - start < roll_call.PATIENCE_S - 1
 
 
+@pytest.mark.slow
 @distributed(world_size=3)
 def test_whoever_meets_does_so_with_all():
     """Ranks that come and go at random: each has met as often as the others, at the same time."""
@@ -164,6 +165,7 @@ def test_what_one_rank_may_do_alone():
     engine.destroy()
 
 
+@pytest.mark.slow
 @distributed(world_size=2, timeout_s=90)
 def test_a_gather_that_one_rank_makes_while_the_other_trains_is_an_error_on_both():
     engine = engine_of()

@@ -158,6 +158,7 @@ def test_the_first_of_those_that_wait_speaks_for_all():
     assert "\n  rank 2 waits there too" in said[0], said
 
 
+@pytest.mark.slow
 @distributed(2, env=WATCHED)
 def test_ranks_that_wait_in_different_collectives_are_told_apart():
     """One of them in torch's own. Advice about experts is given where parameters are gathered, and only there."""

@@ -239,6 +239,7 @@ def test_where_a_filter_refuses_an_engine_the_next_one_is_taken_and_the_reason_t
 Request = tuple[bool, int, int, bool]  # write, offset, bytes, whether to wait afterwards
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.lists(st.tuples(st.booleans(), st.integers(0, 30_000), st.integers(0, 40_000), st.booleans()), max_size=12),
