@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-_WIDTH, _ROW_H, _LEFT, _BAR_W, _TOP = 900, 26, 400, 300, 46
+_WIDTH, _ROW_H, _LEFT, _BAR_W, _TOP = 980, 26, 400, 300, 46
 
 
 def drawing(results: list[dict[str, Any]]) -> str:
