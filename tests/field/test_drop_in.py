@@ -103,6 +103,13 @@ if __name__ == "__main__":
     assert done.stdout.split() == ["True", "LRRangeTest"], done.stderr
 
 
+def test_modules_are_reached_from_their_parents_without_an_import():
+    """As clients do, which DeepSpeed's own imports allow: `deepspeed.utils.logging.logger` after `import deepspeed`."""
+    paths = sorted(path for path in MODULES if path)
+    code = f"import deepspeed, operator\nfor path in {paths}: operator.attrgetter(path)(deepspeed)\nprint('all')"
+    assert run(code) == "all"
+
+
 @pytest.mark.parametrize("module, says", [("launcher.runner", "deepspeedlite"), ("env_report", "dslite_report")])
 def test_modules_run_as_commands(module, says):
     environ = with_stand_in({**os.environ, "PYTHONPATH": str(ROOT)})

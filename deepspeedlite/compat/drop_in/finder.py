@@ -182,21 +182,19 @@ class _Extended(SourceFileLoader):
 def _extend(module: ModuleType) -> None:
     """Let a module answer for names that its file knows nothing of."""
     own = vars(module).get("__getattr__")
-    listed = modules()[module.__name__.partition(".")[2]]
 
     def of_file_or_table(name: str) -> Any:
         if own is None:
             return name_of(module.__name__, name)
         try:
             return own(name)
-        except AttributeError:
-            if name not in listed:
-                raise
-        return name_of(module.__name__, name)
+        except AttributeError as unknown:
+            try:
+                return name_of(module.__name__, name)
+            except AttributeError as absent:
+                why = why_absent(f"{module.__name__.partition('.')[2]}.{name}")
+                raise (absent if why else unknown) from None
 
-    if "__all__" in vars(module):
-        public = [name for name, entry in listed.items() if entry.home and not name.startswith("_")]
-        module.__all__ = list(dict.fromkeys([*module.__all__, *public]))  # type: ignore[attr-defined]
     vars(module).setdefault("__path__", [])  # see the note: a submodule that is not here has its reason
     module.__getattr__ = of_file_or_table  # type: ignore[method-assign]
 
