@@ -140,7 +140,7 @@ class Traffic:
     def __init__(self, engine: Any) -> None:
         self.reduces = self.shares = self.gathers = self.late_gathers = self.sent_bytes = 0
         self._engine, self._group = engine, engine._parts.group
-        self._sharded = {id(unit.values) for unit in engine._reducer.units if unit.sharded}
+        self._sharded = {id(unit.flat.values) for unit in engine._reducer.units if unit.flat.sharded}
         self._modules_run = 0
         self._handles: list[Any] = []
 
@@ -271,7 +271,7 @@ def count(make_engine: Callable[[], Any]) -> tuple[Any, Counted]:
         units=len(units),
         states_bytes=states_bytes,
         peak_bytes=peak_bytes,
-        largest_unit_bytes=max(unit.numel * unit.dtype.itemsize for unit in units),
+        largest_unit_bytes=max(unit.layout.numel * unit.flat.dtype.itemsize for unit in units),
         reduces=traffic.reduces,
         shares=traffic.shares,
         gathers=traffic.gathers,

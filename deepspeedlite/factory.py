@@ -191,8 +191,8 @@ def _make_reducer(
     frozen_values = [
         FlatParams(bucket, group, sharded=True, offload=options.offload, live=options.live) for bucket in frozen
     ]
-    sharded = [*(unit for unit in units if unit.sharded), *frozen_values]
-    gathered = {*units, *frozen_values}
+    sharded = [*(unit.flat for unit in units if unit.flat.sharded), *frozen_values]
+    gathered = {*(unit.flat for unit in units), *frozen_values}
     make_whole(p for p in model.parameters() if p not in left and owner_of(p) not in gathered)  # sharded by others
     _broadcast_rest(model, group)
     leaves = leaf_modules(model)
@@ -293,7 +293,7 @@ def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
 
 
 def _log_summary(parts: EngineParts) -> None:
-    slots = [slot for unit in parts.reducer.units for slot, param in unit.slots if parts.replica.counts(param)]
+    slots = [slot for unit in parts.reducer.units for slot, param in unit.flat.slots if parts.replica.counts(param)]
     trained_numel = sum(parts.replica.group.all_gather_objects(sum(slot.numel for slot in slots)))
     ranks = " x ".join(str(size) for size in (parts.replica.group.size, parts.group.size) if size > 1) or "1"
     dtype = parts.precision.model_dtype or parts.precision.autocast_dtype or torch.float32

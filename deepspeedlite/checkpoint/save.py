@@ -154,7 +154,7 @@ class _Decided(NamedTuple):
 def _collect(state: TrainState, manifest: Manifest, part: RankPart, decided: _Decided) -> None:
     """Put into `part` what this rank writes: its share of what its data-parallel group writes, and its own."""
     for unit in state.reducer.units:
-        unit.verify_attached()
+        unit.flat.verify_attached()
     group, elsewhere = state.group, decided.left_out.get(state.group.ranks[0], set())
     entries, buffers = parameters_of(state, manifest.frozen_excluded)
     wanted = {entry.name for entry in entries} - elsewhere

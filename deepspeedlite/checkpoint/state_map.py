@@ -124,10 +124,13 @@ def _of_owner(
 
 def _runs_of(owner: FlatParams) -> list[tuple[Run, torch.Tensor, torch.Tensor | None, Store]]:
     """Each run of this rank with its values, what a step updates of it (None: nothing does), and where these live."""
-    if isinstance(owner, ShardUnit) and owner.masters:
-        stepped = zip(owner.runs(), owner.masters, owner.run_stores)
+    unit = owner.unit
+    if isinstance(unit, ShardUnit) and unit.masters:
+        stepped = zip(unit.runs(), unit.masters, unit.run_stores)
         return [(run, values, master, store) for (run, values, _), master, store in stepped]
-    return [(run, values, None, store) for run, values, store in owner.stored_runs()]
+    return [
+        (run, values, None, owner.store.of_run(*owner.layout.span(run), values)) for run, values in owner.cut_runs()
+    ]
 
 
 def parameters_of(state: TrainState, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
@@ -153,7 +156,7 @@ def _named(state: TrainState) -> tuple[list[Parameter], dict[str, torch.Tensor]]
             entries[names[id(param)][0]].tied.append(name)
     positions = state.optimizer.positions if state.optimizer is not None else {}
     called = _Names(module)
-    held = ((slot, param) for unit in state.reducer.units for slot, param in unit.slots)
+    held = ((slot, param) for unit in state.reducer.units for slot, param in unit.flat.slots)
     for slot, param in held:
         if known := called.of(slot, param):
             dtype = str(param.dtype).removeprefix("torch.")

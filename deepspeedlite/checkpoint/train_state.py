@@ -45,4 +45,4 @@ class TrainState:
     @property
     def owners(self) -> list[FlatParams]:
         """Whatever holds flat values, trained and frozen; what was thawed since is in a unit now."""
-        return [*self.reducer.units, *(frozen for frozen in self.frozen if frozen.slots)]
+        return [*(unit.flat for unit in self.reducer.units), *(frozen for frozen in self.frozen if frozen.slots)]

@@ -108,14 +108,14 @@ class DeepSpeedEngine(EngineAccessors):
         state = self.optimizer.state if self.optimizer is not None else {}
         self._offloaded = OffloadedStates(states_of(self._reducer.units, state), include, device, pin_memory)
         for unit in self._reducer.units:
-            unit.follow_memory()
+            unit.flat.follow_memory()
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` took away."""
         if self._offloaded is not None:
             self._offloaded.reload(non_blocking)
             for unit in self._reducer.units:
-                unit.follow_memory()
+                unit.flat.follow_memory()
         self._offloaded = None
 
     def _check_alive(self, what: str) -> None:

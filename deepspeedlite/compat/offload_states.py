@@ -32,7 +32,7 @@ def states_of(units: Iterable[Any], state: Mapping[torch.Tensor, Mapping[str, An
     return {
         "optim_states": kept,
         "hp_params": [master for unit in units for master in unit.masters],
-        "lp_params": [tensor for unit in units for tensor in (unit.shard, unit.values)],
+        "lp_params": [tensor for unit in units for tensor in (unit.flat.shard, unit.flat.values)],
         "lp_grads": [unit.grads.shard for unit in units],
         "contiguous_grad_buffer": [unit.grads.full for unit in units],
     }

@@ -24,7 +24,7 @@ class _Kind(type):
             return False
         reducer = instance._reducer
         return reducer.plan.stage in cls.stages and (
-            cls.dtype is None or any(unit.dtype is cls.dtype for unit in reducer.units)
+            cls.dtype is None or any(unit.flat.dtype is cls.dtype for unit in reducer.units)
         )
 
     def __call__(cls, *args: Any, **kwargs: Any) -> Any:

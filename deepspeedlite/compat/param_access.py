@@ -27,9 +27,9 @@ from typing import TypeVar
 import torch
 
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
-from deepspeedlite.zero.flat_params import ParamState, full_shape, owner_of
+from deepspeedlite.zero.flat_params import ParamState, full_shape
 from deepspeedlite.zero.grad_buffer import GradState
-from deepspeedlite.zero.unit import ShardUnit, Stepper
+from deepspeedlite.zero.unit import ShardUnit, Stepper, unit_of
 
 _T = TypeVar("_T")
 _FINE, _NOT_MADE, _UNKNOWN = range(3)
@@ -66,8 +66,8 @@ class _Place:
     """
 
     def __init__(self, param: torch.Tensor, unit: ShardUnit, stepper: Stepper) -> None:
-        self.unit, self.slot, self.loss_scale = unit, unit.slot_of(param), stepper.loss_scale
-        self.dtype = torch.float64 if unit.dtype is torch.float64 else torch.float32
+        self.unit, self.slot, self.loss_scale = unit, unit.flat.slot_of(param), stepper.loss_scale
+        self.dtype = torch.float64 if unit.flat.dtype is torch.float64 else torch.float32
         self.is_split = unit.layout.shard_count > 1
         self.in_slot, self.in_shard = unit.grads.own_part(self.slot)
         start, stop = self.slot.start + self.in_slot.start, self.slot.start + self.in_slot.stop
@@ -83,7 +83,7 @@ class _Place:
 
     @property
     def _empty(self) -> torch.Tensor:
-        return torch.empty(0, dtype=self.dtype, device=self.unit.device)
+        return torch.empty(0, dtype=self.dtype, device=self.unit.flat.device)
 
     @contextmanager
     def inside(self, write: bool = False) -> Iterator[None]:
@@ -109,11 +109,11 @@ class _Place:
         found = _FINE if key in self.states or self.numel == 0 else _UNKNOWN if self.states else _NOT_MADE
         collective = collective and self.is_split
         if collective:  # a rank that holds nothing of the parameter cannot know
-            worst = torch.tensor([found], device=self.unit.device)
-            self.unit.group.all_reduce(worst, "max")
+            worst = torch.tensor([found], device=self.unit.flat.device)
+            self.unit.flat.group.all_reduce(worst, "max")
             found = int(worst)
         if found == _UNKNOWN:
-            everyone = self.unit.group.all_gather_objects(list(self.states)) if collective else [list(self.states)]
+            everyone = self.unit.flat.group.all_gather_objects(list(self.states)) if collective else [list(self.states)]
             shown = ", ".join(sorted({name for names in everyone for name in names}))
             raise OptimizerError(
                 f"the optimizer keeps no state {key!r} per element of {self.slot.name}; it keeps {shown}"
@@ -135,10 +135,10 @@ class _Place:
 
     def join(self, fragment: torch.Tensor) -> torch.Tensor:
         """The whole tensor from all ranks' fragments; a copy."""
-        whole = torch.zeros(self.slot.numel, dtype=self.dtype, device=self.unit.device)
+        whole = torch.zeros(self.slot.numel, dtype=self.dtype, device=self.unit.flat.device)
         whole[self.in_slot] = fragment
         if self.is_split:  # each element is one rank's and 0 elsewhere; as integers the sum is exact to the bit
-            self.unit.group.all_reduce(whole.view(torch.int64 if self.dtype is torch.float64 else torch.int32))
+            self.unit.flat.group.all_reduce(whole.view(torch.int64 if self.dtype is torch.float64 else torch.int32))
         return whole.view(self.slot.shape)
 
     def checked(self, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
@@ -146,7 +146,7 @@ class _Place:
         if not isinstance(value, torch.Tensor) or value.shape != torch.Size(shape):
             given = tuple(value.shape) if isinstance(value, torch.Tensor) else type(value).__name__
             raise OptimizerError(f"{self.slot.name} needs a value of shape {tuple(shape)} here, not {given}")
-        return value.detach().to(self.unit.device, self.dtype).flatten()
+        return value.detach().to(self.unit.flat.device, self.dtype).flatten()
 
     def existing(self, target: _T | None, what: str) -> _T:
         """What is to be overwritten."""
@@ -156,19 +156,19 @@ class _Place:
 
     def store(self, fragment: torch.Tensor, whole: torch.Tensor | None) -> None:
         """Write the master and the model's values; `whole` is joined where it is needed and not given."""
-        self.unit.wait_for_unshard()
-        self.unit.wait_for_readers()
+        self.unit.flat.wait_for_unshard()
+        self.unit.flat.wait_for_readers()
         self.master.write(fragment)
         self.values.write(fragment)
-        if self.unit.state is ParamState.UNSHARDED:
+        if self.unit.flat.state is ParamState.UNSHARDED:
             everything = self.join(fragment).flatten() if whole is None else whole
-            self.unit.values[self.slot.start : self.slot.stop] = everything
+            self.unit.flat.values[self.slot.start : self.slot.stop] = everything
 
 
 def _readable(param: torch.Tensor) -> _Place | None:
     """The parameter's place; None for a frozen one."""
-    unit = owner_of(param)
-    if isinstance(unit, ShardUnit) and unit.stepper is not None:
+    unit = unit_of(param)
+    if unit is not None and unit.stepper is not None:
         return _Place(param, unit, unit.stepper)
     if isinstance(param, torch.nn.Parameter) and not param.requires_grad:
         return None

@@ -70,20 +70,20 @@ class MasterMaker:
             self._adopt_state(unit, cut, run.master)
             run.store.keep()
             run.store.close()
-        for param in unit.params:
+        for param in unit.flat.params:
             self._optimizer.state.pop(param, None)
         return runs
 
     def _make_runs(self, unit: ShardUnit) -> list[SteppedRun]:
-        start, _ = unit.layout.shard(unit.index)
-        is_precise = self._low_precision or unit.dtype in (torch.float32, torch.float64)
-        spans = [(run.start - start, run.stop - start) for run, _, _ in unit.runs()]
-        with unit.shard_in_memory():
-            parts = [(values, unit.shard[slice(*span)]) for span, (_, values, _) in zip(spans, unit.runs())]
-            masters = self._offload.make_masters(unit.store, parts, unit.dtype if is_precise else torch.float32)
+        flat = unit.flat
+        is_precise = self._low_precision or flat.dtype in (torch.float32, torch.float64)
+        spans = [unit.layout.span(run) for run, _, _ in unit.runs()]
+        with flat.shard_in_memory():
+            parts = [(values, flat.shard[slice(*span)]) for span, (_, values, _) in zip(spans, unit.runs())]
+            masters = self._offload.make_masters(flat.store, parts, flat.dtype if is_precise else torch.float32)
         made = []
         for span, (_, values, grads), master in zip(spans, unit.runs(), masters):
-            store = self._offload.run_store(unit.store, span, values, master, self._state_of)
+            store = self._offload.run_store(flat.store, span, values, master, self._state_of)
             made.append(SteppedRun(master.tensor, values, grads, store, master.staged))
         return made
 
@@ -92,7 +92,7 @@ class MasterMaker:
 
     def _adopt_state(self, unit: ShardUnit, run: Run, master: torch.Tensor) -> None:
         """Join the states that the optimizer holds for single parameters (Adagrad makes them at once)."""
-        owners = {slot.name: param for slot, param in zip(unit.layout.slots, unit.params)}
+        owners = {slot.name: param for slot, param in zip(unit.layout.slots, unit.flat.params)}
         segments = unit.layout.segments(run)
         states = [self._optimizer.state.get(owners[segment.slot.name], {}) for segment in segments]
         joined: dict[str, Any] = {}

@@ -28,9 +28,8 @@ from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import clear_with
-from deepspeedlite.zero.flat_params import owner_of
 from deepspeedlite.zero.grad_reducer import GradReducer
-from deepspeedlite.zero.unit import ShardUnit
+from deepspeedlite.zero.unit import ShardUnit, unit_of
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
 # Gradients taken to fp32 at a time, 16 MiB of them: more would only make the step's peak higher.
@@ -104,7 +103,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         room = 0
         most, units = self._settings.sub_group_numel, self._reducer.units
         # Kernels on GPUs read 16-bit gradients as they are, and the fewer launches the better.
-        as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(u.device.type == "cuda" for u in units)
+        as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(u.flat.device.type == "cuda" for u in units)
         as_they_are |= self._settings.low_precision_masters
         if not as_they_are and any(u.grads.dtype.itemsize < 4 for u in units):
             most = min(most, CONVERTED_NUMEL)
@@ -154,8 +153,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """
         self._reducer.finish()
         for unit in self._reducer.units:
-            unit.verify_attached()
-            unit.wait_for_readers()
+            unit.flat.verify_attached()
+            unit.flat.wait_for_readers()
         if self._settings.every_gradient_must_come:
             self._check_all_came()
         guilty = self._norm.begin_step()
@@ -209,9 +208,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Per master, where the parameters lie that were trained and are frozen now."""
         found: dict[torch.Tensor, list[slice]] = {}
         for unit, runs in zip(self._reducer.units, self._runs_of_units):
-            frozen = {slot.name for slot, param in unit.slots if not param.requires_grad}
+            frozen = {slot.name for slot, param in unit.flat.slots if not param.requires_grad}
             if frozen:
-                for cut, run in zip(unit.layout.runs(unit.index), runs):
+                for cut, run in zip(unit.layout.runs(unit.flat.index), runs):
                     segments = [s for s in unit.layout.segments(cut) if s.slot.name in frozen]
                     found[run.master] = [slice(segment.start, segment.stop) for segment in segments]
         return found
@@ -312,12 +311,11 @@ class ShardedOptimizer(torch.optim.Optimizer):
         entries = []
         names = {id(param): name for name, param in self._module.named_parameters()}  # the present ones
         for number, param in enumerate(params):
-            owner = owner_of(param)
             name = names.get(id(param), "")
             if not name or name in self.positions:  # another parameter had this name before
                 name = f"optimizer.param_groups[{index}].params[{number}]"
-            if isinstance(owner, ShardUnit) or not param.requires_grad:
-                why = "is trained already" if isinstance(owner, ShardUnit) else "does not require grad"
+            if unit_of(param) is not None or not param.requires_grad:
+                why = "does not require grad" if unit_of(param) is None else "is trained already"
                 raise OptimizerError(f"add_param_group: parameter {names.get(id(param), name)} {why}")
             entries.append(NamedParameter(name, param, index))
         self.positions.update({entry.name: position for position, entry in enumerate(entries)})

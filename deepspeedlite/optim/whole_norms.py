@@ -31,7 +31,9 @@ def tell_segments(lamb: FusedLamb, reducer: GradReducer, sub_groups: Sequence[in
     units, tensor = reducer.units, reducer.replica.tensor
     slots = [slot for unit in units for slot in unit.layout.slots]
     numbers = {slot.name: number for number, slot in enumerate(slots)}
-    split = [numbers[slot.name] for unit in units for slot, param in unit.slots if is_model_parallel_parameter(param)]
+    split = [
+        numbers[slot.name] for unit in units for slot, param in unit.flat.slots if is_model_parallel_parameter(param)
+    ]
     order = ([[slot.name for slot in unit.layout.slots] for unit in units], list(sub_groups), split)
     if any(other != order for other in tensor.all_gather_objects(order)):
         raise OptimizerError(
@@ -49,7 +51,7 @@ def tell_segments(lamb: FusedLamb, reducer: GradReducer, sub_groups: Sequence[in
 
 def _sum(reducer: GradReducer, split: Sequence[int], squares: torch.Tensor) -> None:
     """Sum what the ranks have of two squared norms per parameter; only those that are split over tensor ranks."""
-    device = reducer.units[0].device  # a rank without runs has no tensor to tell it
+    device = reducer.units[0].flat.device  # a rank without runs has no tensor to tell it
     there = squares.to(device)
     if reducer.plan.shard_optimizer:
         reducer.group.all_reduce(there)

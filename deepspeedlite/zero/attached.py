@@ -18,10 +18,10 @@ from torch.nn.modules.module import (
 )
 
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.flat_params import make_whole, owner_of
+from deepspeedlite.zero.flat_params import make_whole
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.prefetch import is_prefetched
-from deepspeedlite.zero.unit import ShardUnit
+from deepspeedlite.zero.unit import unit_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 
@@ -37,7 +37,7 @@ class Attached:
         named = list(root.named_parameters())
         # By id, with the parameters, so that no other can have it: what could have been trained from the start.
         self._frozen = {id(param): (name, param) for name, param in named if not param.requires_grad}
-        self._left_out = {id(p): p for _, p in named if p.requires_grad and not isinstance(owner_of(p), ShardUnit)}
+        self._left_out = {id(p): p for _, p in named if p.requires_grad and unit_of(p) is None}
         self._new: dict[int, tuple[str, torch.Tensor]] = {}
         self._modules = {id(module) for module in root.modules()}
         self._handles: list[Any] = []
@@ -68,7 +68,7 @@ class Attached:
         self._new = {
             id(param): (name, param)
             for name, param in found.items()
-            if not isinstance(owner_of(param), ShardUnit) and id(param) not in (self._frozen | self._left_out)
+            if unit_of(param) is None and id(param) not in (self._frozen | self._left_out)
         }
 
     def verify_trained(self, waiting: Collection[NamedParameter]) -> None:
@@ -83,10 +83,10 @@ class Attached:
         self._look()
         known = {id(entry.param) for entry in waiting}
         for key, (name, param) in self._frozen.items():
-            if param.requires_grad and key not in known and not isinstance(owner_of(param), ShardUnit):
+            if param.requires_grad and key not in known and unit_of(param) is None:
                 raise _untrained(name, "did not require grad in initialize, does so in step()")
         for name, new in self._new.values():
-            if new.grad is not None and not isinstance(owner_of(new), ShardUnit):
+            if new.grad is not None and unit_of(new) is None:
                 raise _untrained(name, "was attached to the model after initialize, has a gradient in step()")
 
     def close(self) -> None:

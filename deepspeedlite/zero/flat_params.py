@@ -92,6 +92,13 @@ def full_shape(param: torch.Tensor) -> torch.Size:
     return param.shape if owner is None else torch.Size(owner.slot_of(param).shape)
 
 
+class Trained(Protocol):
+    """The unit that trains flat values."""
+
+    def note_new_values(self) -> None:
+        """The values were written from outside the optimizer, which may keep copies of them."""
+
+
 class LiveListener(Protocol):
     """Who counts sharded values that come to life."""
 
@@ -107,10 +114,10 @@ class FlatParams:
         group: the ranks that the values are sharded over.
         sharded: let each rank keep only its shard while nobody uses the values.
         shard_count: pieces that the buffer is cut into: the group's size, or 1 where nothing is sharded.
-        source: the rank of the group whose values count on all ranks; None: they agree already.
         offload: says where the shard lives while the values are sharded.
         run_numel: see `FlatLayout`.
         live: who counts values that are whole.
+        unit: what trains them; None: they are frozen, or no engine's yet.
     """
 
     def __init__(
@@ -120,10 +127,10 @@ class FlatParams:
         *,
         sharded: bool,
         shard_count: int | None = None,
-        source: int | None = 0,
         offload: Offload | None = None,
         run_numel: int | None = None,
         live: LiveListener | None = None,
+        unit: Trained | None = None,
     ) -> None:
         ordered = sorted(members, key=lambda member: member.group)
         self.params = [member.param for member in ordered]
@@ -139,7 +146,7 @@ class FlatParams:
         """How often all ranks were given new values from outside the optimizer."""
         # What the engine that has the values keeps on its module (a `Lease`); None of those that `zero.Init` has made.
         self.lease: Any = None
-        self._live = live
+        self._live, self.unit = live, unit
         self.state = ParamState.SHARDED if sharded else ParamState.UNSHARDED
         more = f" and {len(ordered) - 1} more" if len(ordered) > 1 else ""
         self.key = next(group.tags)
@@ -148,12 +155,12 @@ class FlatParams:
         self._work: Any = None
         self.slots: list[tuple[Slot, torch.nn.Parameter]] = list(zip(self.layout.slots, self.params))
         self._slot_of = {id(param): slot for slot, param in self.slots}
-        self._take(sharded, source, offload or Offload())
+        self._take(sharded, offload or Offload())
 
     # --- taking parameters over -----------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def _take(self, sharded: bool, source: int | None, offload: Offload) -> None:
+    def _take(self, sharded: bool, offload: Offload) -> None:
         former = owners_of(self.params)
         agreed = len(former) > 0 and all(owner.sharded for owner in former)
         for owner in former:
@@ -165,8 +172,8 @@ class FlatParams:
             self._views = [_in_storage_of_its_own(view) for view in self._views]
         for view, param in zip(self._views, self.params):
             view.copy_(param.data)
-        if source is not None and not agreed:
-            self.group.broadcast(self.values, src=source)
+        if not agreed:
+            self.group.broadcast(self.values)
         own = self.values[slice(*self.layout.shard(self.index))]
         self.shard, self.store = own, Store()
         if sharded:
@@ -322,15 +329,9 @@ class FlatParams:
         with self.store.opened(write):
             yield
 
-    def stored_runs(self) -> list[tuple[Run, torch.Tensor, Store]]:
-        """This rank's runs of values that nothing steps: index range, values, and where they live."""
-        start, _ = self.layout.shard(self.index)
-        found = []
-        for run in self.layout.runs(self.index):
-            span = (run.start - start, run.stop - start)
-            values = self.store.values(self.shard, *span)
-            found.append((run, values, self.store.of_run(*span, values)))
-        return found
+    def cut_runs(self) -> list[tuple[Run, torch.Tensor]]:
+        """This rank's runs: index range, and values where they lie; without memory if they come from a disk."""
+        return [(run, self.store.values(self.shard, *self.layout.span(run))) for run in self.layout.runs(self.index)]
 
     @torch.no_grad()
     def start_sharing(self) -> None:
@@ -356,7 +357,9 @@ class FlatParams:
         self.note_new_values()
 
     def note_new_values(self) -> None:
-        """The values were written from outside the optimizer, which may keep copies of them."""
+        """The values were written from outside the optimizer."""
+        if self.unit is not None:
+            self.unit.note_new_values()
 
     def follow_memory(self) -> None:
         """The buffer's memory has gone, or has come back elsewhere: show what is there."""

@@ -119,7 +119,7 @@ class GradReducer:
         is_nested = not unit.arrivals.has_learnt and self._is_nested()
         if unit.arrivals.note(index, is_nested):
             if self._prefetcher is not None:
-                self._prefetcher.all_arrived(unit)
+                self._prefetcher.all_arrived(unit.flat)
             self._launch_complete()
 
     def begin_backward(self, scale: float, reduce: bool, measure: bool = False) -> None:
@@ -183,7 +183,7 @@ class GradReducer:
             try:
                 unit.end_backward()
             except RuntimeError:  # torch takes no gradient of another dtype
-                unit.verify_attached()
+                unit.flat.verify_attached()
                 raise
 
     def finish(self) -> None:
@@ -202,7 +202,7 @@ class GradReducer:
     def _wait(self) -> None:
         for unit in self.units:
             unit.grads.wait_for_reduce()
-        if any(unit.grads.shard.device != unit.device for unit in self.units):
+        if any(unit.grads.shard.device != unit.flat.device for unit in self.units):
             torch.cuda.synchronize()  # averages are on their way to the host's memory, in the current stream
 
     @property
@@ -238,7 +238,7 @@ class GradReducer:
         """
         alike = not self.plan.shard_optimizer
         dtype = torch.float64 if precise else norm_dtype(self.units[0].grads.dtype) if self.units else torch.float32
-        device = self.units[0].device if self.units else self.replica.group.device
+        device = self.units[0].flat.device if self.units else self.replica.group.device
         total = joined([norm for unit in self.units for norm in unit.grads.norms(precise)], dtype, device)
         if not (alone and alike):
             total = norm_of_all(total, self.group, alike)
@@ -262,14 +262,14 @@ class GradReducer:
             return
         awaited, room = 0, in_flight_numel
         for index, unit in enumerate(self.units):
-            while awaited < index and room < unit.numel:
-                self.units[awaited].wait_for_sharing()
-                room += self.units[awaited].numel
+            while awaited < index and room < unit.layout.numel:
+                self.units[awaited].flat.wait_for_sharing()
+                room += self.units[awaited].layout.numel
                 awaited += 1
-            unit.start_sharing()
-            room -= unit.numel
+            unit.flat.start_sharing()
+            room -= unit.layout.numel
         for unit in self.units[awaited:]:
-            unit.wait_for_sharing()
+            unit.flat.wait_for_sharing()
 
     def close(self) -> None:
         """Remove all hooks from the parameters."""

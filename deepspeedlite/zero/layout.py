@@ -96,6 +96,11 @@ class FlatLayout:
         """The buffer's elements `[start, stop)` that shard `index` holds."""
         return index * self.shard_numel, (index + 1) * self.shard_numel
 
+    def span(self, run: Run) -> tuple[int, int]:
+        """Where a run lies in its shard."""
+        start = run.start % self.shard_numel
+        return start, start + run.numel
+
     def _group_spans(self) -> list[Run]:
         spans: list[Run] = []
         for slot in self.slots:

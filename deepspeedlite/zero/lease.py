@@ -103,7 +103,7 @@ class Lease:
 
     def values(self) -> list[FlatParams]:
         """All flat values, trained and frozen."""
-        return [*self.reducer.units, *self.frozen]
+        return [*(unit.flat for unit in self.reducer.units), *self.frozen]
 
     def held(self) -> dict[torch.Tensor, str]:
         """The parameters, with their names in the engine's module."""

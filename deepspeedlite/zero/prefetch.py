@@ -28,7 +28,6 @@ from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.state_dicts import StateDicts
-from deepspeedlite.zero.unit import ShardUnit
 from deepspeedlite.zero.use_order import LookAhead, PrefetchLimits, UseTrace
 
 
@@ -102,7 +101,7 @@ class ParamPrefetcher:
 
     Args:
         root: the model.
-        owners: its sharded flat values, trained (`ShardUnit`) and frozen.
+        owners: its sharded flat values, trained and frozen.
         leaves: modules whose parameters are unsharded as one, whatever happens inside.
         limits: prefetching and reuse.
         trace: the order of their uses; the owners tell it when they come to life.
@@ -167,7 +166,7 @@ class ParamPrefetcher:
             home = _common_home(root, owner)
             home = leaf_of.get(home, home)
             self._add_user(home, owner)
-            if not isinstance(owner, ShardUnit) or any(holder in leaves for holder in holders[owner]):
+            if owner.unit is None or any(holder in leaves for holder in holders[owner]):
                 inside = set(home.modules())
                 for module in (home, *(holder for holder in holders[owner] if holder not in inside)):
                     self._closers.setdefault(module, set()).add(owner)

@@ -1,7 +1,7 @@
-"""A ShardUnit: the flat values of some parameters, and with them what brings their gradients together.
+"""A ShardUnit: some parameters that are trained, and with them what brings their gradients together.
 
-It is composed: `FlatParams` is where the values lie, a `GradBuffer` where the gradients lie and how they are reduced,
-`Arrivals` counts how many a backward pass still owes. What is left here is what users see of gradients.
+It has three parts: `flat` is where the values lie, `grads` where the gradients lie and how they are reduced, `arrivals`
+counts how many a backward pass still owes. What is left here is what users see of gradients, and who steps the values.
 
 [Note: what users see, and what they write]
 Between passes `param.grad` is a view of the slot wherever this rank holds the whole gradient (see `_shows`), and None
@@ -84,8 +84,8 @@ class UnitOptions:
         )
 
 
-class ShardUnit(FlatParams):
-    """Flat values and flat gradients of some parameters of one dtype.
+class ShardUnit:
+    """Parameters of one dtype that are trained: their flat values, their flat gradients, and who steps them.
 
     Args:
         bucket: the parameters, whose memory is replaced by views; a persistent bucket of stage 3 is not sharded.
@@ -94,7 +94,7 @@ class ShardUnit(FlatParams):
 
     def __init__(self, bucket: Bucket, options: UnitOptions) -> None:
         plan, policy = options.plan, options.policy
-        super().__init__(
+        self.flat = FlatParams(
             bucket.members,
             policy.group,
             sharded=bucket.sharded,
@@ -102,23 +102,25 @@ class ShardUnit(FlatParams):
             offload=options.offload,
             run_numel=options.offload.run_numel,
             live=options.live,
+            unit=self,
         )
+        self.layout = self.flat.layout  # of values and gradients alike
         # Views of the shard, or pieces of the store that bring it. The optimizer keeps them, so they are cut once.
-        self._values_of_runs = self._cut_values()
+        self._runs = self.flat.cut_runs()
         self.grads = GradBuffer(
             self.layout,
             policy,
             plan,
-            dtype=options.grad_dtype or self.dtype,
-            device=self.device,
+            dtype=options.grad_dtype or self.flat.dtype,
+            device=self.flat.device,
             offload=options.offload,
-            counted={slot.name for slot, param in self.slots if options.counts(param)},
-            tag=self._call["tag"] + 1,
+            counted={slot.name for slot, param in self.flat.slots if options.counts(param)},
+            tag=2 * self.flat.key + 1,
         )
-        self.arrivals = Arrivals(len(self.params))
+        self.arrivals = Arrivals(len(self.flat.params))
         # Ranks that hold the same parameters for another part of the model, and a gradient of their own for them.
         self._tied_group = bucket.tied_group
-        self._hides = plan.shard_params or self.grads.dtype != self.dtype  # gradients, from `param.grad`
+        self._hides = plan.shard_params or self.grads.dtype != self.flat.dtype  # gradients, from `param.grad`
         # What each `param.grad` was left at, to tell what users have made of it; where each slot begins in the buffer.
         self._shown: list[torch.Tensor | None] = []
         self._offsets = [slot.start * self.grads.dtype.itemsize for slot in self.layout.slots]
@@ -134,17 +136,7 @@ class ShardUnit(FlatParams):
 
     def runs(self) -> list[tuple[Run, torch.Tensor, torch.Tensor]]:
         """This rank's runs: index range, values and averaged gradients as 1-D views of its shard."""
-        start, _ = self.layout.shard(self.index)
-        return [
-            (run, values, self.grads.shard[run.start - start : run.stop - start])
-            for run, values in zip(self.layout.runs(self.index), self._values_of_runs)
-        ]
-
-    def _cut_values(self) -> list[torch.Tensor]:
-        """The values of each run, where they lie; without memory if they are brought from a disk."""
-        start, _ = self.layout.shard(self.index)
-        cuts = [(run.start - start, run.stop - start) for run in self.layout.runs(self.index)]
-        return [self.store.values(self.shard, *cut) for cut in cuts]
+        return [(run, values, self.grads.shard[slice(*self.layout.span(run))]) for run, values in self._runs]
 
     def be_stepped_by(
         self, stepper: Stepper | None, masters: Sequence[torch.Tensor] = (), stores: Sequence[Store] = ()
@@ -167,7 +159,7 @@ class ShardUnit(FlatParams):
         self.take_in()
         self._hide()
         self.grads.begin(scale, reduce, measure and not self._shows(GradState.AVERAGED))
-        self.arrivals.begin(sum(param.requires_grad for param in self.params))
+        self.arrivals.begin(sum(param.requires_grad for param in self.flat.params))
 
     def take(self, index: int, param: torch.Tensor, grad: torch.Tensor) -> None:
         """Move what autograd has put into `param.grad` to the buffer."""
@@ -207,7 +199,7 @@ class ShardUnit(FlatParams):
             return
         self.arrivals.end()
         if self._shows(self.grads.state):
-            for index, param in enumerate(self.params):
+            for index, param in enumerate(self.flat.params):
                 view = self.grads.view(index)
                 if view is not None:
                     param.grad = self._shown[index] = view
@@ -239,9 +231,9 @@ class ShardUnit(FlatParams):
     # --- what users see of it -------------------------------------------------------------------------------------
 
     def _hide(self) -> None:
-        for param in self.params:
+        for param in self.flat.params:
             param.grad = None
-        self._shown = [None] * len(self.params)
+        self._shown = [None] * len(self.flat.params)
 
     def _shows(self, state: GradState) -> bool:
         """Whether `param.grad` can show the gradients: all of them are here, in the parameters' dtype."""
@@ -260,7 +252,7 @@ class ShardUnit(FlatParams):
         start = self.grads.full.data_ptr()
         changed = [
             (index, param.grad)
-            for index, (param, shown, offset) in enumerate(zip(self.params, self._shown, self._offsets))
+            for index, (param, shown, offset) in enumerate(zip(self.flat.params, self._shown, self._offsets))
             # The second: other memory was put behind what is shown, by `param.grad.data = ...`.
             if param.grad is not shown or (shown is not None and shown.data_ptr() != start + offset)
         ]
@@ -272,12 +264,12 @@ class ShardUnit(FlatParams):
     @torch.no_grad()
     def forget_grads(self, ids: Container[int]) -> None:
         """Clear the gradients of the parameters with these ids."""
-        for index, param in enumerate(self.params):
+        for index, param in enumerate(self.flat.params):
             if id(param) in ids:
                 self._replace(index, None)
 
     def _replace(self, index: int, grad: torch.Tensor | None) -> None:
-        param, slot = self.params[index], self.layout.slots[index]
+        param, slot = self.flat.params[index], self.layout.slots[index]
         if grad is not None and tuple(grad.shape) != slot.shape:
             raise EngineStateError(f"{slot.name}.grad was set to a tensor of {tuple(grad.shape)}, not {slot.shape}")
         param.grad = self._shown[index] = None
@@ -309,7 +301,7 @@ class ShardUnit(FlatParams):
         """Let a method of the reducer know of every gradient: of this unit, the parameter with this index."""
         self.hooks += [
             param.register_post_accumulate_grad_hook(_weak_hook(arrived, weakref.ref(self), index))
-            for index, param in enumerate(self.params)
+            for index, param in enumerate(self.flat.params)
             if param.requires_grad
         ]
 
@@ -325,23 +317,30 @@ class ShardUnit(FlatParams):
         Raises:
             EngineStateError: another engine has the parameters, or their memory was replaced.
         """
-        for slot, param in self.slots:
-            if owner_of(param) not in (None, self):
+        for slot, param in self.flat.slots:
+            if owner_of(param) not in (None, self.flat):
                 raise EngineStateError(f"parameter {slot.name} is another engine's by now: use that one")
-        self.verify_attached()
-        self.own()
+        self.flat.verify_attached()
+        self.flat.own()
 
     def detach(self) -> None:
         """Forget the gradients, and the optimizer of values that outlast the engine."""
         self.clear()
         self.unhook()
-        if self.sharded:  # the module keeps it alive, and must not keep the optimizer
+        if self.flat.sharded:  # the module keeps it alive, and must not keep the optimizer
             self.be_stepped_by(None)
 
     def close(self) -> None:
         """Remove the hooks, and forget the optimizer. See `FlatParams.close` for what becomes of the values."""
         self.detach()
-        super().close()
+        self.flat.close()
+
+
+def unit_of(param: torch.Tensor) -> ShardUnit | None:
+    """The unit that a parameter is trained in, if there is one."""
+    owner = owner_of(param)
+    unit = None if owner is None else owner.unit
+    return unit if isinstance(unit, ShardUnit) else None
 
 
 def _weak_hook(

@@ -270,7 +270,7 @@ engine = engine_of(
 )
 print(*train(engine, range(3)))
 disk = engine._parts.offload.swap_file
-print(sum(unit.numel for unit in engine._reducer.units), disk.nbytes if disk else 0)
+print(sum(unit.layout.numel for unit in engine._reducer.units), disk.nbytes if disk else 0)
 """
 
 

@@ -189,7 +189,7 @@ def test_states_in_host_memory_that_is_not_the_devices(dtype, tmp_path):
                 continue
             with apart, engine_of(config(stage, dtype, **sections)) as engine:
                 runs = engine.optimizer._runs
-                stores = [unit.store for unit in engine._reducer.units if unit.sharded]
+                stores = [unit.flat.store for unit in engine._reducer.units if unit.flat.sharded]
                 assert all(isinstance(store, HostStore) for store in stores) == (name == "both on cpu" or not stores)
                 assert any(run.staged is not None for run in runs) == ("offload_optimizer" in sections)
                 assert train(engine) == losses, (stage, name)

@@ -101,7 +101,7 @@ def full_weights(engine) -> dict[str, torch.Tensor]:
     found = {}
     for unit, runs in zip(engine._reducer.units, engine.optimizer._runs_of_units):
         mine = torch.zeros(unit.layout.shard_numel)
-        first, _ = unit.layout.shard(unit.index)
+        first, _ = unit.layout.shard(unit.flat.index)
         for (cut, _, _), run in zip(unit.runs(), runs):
             mine[cut.start - first : cut.stop - first] = run.master
         whole = torch.cat(engine._parts.group.all_gather_objects(mine)[: unit.layout.shard_count])

@@ -23,6 +23,7 @@ from deepspeedlite.comm import Group
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.runtime.errors import DeepSpeedLiteError, EngineStateError, OptimizerError
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
+from deepspeedlite.zero.unit import unit_of
 from deepspeedlite.zero.wrap import NamedParameter
 
 HYPER = {"lr": 1e-2, "betas": (0.9, 0.95), "eps": 1e-3, "weight_decay": 0.05}
@@ -236,7 +237,7 @@ def test_what_was_written_is_read(stage, dtype):
         assert torch.equal(value, drawn(value, seed))
         assert torch.equal(utils.safe_get_full_optimizer_state(param, "exp_avg"), drawn(value, seed + 100))
     for unit in engine._reducer.units:
-        for run, master in zip(unit.layout.runs(unit.index), unit.masters):
+        for run, master in zip(unit.layout.runs(unit.flat.index), unit.masters):
             owned = sum(segment.stop - segment.start for segment in unit.layout.segments(run))
             assert (master == 0).sum() == run.numel - owned, "padding was written to"
     engine.destroy()
@@ -443,7 +444,7 @@ def test_ranks_that_hold_nothing_take_part(stage):
     model = nn.Linear(11, 1, bias=False)
     engine = engine_of(model, stage)
     rank, param = dist.get_rank(), model.weight
-    assert len(owner_of(param).masters) == (1 if rank == 0 else 0)
+    assert len(unit_of(param).masters) == (1 if rank == 0 else 0)
     assert utils.safe_get_full_optimizer_state(param, "exp_avg") is None
     engine.backward(engine(torch.full((1, 11), rank + 1.0)).sum())
     assert_near(utils.safe_get_full_grad(param), torch.full((1, 11), 2.0), TOLERANCE["fp32"])

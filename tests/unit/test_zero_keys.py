@@ -61,7 +61,7 @@ class Tape:
     @property
     def owners(self) -> list[Any]:
         """Units in launch order, then frozen values."""
-        return [*self._engine._reducer.units, *self._engine._parts.frozen]
+        return [*(unit.flat for unit in self._engine._reducer.units), *self._engine._parts.frozen]
 
     def _note(self, what: str, whose: str) -> None:
         self.events.append((what, whose))
@@ -318,7 +318,7 @@ def test_allgather_bucket_size_is_elements_of_updated_values_under_way(stage):
     most = {}
     for units in (0, 3, 1000):
         engine, tape = make(stage, reduce_bucket_size=1, allgather_bucket_size=units * 128)
-        assert {unit.numel for unit in engine._reducer.units} == {128}, "7 x 9 elements and fewer, aligned"
+        assert {unit.layout.numel for unit in engine._reducer.units} == {128}, "7 x 9 elements and fewer, aligned"
         most[units] = most_under_way(third_step(engine, tape), "share")
     assert most == {0: 1, 3: 3, 1000: len(engine._reducer.units)}
 
@@ -403,11 +403,11 @@ def test_param_persistence_threshold_keeps_small_parameters_whole():
         model = zoo.Chain(BLOCKS)
         engine, tape = make(3, model, stage3_param_persistence_threshold=threshold)
         small = {name for name, param in zoo.Chain(BLOCKS).named_parameters() if param.numel() < threshold}
-        whole = {slot.name for unit in engine._reducer.units if not unit.sharded for slot in unit.layout.slots}
+        whole = {slot.name for unit in engine._reducer.units if not unit.flat.sharded for slot in unit.layout.slots}
         assert whole == small
         assert {name for name, param in model.named_parameters() if param.numel()} == small
         sharing = sum(counts(third_step(engine, tape), "share").values())
-        assert sharing == sum(not unit.sharded for unit in engine._reducer.units) == (threshold > 0)
+        assert sharing == sum(not unit.flat.sharded for unit in engine._reducer.units) == (threshold > 0)
 
 
 @distributed(world_size=2)
@@ -415,7 +415,7 @@ def test_model_persistence_threshold_bounds_all_that_is_kept_whole():
     sizes = [param.numel() for param in zoo.Chain(BLOCKS).parameters()]
     for most in (0, 2 * BLOCK_NUMEL, EVERYTHING):
         engine, _ = make(3, stage3_param_persistence_threshold=EVERYTHING, stage3_model_persistence_threshold=most)
-        kept = sum(slot.numel for unit in engine._reducer.units if not unit.sharded for slot in unit.layout.slots)
+        kept = sum(slot.numel for unit in engine._reducer.units if not unit.flat.sharded for slot in unit.layout.slots)
         assert most - max(sizes) < kept <= most
 
 

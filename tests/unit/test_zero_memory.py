@@ -35,8 +35,8 @@ from deepspeedlite.tools.memory_plan.fit import Training, fit_all
 from deepspeedlite.tools.memory_plan.machine import Machine
 from deepspeedlite.tools.memory_plan.states import model_states_bytes, ways_of
 from deepspeedlite.zero import building
+from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.layout import FlatLayout
-from deepspeedlite.zero.unit import ShardUnit
 
 WIDTH, HEADS, LAYERS, VOCABULARY, LENGTH = 96, 4, 24, 64, 2  # 2.7 M parameters, of which each block has 4 %
 TOLERANCE = 0.02
@@ -159,7 +159,7 @@ def reachable_bytes() -> int:
     found = link()
     blocks = [*found._maps.values(), *(block.memory for block in found._blocks)] if found else []
     distinct = {storage._cdata: storage for storage in storages}
-    flat = [owner.values.untyped_storage() for owner in gc.get_objects() if type(owner) is ShardUnit]
+    flat = [owner.values.untyped_storage() for owner in gc.get_objects() if type(owner) is FlatParams]
     inside = [(values.data_ptr(), values.data_ptr() + values.nbytes(), values._cdata) for values in flat]
     counted = sum(
         storage.nbytes()
@@ -250,7 +250,7 @@ def in_flight(engine: Any, stage: int, ranks: int) -> InFlight:
     in blocks of two sizes.
     """
     units = engine._reducer.units
-    unit = max(unit.numel * unit.dtype.itemsize for unit in units)
+    unit = max(unit.layout.numel * unit.flat.dtype.itemsize for unit in units)
     values = 2 * unit if stage == 3 else 0
     gradients = 4 * unit if stage >= 2 else 0
     return InFlight(values, values, FP32_BYTES * BLOCK, gradients + 6 * unit * (ranks - 1) / ranks)
@@ -300,7 +300,7 @@ def test_states_are_what_the_formulas_say(stage, world_size):
 def test_initialize_peaks_at_the_model_as_it_was_given(stage):
     """The fp32 model is 4 bytes per parameter. What is built takes its place piece by piece, not beside it."""
     engine, phases = train(config(stage), steps=0)
-    unit = max(unit.numel for unit in engine._reducer.units)
+    unit = max(unit.layout.numel for unit in engine._reducer.units)
     begin, peak, ready = phases["initialize"]
     assert begin == FP32_BYTES * PARAMS
     assert peak <= (1 + TOLERANCE) * max(begin, ready) + 3 * FP32_BYTES * unit
@@ -406,7 +406,7 @@ def test_evaluation_leaves_nothing_whole():
         loss = live.during("evaluation", engine, tokens(0))
     evaluation = live.phases["evaluation"]
     assert evaluation.after - evaluation.before == loss.untyped_storage().nbytes()
-    unit = max(unit.numel * unit.dtype.itemsize for unit in engine._reducer.units)
+    unit = max(unit.layout.numel * unit.flat.dtype.itemsize for unit in engine._reducer.units)
     assert unit < evaluation.peak < 3 * unit
 
 
