@@ -73,7 +73,7 @@ def check_optimizer(
         ConfigError: they differ along a data-parallel group; on every rank of its replicas.
     """
     mine = {**_optimizer_facts(optimizer, named), **_schedule_facts(schedule)}
-    problem = _first_difference(mine, group.all_gather_objects(_digest(mine)), group)
+    problem = _difference(mine, group)
     problems = [told for told in replica.group.all_gather_objects(problem) if told]
     if problems:
         raise ConfigError(f"the ranks train differently: {problems[0]}; {_REMEDY}")
@@ -101,6 +101,11 @@ def _schedule_facts(schedule: Any) -> Mapping[str, str]:
 
 def _digest(facts: Mapping[str, str]) -> str:
     return hashlib.sha256("\n".join(f"{name} {facts[name]}" for name in sorted(facts)).encode()).hexdigest()
+
+
+def _difference(mine: Mapping[str, str], group: Group) -> str:
+    """See `_first_difference`. Collective."""
+    return _first_difference(mine, group.all_gather_objects(_digest(mine)), group)
 
 
 def _first_difference(mine: Mapping[str, str], digests: Sequence[str], group: Group) -> str:
@@ -140,22 +145,11 @@ def check_model(model: torch.nn.Module, group: Group, replica: Replica) -> None:
 
 def _differences(model: torch.nn.Module, group: Group) -> str:
     """How models of the group's ranks differ, the same on all of them; empty if they do not."""
-    mine = [
-        f"{name} {tuple(full_shape(t))} {t.dtype}{' trained' if t.requires_grad else ''}"
-        for name, t in all_state(model)
-    ]
-    digest = hashlib.sha256("\n".join(mine).encode()).hexdigest()
-    digests = group.all_gather_objects(digest)
-    if len(set(digests)) == 1:
-        return ""
-    everyone: list[list[str]] = group.all_gather_objects(mine)
-    other = next(rank for rank, theirs in enumerate(everyone) if theirs != everyone[0])
-    ours, theirs = set(everyone[0]), set(everyone[other])
-    first, second = group.ranks[0], group.ranks[other]
-    return (
-        f"the model of rank {second} differs from rank {first}'s: only rank {first} has {sorted(ours - theirs)[:3]}, "
-        f"only rank {second} has {sorted(theirs - ours)[:3]} (or the order differs); build the same model on every rank"
-    )
+    state = all_state(model)
+    kinds = {name: f"{tuple(full_shape(t))} {t.dtype}{' trained' if t.requires_grad else ''}" for name, t in state}
+    places = {name: f"number {place}" for place, (name, _) in enumerate(state)}
+    found = _difference(kinds, group) or _difference(places, group)
+    return found and f"the ranks' models differ: {found}; build the same model on every rank"
 
 
 def _sharded_elsewhere(model: torch.nn.Module, group: Group) -> str:
