@@ -162,21 +162,25 @@ class Building:
         for param in params if self._unwritten else ():
             self._unwritten.pop(id(param), None)
 
-    def end(self, shard_module: Callable[[torch.nn.Module, set[torch.nn.Module]], None]) -> None:
+    def take(self, module: torch.nn.Module) -> None:
+        """A module was there before, or has got parameters past `register_parameter`."""
+        for key in module._parameters:
+            self.receive(module, key)
+
+    def end(self) -> None:
         """The context ends: shard all that is still whole."""
+        begun = [reference() for reference in self._begun]
+        # What came into a module past `register_parameter`. Modules that were dropped may be gone on some ranks only.
+        seen: set[torch.nn.Module] = set()
+        for module, is_gone in zip(begun, self._on_any_rank([module is None for module in begun])):
+            for _, part in module.named_modules(seen) if module is not None and not is_gone else ():
+                self.take(part)
         for module, key, param in list(self._unwritten.values()):
             if id(param) in self._unwritten and module._parameters.get(key) is param:
                 give_values(module)
                 self.wrote(module._parameters.values())
-        left = [reference() for reference in self._begun]
-        self._refuse_unusable({id(p) for module in left if module is not None for p in module._parameters.values()})
+        self._refuse_unusable({id(p) for module in begun if module is not None for p in module._parameters.values()})
         self.reshard(last=True)
-        # What came into a module past `register_parameter`. Modules that were dropped may be gone on some ranks only.
-        gone = self._on_any_rank([begun is None for begun in left])
-        seen: set[torch.nn.Module] = set()
-        for begun, is_gone in zip(left, gone):
-            if begun is not None and not is_gone:
-                shard_module(begun, seen)
 
     @_plain()
     def _refuse_unusable(self, held: Set[int]) -> None:
@@ -321,8 +325,7 @@ def _wrap_module() -> None:
     def wrapped_set_state(self: torch.nn.Module, state: Any) -> None:  # of copies, which no constructor makes
         _ACTIVE[-1].begin(self)
         set_state(self, state)
-        for name in self._parameters:
-            _ACTIVE[-1].receive(self, name)
+        _ACTIVE[-1].take(self)
 
     _ORIGINALS.update(__init__=init, register_parameter=register, __setstate__=set_state)
     wrappers = {"__init__": wrapped_init, "register_parameter": wrapped_register, "__setstate__": wrapped_set_state}

@@ -26,7 +26,7 @@ from deepspeedlite.config import load_config
 from deepspeedlite.offload.options import make_offload
 from deepspeedlite.offload.placement import Placement
 from deepspeedlite.runtime.device import pick_device
-from deepspeedlite.zero.building import Building, built, give_values
+from deepspeedlite.zero.building import Building, built
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -90,7 +90,10 @@ class Init:
         )
         self._building = Building(self.group, self.device, self._shard)
         if self.enabled and module is not None:
-            self.shard(module)
+            with self:
+                for part in module.modules():  # as if each was built now
+                    self._building.begin(part)
+                    self._building.take(part)
 
     def __enter__(self) -> Init:
         if self.enabled:
@@ -101,19 +104,11 @@ class Init:
         if self.enabled:
             try:
                 if error is None:
-                    self._building.end(self.shard)
+                    self._building.end()
             finally:
                 self._building.__exit__()
 
     @torch.no_grad()
-    def shard(self, module: torch.nn.Module, seen: set[torch.nn.Module] | None = None) -> None:
-        """Shard all parameters in `module` that are not sharded yet, module by module, but for modules in `seen`."""
-        for name, part in module.named_modules(memo=seen):
-            if any(param is not None and param.is_meta for param in part._parameters.values()):
-                self._materialise(part)
-            own = part.named_parameters(recurse=False)
-            self._shard([NamedParameter(f"{name}.{key}" if name else key, param, 0) for key, param in own])
-
     def _shard(self, members: Sequence[NamedParameter]) -> None:
         by_dtype: dict[torch.dtype, list[NamedParameter]] = {}
         for member in members:
@@ -123,10 +118,3 @@ class Init:
                 by_dtype.setdefault(param.dtype, []).append(member)
         for entries in by_dtype.values():
             built(FlatParams(entries, self.group, sharded=True, offload=self._offload))
-
-    def _materialise(self, module: torch.nn.Module) -> None:
-        for key, param in module._parameters.items():
-            if param is not None and param.is_meta:
-                fresh = torch.empty_like(param, device=self.device)
-                module._parameters[key] = torch.nn.Parameter(fresh, requires_grad=param.requires_grad)
-        give_values(module)

@@ -101,6 +101,11 @@ def test_an_existing_module_and_one_on_the_meta_device():
     assert weights["up.0.weight"].std() > 0.01 and torch.equal(weights["norm.weight"], torch.ones(32))
     with pytest.raises(UnsupportedError, match="reset_parameters"), torch.device("meta"), Init():
         model = NoReset()
+    with torch.device("meta"):
+        tied = TiedTokenModel()
+    Init(module=tied)
+    assert tied.head.weight is tied.embedding.weight, "what had no memory yet stays tied when it gets some"
+    assert not any(param.is_meta for param in tied.parameters()) and gathered(tied)["up.0.weight"].std() > 0.01
 
 
 class NoReset(torch.nn.Module):
