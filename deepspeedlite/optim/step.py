@@ -27,7 +27,7 @@ from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_segments
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_once
-from deepspeedlite.zero.clearing import clear_with
+from deepspeedlite.zero.clearing import ClearsUnseen
 from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.unit import ShardUnit, unit_of
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
@@ -82,7 +82,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         for group in optimizer.param_groups:
             group["params"] = []  # the units' runs take their places
         self._step_also(reducer.units)
-        clear_with(optimizer, self.zero_grad)
+        ClearsUnseen(optimizer, reducer)
 
     # --- construction ---------------------------------------------------------------------------------------------
 
