@@ -187,7 +187,7 @@ class FlatParams:
         self.own()
         for slot, param in self.slots:
             if sharded:
-                _describe(param, slot, self)
+                describe_as_sharded(param, slot, self)
             elif hasattr(param, "ds_id"):
                 describe_as_whole(param, self.group)
         if sharded:
@@ -393,16 +393,8 @@ class FlatParams:
                 param.data = view
         return wrong
 
-    def is_attached(self) -> bool:
-        """Whether the parameters, whole now, still have the buffer's memory."""
-        return all(p.data_ptr() == v.data_ptr() and p.shape == v.shape for p, v in zip(self.params, self._views))
-
-    def verify_attached(self) -> None:
-        """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
-
-        Raises:
-            EngineStateError: naming the parameter.
-        """
+    def _replaced(self) -> Iterator[tuple[Slot, torch.Tensor, torch.Tensor]]:
+        """The parameters whose memory was replaced, with what they should show."""
         for (slot, param), view in zip(self.slots, self._views):
             expected = self._placeholder if self.state is not ParamState.UNSHARDED else view
             if (
@@ -410,7 +402,20 @@ class FlatParams:
                 or param.shape != expected.shape
                 or param.dtype is not expected.dtype
             ):
-                raise self._detached(slot, param, expected)
+                yield slot, param, expected
+
+    def is_attached(self) -> bool:
+        """Whether the parameters still have the buffer's memory."""
+        return not any(True for _ in self._replaced())
+
+    def verify_attached(self) -> None:
+        """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
+
+        Raises:
+            EngineStateError: naming the parameter.
+        """
+        for replaced in self._replaced():
+            raise self._detached(*replaced)
 
     @staticmethod
     def _detached(slot: Slot, param: torch.Tensor, expected: torch.Tensor) -> EngineStateError:
@@ -473,29 +478,29 @@ def _what_was_done(param: torch.Tensor, expected: torch.Tensor) -> str:
     return "was given new memory (by .data = ..., load_state_dict(assign=True) or flatten_parameters())"
 
 
-def _describe(param: torch.Tensor, slot: Slot, owner: FlatParams) -> None:
-    """What clients of DeepSpeed read on a sharded parameter. `partition_numel` keeps the owner alive with it."""
-    param.ds_shape = torch.Size(slot.shape)  # type: ignore[attr-defined]
-    param.ds_numel = slot.numel  # type: ignore[attr-defined]
-    param.ds_tensor = owner.shard  # type: ignore[attr-defined]
-    param.partition_numel = lambda: owner.shard_numel  # type: ignore[attr-defined]
-    copy_parameter_plainly(param, _name_if_empty)
+def _describe(param: torch.Tensor, shape: torch.Size) -> None:
+    """What clients of DeepSpeed read on a parameter of stage 3, sharded or not."""
     if not hasattr(param, "ds_id"):
         param.ds_id = next(_IDS)  # type: ignore[attr-defined]
         param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
+    param.ds_shape, param.ds_numel = shape, shape.numel()  # type: ignore[attr-defined]
+    copy_parameter_plainly(param, _name_if_empty)
+
+
+def describe_as_sharded(param: torch.Tensor, slot: Slot, owner: FlatParams) -> None:
+    """The rest of a sharded one. `partition_numel` keeps the owner alive with it."""
+    _describe(param, torch.Size(slot.shape))
+    param.ds_tensor = owner.shard  # type: ignore[attr-defined]
+    param.partition_numel = lambda: owner.shard_numel  # type: ignore[attr-defined]
 
 
 def describe_as_whole(param: torch.Tensor, group: Group) -> None:
-    """The same of a parameter that is not sharded, or no longer; `group` are the ranks that hold it alike."""
+    """The rest of one that is not sharded, or no longer; `group` are the ranks that hold it alike."""
+    _describe(param, param.shape)
     param.ds_process_group = group  # type: ignore[attr-defined]
-    if not hasattr(param, "ds_id"):
-        param.ds_id = next(_IDS)  # type: ignore[attr-defined]
-        param.ds_active_sub_modules = set()  # type: ignore[attr-defined]
-    param.ds_shape, param.ds_numel = param.shape, param.numel()  # type: ignore[attr-defined]
     param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     param.partition_numel = param.numel  # type: ignore[attr-defined]
     param.__dict__.pop("ds_tensor", None)  # another owner's shard
-    copy_parameter_plainly(param, _name_if_empty)
 
 
 @torch.no_grad()
