@@ -173,8 +173,9 @@ class Engine(torch.nn.Module):
         try:
             with watched, precision.autocast(self.device.type):
                 outputs = self.module(*inputs, **kwargs)
-        except RuntimeError:
+        except RuntimeError as error:
             self._parts.lease.verify_attached()  # a dtype that torch complains of may have been changed since
+            precision.explain(error)
             raise
         if self._prefetcher is not None and not recording:
             self._prefetcher.reshard()

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 from deepspeedlite import comm
-from deepspeedlite.config import ALL_SECTIONS, load_config
+from deepspeedlite.config import load_config
 from deepspeedlite.metrics.monitor.registry import WRITERS, Monitor, monitor_sections
 
 # DeepSpeed's attribute -> where it is in ours.
@@ -26,7 +26,6 @@ _ATTRIBUTES = {
     "load_universal_checkpoint": "checkpoint.load_universal",
     "_param_dict": "raw",
 }
-CometConfig = ALL_SECTIONS["comet"]  # made of a table, like all that is not acted on
 _NAMED = {
     "optimizer_name": "type",
     "optimizer_params": "params",
@@ -93,5 +92,5 @@ class MonitorMaster(Monitor):
 
 def get_monitor_config(param_dict: Mapping[str, Any]) -> MonitorConfig:
     """The monitors' sections of a configuration, checked; what else it holds is not looked at."""
-    given = {name: param_dict[name] for name in (*WRITERS, "comet") if name in param_dict}
+    given = {name: param_dict[name] for name in WRITERS if name in param_dict}
     return DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **given}).monitor_config

@@ -15,8 +15,10 @@ from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weig
 from deepspeedlite.compat.engine_accessors import EngineAccessors
 from deepspeedlite.compat.offload_states import OffloadedStates, states_of
 from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
+from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.data.loader import DeepSpeedDataLoader
 from deepspeedlite.engine import EngineParts
+from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.parallel.pipe import engine as pipe
 from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, UnsupportedError
 from deepspeedlite.runtime.log import logger
@@ -37,12 +39,46 @@ class DeepSpeedEngine(EngineAccessors):
         super().__init__(module, parts)
         self.collate_fn = parts.loading.collate_fn
         self._offloaded: OffloadedStates | None = None
+        # Whether a script, and no count, says which micro-step is the last: every call of `step` is one then.
+        self._steps_at_every_call = not parts.config.managed_gradient_accumulation
+        if self._steps_at_every_call:
+            self._forced_boundary = False
         if parts.plan.shard_params:
             describe_whole(module.parameters(), parts.group)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
-        """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say."""
+        """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say.
+
+        Raises:
+            EngineStateError: `managed_gradient_accumulation` is false, and every call of `step` is a boundary.
+        """
+        if self._steps_at_every_call:
+            raise EngineStateError(
+                "set_gradient_accumulation_boundary with managed_gradient_accumulation: false, where engine.step() is "
+                "the boundary; leave the call out, or the key"
+            )
         self._forced_boundary = is_boundary
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """See `Engine.step`; with `managed_gradient_accumulation: false` every call updates the parameters."""
+        if not self._steps_at_every_call:
+            return super().step(lr_kwargs)
+        self._forced_boundary = True
+        try:
+            super().step(lr_kwargs)
+        finally:
+            self._forced_boundary = False
+
+    def _begin_backward(self) -> None:
+        super()._begin_backward()
+        if self._steps_at_every_call:
+            self._losses_since_step = 0  # however many there are before a step, they are meant
+
+    def _take_step(self, optimizer: ShardedOptimizer, lr_kwargs: dict[str, Any]) -> None:
+        super()._take_step(optimizer, lr_kwargs)
+        if self._steps_at_every_call:  # the samples that were, not those of the batch that the configuration names
+            more = self._passes_since_step - self._batch.accumulation
+            self.global_samples += more * self._batch.micro * self.dp_world_size
 
     def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
         """Compile the module with `torch.compile`.
@@ -209,3 +245,16 @@ class DeepSpeedEngine(EngineAccessors):
 
 class PipelineEngine(DeepSpeedEngine, pipe.PipelineEngine):
     """The engine of a `PipelineModule`, under DeepSpeed's names."""
+
+    step = pipe.PipelineEngine.step
+
+    @classmethod
+    def prepare(cls, model: torch.nn.Module, config: DeepSpeedConfig) -> None:
+        """See `Engine.prepare`.
+
+        Raises:
+            ConfigError: the accumulation is the script's, which in a pipeline `train_batch` sees to.
+        """
+        if not config.managed_gradient_accumulation:
+            raise ConfigError("managed_gradient_accumulation: false does not go with a pipeline; leave the key out")
+        super().prepare(model, config)

@@ -15,6 +15,7 @@ from deepspeedlite.compat.engine import DeepSpeedEngine, PipelineEngine
 from deepspeedlite.factory import Given, Parameters, build_engine
 from deepspeedlite.parallel.pipe.module import PipelineModule
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
+from deepspeedlite.runtime.log import log_dist_once
 
 
 def initialize(
@@ -31,6 +32,7 @@ def initialize(
     config: str | os.PathLike[str] | dict[str, Any] | None = None,
     mesh_param: Sequence[int] | None = None,
     config_params: str | os.PathLike[str] | dict[str, Any] | None = None,
+    **older: Parameters,
 ) -> tuple[DeepSpeedEngine, Any, Any, Any]:
     """Make a training engine of a model.
 
@@ -52,6 +54,7 @@ def initialize(
         config: path, dict or base64 of the JSON configuration.
         mesh_param: (data-parallel size, sequence-parallel size); only a sequence-parallel size of 1 is supported.
         config_params: an older name of `config`.
+        older: `model_params` or `parameters`, which old tutorials have for `model_parameters`.
 
     Returns:
         (engine, optimizer, training_dataloader, lr_scheduler); those that do not exist are None.
@@ -66,6 +69,7 @@ def initialize(
     compared, and an error is the same on all of them.
     """
     source = _config_source(args, config, config_params)
+    model_parameters = _parameters(model_parameters, older)
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
@@ -93,6 +97,17 @@ def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:
     )
     group.add_argument("--deepspeed_config", default=None, metavar="FILE", help="JSON configuration of the engine")
     return parser
+
+
+def _parameters(given: Parameters | None, older: dict[str, Parameters]) -> Parameters | None:
+    for name, value in older.items():
+        if name not in ("model_params", "parameters"):
+            raise TypeError(f"initialize() got an unexpected keyword argument {name!r}")
+        if given is not None:
+            raise TypeError(f"initialize() got its parameters twice, also as {name}; pass model_parameters alone")
+        log_dist_once(f"initialize({name}=...) is taken as model_parameters=..., its name of today")
+        given = value
+    return given
 
 
 def _config_source(args: Any, config: Any, config_params: Any) -> Any:

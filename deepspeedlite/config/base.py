@@ -1,8 +1,8 @@
 """The base of every section: strict types, and `key`, which keeps a key's default, status, meaning and note together.
 
 A section is a frozen pydantic model that refuses unknown keys and converts nothing silently: `true` is no number,
-"1e5" is no number, 5e8 is a whole number because JSON has no other way to write it. `key_info` reads back what `key`
-recorded; the checks, the generated documentation and the JSON Schema all live on it.
+"1e5" is no number, 5e8 is a whole number because JSON has no other way to write it, 0 and 1 are false and true.
+`key_info` reads back what `key` recorded; the checks, the generated documentation and the JSON Schema all live on it.
 """
 
 from __future__ import annotations
@@ -70,7 +70,12 @@ def _path(value: Any) -> Any:
     return value.__fspath__() if hasattr(value, "__fspath__") else value
 
 
-Flag = Annotated[bool, Strict()]
+def _flag(value: Any) -> Any:
+    """0 and 1, which DeepSpeed's files have for false and true; no other number."""
+    return bool(value) if type(value) is int and value in (0, 1) else value
+
+
+Flag = Annotated[bool, Strict(), BeforeValidator(_flag)]
 Int = Annotated[int, Strict(), BeforeValidator(_whole)]
 Number = Annotated[float, Strict(), Field(allow_inf_nan=False), BeforeValidator(_real)]
 Text = Annotated[str, Strict()]
@@ -85,22 +90,19 @@ def key(
     doc: str,
     *,
     stands: str = "core",
-    by_value: dict[Any, str] | None = None,
     may_differ: bool = False,
     **limits: Any,
 ) -> Any:
     """Declare one key.
 
     `stands` names a line of `features.FEATURES`, or says it on the spot for a key that stands alone: "hint: changes
-    nothing". `by_value` gives single values their own feature: {"sum": "gradient_sum"}.
+    nothing".
     `may_differ`: ranks may have different values (the section's own MAY_DIFFER if left out).
     `limits` are pydantic's: ge, gt, le, lt, min_length.
     """
     extra = stands_as(stands)
     if may_differ:
         extra["may_differ"] = True
-    if by_value:
-        extra["by_value"] = {str(value): name for value, name in by_value.items()}
     given = {"default_factory": default} if callable(default) else {"default": default}
     return Field(description=doc, json_schema_extra=extra, **given, **limits)
 
@@ -158,7 +160,6 @@ class KeyInfo(NamedTuple):
     status: Status
     note: str
     doc: str
-    by_value: dict[str, str]
     section: type[Section] | None
     may_differ: bool = False
 
@@ -244,11 +245,10 @@ def default_of(field: FieldInfo) -> Any:
     return ... if field.is_required() else field.get_default(call_default_factory=True)
 
 
-def standing(field: FieldInfo, value: Any = None) -> Feature:
-    """A key's status and note in this release; with a value, that value's own where it has one."""
+def standing(field: FieldInfo) -> Feature:
+    """A key's status and note in this release."""
     extra = typing.cast(dict[str, Any], field.json_schema_extra)
-    name = extra.get("by_value", {}).get(str(value), extra.get("feature"))
-    return FEATURES[name] if name is not None else Feature(extra["status"], extra["note"])
+    return FEATURES[extra["feature"]] if "feature" in extra else Feature(extra["status"], extra["note"])
 
 
 def may_differ(field: FieldInfo) -> bool:
@@ -258,7 +258,6 @@ def may_differ(field: FieldInfo) -> bool:
 
 def key_info(path: str, field: FieldInfo) -> KeyInfo:
     """Read back what `key` recorded."""
-    extra = typing.cast(dict[str, Any], field.json_schema_extra)
     status, note = standing(field)
     return KeyInfo(
         path=path,
@@ -267,7 +266,6 @@ def key_info(path: str, field: FieldInfo) -> KeyInfo:
         status=status,
         note=note,
         doc=field.description or "",
-        by_value=extra.get("by_value", {}),
         section=inner_section(field.annotation),
         may_differ=may_differ(field),
     )

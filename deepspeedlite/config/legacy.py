@@ -24,7 +24,7 @@ class Renamed(NamedTuple):
 
 def _to_cpu(value: Any) -> Any:
     """`true` meant "to the CPU", `false` meant nothing; other types are left for the type check to name."""
-    if isinstance(value, bool):
+    if isinstance(value, int) and value in (0, 1):
         return {"device": "cpu"} if value else MISSING
     return value
 

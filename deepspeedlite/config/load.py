@@ -127,8 +127,12 @@ def examine(
         _check_batch(config, world_size, found)
     for rule in RULES:
         paths = [tuple(name.split(".")) for name in rule.keys]
-        if not any(found.covers(path) or path in found.open for path in paths) and rule.broken(config):
+        if any(found.covers(path) or path in found.open for path in paths) or not rule.broken(config):
+            continue
+        if rule.remedy:
             found.add(paths[0], _value_at(tree, paths[0]), rule.problem, rule.remedy)
+        else:
+            hints[rule.problem] = [rule.keys[0]]
     config._raw = raw
     config._hints = tuple(f"{', '.join(keys)}: {note}" for note, keys in hints.items())
     config._left_open = tuple(dotted(found.as_written(path)[0]) for path in found.open)
@@ -380,7 +384,7 @@ def _features(section: Section, path: KeyPath, found: _Findings, hints: dict[str
             continue
         where, value = (*path, name), getattr(section, name)
         default = default_of(field)
-        status, note = standing(field, value)
+        status, note = standing(field)
         if isinstance(value, Section):
             by_presence = default is None and status == "refused"
             _section_features(value, where, note if by_presence else "", found, hints)

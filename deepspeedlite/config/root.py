@@ -25,6 +25,7 @@ from deepspeedlite.config.base import (
 )
 from deepspeedlite.config.batch import BatchSizes, solve_batch
 from deepspeedlite.config.sections.monitors import (
+    Comet,
     CommsLogger,
     CsvMonitor,
     FlopsProfiler,
@@ -61,6 +62,9 @@ class DeepSpeedConfig(Section):
     train_batch_size: Int | None = key(None, "Samples per optimizer step over all ranks.", ge=1)
     train_micro_batch_size_per_gpu: Int | None = key(None, "Samples per forward pass on one rank.", ge=1)
     gradient_accumulation_steps: Int | None = key(None, "Forward passes per optimizer step.", ge=1)
+    managed_gradient_accumulation: Flag = key(
+        True, "Count micro-batches and step at the last one; false: every engine.step() is a step."
+    )
 
     optimizer: Optimizer | None = key(None, "The optimizer, unless `initialize` is given one.")
     scheduler: Scheduler | None = key(None, "The learning-rate schedule, unless `initialize` is given one.")
@@ -74,7 +78,7 @@ class DeepSpeedConfig(Section):
         1.0, "Divide by this before the reduction and by the rest of the world size after it.", gt=0
     )
     gradient_allreduce_op: Annotated[Literal["mean", "sum"], AnyCase] = key(
-        "mean", "How gradients of ranks are combined.", by_value={"sum": "gradient_sum"}
+        "mean", "How gradients of ranks are combined; their sum is divided by nothing."
     )
     communication_data_type: Dtype | None = key(None, "Type in which gradients travel; null: their own.")
 
@@ -100,6 +104,7 @@ class DeepSpeedConfig(Section):
     tensorboard: TensorBoard = part(TensorBoard, "TensorBoard.")
     wandb: Wandb = part(Wandb, "Weights & Biases.")
     csv_monitor: CsvMonitor = part(CsvMonitor, "CSV files.")
+    comet: Comet = part(Comet, "Comet.")
     comms_logger: CommsLogger = part(CommsLogger, "Record of collectives.")
     flops_profiler: FlopsProfiler = part(FlopsProfiler, "FLOP counts.")
 

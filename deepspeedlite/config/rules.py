@@ -1,4 +1,4 @@
-"""Contradictions: pairs of keys that are each right and cannot both be meant.
+"""Contradictions: pairs of keys that are each right and cannot both be meant, or of which one makes the other moot.
 
 A rule runs on the checked model and is skipped when one of its keys is already at fault, so one mistake is
 reported once.
@@ -12,16 +12,19 @@ from typing import NamedTuple
 
 from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.config.sections.precision import name_pattern
-from deepspeedlite.config.sections.zero import OffloadOptimizer, OffloadParam
+from deepspeedlite.config.sections.zero import OffloadOptimizer, OffloadParam, ZeroOptimization
 
 
 class Rule(NamedTuple):
-    """`broken(config)` is true when the keys contradict each other; the first key is the one to report."""
+    """`broken(config)` is true when the keys contradict each other; the first key is the one to report.
+
+    Without a remedy nothing is wrong: the first key changes nothing, which is said once.
+    """
 
     keys: tuple[str, ...]
     broken: Callable[[DeepSpeedConfig], bool]
     problem: str
-    remedy: str
+    remedy: str = ""
 
 
 def _model_dtype(config: DeepSpeedConfig) -> str:
@@ -46,8 +49,9 @@ def _nvme_without_path(section: OffloadParam | OffloadOptimizer) -> bool:
     return section.device == "nvme" and not section.nvme_path
 
 
-def _two_drives(params: OffloadParam, states: OffloadOptimizer) -> bool:
-    return params.device == states.device == "nvme" and params.nvme_path != states.nvme_path
+def _two_drives(zero: ZeroOptimization) -> bool:
+    params, states = zero.offload_param, zero.offload_optimizer
+    return zero.stage == 3 and params.device == states.device == "nvme" and params.nvme_path != states.nvme_path
 
 
 RULES: tuple[Rule, ...] = (
@@ -57,14 +61,11 @@ RULES: tuple[Rule, ...] = (
         "fp16 and bf16 are both enabled",
         "enable one of them",
     ),
-    *(
-        Rule(
-            ("torch_autocast.enabled", f"{half}.enabled"),
-            lambda c, half=half: c.torch_autocast.enabled and getattr(c, half).enabled,  # type: ignore[misc]
-            f"torch_autocast wants fp32 weights, and {half} is enabled",
-            f'disable {half}, and set torch_autocast.dtype to "{half}"',
-        )
-        for half in ("fp16", "bf16")
+    Rule(
+        ("torch_autocast.enabled", "fp16.enabled"),
+        lambda c: c.torch_autocast.enabled and c.fp16.enabled,
+        "torch_autocast wants fp32 or bf16 weights, and fp16 is enabled",
+        'disable fp16, and set torch_autocast.dtype to "fp16"',
     ),
     Rule(
         ("data_types.grad_accum_dtype", "fp16.enabled", "bf16.enabled"),
@@ -105,8 +106,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("gradient_predivide_factor", "prescale_gradients"),
         lambda c: c.prescale_gradients and c.gradient_predivide_factor != 1.0,
-        "prescale_gradients divides by the whole world size already, so this factor would be ignored",
-        "drop one of the two",
+        "changes nothing beside prescale_gradients, which divides by the whole world size",
     ),
     Rule(
         ("comms_logger.prof_ops", "comms_logger.prof_all", "comms_logger.enabled"),
@@ -123,8 +123,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("zero_optimization.offload_param.device", "zero_optimization.stage"),
         lambda c: c.zero_optimization.offload_param.device != "none" and c.zero_optimization.stage < 3,
-        "parameters can be offloaded only when they are sharded",
-        "set zero_optimization.stage to 3",
+        "changes nothing below stage 3, where parameters are not sharded",
     ),
     Rule(
         ("zero_optimization.offload_optimizer.device", "zero_optimization.stage"),
@@ -135,15 +134,17 @@ RULES: tuple[Rule, ...] = (
     *(
         Rule(
             (f"zero_optimization.{name}.nvme_path", f"zero_optimization.{name}.device"),
-            lambda c, name=name: _nvme_without_path(getattr(c.zero_optimization, name)),  # type: ignore[misc]
+            lambda c, name=name, stages=stages: (  # type: ignore[misc]
+                c.zero_optimization.stage in stages and _nvme_without_path(getattr(c.zero_optimization, name))
+            ),
             'is needed when device is "nvme"',
             "give a directory on the drive",
         )
-        for name in ("offload_param", "offload_optimizer")
+        for name, stages in (("offload_param", (3,)), ("offload_optimizer", (1, 2, 3)))
     ),
     Rule(
         ("zero_optimization.offload_param.nvme_path", "zero_optimization.offload_optimizer.nvme_path"),
-        lambda c: _two_drives(c.zero_optimization.offload_param, c.zero_optimization.offload_optimizer),
+        lambda c: _two_drives(c.zero_optimization),
         "is another directory than offload_optimizer's; a rank keeps all it offloads in one file",
         "name one directory in both; to use several drives, join them (RAID 0, or a striped logical volume)",
     ),

@@ -3,6 +3,9 @@
 JSON is strict: duplicate keys are faults with their full path, syntax errors name file, line and column and show the
 line. One thing goes beyond the standard: Infinity and NaN are read, since Python's own json module writes them
 (Accelerate sets steps_per_print to infinity); Infinity is then accepted where a key allows it and NaN nowhere.
+
+What is no JSON, for it has comments or keys without quotes, is read as Hjson (hjson.github.io), as DeepSpeed reads
+every file, where the package hjson is installed; its values are checked like any others.
 """
 
 from __future__ import annotations
@@ -12,12 +15,14 @@ import binascii
 import json
 import os
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, show
 from deepspeedlite.runtime.errors import ConfigError
 
 _DEEPEST = 40
+_RELAXED = ", or `pip install hjson`, which reads it"
 
 
 class _Object:
@@ -78,20 +83,35 @@ def _decode_base64(text: str) -> Any:
 
 
 def parse_json(text: str, origin: str) -> Any:
-    """Parse JSON; objects come back as `_Object`. ConfigError names line and column and shows the line."""
+    """Parse JSON, or Hjson; objects come back as `_Object`. ConfigError names line and column and shows the line."""
     try:
         return json.loads(text, object_pairs_hook=_Object)
     except json.JSONDecodeError as error:
+        relaxed, nor_hjson = _parse_hjson(text)
+        if isinstance(relaxed, _Object):
+            return relaxed
         lines = text.splitlines() or [""]
         line = lines[min(error.lineno, len(lines)) - 1]
         start = max(0, error.colno - 60)
         shown = line[start : start + 110].replace("\t", " ")
         mark = " " * (error.colno - 1 - start) + "^"
-        advice = _syntax_advice(text, line, error)
+        advice = _syntax_advice(text, line, error) + nor_hjson
         where = f"{origin}:{error.lineno}:{error.colno}"
         raise ConfigError(f"{where}: not valid JSON: {error.msg}{advice}\n    {shown}\n    {mark}") from None
     except (RecursionError, ValueError) as error:
         raise ConfigError(f"{origin}: not usable JSON: {error}") from None
+
+
+def _parse_hjson(text: str) -> tuple[Any, str]:
+    """What the text is as Hjson, and why it is none."""
+    try:
+        hjson = import_module("hjson")
+    except ImportError:
+        return None, ""
+    try:
+        return hjson.loads(text, object_pairs_hook=_Object) if text.strip() else None, ""
+    except (ValueError, RecursionError) as error:
+        return None, f"; nor is it Hjson: {error}"
 
 
 def _syntax_advice(text: str, line: str, error: json.JSONDecodeError) -> str:
@@ -100,13 +120,13 @@ def _syntax_advice(text: str, line: str, error: json.JSONDecodeError) -> str:
     if not text.strip():
         return "; the file is empty"
     if rest.startswith(("//", "/*", "#")):
-        return "; JSON has no comments"
+        return f"; JSON has no comments: remove this one{_RELAXED}"
     if (before.endswith(",") and rest.startswith(("}", "]"))) or rest.startswith((",}", ",]")):
-        return "; remove the comma before the closing bracket"
+        return f"; remove the comma before the closing bracket{_RELAXED}"
     if rest.startswith(",") and rest[1:].lstrip().startswith(("}", "]")):
-        return "; remove the comma before the closing bracket"
-    if rest.startswith("'"):
-        return "; strings take double quotes"
+        return f"; remove the comma before the closing bracket{_RELAXED}"
+    if rest.startswith("'") or (before.endswith(("{", ",")) and rest[:1].isalpha()):
+        return f"; keys and strings take double quotes{_RELAXED}"
     for wrong, right in (("True", "true"), ("False", "false"), ("None", "null")):
         if rest.startswith(wrong):
             return f"; write {right}"

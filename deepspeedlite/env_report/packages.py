@@ -37,6 +37,8 @@ OPTIONAL = {
     "mpi4py": "finding ranks under mpirun",
     "tensorboard": "the tensorboard monitor",
     "wandb": "the wandb monitor",
+    "comet_ml": "the Comet monitor",
+    "hjson": "configurations with comments and unquoted keys",
     "scikit-learn": "the digits of examples/cifar10 without a download",
     "transformers": "its models and Trainer",
     "accelerate": "its DeepSpeed plugin",

@@ -38,7 +38,7 @@ class Placement:
         """What `offload_param` and `offload_optimizer` ask for. Gradients go where the CPU can read them."""
         states = Tier(zero.offload_optimizer.device)
         grads = Tier.DEVICE if states is Tier.DEVICE else Tier.CPU
-        return cls(Tier(zero.offload_param.device), grads, states)
+        return cls(Tier(zero.offload_param.device if zero.stage == 3 else "none"), grads, states)
 
     @classmethod
     def of_built(cls, zero: ZeroOptimization, remote_device: str | None) -> Placement:

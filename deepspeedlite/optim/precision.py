@@ -20,6 +20,9 @@ from deepspeedlite.runtime.errors import EngineStateError, LossScaleError, Unsup
 from deepspeedlite.runtime.tensors import dtype_named, map_tensors
 from deepspeedlite.zero.flat_params import owner_of
 
+# What torch's operations say of two types that do not go together.
+_OF_TYPES = re.compile(r"dtype|scalar type|(bias|weight) type|Type promoting")
+
 
 @dataclass
 class LossScaler:
@@ -136,7 +139,7 @@ class Precision:
             grad_dtype=dtype_named(types.grad_accum_dtype),
             buffer_dtype=dtype_named(types.buffer_dtype),
             fp32_buffers=None if types.keep_in_fp32_modules == "auto" else types.keep_in_fp32_modules,
-            cast_inputs=config.fp16.enabled and config.fp16.auto_cast,
+            cast_inputs=any(half.enabled and half.auto_cast for half in (config.fp16, config.bf16)),
             # A loss scale lives by overflows; elsewhere a user may have them pass.
             check_overflow=torch.float16 in (model_dtype, autocast_dtype)
             or (config.check_grad_overflow and (config.bf16.check_grad_overflow or not config.bf16.enabled)),
@@ -192,6 +195,16 @@ class Precision:
             if self.buffer_dtype == torch.float16:
                 patterns += list(getattr(module, "_keep_in_fp32_modules", None) or ())
         return [name_pattern(pattern) for pattern in patterns]
+
+    def explain(self, error: RuntimeError) -> None:
+        """Add to an error of the model's about types which the model computes in, and how inputs get it."""
+        if self.model_dtype is None or not _OF_TYPES.search(str(error)):
+            return
+        name = "fp16" if self.model_dtype is torch.float16 else "bf16"
+        advice = f"cast inputs with .to({self.model_dtype}), or set {name}.auto_cast to true"
+        if self.cast_inputs:
+            advice = f"{name}.auto_cast casts inputs, and not what the model makes itself"
+        error.args = (f"{error}\n{name} is enabled, and parameters are {self.model_dtype}: {advice}",)
 
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs."""

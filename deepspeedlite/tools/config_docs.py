@@ -7,7 +7,6 @@ import textwrap
 from typing import Any
 
 from deepspeedlite.config.base import LARGEST, KeyInfo, Section
-from deepspeedlite.config.features import FEATURES
 from deepspeedlite.config.legacy import LEGACY_ZERO_DOC, RENAMED
 from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
 
@@ -22,8 +21,12 @@ contradict each other are errors, all reported at once with the key's path and t
 training: `python -m deepspeedlite.config check ds_config.json --world_size 8`.
 
 Values are taken as written. `true` is no number and `"1e5"` is no number; `5e8` is a whole number, since users write
-sizes that way. `null` for a section means that it is not given. `Infinity`, which Python writes into JSON, is accepted
-for `steps_per_print`; `NaN` is accepted nowhere. Comments and trailing commas are not JSON.
+sizes that way, and 0 and 1 are `false` and `true` where these are meant. `null` for a section means that it is not
+given. `Infinity`, which Python writes into JSON, is accepted for `steps_per_print`; `NaN` is accepted nowhere.
+
+Comments, keys without quotes and trailing commas are not JSON. Where the package hjson is installed (`pip install
+deepspeedlite[hjson]`; DeepSpeed brings it too), a file that is no JSON is read as [Hjson](https://hjson.github.io),
+which has them; without it the error says so.
 
 `"auto"` is a placeholder which the Hugging Face Trainer and Accelerate fill in. What reads a configuration before that
 (`zero.Init`, `init_distributed(config=)`, `checkpointing.configure`, `config check`) takes what it needs and leaves the
@@ -102,7 +105,7 @@ def _table(rows: list[KeyInfo], prefix: str = "") -> list[str]:
             f"`{info.path.removeprefix(prefix)}`",
             info.kind,
             _default(info.default),
-            _status(info),
+            info.status,
             _meaning(info),
         )
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
@@ -115,16 +118,8 @@ def _default(value: Any) -> str:
     return "`2^63 - 1`" if value == LARGEST else f"`{json.dumps(value)}`"
 
 
-def _status(info: KeyInfo) -> str:
-    refused = [value for value, feature in info.by_value.items() if FEATURES[feature].status == "refused"]
-    return info.status + (f"; refused: {', '.join(refused)}" if refused else "")
-
-
 def _meaning(info: KeyInfo) -> str:
-    notes = [info.note] if info.note else []
-    notes += [note for feature in info.by_value.values() if (note := FEATURES[feature].note)]
-    label = {"hint": "Here: ", "refused": "Refused: ", "supported": "Refused: "}[info.status]
-    return info.doc + (f" {label}{'. '.join(dict.fromkeys(notes))}." if notes else "")
+    return info.doc + (f" {'Here' if info.status == 'hint' else 'Refused'}: {info.note}." if info.note else "")
 
 
 def schema() -> dict[str, Any]:

@@ -45,14 +45,16 @@ class ShardingPlan:
 class ReducePolicy:
     """How gradients become the ranks' average: times `pre`, summed over the wire in `wire_dtype`, times `post`.
 
-    `pre * post` is 1/world. fp32 divides before the sum, where the division costs nothing (it rides on the first
-    copy); 16-bit gradients divide after it, because dividing first would push small fp16 values to zero. The user may
-    decide: `prescale_gradients` divides first, `predivide_factor` by that much first and the rest after.
+    `pre * post` is 1/world, or 1 for the ranks' sum. fp32 divides before the sum, where the division costs nothing (it
+    rides on the first copy); 16-bit gradients divide after it, because dividing first would push small fp16 values to
+    zero. The user may decide: `prescale_gradients` divides first; without it `predivide_factor` by that much first and
+    the rest after.
     """
 
     group: Group
     prescale_gradients: bool = False
     predivide_factor: float = 1.0
+    average: bool = True
     wire_dtype: torch.dtype | None = None
     scatter: bool = True  # False: all-reduce also where a rank needs only its shard of the average
 
@@ -63,14 +65,16 @@ class ReducePolicy:
             group=group,
             prescale_gradients=settings.prescale_gradients,
             predivide_factor=settings.gradient_predivide_factor,
+            average=settings.gradient_allreduce_op == "mean",
             wire_dtype=dtype_named(settings.communication_data_type),
             scatter=settings.zero_optimization.reduce_scatter,
         )
 
     def factors(self, grad_dtype: torch.dtype) -> tuple[float, float]:
         """`(pre, post)` for gradients of this dtype."""
-        if self.predivide_factor != 1.0:
-            return 1.0 / self.predivide_factor, self.predivide_factor / self.group.size
+        whole = 1.0 / self.group.size if self.average else 1.0
+        if self.predivide_factor != 1.0 and not self.prescale_gradients:
+            return 1.0 / self.predivide_factor, self.predivide_factor * whole
         if self.prescale_gradients or grad_dtype.itemsize >= 4:
-            return 1.0 / self.group.size, 1.0
-        return 1.0, 1.0 / self.group.size
+            return whole, 1.0
+        return 1.0, whole

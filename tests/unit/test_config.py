@@ -217,7 +217,8 @@ def test_older_offload_switches(old):
     by_either_name = [{"stage": 3, old: True}, {"stage": 3, section: {"device": "cpu"}}]
     loaded = [load_config({"zero_optimization": zero}).zero_optimization.model_dump() for zero in by_either_name]
     assert loaded[0] == loaded[1] and loaded[0][section]["device"] == "cpu"
-    assert only_fault({"zero_optimization": {old: True}}).startswith(f"zero_optimization.{old} = true: ")  # no stage
+    if section == "offload_optimizer":  # no stage
+        assert only_fault({"zero_optimization": {old: True}}).startswith(f"zero_optimization.{old} = true: ")
     assert f'zero_optimization.{old} = "yes"' in only_fault({"zero_optimization": {old: "yes"}})
 
 
@@ -271,7 +272,7 @@ FAULTS = [
         ["write 5e8 without"],
     ),
     ({"wall_clock_breakdown": "true"}, "wall_clock_breakdown", ["true or false", "write true without quotes"]),
-    ({"wall_clock_breakdown": 1}, "wall_clock_breakdown", ["= 1", "true or false"]),
+    ({"wall_clock_breakdown": 2}, "wall_clock_breakdown", ["= 2", "true or false"]),
     ({"gradient_clipping": True}, "gradient_clipping", ["a number"]),
     ({"gradient_clipping": math.inf}, "gradient_clipping", ["= Infinity"]),
     ({"gradient_clipping": math.nan}, "gradient_clipping", ["= NaN"]),
@@ -313,19 +314,12 @@ FAULTS = [
     ({"tensorboard": {"job_name": "auto"}}, "tensorboard.job_name", ["Hugging Face"]),
     # contradictions
     ({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, "fp16.enabled", ["both enabled"]),
-    ({"torch_autocast": {"enabled": True}, "bf16": {"enabled": True}}, "torch_autocast.enabled", ["disable bf16"]),
     ({"torch_autocast": {"enabled": True}, "fp16": {"enabled": True}}, "torch_autocast.enabled", ["disable fp16"]),
     ({"data_types": {"grad_accum_dtype": "fp16"}}, "data_types.grad_accum_dtype", ["fp32"]),
     (
         {"data_types": {"grad_accum_dtype": "fp16"}, "bf16": {"enabled": True}},
         "data_types.grad_accum_dtype",
         ["model's own"],
-    ),
-    ({"prescale_gradients": True, "gradient_predivide_factor": 2}, "gradient_predivide_factor", ["drop one"]),
-    (
-        {"zero_optimization": {"stage": 1, "offload_param": {"device": "cpu"}}},
-        "zero_optimization.offload_param.device",
-        ["set zero_optimization.stage to 3"],
     ),
     (
         {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}},
@@ -383,10 +377,10 @@ FAULTS = [
     ({"tensor_parallel": {"autotp_size": 2}}, "tensor_parallel.autotp_size", ["autotp_size to 0"]),
     ({"pipeline": {"activation_checkpoint_interval": -1}}, "pipeline.activation_checkpoint_interval", ["0"]),
     ({"compile": {"deepcompile": True}}, "compile.deepcompile", ["torch.compile"]),
-    ({"comet": {"enabled": True}}, "comet.enabled", ["tensorboard"]),
     ({"autotuning": {"enabled": True}}, "autotuning.enabled", ["autotuner"]),
-    ({"gradient_allreduce_op": "SUM"}, "gradient_allreduce_op", ["mean"]),
-    ({"managed_gradient_accumulation": False}, "managed_gradient_accumulation", ["set_gradient_accumulation_boundary"]),
+    ({"gradient_allreduce_op": "max"}, "gradient_allreduce_op", ["mean"]),
+    ({"prescale_gradients": 2}, "prescale_gradients", ["true or false"]),
+    ({"prescale_gradients": 1.0}, "prescale_gradients", ["true or false"]),
     ({"weight_quantization": {}}, "weight_quantization", ["quantizing"]),
     ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp", ["torch_autocast"]),
     ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention", ["flex_attention"]),
@@ -422,7 +416,7 @@ def test_all_faults_of_a_file_come_at_once():
         "zero_optimization": {"stage": 4, "reduce_bucket_size": -1, "nonsense": {"a": 1}},
         "optimizer": {"params": {"lr": "auto"}},
         "scheduler": 7,
-        "comet": {"enabled": True},
+        "autotuning": {"enabled": True},
     }
     lines = faults_of(source, world_size=2)
     expected = [
@@ -436,7 +430,7 @@ def test_all_faults_of_a_file_come_at_once():
         "optimizer.type",
         "optimizer.params.lr",
         "scheduler",
-        "comet.enabled",
+        "autotuning.enabled",
     ]
     for path in expected:
         assert sum(bool(re.match(re.escape(path) + r"( = |: )", line)) for line in lines) == 1, (path, lines)
@@ -525,7 +519,8 @@ def test_duplicate_keys_are_found_at_any_depth(tmp_path):
         ('{"a": 1', ":1:8:", "not valid JSON"),
     ],
 )
-def test_syntax_errors_show_the_place(tmp_path, text, place, advice):
+def test_syntax_errors_show_the_place(tmp_path, monkeypatch, text, place, advice):
+    monkeypatch.setitem(sys.modules, "hjson", None)  # which reads most of these
     path = write(tmp_path, text)
     with pytest.raises(ConfigError) as caught:
         load_config(path)

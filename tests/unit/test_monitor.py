@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from paths import ROOT
 
+from deepspeedlite.config import load_config
 from deepspeedlite.metrics.monitor.csv_files import MAX_OPEN_FILES, CsvWriter, file_stem
 from deepspeedlite.monitor import Monitor
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
@@ -127,6 +128,55 @@ def test_csv_more_tags_than_open_files(tmp_path: Path) -> None:
         assert len(writer._files) <= MAX_OPEN_FILES
     writer.close()
     assert all(len(rows(tmp_path / f"job/{tag}.csv")) == 3 for tag in tags)
+
+
+# --- Comet
+
+
+class Experiment:
+    """What `comet_ml.start` returns, as far as a monitor calls it."""
+
+    def __init__(self, **options: object) -> None:
+        self.options, self.name, self.logged, self.ended = options, "", [], False
+
+    def set_name(self, name: str) -> None:
+        self.name = name
+
+    def log_metric(self, name: str, value: float, step: int | None = None) -> None:
+        self.logged.append((name, value, step))
+
+    def end(self) -> None:
+        self.ended = True
+
+
+def test_comet_gets_a_point_of_each_metric_every_so_many_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[Experiment] = []
+    start = lambda **options: started.append(Experiment(**options)) or started[-1]  # noqa: E731
+    monkeypatch.setitem(sys.modules, "comet_ml", SimpleNamespace(start=start))
+    given = {"project": "digits", "workspace": "lab", "api_key": "k", "online": False, "mode": "create"}
+    config = load_config({"comet": {"enabled": True, "samples_log_interval": 20, "experiment_name": "first", **given}})
+    with Monitor(comet=config.comet) as monitor:
+        for step in (8, 16, 24, 32, 40, 48):
+            monitor.write_events([(LOSS, step / 8, step), (LR, 1e-3, step)])
+    (experiment,) = started
+    assert experiment.options == {**given, "experiment_key": None} and experiment.name == "first" and experiment.ended
+    assert [step for name, _, step in experiment.logged if name == LOSS] == [8, 32]
+    assert [value for name, value, _ in experiment.logged if name == LOSS] == [1.0, 4.0]
+    assert len(experiment.logged) == 4
+
+
+def test_comet_that_cannot_start_is_a_configuration_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(**options: object) -> None:
+        raise ValueError("Comet.ml requires an API key")
+
+    config = load_config({"comet": {"enabled": True}})
+    monkeypatch.setitem(sys.modules, "comet_ml", None)
+    with pytest.raises(ConfigError, match="pip install comet_ml"):
+        Monitor(comet=config.comet)
+    monkeypatch.setitem(sys.modules, "comet_ml", SimpleNamespace(start=start))
+    with pytest.raises(ConfigError, match=r"requires an API key.*COMET_API_KEY"):
+        Monitor(comet=config.comet)
+    Monitor(rank=1, comet=config.comet).close()
 
 
 # --- the monitor itself

@@ -371,7 +371,6 @@ MODULES: Mapping[str, Names] = {
     "monitor.monitor": at("metrics.monitor.registry", "Monitor", "a failing disk ends a monitor, not the training")
     | at("compat.config", "MonitorMaster", "a failing disk ends a monitor, not the training"),
     "monitor.config": at("compat.config", "get_monitor_config")
-    | at("compat.config", "CometConfig", "a section of the configuration")
     | renamed("compat.config", "an object with the sections", DeepSpeedMonitorConfig="MonitorConfig")
     | renamed(
         "config.sections.monitors",
@@ -379,6 +378,7 @@ MODULES: Mapping[str, Names] = {
         TensorBoardConfig="TensorBoard",
         WandbConfig="Wandb",
         CSVConfig="CsvMonitor",
+        CometConfig="Comet",
     ),
     "profiling.flops_profiler": at("profiling", "FlopsProfiler get_model_profile"),
     "profiling.flops_profiler.profiler": at("profiling", "FlopsProfiler get_model_profile"),

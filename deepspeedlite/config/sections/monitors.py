@@ -1,5 +1,7 @@
 """What people watch: `tensorboard`, `wandb`, `csv_monitor`, `comet`, `comms_logger`, `flops_profiler`, `timers`."""
 
+from typing import Literal
+
 from deepspeedlite.config.base import Flag, Int, Number, Path, Section, Text, key
 
 
@@ -30,6 +32,23 @@ class CsvMonitor(TensorBoard):
     """Metrics as one CSV file each."""
 
     enabled: Flag = key(False, "Write CSV files.")
+
+
+class Comet(Section):
+    """Metrics to Comet; what is null is as in its own configuration (COMET_API_KEY, ~/.comet.config)."""
+
+    SWITCH = "enabled"
+    MAY_DIFFER = True
+
+    enabled: Flag = key(False, "Log to Comet (needs the comet_ml package).")
+    samples_log_interval: Int = key(100, "Samples between two points of a metric.", ge=1)
+    project: Text | None = key(None, "Project of the experiment.")
+    workspace: Text | None = key(None, "Workspace of the project.")
+    api_key: Text | None = key(None, "API key; better in the environment, as COMET_API_KEY.")
+    experiment_name: Text | None = key(None, "Name of the experiment.")
+    experiment_key: Text | None = key(None, "Key of the experiment to go on with, or of the one to create.")
+    online: Flag | None = key(None, "False: write an archive on this machine instead of sending.")
+    mode: Literal["get", "create", "get_or_create"] | None = key(None, "Continue an experiment or start one.")
 
 
 class CommsLogger(Section):

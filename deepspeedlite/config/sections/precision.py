@@ -39,6 +39,7 @@ class Bf16(Section):
     SWITCH = "enabled"
 
     enabled: Flag = key(False, "Train in bf16 with fp32 master weights.")
+    auto_cast: Flag = key(False, "Convert floating-point inputs of the model to bf16.")
     check_grad_overflow: Flag = key(True, "Skip a step whose gradients hold an infinity or NaN.")
     bf16_master_weights_and_grads: Flag = key(
         False, "No fp32 masters: the optimizer updates the bf16 weights; needs bf16_optimizer_states."

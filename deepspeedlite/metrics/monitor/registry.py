@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.metrics.monitor.comet import CometWriter
 from deepspeedlite.metrics.monitor.csv_files import CsvWriter
 from deepspeedlite.metrics.monitor.tensorboard import TensorBoardWriter
 from deepspeedlite.metrics.monitor.wandb import WandbWriter
@@ -24,6 +25,7 @@ WRITERS: Mapping[str, Callable[[Any], Writer]] = {
     "tensorboard": TensorBoardWriter,
     "csv_monitor": CsvWriter,
     "wandb": WandbWriter,
+    "comet": CometWriter,
 }
 
 
