@@ -6,19 +6,21 @@ import importlib
 import inspect
 import json
 import os
+import pickle
 import subprocess
 import sys
 import sysconfig
 import venv
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 from paths import ROOT
 
-from deepspeedlite.compat.drop_in import VERSION
+from deepspeedlite.compat.drop_in import VERSION, release
+from deepspeedlite.compat.drop_in.absent import Absent
 from deepspeedlite.compat.drop_in.docs import render
 from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
-from deepspeedlite.compat.drop_in.table import canonical
 from deepspeedlite.launcher.stand_in import with_stand_in
 from deepspeedlite.runtime.errors import AbsentError
 
@@ -105,7 +107,7 @@ if __name__ == "__main__":
 
 def test_modules_are_reached_from_their_parents_without_an_import():
     """As clients do, which DeepSpeed's own imports allow: `deepspeed.utils.logging.logger` after `import deepspeed`."""
-    paths = sorted(path for path in MODULES if path)
+    paths = sorted(path for path in MODULES if path)  # and all others, below
     code = f"import deepspeed, operator\nfor path in {paths}: operator.attrgetter(path)(deepspeed)\nprint('all')"
     assert run(code) == "all"
 
@@ -194,33 +196,82 @@ def name_in(path: str) -> str:
     return f"deepspeedlite.{path}" if path else "deepspeedlite"
 
 
+def assert_absent(value: object, why: str) -> None:
+    """Whatever is done with an absent name says why, but for what scripts do without wanting anything of it."""
+    assert isinstance(value, Absent) and not isinstance(1, value) and (value | None) and value
+    uses = [
+        value,
+        lambda: value.anything,
+        lambda: type(value)("Mine", (value,), {}),
+        lambda: value[0],
+        lambda: 1 in value,
+    ]
+    for use in (*uses, lambda: list(value), lambda: len(value)):
+        with pytest.raises(AbsentError) as raised:
+            use()
+        assert "is not in deepspeedlite" in str(raised.value) and why in str(raised.value)
+    assert not hasattr(value, "_private") and pickle.loads(pickle.dumps(value)) is value
+
+
 @pytest.mark.parametrize("path", MODULES)
 def test_every_entry_is_what_it_says(path):
-    """What is there can be had in every way, and what is absent says why in every way."""
+    """What is there can be had in every way; what is absent can be imported, and says why when it is used."""
     module = importlib.import_module(name_in(path))
     for name, entry in MODULES[path].items():
+        value = getattr(module, name)
+        exec(f"from {name_in(path)} import {name}", {})
         if entry.home:
-            assert getattr(module, name) is not None
-            exec(f"from {name_in(path)} import {name}", {})
-        elif canonical(f"{path}.{name}".lstrip(".")) not in map(canonical, MODULES):
-            assert not hasattr(module, name), f"{path}.{name} is absent, and there"
-            if hasattr(module, "__path__"):
-                with pytest.raises(AbsentError, match="is not in deepspeedlite"):
-                    exec(f"from {name_in(path)} import {name}", {})
-            if hasattr(module, "__getattr__"):
-                with pytest.raises(AttributeError) as raised:
-                    getattr(module, name)
-                assert entry.note in str(raised.value)
+            assert value is not None and not isinstance(value, Absent)
+        elif not isinstance(value, ModuleType):
+            assert_absent(value, entry.note)
 
 
 @pytest.mark.parametrize("path", ABSENT_MODULES)
 def test_absent_modules_say_why(path):
-    for below in ("", ".anything"):
-        with pytest.raises(AbsentError) as raised:
-            importlib.import_module(f"deepspeedlite.{path}{below}")
-        assert ABSENT_MODULES[path] in str(raised.value)
+    module = importlib.import_module(name_in(path))
+    defined = release.module(path)
+    names = {name for name in (defined.names if defined else ["anything"]) if not name.startswith("_")}
+    for name in names - MODULES.get(path, {}).keys():
+        assert_absent(getattr(module, name), ABSENT_MODULES[path])
     inside = ROOT.joinpath("deepspeedlite", *path.split("."))
     assert not inside.exists() and not inside.with_suffix(".py").exists(), "there is a file of ours at an absent path"
+
+
+def test_all_that_deepspeed_has_is_answered_for():
+    """Each of its modules is found and imported, from its parents too, and each of its names is there or says why."""
+    code = """
+import importlib.util, operator, deepspeed
+from pathlib import Path
+from deepspeedlite.compat.drop_in import release, table
+count = 0
+for path in release.paths()[1:]:
+    assert importlib.util.find_spec(f"deepspeed.{path}") is not None, path
+    module = importlib.import_module(f"deepspeed.{path}")
+    assert module is operator.attrgetter(path)(deepspeed), path
+    file = Path(deepspeed.__file__).parent.joinpath(*table.canonical(path).split("."))
+    ours = file.exists() or file.with_suffix(".py").exists()
+    assert not ours or table.canonical(path) in table.modules(), f"{path} is a file of ours: list it in BOTH_HAVE"
+    for name in release.names_of(path):
+        getattr(module, name)
+        count += 1
+assert importlib.util.find_spec("deepspeed.moe.no_such_module") is None
+print(count)
+"""
+    assert int(run(code)) > 9000
+
+
+def test_scripts_import_what_they_never_call():
+    """As DeepSpeed's CIFAR example and DeepSpeed-Chat do at their heads; names from elsewhere are the same objects."""
+    code = """
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.compression.helper import *
+from deepspeed.runtime.pipe.engine import *
+import deepspeed.moe.layer, deepspeed.runtime.engine
+assert deepspeed.runtime.engine.MoE is deepspeed.moe.layer.MoE
+assert DeepSpeedEngine is deepspeed.DeepSpeedEngine
+print("all")
+"""
+    assert run(code) == "all"
 
 
 def test_a_name_that_nobody_has_is_an_ordinary_error():
@@ -235,8 +286,8 @@ def test_no_module_takes_the_place_of_a_name_that_ours_use():
     """Python puts an imported module into its parent, whatever had that name there."""
     code = """
 import importlib
-from deepspeedlite.compat.drop_in.modules import MODULES
-for path in filter(None, MODULES):
+from deepspeedlite.compat.drop_in.release import paths
+for path in filter(None, paths()):
     parent, _, name = f"deepspeedlite.{path}".rpartition(".")
     parent = importlib.import_module(parent)
     before = vars(parent).get(name)
@@ -311,6 +362,40 @@ def test_the_table_against_the_real_deepspeed():
                 if missing and not any(parameter.kind is parameter.VAR_KEYWORD for parameter in ours):
                     wrong.append(f"{path}.{name}: does not take {sorted(missing)}")
     assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_the_release_is_written_down_as_it_is():
+    """deepspeed_names.json is what the tool makes of the installed release, and its values are those of its modules."""
+    if "DSL_PEER_PYTHON" not in os.environ:
+        pytest.skip("needs the real DeepSpeed: set DSL_PEER_PYTHON to the Python of an environment that has it")
+    constants = {path: [*found.values] for path in release.paths() if (found := release.module(path)) and found.values}
+    code = """
+import importlib, importlib.util, json, sys
+answer = {}
+for path, names in json.loads(sys.stdin.read()).items():
+    try:
+        module = importlib.import_module(f"deepspeed.{path}".rstrip("."))
+    except Exception:
+        continue  # needs a GPU, or a package that is not there
+    answer[path] = {name: getattr(module, name) for name in names if hasattr(module, name)}
+where = importlib.util.find_spec("deepspeed").submodule_search_locations[0]
+print("ANSWER" + json.dumps([where, answer], default=repr))
+"""
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu"}
+    argv = [os.environ["DSL_PEER_PYTHON"], "-c", code]
+    done = subprocess.run(argv, input=json.dumps(constants), capture_output=True, text=True, env=environ)
+    assert done.returncode == 0, done.stderr[-3000:]
+    package, theirs = json.loads(done.stdout.rpartition("ANSWER")[2])
+    ours = {path: json.loads(json.dumps(dict(release.module(path).values))) for path in theirs}
+    wrong = [f"{p}.{n}" for p, found in theirs.items() for n, value in found.items() if ours[p][n] != value]
+    assert not wrong and sum(map(len, theirs.values())) > 700
+    tool = subprocess.run(
+        [sys.executable, ROOT / "tools" / "deepspeed_names.py", package, "--output", "/dev/stdout"],
+        capture_output=True,
+        text=True,
+    )
+    assert tool.stdout == Path(release.__file__).with_name("deepspeed_names.json").read_text(), "run the tool again"
 
 
 ENGINE_METHODS = """

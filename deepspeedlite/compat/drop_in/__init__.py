@@ -5,8 +5,9 @@
     python -m deepspeedlite.drop_in install                         this environment, until `uninstall`
 
 `stand_in/` is the folder that carries the name: a package of one file and the metadata that libraries look for.
-`modules.py` is the table of DeepSpeed's module paths and names, `finder.py` serves imports from it, `install.py` writes
-and removes what `install` leaves in an environment, `docs.py` turns the table into docs/compatibility.md.
+`modules.py` is the table of DeepSpeed's module paths and names, `release.py` what else DeepSpeed has, `absent.py` what
+stands for names that are not here, `finder.py` serves imports from all three, `install.py` writes and removes what
+`install` leaves in an environment, `docs.py` turns the table into docs/compatibility.md.
 
 Nothing here imports torch, nor anything of the package but what the table names when somebody asks for it.
 """
@@ -17,3 +18,5 @@ STANDS_IN_FOR = "0.19.8"
 """The release of DeepSpeed whose names the table lists."""
 VERSION = f"{STANDS_IN_FOR}+lite"
 """What `importlib.metadata.version("deepspeed")` says."""
+HOME, NAME = "deepspeedlite", "deepspeed"
+"""Our name, and the one that is served."""

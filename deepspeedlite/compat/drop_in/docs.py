@@ -26,8 +26,12 @@ too, however they are started. `importlib.metadata.version("deepspeed")` and `de
 `{STANDS_IN_FOR}+lite`: the release whose names are served. `python -m deepspeed.launcher.runner` is our launcher. The
 same module paths work under our own name, so that replacing `deepspeed` by `deepspeedlite` in a script is enough.
 
-What is absent is an `ImportError` (and an `AttributeError`) that says why, and what to use. What DeepSpeed has and this
-page does not name is internal to it. The keys of the configuration have a [reference of their own](config.md).
+All modules of DeepSpeed {STANDS_IN_FOR} can be imported, and all public names that they define or have from each other;
+so scripts run whose heads import what they never call. A name that is absent here raises an `AbsentError` (an
+`ImportError`), which says why and what to use, when it is called, subclassed, or something is read from it;
+`isinstance` is False of everything. Constants have DeepSpeed's values. `importlib.util.find_spec` answers, and
+`hasattr` is true, for all of them. What this page does not name is internal to DeepSpeed, and says so when it is used.
+The keys of the configuration have a [reference of their own](config.md).
 
 Where a process has imported `deepspeed` and that is this library, three things in a configuration are taken as
 DeepSpeed takes them, and said once each; under our own name alone they are errors:
@@ -79,7 +83,7 @@ called the same take the same arguments.
 
 - **same**: takes what DeepSpeed's takes, and does the same.
 - **differs**: is there, and differs in what is said.
-- **absent**: an error with the reason.
+- **absent**: can be imported; an error with the reason when it is used.
 """
 
 

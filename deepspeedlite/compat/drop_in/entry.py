@@ -14,6 +14,7 @@ class Entry(NamedTuple):
 
 
 Names = dict[str, Entry]
+ABSENT = Entry("")
 
 
 def at(home: str, names: str, differs: str = "") -> Names:

@@ -10,9 +10,10 @@ writes its specification into what a loader hands it, so the module's own is put
 go on seeing the file it came from. A `__path__` that led both names to one folder would load every file twice.
 
 [Note: names that are not here]
-`from module import name` looks for a submodule when the module has no such attribute; so modules made here call
-themselves packages, and the finder raises the table's reason. `hasattr` and `getattr` get an AttributeError with it.
-Modules that have a file answer likewise for what the table lists and the file has not; their files know nothing of it.
+Everything that DeepSpeed has can be imported. A name that is not here is an object that says why when it is used, see
+absent.py; constants have their values, and names that DeepSpeed's modules have from each other are looked up where they
+are from (release.py). What DeepSpeed has not is Python's ordinary error. Modules that have a file here answer likewise
+for what their files know nothing of.
 """
 
 from __future__ import annotations
@@ -21,21 +22,17 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Sequence
-from importlib.machinery import ModuleSpec, SourceFileLoader
+from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
-from deepspeedlite.compat.drop_in import VERSION
-from deepspeedlite.compat.drop_in.table import HOME, canonical, modules, why_absent
-from deepspeedlite.runtime.errors import AbsentError
+from deepspeedlite.compat.drop_in import HOME, NAME, VERSION
 from deepspeedlite.runtime.leniency import be_lenient
 
 if TYPE_CHECKING:
     from importlib.abc import Loader, MetaPathFinder
 else:
     Loader = MetaPathFinder = object  # importlib.abc imports tempfile and more: ten times what all of this takes
-
-NAME = "deepspeed"
 
 
 class Finder(MetaPathFinder):
@@ -47,22 +44,20 @@ class Finder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """A module that exists already, one made of the table's names, or None: Python looks for a file.
-
-        Raises:
-            AbsentError: DeepSpeed has it, and the table says why we do not.
-        """
+        """A module that exists already, one with a file, one made of names, or None: there is none. Raises nothing."""
         root, _, name = fullname.partition(".")
-        if root != self.root or not name:
+        if root != self.root or not name or fullname.startswith(f"{__package__}."):
             return None
+        from deepspeedlite.compat.drop_in.table import canonical, is_module, modules  # not before somebody asks
+
         ours = canonical(name)
         if root != HOME or ours != name:
             return _same_as(fullname, f"{HOME}.{ours}")
         if name in modules():
             return _extended(fullname, path) or ModuleSpec(fullname, _FromTable(name))
-        if why := why_absent(name):
-            raise AbsentError(f"{NAME}.{name} is not in {HOME}: {why}")
-        return None
+        # Our own files are found before it is asked what DeepSpeed has, which is read from a file.
+        found = PathFinder.find_spec(fullname, path)
+        return found or (ModuleSpec(fullname, _FromTable(name)) if is_module(name) else None)
 
 
 def stand_in() -> None:
@@ -79,28 +74,65 @@ def serve() -> None:
     """Serve DeepSpeed's module paths below our own name. Called by the package's import."""
     if not any(isinstance(finder, Finder) and finder.root == HOME for finder in sys.meta_path):
         sys.meta_path.insert(0, Finder(HOME))
-        for path in modules().keys() - {""}:  # what this file itself imports is there already
-            if (loaded := sys.modules.get(f"{HOME}.{path}")) is not None:
+        for name, loaded in tuple(sys.modules.items()):  # what this file itself imports is there already
+            if name.startswith(f"{HOME}.") and name != __package__ and hasattr(loaded, "__path__"):
                 _extend(loaded)
 
 
 def name_of(module: str, name: str) -> Any:
-    """What the module-level `__getattr__` of `module` answers for `name`: a submodule or the table's entry.
+    """What the module-level `__getattr__` of `module` answers for `name`. It is asked once for each name that there is.
 
     Raises:
-        AttributeError: the table has neither; with its reason, where it gives one.
+        AttributeError: neither the table nor DeepSpeed has it.
     """
     path = module.removeprefix(HOME).lstrip(".")
-    entry = modules().get(path, {}).get(name)
-    if entry is not None and entry.home:
-        value = getattr(importlib.import_module(f"{HOME}.{entry.home}"), entry.attribute)
-        setattr(sys.modules[module], name, value)
-        return value
+    value = _value_of(path, name)
+    setattr(sys.modules[module], name, value)
+    return value
+
+
+def _value_of(path: str, name: str) -> Any:
+    from deepspeedlite.compat.drop_in import table
+
+    entry = table.modules().get(path, {}).get(name)
+    if entry is None:
+        return _value_in_release(path, name)
+    return getattr(_ours(entry.home), entry.attribute) if entry.home else _absent(path, name)
+
+
+def _value_in_release(path: str, name: str) -> Any:
+    """What DeepSpeed has beside what the table lists."""
+    from deepspeedlite.compat.drop_in import release, table
+
+    unknown = AttributeError(f"module {f'{HOME}.{path}'.rstrip('.')!r} has no attribute {name!r}")
+    if name.startswith("__"):
+        raise unknown
+    if table.is_gone(path):
+        return _absent(path, name)
     inside = f"{path}.{name}".lstrip(".")
-    if canonical(inside) in modules():
-        return importlib.import_module(f"{HOME}.{inside}")
-    why = why_absent(inside)
-    raise AttributeError(f"module {module!r} has no attribute {name!r}" + (f": {why}" if why else ""))
+    if table.is_module(table.canonical(inside)):
+        return _ours(inside)
+    there = [found for one in table.theirs(path) if (found := release.module(one)) is not None]
+    for found in there:
+        if name in found.values:
+            return found.values[name]
+    if any(name in found.names for found in there):
+        return _absent(path, name)
+    for module, given in (origin for found in there for origin in found.origins_of(name)):
+        if (table.canonical(module), given) != (path, name):
+            return getattr(_ours(module), given)
+    raise unknown
+
+
+def _absent(path: str, name: str) -> Any:
+    from deepspeedlite.compat.drop_in import absent, table
+
+    full = ".".join(filter(None, (NAME, path, name)))
+    return absent.absent(_ours(path).__name__, name, f"{full} is not in {HOME}: {table.why_absent(path, name)}")
+
+
+def _ours(path: str) -> ModuleType:
+    return importlib.import_module(f"{HOME}.{path}".rstrip("."))
 
 
 class _SameModule(Loader):
@@ -136,6 +168,13 @@ class _Module(ModuleType):
     def __dir__(self) -> list[str]:
         return sorted({*super().__dir__(), *self.__all__})
 
+    @property
+    def __all__(self) -> list[str]:
+        """Public names, for `import *`: absent ones too."""
+        from deepspeedlite.compat.drop_in.table import names_of
+
+        return sorted(name for name in names_of(self.__name__.removeprefix(f"{HOME}.")) if not name.startswith("_"))
+
 
 class _FromTable(Loader):
     """Makes a module of the table's names."""
@@ -146,9 +185,6 @@ class _FromTable(Loader):
     def create_module(self, spec: ModuleSpec) -> ModuleType:
         module = _Module(spec.name, f"The names of DeepSpeed's {self._path}; see docs/compatibility.md.")
         module.__path__ = []
-        module.__all__ = [  # type: ignore[attr-defined]
-            name for name, entry in modules()[self._path].items() if entry.home and not name.startswith("_")
-        ]
         return module
 
     def exec_module(self, module: ModuleType) -> None:
@@ -156,7 +192,9 @@ class _FromTable(Loader):
 
     def get_code(self, fullname: str) -> CodeType:
         """For `python -m`: runs the module's `main`, where it has one."""
-        entry = modules()[self._path].get("main")
+        from deepspeedlite.compat.drop_in.table import modules
+
+        entry = modules().get(self._path, {}).get("main")
         if entry is None:
             raise ImportError(f"{fullname} is not a command")
         return compile(f"from {HOME}.{entry.home} import main\nraise SystemExit(main())", fullname, "exec")
@@ -191,16 +229,15 @@ def _extend(module: ModuleType) -> None:
         except AttributeError as unknown:
             try:
                 return name_of(module.__name__, name)
-            except AttributeError as absent:
-                why = why_absent(f"{module.__name__.partition('.')[2]}.{name}")
-                raise (absent if why else unknown) from None
+            except AttributeError:
+                raise unknown from None
 
-    vars(module).setdefault("__path__", [])  # see the note: a submodule that is not here has its reason
+    vars(module).setdefault("__path__", [])  # DeepSpeed may have a package where we have a file
     module.__getattr__ = of_file_or_table  # type: ignore[method-assign]
 
 
 def _extended(fullname: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    spec = importlib.machinery.PathFinder.find_spec(fullname, path)
+    spec = PathFinder.find_spec(fullname, path)
     if spec is not None and isinstance(spec.loader, SourceFileLoader):
         spec.loader = _Extended(fullname, spec.loader.path)
     return spec

@@ -23,7 +23,7 @@ _NO_UNIVERSAL = (
     "`python -m deepspeedlite.checkpoint` imports and exports DeepSpeed's own"
 )
 _NO_KERNELS = "the fused transformer layers are not in this release; torch's scaled_dot_product_attention is fused too"
-_INTERNAL = "an internal of DeepSpeed's engine, of which nothing is left here"
+INTERNAL = "an internal of DeepSpeed, of which nothing is here"
 _ONE_OPTIMIZER = "one class does all stages; isinstance tells them apart as in DeepSpeed"
 
 _MADE = (
@@ -69,7 +69,7 @@ _COLLECTIVES = (
 ABSENT_MODULES: Mapping[str, str] = {
     "moe": _NO_MOE,
     "runtime.pipe.schedule": _ORDER,
-    "runtime.pipe.p2p": _INTERNAL,
+    "runtime.pipe.p2p": INTERNAL,
     "runtime.pipe.dualpipev": _NO_DUALPIPE,
     "inference": _NO_INFERENCE,
     "module_inject": f"{_NO_INFERENCE}; {_NO_TENSOR}",
@@ -91,7 +91,7 @@ ABSENT_MODULES: Mapping[str, str] = {
     "runtime.superoffload": "SuperOffload is not in this release",
     "runtime.data_pipeline": "the data efficiency library is not in this release",
     "runtime.rollout": _NO_INFERENCE,
-    "runtime.swap_tensor": _INTERNAL,
+    "runtime.swap_tensor": INTERNAL,
     "runtime.checkpoint_engine": "checkpoints are written by deepspeedlite.checkpoint; see docs/checkpoints.md",
     "runtime.model_checkpointing": "checkpoints are written by deepspeedlite.checkpoint; see docs/checkpoints.md",
     "runtime.compressed": "gradients are not compressed; communication_data_type halves their traffic",
@@ -99,15 +99,9 @@ ABSENT_MODULES: Mapping[str, str] = {
     "runtime.state_dict_factory": _NO_INFERENCE,
     "runtime.weight_quantizer": _NO_INFERENCE,
     "runtime.sparse_tensor": "sparse gradients are not averaged; use nn.Embedding(sparse=False)",
-    "runtime.zero.linear": _INTERNAL,
+    "runtime.zero.linear": INTERNAL,
     "runtime.zero.tiling": "tiled layers are not in this release; a linear layer may be split in the model",
     "runtime.zero.muon": "Muon is not in this release; it needs whole matrices, which ZeRO shards",
-    "zero.linear": _INTERNAL,
-    "zero.tiling": "tiled layers are not in this release; a linear layer may be split in the model",
-    "zero.muon": "Muon is not in this release; it needs whole matrices, which ZeRO shards",
-    "zero.parameter_offload": _INTERNAL,
-    "zero.partitioned_param_coordinator": _INTERNAL,
-    "zero.contiguous_memory_allocator": _INTERNAL,
     "checkpoint.ds_to_universal": _NO_UNIVERSAL,
     "checkpoint.universal_checkpoint": _NO_UNIVERSAL,
     "checkpoint.deepspeed_checkpoint": _NO_UNIVERSAL,
@@ -126,9 +120,9 @@ ABSENT_MODULES: Mapping[str, str] = {
     "ops.sparse_attention": "use torch.nn.attention.flex_attention",
     "ops.gds": "GPUDirect Storage is not in this release; ops.aio goes past the page cache",
     "utils.numa": "deepspeedlite --bind_cores_to_rank gives each rank its cores",
-    "utils.bwc": _INTERNAL,
-    "utils.debug": _INTERNAL,
-    "utils.mixed_precision_linkage": _INTERNAL,
+    "utils.bwc": INTERNAL,
+    "utils.debug": INTERNAL,
+    "utils.mixed_precision_linkage": INTERNAL,
     "accelerator.cuda_accelerator": "one class, accelerator.DeepSpeedAccelerator, is all accelerators",
     "accelerator.cpu_accelerator": "one class, accelerator.DeepSpeedAccelerator, is all accelerators",
     "runtime.fp16.onebit": "the 1-bit optimizers are not here; communication_data_type halves the gradients' traffic",
@@ -159,11 +153,11 @@ MODULES: Mapping[str, Names] = {
     | no(_NO_KERNELS, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig")
     | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
     | no("resolved when heads are split, which is not in this release", "resolve_per_head_muon_after_sharding")
-    | no(_INTERNAL, "set_optimizer_flags"),
+    | no(INTERNAL, "set_optimizer_flags"),
     # --- runtime ------------------------------------------------------------------------------------------------------
     "runtime.engine": at("compat.engine", "DeepSpeedEngine", _MADE)
     | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
-    | no(_INTERNAL, "EngineTimers split_half_float_double_sparse"),
+    | no(INTERNAL, "EngineTimers split_half_float_double_sparse"),
     "runtime.base_optimizer": renamed("optim.step", _ONE_OPTIMIZER, DeepSpeedOptimizer="ShardedOptimizer")
     | at("compat.optimizers", "ZeROOptimizer", _ONE_OPTIMIZER),
     "runtime.bf16_optimizer": at("compat.optimizers", "BF16_Optimizer", _ONE_OPTIMIZER),
@@ -213,7 +207,7 @@ MODULES: Mapping[str, Names] = {
     | no("optimizer.overflow says whether the last step overflowed", "CheckOverflow")
     | no("engine.get_global_grad_norm()", "get_flattened_grad_norm get_grad_zeros get_weight_norm")
     | at("parallel.pipe.partition", "partition_uniform partition_balanced")
-    | no(_INTERNAL, "prefix_sum_inc PartitionedTensor call_to_str")
+    | no(INTERNAL, "prefix_sum_inc PartitionedTensor call_to_str")
     | no(_NO_MOE, "get_norm_with_moe_layers get_norm_with_moe_layers_fast"),
     "runtime.compiler": at("compat.helpers", "is_compile_supported")
     | no("use torch.compiler.disable", "disable enable lazy_disable"),
@@ -224,7 +218,7 @@ MODULES: Mapping[str, Names] = {
         "set_num_layers reset CudaRNGStatesTracker",
     )
     | no("checkpoint() is a function over torch's own recomputation", "CheckpointFunction")
-    | no(_INTERNAL, "partition_activations gather_partitioned_activations"),
+    | no(INTERNAL, "partition_activations gather_partitioned_activations"),
     "runtime.activation_checkpointing.config": renamed(
         "config.sections.storage",
         "a section of DeepSpeedConfig",
@@ -251,7 +245,7 @@ MODULES: Mapping[str, Names] = {
     | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
     | at("compat.zero", "ZeroParamType")
     | no("tiled layers are not in this release", "TiledLinear TiledLinearReturnBias")
-    | no(_INTERNAL, "DeepSpeedZeRoOffload DeepSpeedTensorOverride"),
+    | no(INTERNAL, "DeepSpeedZeRoOffload DeepSpeedTensorOverride"),
     "runtime.zero.partition_parameters": at("zero", "GatheredParameters register_external_parameter ZeroParamStatus")
     | at("zero", "Init", _INIT)
     | at("compat.zero", "ZeroParamType")
@@ -302,7 +296,22 @@ MODULES: Mapping[str, Names] = {
     "ops.lamb": at("ops.lamb", "FusedLamb"),
     "ops.lamb.fused_lamb": at("ops.lamb", "FusedLamb"),
     "ops.op_builder": at("ops.op_builder", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder AsyncIOBuilder")
-    | at("ops.op_builder", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder"),
+    | at("ops.op_builder", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder")
+    | at("ops.op_builder", "UtilsBuilder OpBuilder")
+    | at(
+        "ops.op_builder",
+        "InferenceBuilder TransformerBuilder StochasticTransformerBuilder",
+        "not compatible anywhere: their kernels are not in this release, and load says so",
+    )
+    | no(_NO_INFERENCE, "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder")
+    | no(_NO_INFERENCE, "RaggedUtilsBuilder SpatialInferenceBuilder")
+    | no(_NO_KERNELS, "FlashAttentionBuilder EvoformerAttnBuilder")
+    | no("quantized weights are not in this release", "QuantizerBuilder FPQuantizerBuilder")
+    | no("DeepCompile is not in this release", "DeepCompileBuilder")
+    | no("random layer dropping is not part of this library", "RandomLTDBuilder")
+    | no("GPUDirect Storage is not in this release; ops.aio goes past the page cache", "GDSBuilder")
+    | no("ranks of a machine share memory without an op: comm.shared_memory", "ShareMemCommBuilder CCLCommBuilder")
+    | no(INTERNAL, "PinMemoryBuilder NotImplementedBuilder"),
     # --- communication and machine ------------------------------------------------------------------------------------
     "comm": at("compat.comm", _COLLECTIVES)
     | at("comm", "is_initialized get_rank get_world_size get_local_rank init_distributed destroy_process_group")
@@ -315,7 +324,7 @@ MODULES: Mapping[str, Names] = {
     | at("compat.comm", "ReduceOp ProcessGroup", "torch.distributed's own")
     | no("init_distributed asks MPI where nothing else tells", "mpi_discovery")
     | no("clusters' own variables are read by init_distributed", "in_aml in_aws_sm in_dlts")
-    | no(_INTERNAL, "cdb timed_op set_backend init_deepspeed_backend enable_symm_mem_for_group"),
+    | no(INTERNAL, "cdb timed_op set_backend init_deepspeed_backend enable_symm_mem_for_group"),
     "comm.reduce_op": at("compat.comm", "ReduceOp", "torch.distributed's own"),
     "comm.torch": no("collectives go to torch.distributed directly", "TorchBackend"),
     "comm.config": renamed("config.sections.monitors", "a section of DeepSpeedConfig", CommsLoggerConfig="CommsLogger"),
@@ -339,7 +348,7 @@ MODULES: Mapping[str, Names] = {
     | at("compat.groups", " ".join(name for name in _GROUPS.split() if not name.startswith("_")))
     | at("compat.helpers", "instrument_w_nvtx")
     | no("whole parameters are leaves' own; mark the module", "z3_leaf_parameter")
-    | no(_INTERNAL, "tensor_fragment get_full_hp_param get_full_hp_grad link_hp_params")
+    | no(INTERNAL, "tensor_fragment get_full_hp_param get_full_hp_grad link_hp_params")
     | no("deepspeedlite --bind_cores_to_rank", "get_numactl_cmd"),
     "utils.groups": at("compat.groups", _GROUPS)
     | at("compat.groups", "initialize", "takes an mpu; an expert-parallel size over 1 is refused"),

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
+from deepspeedlite.compat.drop_in import release
 from deepspeedlite.compat.drop_in.entry import Names, at
-from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
-
-HOME = "deepspeedlite"
+from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, INTERNAL, MODULES
 
 # DeepSpeed's path -> ours, for modules that are one and the same object, and everything below them.
 SAME_MODULE: Mapping[str, str] = {
@@ -39,6 +38,9 @@ MOVED: Mapping[str, Names] = {
     "factory": at("compat.initialize", "initialize add_config_arguments"),
 }
 
+# Files of ours at paths where DeepSpeed has a module: they answer for its names too. (What MODULES lists need not be.)
+BOTH_HAVE = ("compat", "tools.io_tune", "ops.aio", "ops.op_builder.builder")
+
 
 def canonical(path: str) -> str:
     """The path under which a module is looked up."""
@@ -51,7 +53,7 @@ def canonical(path: str) -> str:
 @cache
 def modules() -> Mapping[str, Names]:
     """Every module that the table lists, by canonical path."""
-    found: dict[str, Names] = {}
+    found: dict[str, Names] = {path: {} for path in BOTH_HAVE}
     for path, names in (*MODULES.items(), *MOVED.items()):
         found.setdefault(canonical(path), {}).update(names)
         while "." in path:  # every module's parents are modules too
@@ -60,17 +62,45 @@ def modules() -> Mapping[str, Names]:
     return found
 
 
-def why_absent(path: str) -> str:
-    """Why there is no module, or name, of this canonical path, and what to use; "" where the table says nothing."""
-    parent, _, name = path.rpartition(".")
-    entry = modules().get(parent, {}).get(name)
+@cache
+def theirs(path: str) -> tuple[str, ...]:
+    """DeepSpeed's modules that a canonical path stands for: none for one that is ours alone, more than one for some."""
+    found = [path]
+    for other, ours in SAME_MODULE.items():
+        if path == ours or path.startswith(ours + "."):
+            found.append(other + path[len(ours) :])
+    return tuple(one for one in found if release.module(one) is not None and canonical(one) == path)
+
+
+def is_module(path: str) -> bool:
+    """Whether there is a module of this canonical path in the table, or in DeepSpeed."""
+    return path in modules() or bool(theirs(path)) or is_gone(path)
+
+
+def is_gone(path: str) -> bool:
+    """Whether a module is one that only releases before this one had: what names it has is not known here."""
+    return any((path + ".").startswith(one + ".") for one in _absent_modules() if not theirs(one))
+
+
+def why_absent(path: str, name: str) -> str:
+    """Why `name` of the module of this canonical path is not here, and what to use."""
+    entry = modules().get(path, {}).get(name)
     if entry is not None:
-        return "" if entry.home else entry.note
-    prefix = path
-    while prefix:
-        if prefix in ABSENT_MODULES:
-            return ABSENT_MODULES[prefix]
-        if prefix in modules():
-            return ""
-        prefix = prefix.rpartition(".")[0]
-    return ""
+        return entry.note
+    inside = f"{path}.{name}".lstrip(".")
+    while inside:
+        if inside in _absent_modules():
+            return _absent_modules()[inside]
+        inside = inside.rpartition(".")[0]
+    return INTERNAL
+
+
+@cache
+def _absent_modules() -> Mapping[str, str]:
+    return {canonical(path): why for path, why in ABSENT_MODULES.items()}
+
+
+def names_of(path: str) -> set[str]:
+    """The names that a module of this canonical path answers for, absent ones too."""
+    names = set(modules().get(path, ()))
+    return names.union(*(release.names_of(one) for one in theirs(path)))
