@@ -61,12 +61,12 @@ def worker(rank: int, args: argparse.Namespace, store_path: str) -> None:
 def collectives() -> dict[str, dict[str, Start]]:
     """How each way starts each collective on one unit."""
     from deepspeedlite.comm import Group
-    from deepspeedlite.comm.shared_memory import SWITCH, link_of
+    from deepspeedlite.comm.shared_memory import SWITCH
 
     groups = {SHARED: Group(), TCP: Group(dist.new_group())}
     for name, group in groups.items():
         os.environ[SWITCH] = "1" if name == SHARED else "0"
-        link = link_of(group.process_group, group.rank, group.size)
+        link = group.transport.link
         assert (link is not None) == (name == SHARED), f"{name}: this machine's ranks cannot be made to use it"
     return {
         "reduce-scatter": {

@@ -15,7 +15,7 @@ from deepspeedlite._version import __version__
 from deepspeedlite.compat.drop_in.finder import name_of, serve
 
 if TYPE_CHECKING:
-    from deepspeedlite.comm import init_distributed
+    from deepspeedlite.compat.comm import init_distributed
     from deepspeedlite.compat.engine import DeepSpeedEngine
     from deepspeedlite.compat.initialize import add_config_arguments, initialize
     from deepspeedlite.compat.tuning_arguments import add_tuning_arguments

@@ -31,6 +31,7 @@ from deepspeedlite.checkpoint.train_state import COUNTERS, TrainState
 from deepspeedlite.comm import Group
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig
 from deepspeedlite.data.loader import LoaderOptions
+from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.metrics.train_log import StepReport, TrainLog
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
@@ -94,7 +95,7 @@ class Engine(torch.nn.Module):
     @classmethod
     def mpu_of(cls, model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
         """The Megatron-style object that tells of process groups, and its groups."""
-        return mpu, *groups_of(mpu)
+        return mpu, *groups_of(mpu, comms_logger)
 
     @classmethod
     def prepare(cls, model: torch.nn.Module, config: DeepSpeedConfig) -> None:

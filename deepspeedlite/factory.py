@@ -20,6 +20,8 @@ from deepspeedlite.config import BatchSizes, DeepSpeedConfig, load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.data.loader import DeepSpeedDataLoader, LoaderOptions
 from deepspeedlite.engine import Engine, EngineParts
+from deepspeedlite.metrics.comms_logger import comms_logger
+from deepspeedlite.metrics.stall_watch import watch_for_stalls
 from deepspeedlite.metrics.train_log import TrainLog
 from deepspeedlite.offload.options import make_offload
 from deepspeedlite.ops.lamb import FusedLamb
@@ -83,6 +85,7 @@ def build_engine(engine_class: type[_E], model: torch.nn.Module, source: Any, gi
         DistributedError: the ranks do not meet, or their models differ.
     """
     pick_device(comm.get_local_rank()).make_current()  # where NCCL talks about groups
+    watch_for_stalls()
     mpu, group, replica = engine_class.mpu_of(model, given.mpu)
     _check_mesh(group, given.mesh)
     objects = {"optimizer": given.optimizer, "scheduler": given.lr_scheduler}
@@ -90,7 +93,7 @@ def build_engine(engine_class: type[_E], model: torch.nn.Module, source: Any, gi
     settings = load_alike(lambda: load_config(source, world_size=group.size, handed=handed), Group())
     engine_class.prepare(model, settings)
     if settings.comms_logger.enabled:
-        comm.comms_logger.configure(settings.comms_logger)
+        comms_logger.configure(settings.comms_logger)
     if settings.dump_state:
         log_dist("configuration: " + json.dumps(settings.raw, indent=2, default=str))
     parts = _build_parts(engine_class, settings, model, given, (mpu, group, replica))

@@ -25,6 +25,7 @@ from deepspeedlite.activation_checkpointing.rng import CudaRNGStatesTracker, Gen
 from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, Restored
 from deepspeedlite.comm import Group
 from deepspeedlite.config import load_config
+from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.metrics.memory import current_device
 from deepspeedlite.metrics.timers import Stopwatch
 from deepspeedlite.runtime.device import accelerator
@@ -229,4 +230,4 @@ def _model_parallel_rank() -> int:
 def _model_parallel_group(mpu: Any) -> Group | None:
     method = getattr(mpu, "get_tensor_model_parallel_group", None) or getattr(mpu, "get_model_parallel_group", None)
     group = None if method is None else method()  # None: nothing is sharded over ranks
-    return None if group is None else Group(group)
+    return None if group is None else Group(group, comms_logger)

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import time
-import weakref
-from collections.abc import Callable, MutableMapping, Sequence
-from datetime import timedelta
+import sys
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group, whereabouts
-from deepspeedlite.comm.stall_watch import condition
+from deepspeedlite.comm.registry import registry
+from deepspeedlite.comm.roll_call import absent_ranks
 from deepspeedlite.runtime.errors import CheckpointError
-from deepspeedlite.runtime.log import logger
 
 _T = TypeVar("_T")
-_PROMPT = timedelta(seconds=1)  # within which the others usually come
-_POLL_S = 0.2
-_PATIENCE = timedelta(seconds=30)  # before a warning tells which ranks do not come
-# How often the ranks of a process group have met; every engine's meetings count, in the order in which they are called.
-_MEETINGS: MutableMapping[Any, int] = weakref.WeakKeyDictionary()
+_NOTICE_S = 30.0  # before a warning tells which ranks do not come
 
 
 class Ranks:
@@ -36,6 +30,7 @@ class Ranks:
     def __init__(self) -> None:
         everyone = Group()
         self.rank, self.size = everyone.rank, everyone.size
+        self._call = ""  # in which they meet: compared with what they do first
         # Made when the ranks first meet: an engine that neither saves nor loads needs none.
         self._own: dist.ProcessGroup | None = None
 
@@ -47,47 +42,19 @@ class Ranks:
         """
         if self.size == 1:
             return
-        world = dist.group.WORLD
-        number = _MEETINGS.get(world, 0)
-        store = dist.PrefixStore(f"deepspeedlite/checkpoint/{number}", dist.distributed_c10d._get_default_store())
-        limit = comm.default_timeout()
-        store.set(str(self.rank), what)
+        limit, self._call = comm.default_timeout(), what
         with whereabouts(f"waits in {what}, which every rank must call"):
-            self._wait_for_all(store, what, limit)
-        calls = {rank: store.get(str(rank)).decode() for rank in range(self.size)}
-        _MEETINGS[world] = number + 1
-        if len(set(calls.values())) > 1:
-            raise CheckpointError(f"the ranks call different things: {calls}")
-        if self._own is None:
-            self._own = dist.new_group(list(range(self.size)), limit, backend="gloo")
-
-    def _wait_for_all(self, store: Any, what: str, limit: timedelta) -> None:
-        everyone = [str(rank) for rank in range(self.size)]
-        started_s, warn_s, limit_s = time.monotonic(), _PATIENCE.total_seconds(), limit.total_seconds()
-        with contextlib.suppress(RuntimeError):
-            store.wait(everyone, min(limit, _PROMPT, _PATIENCE))
-            return
-        while not store.check(everyone):
-            waited_s = time.monotonic() - started_s
-            ended = [rank for rank in range(self.size) if condition(rank) == "has ended"]
-            if waited_s >= limit_s or not store.check([str(rank) for rank in ended]):
-                missing = self._missing(store)
-                store.delete_key(str(self.rank))
-                why = f"of these, {gone} have ended" if (gone := sorted({*ended} & {*missing})) else f"in {limit_s:g} s"
+            limit_s, everyone = limit.total_seconds(), range(self.size)
+            missing = absent_ranks(everyone, what, "checkpoint", sys.maxsize, limit_s, _NOTICE_S)
+            if missing:
+                ended = [rank for rank in missing if registry.condition(rank) == "has ended"]
                 raise CheckpointError(
-                    f"{what} must be called by every rank, and ranks {missing} did not call it ({why}); take the call "
-                    "out of `if rank == 0` (a rank that died shows above)"
+                    f"{what} must be called by every rank, and ranks {missing} did not call it "
+                    f"({f'of these, {ended} have ended' if ended else f'in {limit_s:g} s'}); take the call out of "
+                    "`if rank == 0` (a rank that died shows above)"
                 )
-            if waited_s >= warn_s:
-                logger.warning(
-                    "%s has waited %g s for ranks %s; every rank must call it: take it out of any `if rank == 0`",
-                    *(what, warn_s, self._missing(store)),
-                )
-                warn_s = limit_s
-            time.sleep(_POLL_S)
-
-    def _missing(self, store: Any) -> list[int]:
-        return [rank for rank in range(self.size) if not store.check([str(rank)])]
+        if self._own is None:
+            self._own = dist.new_group(list(everyone), limit, backend="gloo")
 
     def each(self, what: str, action: Callable[[], _T]) -> list[_T]:
         """Do `action` on every rank; rank 0 gets all results, the others none.
@@ -102,19 +69,23 @@ class Ranks:
         return self._exchange(what, lambda: action() if self.rank == 0 else None, share=True)[1]
 
     def _exchange(self, what: str, action: Callable[[], Any], share: bool = False) -> tuple[list[Any], Any]:
-        mine = _outcome(action)
+        mine = (*_outcome(action), self._call)
         if self.rank > 0:
             self._send(mine, 0)
             failure, shared = self._receive(0) or (f"rank 0: {self._silence()}", None)
             answers = []
         else:
-            answers = [mine, *((self._receive(rank) or (None, self._silence())) for rank in range(1, self.size))]
-            failure, shared = _failures([problem for _, problem in answers]), mine[0] if share else None
+            gone = (None, self._silence(), self._call)
+            answers = [mine, *(self._receive(rank) or gone for rank in range(1, self.size))]
+            calls = [call for *_, call in answers]
+            failure, shared = _failures([problem for _, problem, _ in answers]), mine[0] if share else None
+            if len(set(calls)) > 1:
+                failure = f"the ranks call different things: {', '.join(calls)}"
             for rank in range(1, self.size):
                 self._send((failure, shared), rank)
         if failure:
             raise CheckpointError(f"{what} failed: {failure}")
-        return [result for result, _ in answers], shared
+        return [result for result, *_ in answers], shared
 
     def _silence(self) -> str:
         return (

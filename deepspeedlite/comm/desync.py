@@ -3,7 +3,7 @@
 A collective that some rank never calls ends, after the process group's timeout, in torch's error, which tells neither
 what was to be moved nor what the others were doing. Here every rank that fails leaves a note in the job's store, reads
 the others' notes for a few seconds, and raises one error with all of them. What a rank waits in is written to
-`own_status`, for notices long before that (`stall_watch.py`).
+`registry`, for notices long before that (`metrics.stall_watch`).
 
 This is for gloo. On NCCL the failing collective is found by torch's watchdog thread, which ends the process.
 """
@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from threading import get_ident
 from typing import Any
 
 import torch.distributed as dist
 
-from deepspeedlite.comm.rank_status import Wait, own_status
-from deepspeedlite.comm.stall_watch import advice, condition, seen
+from deepspeedlite.comm.registry import Wait, registry
 from deepspeedlite.runtime.errors import DistributedError
 
 _OTHERS_SPEAK_S = 5.0
@@ -32,7 +31,7 @@ class LabelledWork:
 
     def __init__(self, work: Any, what: str, ranks: Sequence[int]) -> None:
         self._work, self._wait = work, Wait(what, ranks)
-        own_status.last = self._wait
+        registry.last = self._wait
 
     def wait(self) -> Any:
         """Wait for completion.
@@ -41,14 +40,14 @@ class LabelledWork:
             DistributedError: it failed or timed out; the message says where every rank was.
         """
         thread = get_ident()
-        before = own_status.waits.get(thread)
-        own_status.waits[thread] = self._wait
+        before = registry.waits.get(thread)
+        registry.waits[thread] = self._wait
         try:
             return self._work.wait()
         except (RuntimeError, OSError) as error:
             raise _explained(self._wait, error) from error
         finally:
-            own_status.waits[thread] = before
+            registry.waits[thread] = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
@@ -78,12 +77,12 @@ def whereabouts(note: str) -> Iterator[None]:
 @contextlib.contextmanager
 def _waiting(wait: Wait) -> Iterator[None]:
     thread = get_ident()
-    before = own_status.waits.get(thread)
-    own_status.waits[thread] = wait
+    before = registry.waits.get(thread)
+    registry.waits[thread] = wait
     try:
         yield
     finally:
-        own_status.waits[thread] = before
+        registry.waits[thread] = before
 
 
 def _notes() -> Any:
@@ -99,14 +98,14 @@ def _explained(wait: Wait, error: Exception) -> DistributedError:
 def _explain(what: str, ranks: Sequence[int], reason: str) -> str:
     me = dist.get_rank()
     notes = {me: f"waits in {what}"}
-    if "stopped" not in condition(0):  # the store, which it hosts as a rule, would not answer
+    if "stopped" not in registry.condition(0):  # the store, which it hosts as a rule, would not answer
         with contextlib.suppress(RuntimeError):
             store = _notes()
             store.set(str(me), notes[me])
             late_at = time.monotonic() + _OTHERS_SPEAK_S
             notes.update({rank: _note(store, rank, late_at) for rank in ranks if rank != me})
     silent = "has not said where it is: it has ended, or is busy elsewhere"
-    notes = {rank: notes.get(rank) or seen(rank) or silent for rank in sorted({me, *ranks})}
+    notes = {rank: notes.get(rank) or registry.seen(rank) or silent for rank in sorted({me, *ranks})}
     lines = "\n".join(f"  rank {rank} {note}" for rank, note in notes.items())
     hint = advice(notes.values())
     return f"{_TITLE} ({reason.splitlines()[0][:200]}):\n{lines}" + (f"\n{hint}" if hint else "")
@@ -115,7 +114,21 @@ def _explain(what: str, ranks: Sequence[int], reason: str) -> str:
 def _note(store: Any, rank: int, late_at: float) -> str:
     """A rank's note; empty if it has ended, is stopped, or does not write one in time."""
     while not store.check([str(rank)]):
-        if condition(rank) or time.monotonic() > late_at:
+        if registry.condition(rank) or time.monotonic() > late_at:
             return ""
         time.sleep(_POLL_S)
     return str(store.get(str(rank)).decode())
+
+
+def advice(places: Iterable[str]) -> str:
+    """What to do about ranks that are at these places, if that can be said."""
+    waits = {place for place in places if place.startswith("waits in ") and not place.startswith("waits in no ")}
+    if len(waits) < 2:
+        return ""
+    text = "Every rank must run the same modules in the same order."
+    if not any(" of the values of " in wait for wait in waits):
+        return text
+    return (
+        f"{text} Where ranks take different paths on purpose (experts), make the block that holds them a leaf: "
+        "deepspeedlite.utils.set_z3_leaf_modules(model, [Class])"
+    )

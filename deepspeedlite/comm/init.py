@@ -1,4 +1,4 @@
-"""`init_distributed`: find this process's world, meet the other ranks, start torch.distributed.
+"""`init_process_group`: find this process's world, meet the other ranks, start torch.distributed.
 
 The world comes from the arguments, else from the launcher's variables (`runtime.env`), else from MPI itself (mpi4py,
 only when MPI spans hosts and nothing else tells where rank 0 is), else it is this process alone. The backend follows
@@ -17,19 +17,16 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Mapping
 from datetime import timedelta
-from typing import Any
 from urllib.parse import urlparse
 
 import torch.distributed as dist
 
 from deepspeedlite.comm import rendezvous
-from deepspeedlite.comm.logger import comms_logger
-from deepspeedlite.comm.stall_watch import leave, watch_for_stalls
+from deepspeedlite.comm.registry import registry
 from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.env import World, discover_world
-from deepspeedlite.runtime.errors import ConfigError, DistributedError
+from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import log_dist
 
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
@@ -38,29 +35,26 @@ _THREADS_FINISH_S = 0.05
 _MPI_SOURCES = ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
 
 
-def init_distributed(
-    dist_backend: str | None = None,
-    auto_mpi_discovery: bool = True,
-    distributed_port: int = 29500,
+def init_process_group(
+    backend: str | None = None,
+    *,
+    asks_schedulers: bool = True,
+    port: int = 29500,
     verbose: bool = True,
     timeout: timedelta | None = None,
     init_method: str | None = None,
-    dist_init_required: bool | None = None,
-    config: Any = None,
     rank: int = -1,
     world_size: int = -1,
 ) -> None:
     """Start torch.distributed for this process; return quietly where that is already done.
 
     Args:
-        dist_backend: `nccl`, `gloo`, or any backend that this torch knows; by default the device's own.
-        auto_mpi_discovery: False ignores what MPI and Slurm set; RANK and WORLD_SIZE still count.
-        distributed_port: the port on rank 0's host where neither MASTER_PORT nor the job decides it.
+        backend: `nccl`, `gloo`, or any backend that this torch knows; by default the device's own.
+        asks_schedulers: False ignores what MPI and Slurm set; RANK and WORLD_SIZE still count.
+        port: the port on rank 0's host where neither MASTER_PORT nor the job decides it.
         verbose: log one line with the backend and where the world was found.
         timeout: for the start and for each collective; None is `DEEPSPEED_TIMEOUT` minutes, or 10.
         init_method: `env://`, `tcp://host:port` or `file:///path` instead of MASTER_ADDR and MASTER_PORT.
-        dist_init_required: False: the caller has initialised torch.distributed, and it is an error if not.
-        config: a DeepSpeedConfig, dict or path, of which the section `comms_logger` is used.
         rank: this process's rank, together with `world_size`, instead of what the environment says.
         world_size: see `rank`.
 
@@ -68,25 +62,18 @@ def init_distributed(
         DistributedError: contradictory variables, ranks that did not arrive (by number), two processes with one
             rank, rank 0 unreachable, a backend that this torch lacks.
     """
-    _configure_logger(config)
     atexit.unregister(_leave)
     atexit.register(_leave)
     if dist.is_initialized():
         _check_existing(rank, world_size)
-        watch_for_stalls()
         return
-    if dist_init_required is False:
-        raise DistributedError(
-            "dist_init_required=False says that torch.distributed is initialised, but it is not; call "
-            "torch.distributed.init_process_group first, or pass None or True"
-        )
     limit = default_timeout() if timeout is None else timeout
-    world = _find_world(rank, world_size, auto_mpi_discovery)
+    world = _find_world(rank, world_size, asks_schedulers)
     device = pick_device(world.local_rank)
     device.make_current()
-    backend = dist_backend or device.backend
+    backend = backend or device.backend
     _check_backend(backend, device)
-    store, world = _open_store(world, init_method, distributed_port, limit.total_seconds())
+    store, world = _open_store(world, init_method, port, limit.total_seconds())
     if store is None:
         dist.init_process_group(backend, init_method, limit, world.world_size, world.rank)
     else:
@@ -102,7 +89,6 @@ def init_distributed(
             device_id=device.torch_device if backend == "nccl" else None,
         )
     _export(world)
-    watch_for_stalls()
     if verbose:
         where = f", rank 0 at {_address(world)}" if world.master_addr else ""
         log_dist(f"distributed: {world.world_size} rank(s), {backend} on {device.name}, found by {world.source}{where}")
@@ -114,17 +100,19 @@ def _leave() -> None:
     [Note: gloo's threads and the interpreter's end]
     A gloo thread drops a finished collective, and with it tensors that Python owns, a moment after `wait` has returned.
     If Python (before 3.14) is being finalised by then, the thread cannot take the interpreter's lock, is unwound
-    through C++ that does not expect it, and the process aborts after a training that went well. `Group` keeps its last
-    collectives, so that the thread's reference is not the last one. For those that users start through torch itself,
-    the lock is given up here for long enough, and after a clean run destroying the group joins the threads where
-    nothing in torch holds on to it. After an exception that could wait for ranks that wait for this one.
+    through C++ that does not expect it, and the process aborts after a training that went well. `GlooTransport`
+    has the last collectives kept, so that the thread's reference is not the last one. For those that users start by
+    torch itself, the lock is given up here for long enough, and after a clean run destroying the group joins the
+    threads where nothing in torch holds on to it. After an exception that could wait for ranks that wait for this one.
     """
     if not dist.is_initialized():
         return
-    leave()
+    if registry.watch is not None:
+        registry.watch.leave()
     time.sleep(_THREADS_FINISH_S)
     if getattr(sys, "last_value", None) is None:
         dist.destroy_process_group()
+        registry.close()
 
 
 def default_timeout() -> timedelta:
@@ -278,17 +266,3 @@ def _export(world: World) -> None:
     os.environ.update({name: str(value) for name, value in found.items() if value is not None})
     if world.source == "Azure ML":  # its hosts' docker bridge answers but leads nowhere
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "^docker0,lo")
-
-
-def _configure_logger(config: Any) -> None:
-    """Apply the section `comms_logger` of a config in any of its forms."""
-    if config is None:
-        return
-    if isinstance(config, (str, os.PathLike, Mapping)):
-        from deepspeedlite.config import load_config
-
-        config = load_config(config, peek=True)
-    section = getattr(config, "comms_logger", None)
-    if section is None:
-        raise ConfigError(f"config of type {type(config).__name__} has no comms_logger; pass a DeepSpeedConfig or dict")
-    comms_logger.configure(section)

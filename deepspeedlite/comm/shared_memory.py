@@ -55,6 +55,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeedlite.comm.work import Work
 from deepspeedlite.runtime.errors import DistributedError
 
 SWITCH = "DEEPSPEEDLITE_SHARED_MEMORY"
@@ -78,16 +79,6 @@ _CONNECT_TIMEOUT_S = 30.0
 
 Ticket = tuple[int, int]
 """A tag and how often it has been used before: what ranks must agree on for their pieces to meet."""
-
-_LINKS: weakref.WeakKeyDictionary[Any, SharedMemoryLink | None] = weakref.WeakKeyDictionary()
-
-
-def link_of(process_group: dist.ProcessGroup | None, rank: int, size: int) -> SharedMemoryLink | None:
-    """The link of a gloo process group; None where its ranks cannot share memory. Collective the first time."""
-    process_group = process_group or dist.distributed_c10d._get_default_group()
-    if process_group not in _LINKS:
-        _LINKS[process_group] = _connect(process_group, rank, size)
-    return _LINKS[process_group]
 
 
 class _Block:
@@ -176,16 +167,19 @@ class SharedMemoryLink:
         expect: Sequence[torch.Tensor],
         tag: int,
         then: Callable[[list[torch.Tensor]], None],
+        *,
+        in_place: bool = False,
         final: bool = False,
         what: str = "",
-    ) -> _Exchange:
+    ) -> Work:
         """Start sending `outbox[r]` (contiguous; all of them empty, or none) to every other rank r.
 
         When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
         its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
         `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in shared memory is
         not copied, so must not change until all have read it (see `wait_for_readers`). Exchanges of one tag meet in
-        the order of their starts, and it is an error if they are not for the same: `what`.
+        the order of their starts, and it is an error if they are not for the same: `what`. Nothing depends on
+        `in_place`: what comes is read where it lies.
         """
         if self._out_of_step:
             raise DistributedError(self._out_of_step)
@@ -435,8 +429,8 @@ def _purpose(what: str) -> int:
     return zlib.crc32(what.encode())
 
 
-def _connect(process_group: Any, rank: int, size: int) -> SharedMemoryLink | None:
-    """A link, if every rank can have one; alike on all ranks."""
+def connect(process_group: dist.ProcessGroup | None, rank: int, size: int) -> SharedMemoryLink | None:
+    """The link of a gloo process group; None, on all ranks alike, where they cannot share memory. Collective."""
     listener, card = _listen(size)
     cards: list[Any] = [None] * size
     dist.all_gather_object(cards, card, process_group)
@@ -458,7 +452,8 @@ def _connect(process_group: Any, rank: int, size: int) -> SharedMemoryLink | Non
     assert listener is not None and card is not None, "reached says so"
     with listener:
         _answer(listener, card[2], peers, size)
-    timeout = process_group._get_backend(torch.device("cpu")).options._timeout
+    known = process_group or dist.distributed_c10d._get_default_group()
+    timeout = known._get_backend(torch.device("cpu")).options._timeout
     return SharedMemoryLink(rank, peers, timeout.total_seconds() if isinstance(timeout, timedelta) else 1800.0)
 
 

@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+import os
+from collections.abc import Callable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -24,14 +26,16 @@ from torch.distributed import ProcessGroup, ReduceOp
 
 from deepspeedlite.comm.desync import LabelledWork, explained
 from deepspeedlite.comm.group import Group
-from deepspeedlite.comm.logger import comms_logger
+from deepspeedlite.comm.init import init_process_group
+from deepspeedlite.comm.transport import ALL_GATHER, OPS, REDUCE_SCATTER
 from deepspeedlite.comm.work import PendingWork
-from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.config import load_config
+from deepspeedlite.metrics.comms_logger import comms_logger
+from deepspeedlite.metrics.stall_watch import watch_for_stalls
+from deepspeedlite.runtime.errors import ConfigError, DistributedError
 
 _F = TypeVar("_F", bound=Callable[..., Any])
-_NAMES = {ReduceOp.SUM: "sum", ReduceOp.AVG: "avg", ReduceOp.MAX: "max", ReduceOp.MIN: "min"}
-_ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+_NAMES = {op: name for name, op in OPS.items()}
 
 
 def _collective(message: str = "tensor") -> Callable[[_F], _F]:
@@ -99,18 +103,8 @@ def all_reduce(
     name = op if isinstance(op, str) else _NAMES.get(op)
     if name is None:
         return dist.all_reduce(tensor, op, group, async_op)
-    work = _unmeasured(group).all_reduce(tensor, name, async_op)
+    work = Group(group).all_reduce(tensor, name, async_op)  # unobserved: the function around measures
     return work if work is not None or not async_op else PendingWork()
-
-
-class _Off:
-    """A logger that is off: the function around measures."""
-
-    enabled = False
-
-
-def _unmeasured(group: ProcessGroup | None) -> Group:
-    return Group(group, logger=_Off())  # type: ignore[arg-type]
 
 
 def inference_all_reduce(
@@ -172,7 +166,7 @@ def all_gather_into_tensor(
     output_tensor: torch.Tensor, tensor: torch.Tensor, group: ProcessGroup | None = None, async_op: bool = False
 ) -> Any:
     """Concatenate every rank's `tensor` in rank order into `output_tensor`."""
-    return _ALL_GATHER(output_tensor, tensor, group, async_op)
+    return ALL_GATHER(output_tensor, tensor, group, async_op)
 
 
 def allgather_fn(
@@ -194,7 +188,7 @@ def all_gather_coalesced(
     async_op: bool = False,
 ) -> Any:
     """`all_gather_into_tensor` for each pair."""
-    work = PendingWork([_ALL_GATHER(out, shard, group, True) for out, shard in zip(output_tensors, input_tensors)])
+    work = PendingWork([ALL_GATHER(out, shard, group, True) for out, shard in zip(output_tensors, input_tensors)])
     return work if async_op else work.wait() and None
 
 
@@ -207,7 +201,7 @@ def reduce_scatter_tensor(
     async_op: bool = False,
 ) -> Any:
     """Reduce `tensor` over the ranks; rank r gets part r in `output_tensor`. (An average on gloo divides `tensor`.)"""
-    return _REDUCE_SCATTER(output_tensor, tensor, _summed(tensor, op, group), group, async_op)
+    return REDUCE_SCATTER(output_tensor, tensor, _summed(tensor, op, group), group, async_op)
 
 
 def reduce_scatter_fn(
@@ -356,7 +350,68 @@ def monitored_barrier(group: ProcessGroup | None = None, timeout: Any = None, wa
     dist.monitored_barrier(group, timeout, wait_all_ranks)
 
 
-# --- groups -----------------------------------------------------------------------------------------------------------
+# --- start and groups -------------------------------------------------------------------------------------------------
+
+
+def init_distributed(
+    dist_backend: str | None = None,
+    auto_mpi_discovery: bool = True,
+    distributed_port: int = 29500,
+    verbose: bool = True,
+    timeout: timedelta | None = None,
+    init_method: str | None = None,
+    dist_init_required: bool | None = None,
+    config: Any = None,
+    rank: int = -1,
+    world_size: int = -1,
+) -> None:
+    """Start torch.distributed for this process; return quietly where that is already done.
+
+    Args:
+        dist_backend: `nccl`, `gloo`, or any backend that this torch knows; by default the device's own.
+        auto_mpi_discovery: False ignores what MPI and Slurm set; RANK and WORLD_SIZE still count.
+        distributed_port: the port on rank 0's host where neither MASTER_PORT nor the job decides it.
+        verbose: log one line with the backend and where the world was found.
+        timeout: for the start and for each collective; None is `DEEPSPEED_TIMEOUT` minutes, or 10.
+        init_method: `env://`, `tcp://host:port` or `file:///path` instead of MASTER_ADDR and MASTER_PORT.
+        dist_init_required: False: the caller has initialised torch.distributed, and it is an error if not.
+        config: a DeepSpeedConfig, dict or path, of which the section `comms_logger` is used.
+        rank: this process's rank, together with `world_size`, instead of what the environment says.
+        world_size: see `rank`.
+
+    Raises:
+        ConfigError: `config` is none.
+        DistributedError: see `comm.init_process_group`.
+    """
+    _configure_logger(config)
+    if dist_init_required is False and not dist.is_initialized():
+        raise DistributedError(
+            "dist_init_required=False says that torch.distributed is initialised, but it is not; call "
+            "torch.distributed.init_process_group first, or pass None or True"
+        )
+    init_process_group(
+        dist_backend,
+        asks_schedulers=auto_mpi_discovery,
+        port=distributed_port,
+        verbose=verbose,
+        timeout=timeout,
+        init_method=init_method,
+        rank=rank,
+        world_size=world_size,
+    )
+    watch_for_stalls()
+
+
+def _configure_logger(config: Any) -> None:
+    """Apply the section `comms_logger` of a config in any of its forms."""
+    if config is None:
+        return
+    if isinstance(config, (str, os.PathLike, Mapping)):
+        config = load_config(config, peek=True)
+    section = getattr(config, "comms_logger", None)
+    if section is None:
+        raise ConfigError(f"config of type {type(config).__name__} has no comms_logger; pass a DeepSpeedConfig or dict")
+    comms_logger.configure(section)
 
 
 def is_available() -> bool:

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from deepspeedlite import comm
 from deepspeedlite.compat import groups
+from deepspeedlite.compat.comm import init_distributed
 from deepspeedlite.compat.engine import DeepSpeedEngine, PipelineEngine
 from deepspeedlite.factory import Given, Parameters, build_engine
 from deepspeedlite.parallel.pipe.module import PipelineModule
@@ -72,7 +72,7 @@ def initialize(
     model_parameters = _parameters(model_parameters, older)
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
-    comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     given = Given(
         optimizer=optimizer,
         model_parameters=model_parameters,

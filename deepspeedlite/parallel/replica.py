@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm import Group
+from deepspeedlite.comm import Group, Observer
 from deepspeedlite.runtime.errors import DistributedError
 
 _DATA = ("get_data_parallel_group",)
@@ -72,23 +72,24 @@ def is_model_parallel_parameter(p: torch.Tensor) -> bool:
     return bool(getattr(p, "model_parallel", False) or getattr(p, "tensor_model_parallel", False))
 
 
-def groups_of(mpu: Any) -> tuple[Group, Replica]:
+def groups_of(mpu: Any, observer: Observer | None = None) -> tuple[Group, Replica]:
     """The data-parallel group and the replica, as a Megatron-style object of any age tells them. Collective.
 
     Args:
         mpu: has `get_data_parallel_group()` and, where a model is spread over ranks, `get_model_parallel_group()` or
             `get_tensor_model_parallel_group()`; both, where there is pipeline parallelism too. None: every rank is data
             parallel.
+        observer: of the groups' collectives.
 
     Raises:
         DistributedError: a method is missing, or the groups do not make up the world; the same on every rank.
     """
     if mpu is None:
-        return Group(), Replica()
+        return Group(observer=observer), Replica()
     found: list[tuple[Group, Replica]] = []
     problem = ""
     try:
-        found.append(_read(mpu))
+        found.append(_read(mpu, observer))
     except DistributedError as error:
         problem = str(error)
     problems = [(rank, told) for rank, told in enumerate(Group().all_gather_objects(problem)) if told]
@@ -97,15 +98,15 @@ def groups_of(mpu: Any) -> tuple[Group, Replica]:
     return found[0]
 
 
-def replica_of(mpu: Any) -> Replica:
+def replica_of(mpu: Any, observer: Observer | None = None) -> Replica:
     """The replica that a Megatron-style object tells of.
 
     Raises:
         DistributedError: a method is missing, or its groups contradict each other.
     """
-    model = _group(mpu, _MODEL, needed=_model_size(mpu) > 1) or Group.alone()
+    model = _group(mpu, _MODEL, observer, needed=_model_size(mpu) > 1) or Group.alone()
     stages = _size(mpu, _PIPELINE_SIZES)
-    tensor = (_group(mpu, _TENSOR) or Group.alone()) if stages > 1 else model
+    tensor = (_group(mpu, _TENSOR, observer) or Group.alone()) if stages > 1 else model
     if not set(tensor.ranks) <= set(model.ranks):
         raise DistributedError(
             f"the mpu's tensor-parallel group {tensor.ranks} is no part of its model-parallel group {model.ranks}"
@@ -113,8 +114,9 @@ def replica_of(mpu: Any) -> Replica:
     return Replica(model, tensor, part=model.rank, parts=model.size)
 
 
-def _read(mpu: Any) -> tuple[Group, Replica]:
-    data, replica = _group(mpu, _DATA) or Group(), replica_of(mpu)
+def _read(mpu: Any, observer: Observer | None) -> tuple[Group, Replica]:
+    data = _group(mpu, _DATA, observer) or Group(observer=observer)
+    replica = replica_of(mpu, observer)
     model, world = replica.group, Group()
     if set(data.ranks) & set(model.ranks) != {world.rank} or data.size * model.size != world.size:
         raise DistributedError(
@@ -125,7 +127,7 @@ def _read(mpu: Any) -> tuple[Group, Replica]:
     return data, replica
 
 
-def _group(mpu: Any, methods: Sequence[str], needed: bool = True) -> Group | None:
+def _group(mpu: Any, methods: Sequence[str], observer: Observer | None, needed: bool = True) -> Group | None:
     """The group that the first of these methods gives; None where it gives none."""
     method = _first(mpu, methods)
     if method is None and not needed:
@@ -141,7 +143,7 @@ def _group(mpu: Any, methods: Sequence[str], needed: bool = True) -> Group | Non
         return None
     if dist.get_rank(group) < 0:
         raise DistributedError(f"rank {dist.get_rank()} is not in the group that its own mpu.{method}() gives")
-    return Group(group)
+    return Group(group, observer)
 
 
 def _model_size(mpu: Any) -> int:

@@ -76,7 +76,7 @@ class Init:
         source = config_dict_or_path if config_dict_or_path is not None else config
         if not enabled:
             return
-        comm.init_distributed()
+        comm.init_process_group()
         group = data_parallel_group if mpu is None else mpu.get_data_parallel_group()
         self.group = group if isinstance(group, Group) else Group(group)
         self.device = pick_device(comm.get_local_rank()).torch_device

@@ -25,8 +25,10 @@ from harness import distributed
 
 import deepspeedlite
 from deepspeedlite import comm
-from deepspeedlite.comm import desync, stall_watch
-from deepspeedlite.comm.stall_watch import advice
+from deepspeedlite.comm import desync
+from deepspeedlite.comm.desync import advice
+from deepspeedlite.comm.registry import registry
+from deepspeedlite.metrics import stall_watch
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import logger
 
@@ -222,7 +224,7 @@ def test_a_device_that_does_not_come_to_its_end():
     if dist.get_rank() == 1:
         dist.barrier()
         return
-    watch = stall_watch._current()
+    watch = registry.watch
     busy = iter([True] * 50)
     watch._on_device, watch._device_mark, watch._device_is_busy = True, lambda: 7, lambda: next(busy)
     with heard() as said:
@@ -260,12 +262,12 @@ def test_looking_keeps_nothing_that_training_holds():
 def test_threads_of_a_lookout_do_not_outlive_its_world():
     """Though its store's file is gone. Nor do they live in a child of its process, which says nothing in their name."""
     deepspeedlite.init_distributed(verbose=False)
-    watch = stall_watch._current()
+    watch = registry.watch
     deepspeedlite.init_distributed(verbose=False)
-    assert stall_watch._current() is watch and watch.is_alive()
+    assert registry.watch is watch and watch.is_alive()
     child = os.fork()
     if child == 0:
-        os._exit(0 if stall_watch._current() is None else 1)
+        os._exit(0 if registry.watch is None else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     board = watch.board
     store = dist.distributed_c10d._get_default_store()
@@ -278,4 +280,4 @@ def test_threads_of_a_lookout_do_not_outlive_its_world():
     dist.destroy_process_group()
     watch.join(NOTICE_S)
     board.join(5 * NOTICE_S)
-    assert not watch.is_alive() and not board.is_alive() and stall_watch._current() is None
+    assert not watch.is_alive() and not board.is_alive() and registry.watch is None

@@ -25,8 +25,8 @@ from harness import distributed
 from paths import ROOT
 
 from deepspeedlite import comm
-from deepspeedlite.comm import CommsLogger, Group, init_distributed
-from deepspeedlite.comm.logger import OpStats
+from deepspeedlite.comm import Group, comms_logger, init_distributed
+from deepspeedlite.metrics.comms_logger import CommsLogger, OpStats
 from deepspeedlite.runtime.errors import DistributedError
 
 LAUNCHERS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -395,7 +395,7 @@ def test_bandwidths_follow_nccl_tests() -> None:
 def test_every_collective_is_counted_by_its_size() -> None:
     """Counts and bytes are exact; sizes are those of the whole buffers."""
     log = CommsLogger(enabled=True)
-    group = Group(logger=log)
+    group = Group(observer=log)
     full, shard = torch.ones(8), torch.ones(4)
     for _ in range(3):
         group.all_reduce(full, "avg")
@@ -421,7 +421,7 @@ def test_every_collective_is_counted_by_its_size() -> None:
 def test_async_is_measured_until_wait_returns() -> None:
     """Rank 0 waits for a late rank 1; the call is counted once, however often it is waited for."""
     log = CommsLogger(enabled=True)
-    group = Group(logger=log)
+    group = Group(observer=log)
     group.barrier()
     log.reset()
     if group.rank == 1:
@@ -450,15 +450,15 @@ def test_settings_choose_what_is_measured() -> None:
     """Off measures nothing, `prof_ops` only what it names, `debug` tells who called; the module's logger serves all."""
     section = SimpleNamespace(enabled=False, verbose=False, prof_all=True, prof_ops=[], debug=False)
     init_distributed(config=SimpleNamespace(comms_logger=section))
-    group = Group()
+    group = Group(observer=comms_logger)
     try:
         group.all_reduce(torch.ones(1))
-        assert not comm.comms_logger.stats
+        assert not comms_logger.stats
         section.enabled, section.prof_all, section.prof_ops, section.debug = True, False, ["broadcast"], True
         init_distributed(config=SimpleNamespace(comms_logger=section))
         group.all_reduce(torch.ones(1))
         group.broadcast(torch.ones(1))
-        assert list(comm.comms_logger.stats) == [("broadcast < test_settings_choose_what_is_measured", 4)]
+        assert list(comms_logger.stats) == [("broadcast < test_settings_choose_what_is_measured", 4)]
     finally:
         comm.configure(enabled=False, prof_all=True, prof_ops=[], debug=False)
-        comm.comms_logger.reset()
+        comms_logger.reset()

@@ -18,14 +18,14 @@ from harness import distributed
 from paths import ROOT
 
 from deepspeedlite.comm import Group, shared_memory
-from deepspeedlite.comm.shared_memory import SWITCH, SharedMemoryLink, link_of
+from deepspeedlite.comm.shared_memory import SWITCH, SharedMemoryLink
 from deepspeedlite.runtime.errors import DistributedError
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create (Linux)")
 
 
 def link(group: Group) -> SharedMemoryLink:
-    found = link_of(group.process_group, group.rank, group.size)
+    found = group.transport.link
     assert found is not None, "the ranks of a test are on one host"
     return found
 
@@ -244,16 +244,18 @@ def test_ranks_that_start_in_different_orders_are_not_out_of_step() -> None:
 @distributed(world_size=2)
 def test_one_rank_can_keep_all_on_tcp() -> None:
     group = Group()
+    group.transport.close()  # what tests before this one have connected
     os.environ.pop(SWITCH, None)
     if group.rank == 1:
         os.environ[SWITCH] = "0"
     try:
-        assert link_of(None, group.rank, group.size) is None
+        assert group.transport.link is None
     finally:
         os.environ.pop(SWITCH, None)
     out = torch.empty(2 * 64)
     group.all_gather_into(out, torch.full((64,), float(group.rank)))
     assert (out[0], out[64]) == (0, 1)
+    group.transport.close()
 
 
 @distributed(world_size=3)
@@ -261,7 +263,7 @@ def test_a_rank_that_cannot_be_called_keeps_all_on_tcp() -> None:
     """As in containers of one kernel with networks of their own."""
     refused = {"side_effect": ConnectionRefusedError} if dist.get_rank() == 1 else {"wraps": shared_memory._call}
     with patch.object(shared_memory, "_call", **refused):
-        assert link_of(None, dist.get_rank(), 3) is None
+        assert shared_memory.connect(None, dist.get_rank(), 3) is None
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 11359  # the goal is 8,500
+MAX_CORE_LINES = 10865  # the goal is 8,500
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES: set[tuple[str, ...]] = set()
@@ -52,7 +52,7 @@ LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 # Fixed by DeepSpeed's interface, and therefore allowed more than eight parameters.
 WIDE_SIGNATURES = {
     "initialize.py:initialize",
-    "init.py:init_distributed",
+    "comm.py:init_distributed",
     "loader.py:build_dataloader",
     "module.py:__init__",  # PipelineModule
     "lamb.py:__init__",

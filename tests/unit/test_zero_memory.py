@@ -29,7 +29,7 @@ from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
 from deepspeedlite.comm import Group
-from deepspeedlite.comm.shared_memory import SharedMemoryLink, link_of
+from deepspeedlite.comm.shared_memory import SharedMemoryLink
 from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
 from deepspeedlite.tools.memory_plan.fit import Training, fit_all
 from deepspeedlite.tools.memory_plan.machine import Machine
@@ -172,7 +172,7 @@ def reachable_bytes() -> int:
 def link() -> SharedMemoryLink | None:
     """The link between the ranks of this host."""
     many = dist.is_initialized() and dist.get_world_size() > 1
-    return link_of(None, dist.get_rank(), dist.get_world_size()) if many else None
+    return Group().transport.link if many else None
 
 
 def tokens(step: int) -> Tensor:

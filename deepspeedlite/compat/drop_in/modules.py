@@ -131,7 +131,7 @@ ABSENT_MODULES: Mapping[str, str] = {
 MODULES: Mapping[str, Names] = {
     "": at("compat.initialize", "initialize", _MPU)
     | at("compat.initialize", "add_config_arguments")
-    | at("comm", "init_distributed")
+    | at("compat.comm", "init_distributed")
     | at("compat.engine", "DeepSpeedEngine", _MADE)
     | at("utils", "log_dist logger OnDevice")
     | at("accelerator", "get_accelerator")
@@ -314,11 +314,11 @@ MODULES: Mapping[str, Names] = {
     | no(INTERNAL, "PinMemoryBuilder NotImplementedBuilder"),
     # --- communication and machine ------------------------------------------------------------------------------------
     "comm": at("compat.comm", _COLLECTIVES)
-    | at("comm", "is_initialized get_rank get_world_size get_local_rank init_distributed destroy_process_group")
+    | at("comm", "is_initialized get_rank get_world_size get_local_rank destroy_process_group")
     | at(
         "compat.comm",
-        "is_available get_global_rank get_world_group get_all_ranks_from_group new_group log_summary reset_log "
-        "configure P2POp initialize_mesh_device has_all_gather_into_tensor has_reduce_scatter_tensor "
+        "init_distributed is_available get_global_rank get_world_group get_all_ranks_from_group new_group log_summary "
+        "reset_log configure P2POp initialize_mesh_device has_all_gather_into_tensor has_reduce_scatter_tensor "
         "has_all_reduce_coalesced has_coalescing_manager",
     )
     | at("compat.comm", "ReduceOp ProcessGroup", "torch.distributed's own")
@@ -361,7 +361,9 @@ MODULES: Mapping[str, Names] = {
     "utils.z3_leaf_module": at("utils", _LEAVES) | _LEAVES_BY_NAME,
     "utils.nvtx": at("compat.helpers", "instrument_w_nvtx"),
     "utils.init_on_device": at("utils", "OnDevice"),
-    "utils.comms_logging": at("comm.logger", "CommsLogger", "made without arguments; configured by its section"),
+    "utils.comms_logging": at(
+        "metrics.comms_logger", "CommsLogger", "made without arguments; configured by its section"
+    ),
     "utils.torch": at("compat.helpers", "required_torch_version"),
     "utils.zero_to_fp32": at(
         "compat.zero_to_fp32",

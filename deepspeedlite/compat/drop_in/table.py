@@ -33,6 +33,8 @@ SAME_MODULE: Mapping[str, str] = {
 
 # Names of ours, by the module that they were in before.
 MOVED: Mapping[str, Names] = {
+    "comm": at("metrics.comms_logger", "CommsLogger comms_logger"),
+    "comm.logger": at("metrics.comms_logger", "CommsLogger comms_logger OpStats bus_factor"),
     "engine": at("compat.engine", "DeepSpeedEngine"),
     "optim.lr_schedules": at("compat.tuning_arguments", "add_tuning_arguments get_config_from_args"),
     "factory": at("compat.initialize", "initialize add_config_arguments"),

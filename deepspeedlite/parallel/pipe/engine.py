@@ -25,6 +25,7 @@ from deepspeedlite.comm import Group
 from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.data.loader import RepeatingLoader
 from deepspeedlite.engine import Engine, EngineParts
+from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.optim.precision import check_loss, widen
 from deepspeedlite.parallel.pipe.fault import Faults, scalar
 from deepspeedlite.parallel.pipe.module import PipelineModule
@@ -66,7 +67,7 @@ class PipelineEngine(Engine):
         self.grid = module.mpu()
         self.num_stages, self.stage_id = module.num_stages, module.stage_id
         self._casts_inputs = parts.precision.cast_inputs and self.is_first_stage()
-        self._pipe = Group(self.grid.get_pipe_parallel_group())
+        self._pipe = Group(self.grid.get_pipe_parallel_group(), comms_logger)
         self._comm = StageComm(self.grid, self.device, module.schedule, module.dynamic_shape)
         self._batches: Iterator[Any] | None = None
         self._split: Callable[[Any], Any] = lambda batch: batch

@@ -17,6 +17,7 @@ import torch
 from deepspeedlite import comm
 from deepspeedlite.activation_checkpointing import checkpoint
 from deepspeedlite.comm import Group
+from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.parallel.pipe.partition import check_no_empty_stage, partition_balanced, partition_uniform
 from deepspeedlite.parallel.pipe.schedule import SCHEDULES
 from deepspeedlite.parallel.pipe.specs import Layer, LayerSpec, TiedLayerSpec, layer_numel, name_of_layer
@@ -164,7 +165,7 @@ class PipelineModule(torch.nn.Module):
                 continue
             module = self.tied_modules[key]
             assert isinstance(module, torch.nn.Module)
-            tie = Tie(key, module, Group(group), stages[0] == self.stage_id)
+            tie = Tie(key, module, Group(group, comms_logger), stages[0] == self.stage_id)
             self._check_alike(tie)
             with torch.no_grad():
                 for tensor in (*module.parameters(), *module.buffers()):

@@ -131,7 +131,7 @@ class PipelineParallelGrid:
     def __init__(self, topology: ProcessTopology) -> None:
         if not {PIPE, DATA} <= set(topology.axes) <= {PIPE, DATA, MODEL}:
             raise ConfigError(f"a pipeline's topology has the axes pipe, data and perhaps model, not {topology.axes}")
-        comm.init_distributed()
+        comm.init_process_group()
         if topology.world_size() != comm.get_world_size():
             raise ConfigError(
                 f"a topology of {dict(zip(topology.axes, topology.dims))} has {topology.world_size()} ranks, and "
@@ -272,7 +272,7 @@ def make_topology(num_stages: int | None, topology: ProcessTopology | None) -> P
         return topology
     if num_stages is None:
         raise ConfigError("PipelineModule needs num_stages= or topology=")
-    comm.init_distributed()
+    comm.init_process_group()
     replicas, left = divmod(comm.get_world_size(), num_stages) if num_stages >= 1 else (0, 1)
     if left or not replicas:
         raise DistributedError(f"{comm.get_world_size()} ranks cannot be divided into {num_stages} pipeline stages")

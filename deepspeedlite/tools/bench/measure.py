@@ -10,8 +10,8 @@ from collections.abc import Callable, Mapping
 import torch
 
 from deepspeedlite._version import __version__
-from deepspeedlite.comm import Group, destroy_process_group, get_local_rank, init_distributed
-from deepspeedlite.comm.logger import bus_factor
+from deepspeedlite.comm import Group, destroy_process_group, get_local_rank, init_process_group
+from deepspeedlite.metrics.comms_logger import bus_factor
 from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.text import size_text
@@ -30,7 +30,7 @@ def run(plan: Plan) -> None:
         DistributedError: there is one rank only, ranks did not come, or a collective's result is wrong.
         OSError: rank 0 cannot write the files asked for, which is seen before anything is measured.
     """
-    init_distributed(verbose=False)
+    init_process_group(verbose=False)
     group, device = Group(), pick_device(get_local_rank())
     if group.size < 2:
         raise DistributedError("one rank has nobody to talk to; start at least two: dslite_bench --num_gpus 2")

@@ -1,6 +1,6 @@
 """Says who waits for whom, and where the others are, while they wait: after 30 s, and then once a minute.
 
-A thread looks every few seconds at what this process waits in. It knows by `own_status`, which holds the label of every
+A thread looks every few seconds at what this process waits in. It knows by `registry`, which holds the label of every
 collective of ours that is waited for; by the main thread's Python code, where that stands still in torch.distributed or
 in a DataLoader without using the processor; and, where collectives run on a device and whoever needs a result waits, by
 a device that does not come to its end while nothing new is given to it. Training pays nothing for it.
@@ -16,14 +16,16 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, MutableMapping, Sequence
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm.rank_status import RankStatus, StatusBoard, Wait, own_status
+from deepspeedlite.comm.desync import advice
+from deepspeedlite.comm.registry import Wait, registry
+from deepspeedlite.metrics.rank_status import RankStatus, StatusBoard
 from deepspeedlite.runtime.log import logger
 
 VARIABLE = "DEEPSPEEDLITE_STALL_NOTICE_S"
@@ -46,42 +48,16 @@ _LIBRARIES = (
     "<",
 )
 
-_WATCHES: MutableMapping[Any, StallWatch] = weakref.WeakKeyDictionary()
-
 
 def watch_for_stalls() -> None:
     """Have this process watched, from now to the end of torch.distributed's world; once for each world."""
-    world = dist.group.WORLD
-    notice_s = _notice_s()
-    if world is None or world in _WATCHES or dist.get_world_size() == 1 or not notice_s:
+    world, notice_s = dist.group.WORLD, _notice_s()
+    if world is None or registry.watch is not None or dist.get_world_size() == 1 or not notice_s:
         return
     with contextlib.suppress(RuntimeError, AttributeError):  # a world without a store of its own
-        _WATCHES[world] = StallWatch(world, dist.distributed_c10d._get_default_store(), notice_s)
-        _WATCHES[world].start()
-
-
-def leave() -> None:
-    """The process ends: stop looking, while the interpreter still runs, and let others know."""
-    watch = _current()
-    if watch is not None:
-        watch.leave()
-
-
-def condition(rank: int) -> str:
-    """`has ended` or `is stopped`, if that is known of a rank."""
-    watch = _current()
-    return watch.board.condition(rank) if watch is not None else ""
-
-
-def seen(rank: int) -> str:
-    """Where a rank is, if that is known without asking."""
-    watch = _current()
-    return watch.seen(rank) if watch is not None else ""
-
-
-def _current() -> StallWatch | None:
-    watch = _WATCHES.get(dist.group.WORLD) if dist.is_initialized() else None
-    return watch if watch is not None and watch.pid == os.getpid() else None
+        watch = StallWatch(world, dist.distributed_c10d._get_default_store(), notice_s)
+        registry.use_watch(watch)
+        watch.start()
 
 
 def _notice_s() -> float:
@@ -113,7 +89,7 @@ class StallWatch(threading.Thread):
         self._seen: dict[int, tuple[Wait, float]] = {}  # by thread, and since when
         self._standstill: tuple[Wait, Any, float] | None = None  # in code of others: what, its mark, and since when
         self._last_cpu_s = 0.0
-        self._last: Wait | None = None  # what `own_status.last` was when it was looked at
+        self._last: Wait | None = None  # what `registry.last` was when it was looked at
         self._begun = 0  # how often it was another one
         self._next_notice_s = notice_s
         main = threading.main_thread().ident
@@ -123,7 +99,7 @@ class StallWatch(threading.Thread):
     def run(self) -> None:
         """Look every few seconds."""
         self.board.start()
-        while not self._over.wait(self._period_s) and self._lasts():
+        while not self._over.wait(self._period_s) and self.lasts():
             self._look()
         self.board.end()
 
@@ -134,9 +110,10 @@ class StallWatch(threading.Thread):
             self.board.leave()
         self.join(_FAREWELL_S)
 
-    def _lasts(self) -> bool:
+    def lasts(self) -> bool:
+        """Whether the world that it watches is the one there is; not so in a child of its process."""
         world = self._world()
-        return world is not None and dist.group.WORLD is world
+        return world is not None and dist.is_initialized() and dist.group.WORLD is world and self.pid == os.getpid()
 
     # --- looking ----------------------------------------------------------------------------------------------------
 
@@ -147,7 +124,7 @@ class StallWatch(threading.Thread):
         self._look_at_code(now_s, frame)
         wait, since_s = self._longest()
         waited_s = now_s - since_s if wait is not None else 0.0
-        last = own_status.last
+        last = registry.last
         self.board.status = RankStatus(wait and wait.what, waited_s, at, last.what if last is not None else "")
         self.board.question = wait if waited_s > _QUESTION * self._period_s - 1e-3 else None
         if wait is None or waited_s < self._notice_s:
@@ -159,18 +136,18 @@ class StallWatch(threading.Thread):
 
     def _look_at_threads(self, now_s: float) -> None:
         seen = {}
-        for thread, wait in list(own_status.waits.items()):
+        for thread, wait in list(registry.waits.items()):
             if wait is not None:
                 before = self._seen.get(thread)
                 seen[thread] = before if before is not None and before[0] is wait else (wait, now_s)
         self._seen = seen
 
     def _look_at_code(self, now_s: float, frame: FrameType | None) -> None:
-        """Whether the main thread stands still in code that says nothing to `own_status`."""
+        """Whether the main thread stands still in code that says nothing to `registry`."""
         what = _waiting_code(frame) if self._is_idle() else None
         mark: Any = what
-        if self._last is not own_status.last:
-            self._last, self._begun = own_status.last, self._begun + 1
+        if self._last is not registry.last:
+            self._last, self._begun = registry.last, self._begun + 1
         if what is None and self._on_device and self._last is not None:
             mark = self._begun, self._device_mark()
             name = f"its device to end what it was given, the last collective of which is {self._last.what}"
@@ -209,7 +186,7 @@ class StallWatch(threading.Thread):
         # Its own would hold this dict and so itself, and with both whatever training's frames hold, until the next
         # garbage collection: in the worse case one in a DataLoader's worker, which must not end a process group.
         del frames[threading.get_ident()]
-        frame = frames.get(self._main if self._main in own_status.waits else next(iter(own_status.waits), self._main))
+        frame = frames.get(self._main if self._main in registry.waits else next(iter(registry.waits), self._main))
         return _described(frame), frame
 
     # --- saying -----------------------------------------------------------------------------------------------------
@@ -224,6 +201,10 @@ class StallWatch(threading.Thread):
         lines = [f"\n  {_subject(ranks, where)}" for where, ranks in groups.items()]
         hint = advice([f"waits in {wait.what}", *groups])
         return text + "".join(sorted(lines, key=lambda line: line.endswith(_TOO))) + (f"\n{hint}" if hint else "")
+
+    def condition(self, rank: int) -> str:
+        """`has ended` or `is stopped`, if that is known of a rank."""
+        return self.board.condition(rank)
 
     def seen(self, rank: int) -> str:
         """Where a rank is, as far as it has said so lately, or its process shows; else empty."""
@@ -282,20 +263,6 @@ def _is_library(path: str) -> bool:
 
 def _line(frame: FrameType) -> str:
     return f"{frame.f_code.co_name} ({frame.f_code.co_filename}:{frame.f_lineno})"
-
-
-def advice(places: Iterable[str]) -> str:
-    """What to do about ranks that are at these places, if that can be said."""
-    waits = {place for place in places if place.startswith("waits in ") and not place.startswith("waits in no ")}
-    if len(waits) < 2:
-        return ""
-    text = "Every rank must run the same modules in the same order."
-    if not any(" of the values of " in wait for wait in waits):
-        return text
-    return (
-        f"{text} Where ranks take different paths on purpose (experts), make the block that holds them a leaf: "
-        "deepspeedlite.utils.set_z3_leaf_modules(model, [Class])"
-    )
 
 
 def _subject(ranks: Sequence[int], where: str) -> str:

@@ -17,7 +17,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from types import MappingProxyType
@@ -25,31 +25,14 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from deepspeedlite.comm.registry import Wait
+
 _ASKED = "asked"
 _LEFT = b"left"
 _SILENT_ROUNDS = 3  # without a new word, and an answer is no longer taken for where a rank is now
 _FAREWELL_S = 0.5
 _ALL_KNOWN = 64
 _FIRST_ROUND_S = 0.5  # after which all ranks have said which processes they are
-
-
-class Wait(NamedTuple):
-    """What a thread waits in, and the ranks that must come there."""
-
-    what: str
-    ranks: Sequence[int]
-    is_told: bool = True  # False: whoever waits says so by itself
-
-
-class OwnStatus:
-    """What this process waits in. Training writes it at every wait, and only the watch's thread reads it."""
-
-    def __init__(self) -> None:
-        self.waits: dict[int, Wait | None] = {}  # by thread
-        self.last: Wait | None = None  # the collective that was begun last
-
-
-own_status = OwnStatus()
 
 
 class RankStatus(NamedTuple):

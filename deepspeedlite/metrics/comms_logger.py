@@ -1,6 +1,6 @@
 """Measures collectives: how many, how long, how fast, per operation and message size.
 
-`Group` feeds a `CommsLogger` while it is enabled (config section `comms_logger`); off, a collective costs one
+A `CommsLogger` observes `comm.Group`s while it is enabled (config section `comms_logger`); off, a collective costs one
 attribute read. What is measured: from the call until the call returns, or until `wait` returns for async calls, so
 the time of an async call includes the computation it overlapped. On GPUs both ends are events on the current
 stream, read later, so that measuring does not synchronise; the end is when that stream may use the result.
@@ -23,11 +23,12 @@ from typing import Any, Protocol, TextIO
 import torch
 import torch.distributed as dist
 
+from deepspeedlite.comm import Work
 from deepspeedlite.runtime.log import logger as text_log
 from deepspeedlite.runtime.text import columns, size_text
 
-_HERE = os.path.dirname(os.path.abspath(__file__))
-_FACADE = os.path.join(os.path.dirname(_HERE), "compat", "comm.py")
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+_BETWEEN = (os.path.join(_PACKAGE, "comm", ""), os.path.join(_PACKAGE, "compat", "comm.py"), os.path.abspath(__file__))
 _PENDING_LIMIT = 512
 _BUS_FACTORS: Mapping[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -97,7 +98,7 @@ class _Pending:
 
 @dataclass
 class CommsLogger:
-    """Collects the statistics of collectives while `enabled`. One per process is usual: `comms_logger` below."""
+    """Collects the statistics of collectives while `enabled`. An engine's go to `comms_logger` below."""
 
     enabled: bool = False
     verbose: bool = False
@@ -122,6 +123,13 @@ class CommsLogger:
         wanted = wanted or self.prof_all or op in self.prof_ops
         name = f"{op} < {_caller()}" if self.debug else op
         return Measurement(self if wanted else None, name, size_bytes, ranks, on_gpu)
+
+    def observe(
+        self, op: str, message: torch.Tensor | None, ranks: int, call: Callable[[], Work | None]
+    ) -> Work | None:
+        """See `comm.Observer`."""
+        with self.measure(op, message, ranks) as measured:
+            return measured.finish(call())
 
     def record(self, op: str, size_bytes: int, elapsed_ms: float, ranks: int) -> None:
         """Add one call."""
@@ -242,13 +250,13 @@ class MeasuredWork:
 
 
 comms_logger = CommsLogger()
-"""This process's logger, off until a configuration enables it; every `Group` not given another feeds it."""
+"""This process's logger, off until a configuration enables it; engines' groups, and `compat.comm`, feed it."""
 
 
 def _caller() -> str:
-    """The function outside this folder and its facade that asked for the collective."""
+    """The function that asked for the collective: outside of `comm`, what serves its functions, and this file."""
     frame = sys._getframe(1)
-    while frame.f_back is not None and frame.f_code.co_filename.startswith((_HERE, _FACADE)):
+    while frame.f_back is not None and frame.f_code.co_filename.startswith(_BETWEEN):
         frame = frame.f_back
     return frame.f_code.co_name
 
