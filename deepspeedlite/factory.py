@@ -25,6 +25,7 @@ from deepspeedlite.metrics.stall_watch import watch_for_stalls
 from deepspeedlite.metrics.train_log import TrainLog
 from deepspeedlite.offload.options import make_offload
 from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.ops.whole_tensors import WholeTensors
 from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.precision import LossScaler, Precision
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
@@ -254,14 +255,21 @@ def _make_base_optimizer(
     elif settings.optimizer is None or settings.optimizer.type is None:
         return None
     else:
-        base = build_optimizer(settings.optimizer.type, settings.optimizer.params, parameters)
+        base = build_optimizer(
+            settings.optimizer.type, settings.optimizer.params, parameters, settings.zero_optimization.stage > 0
+        )
     if not isinstance(base, torch.optim.Optimizer):
         raise OptimizerError(f"the optimizer callable returned {type(base).__name__}, not a torch optimizer")
     if optimizer is not None:
         choose_fused(base)
         if settings.optimizer is not None:
             log_once(f"the optimizer passed to initialize ({type(base).__name__}) is used, not the configured one")
-    check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
+    try:
+        check_flat_compatible(base, allow_untested=settings.zero_allow_untested_optimizer)
+    except UnsupportedError:
+        if settings.zero_optimization.stage > 0 or isinstance(base, torch.optim.SparseAdam):
+            raise
+        return WholeTensors.around(base)
     return base
 
 

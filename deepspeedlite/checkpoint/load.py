@@ -233,9 +233,9 @@ class _Load:
                 self._reader.read_into(self._saved[name], WEIGHT, flat_buffer)
                 buffer.copy_(flat_buffer.view(buffer.shape))
         extra = self._reader.manifest.state.get("extra_state") or {}
-        for name, module in with_extra_state(self._state).items():
-            if name in extra:
-                module.set_extra_state(self._reader.value(extra[name]))
+        for name, holder in with_extra_state(self._state).items():
+            if name in extra and (isinstance(holder, torch.nn.Module) or holder is self._optimizer):
+                holder.set_extra_state(self._reader.value(extra[name]))
 
     def _load_by(self, custom_load_fn: Callable[..., Any]) -> None:
         weights = {}

@@ -17,6 +17,7 @@ from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.checkpoint.train_state import TrainState
 from deepspeedlite.offload.store import MASTER, STATE, VALUES, Store
 from deepspeedlite.offload.swap_file import DiskTensor
+from deepspeedlite.ops.whole_tensors import WholeTensors
 from deepspeedlite.zero.flat_params import FlatParams, full_shape, owner_of
 from deepspeedlite.zero.layout import Run, Slot
 from deepspeedlite.zero.unit import ShardUnit
@@ -178,11 +179,17 @@ def _named(state: TrainState) -> tuple[list[Parameter], dict[str, torch.Tensor]]
     return list(entries.values()), buffers
 
 
-def with_extra_state(state: TrainState) -> dict[str, torch.nn.Module]:
-    """The modules that have a state besides parameters and buffers (`get_extra_state`), by name in checkpoints."""
+def with_extra_state(state: TrainState) -> dict[str, torch.nn.Module | WholeTensors]:
+    """The modules that have a state besides parameters and buffers (`get_extra_state`), by name in checkpoints.
+
+    And the optimizer, if its states are not one value per element.
+    """
     prefix, plain = state.replica.name_prefix, torch.nn.Module.get_extra_state
-    return {
+    found: dict[str, torch.nn.Module | WholeTensors] = {
         prefix + name: module
         for name, module in state.module.named_modules()
         if type(module).get_extra_state is not plain
     }
+    if state.optimizer is not None and isinstance(state.optimizer.optimizer, WholeTensors):
+        found[f"{prefix}(optimizer)"] = state.optimizer.optimizer
+    return found

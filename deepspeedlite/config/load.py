@@ -120,7 +120,8 @@ def examine(
     config = _validate(tree, found)
     hints: dict[str, list[str]] = {}
     _features(config, (), found, hints)
-    for name, look in (("optimizer", _optimizer_faults), ("scheduler", scheduler_faults)):
+    look_at_optimizer = functools.partial(_optimizer_faults, sharded=config.zero_optimization.stage > 0)
+    for name, look in (("optimizer", look_at_optimizer), ("scheduler", scheduler_faults)):
         if name not in handed and getattr(config, name) is not None:
             _check_recipe(name, getattr(config, name), look, found)
     if world_size is not None:
@@ -142,9 +143,11 @@ def examine(
     return Examined(origin, config, faults)
 
 
-def _optimizer_faults(type: str, params: Mapping[str, Any]) -> Faults:
+def _optimizer_faults(type: str, params: Mapping[str, Any], sharded: bool) -> Faults:
     combination = refused_combination(type, params)
-    return optimizer_faults(type, params) or ([(("params", combination[0]), combination[1])] if combination else [])
+    return optimizer_faults(type, params, sharded) or (
+        [(("params", combination[0]), combination[1])] if combination else []
+    )
 
 
 def _check_recipe(name: str, section: Any, look: Callable[[str, Mapping[str, Any]], Faults], found: _Findings) -> None:

@@ -129,8 +129,10 @@ WHOLE_TENSOR: Mapping[str, str] = {
 _ONE_BIT = "compresses the gradients it sends to 1 bit, which is not done here: use {} (and, to halve the traffic, "
 _ONE_BIT += '"communication_data_type": "bf16")'
 _MUP = "rescales learning rates with the package mup: build mup.{} yourself and pass it as initialize(optimizer=...)"
+_WHERE_WHOLE = ("adafactor", "lbfgs")  # of a configuration's names, what is done where nothing is sharded
 REFUSED: Mapping[str, str] = {
-    **{name: WHOLE_TENSOR[name] for name in ("adafactor", "muon", "lbfgs", "sparseadam")},
+    **{name: f"{WHOLE_TENSOR[name]}, or ZeRO stage 0" for name in _WHERE_WHOLE},
+    **{name: WHOLE_TENSOR[name] for name in ("muon", "sparseadam")},
     "onebitadam": _ONE_BIT.format("Adam"),
     "zerooneadam": _ONE_BIT.format("Adam"),
     "onebitlamb": _ONE_BIT.format("Lamb"),
@@ -197,9 +199,12 @@ _AT_LEAST = {"cycle_second_step_size": 0, "decay_step_size": 0}
 _CHOICES = {"warmup_type": ("log", "linear")}
 
 
-def optimizer_faults(type: Any, params: Mapping[str, Any]) -> Faults:
-    """What is wrong with an `optimizer` section, by path within it: the name alone, or any of the parameters."""
-    problem = unknown_optimizer(type) or refused_optimizer(type)
+def optimizer_faults(type: Any, params: Mapping[str, Any], sharded: bool = True) -> Faults:
+    """What is wrong with an `optimizer` section, by path within it: the name alone, or any of the parameters.
+
+    `sharded`: the stage is not 0.
+    """
+    problem = unknown_optimizer(type) or refused_optimizer(type, sharded)
     if problem:
         return [(("type",), problem)]
     faults = check_parameters(optimizer_parameters(type), params)
@@ -252,9 +257,9 @@ def unknown_optimizer(type: Any) -> str:
     return f"is unknown{did_you_mean(type, offered, form=IN_BRACKETS)}; known: {', '.join(offered)}"
 
 
-def refused_optimizer(type: str) -> str:
+def refused_optimizer(type: str, sharded: bool = True) -> str:
     """Why an optimizer that is known is not done here; "" if it is."""
-    return REFUSED.get(type.lower(), "")
+    return REFUSED.get(type.lower(), "") if sharded or type.lower() not in _WHERE_WHOLE else ""
 
 
 def optimizer_parameters(type: str) -> Mapping[str, Any]:

@@ -65,18 +65,20 @@ _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
 )
 
 
-def build_optimizer(type: str, params: Mapping[str, Any] | None, parameters: Iterable[Any]) -> Optimizer:
+def build_optimizer(
+    type: str, params: Mapping[str, Any] | None, parameters: Iterable[Any], sharded: bool = True
+) -> Optimizer:
     """The optimizer called `type`, with the section's `params`, over `parameters`.
 
     `type` is one of DeepSpeed's names or a torch.optim class, upper and lower case alike. `parameters` are tensors,
     (name, tensor) pairs or param-group dicts. torch's fused kernel is chosen where every parameter allows it; say
-    `"fused": false` or `"foreach": true` to choose otherwise.
+    `"fused": false` or `"foreach": true` to choose otherwise. `sharded`: it will step shards of parameters.
     Raises `OptimizerError` for an unknown name, parameter or value and `UnsupportedError` for a name not done here.
     """
     options = dict(params or {})
-    if isinstance(type, str) and (refused := refused_optimizer(type)):
+    if isinstance(type, str) and (refused := refused_optimizer(type, sharded)):
         raise UnsupportedError(f"optimizer.type {type} {refused}")
-    if faults := optimizer_faults(type, options):
+    if faults := optimizer_faults(type, options, sharded):
         lines = [fault_line("optimizer", type, path, said) for path, said in faults]
         raise OptimizerError(_as_message(f"optimizer {type}", lines))
     if combination := refused_combination(type, options):
@@ -137,7 +139,9 @@ def check_flat_compatible(optimizer: Optimizer, allow_untested: bool = False) ->
     for base in cls.__mro__:
         reason = WHOLE_TENSOR.get(base.__name__.lower())
         if reason is not None:
-            raise UnsupportedError(f"optimizer {cls.__name__} cannot run on flat parameter runs: it {reason}")
+            raise UnsupportedError(
+                f"optimizer {cls.__name__} cannot run on flat parameter runs: it {reason}, or ZeRO stage 0"
+            )
     if allow_untested:
         log_once(f"optimizer {cls.__name__} is taken untested (zero_allow_untested_optimizer): it will see flat runs")
         return

@@ -19,12 +19,13 @@ import torch
 
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer
+from deepspeedlite.ops.whole_tensors import WholeTensors
 from deepspeedlite.optim.masters import MasterMaker, SteppedRun
 from deepspeedlite.optim.norms import StepNorm
 from deepspeedlite.optim.precision import LossScaler
 from deepspeedlite.optim.settings import StepSettings
 from deepspeedlite.optim.skipped import SkippedSteps
-from deepspeedlite.optim.whole_norms import tell_segments
+from deepspeedlite.optim.whole_norms import tell_parameters, tell_segments
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import ClearsUnseen
@@ -96,6 +97,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         self._sub_groups = self._cut_sub_groups()
         if isinstance(self.optimizer, FusedLamb):
             tell_segments(self.optimizer, self._reducer, [len(runs) for runs in self._sub_groups])
+        if isinstance(self.optimizer, WholeTensors):
+            tell_parameters(self.optimizer, self._reducer)
 
     def _cut_sub_groups(self) -> list[list[SteppedRun]]:
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
@@ -123,18 +126,23 @@ class ShardedOptimizer(torch.optim.Optimizer):
 
     # --- the step -------------------------------------------------------------------------------------------------
 
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """A step in place of `engine.step()`, whatever the accumulation; the engine's counts and schedule stay.
+
+        A closure is for optimizers that evaluate the loss several times in a step, such as L-BFGS, where nothing is
+        sharded: it runs a forward pass and `engine.backward`, and returns the loss. What `step` returns, and what the
+        optimizer decides by, is the ranks' average of it. Collective.
 
         Beside `engine.step()` it is a mistake: after it, it finds no gradients and does nothing, which is said once;
         before it, `engine.step()` raises.
 
         Raises:
             EngineStateError: there was no backward pass at all.
-            UnsupportedError: there is a closure.
+            UnsupportedError: there is a closure, and the optimizer is one of those that need no other gradients in a
+                step, or fp16's loss scale may skip it.
         """
         if closure is not None:
-            raise UnsupportedError("step(closure) would run the backward pass inside the step; call backward first")
+            return self._step_by(closure)
         if self._reducer.has_grads:
             self.take_step()
             self.stepped_alone = True
@@ -143,6 +151,34 @@ class ShardedOptimizer(torch.optim.Optimizer):
             log_once(said, logging.WARNING)
         else:
             raise EngineStateError("optimizer.step(): no backward pass has brought gradients; call engine.backward")
+        return None
+
+    @torch.no_grad()
+    def _step_by(self, closure: Callable[[], Any]) -> Any:
+        """A step whose gradients, as often as the optimizer asks for them, come from a closure."""
+        if not isinstance(self.optimizer, WholeTensors) or self.loss_scaler.dynamic:
+            raise UnsupportedError(
+                "step(closure) is for optimizers that evaluate the loss in a step, such as L-BFGS, at stage 0 and "
+                "without a dynamic loss scale; call engine.backward, and engine.step without a closure"
+            )
+        group = self._reducer.group
+
+        def evaluate() -> torch.Tensor:
+            self._store_values(self._runs)
+            self._reducer.forget()
+            with torch.enable_grad():
+                loss = torch.as_tensor(closure()).detach().clone()
+            self._reducer.finish()
+            self._norm.begin_step()
+            self._load_grads(self._runs, 1.0 / self.loss_scaler.scale * self._norm.clip_factor())
+            group.all_reduce(loss)
+            return loss / group.size
+
+        loss = self.optimizer.step(evaluate)
+        self._store_values(self._runs)
+        self._reducer.clear()
+        self.stepped_alone = True
+        return loss
 
     @torch.no_grad()
     def take_step(self) -> None:

@@ -1,4 +1,6 @@
-"""LAMB's norms are those of whole parameters, wherever their pieces are: in several runs, on several ranks.
+"""Telling optimizers where parameters lie in runs: LAMB, and those that must see each parameter in its shape.
+
+LAMB's norms are those of whole parameters, wherever their pieces are: in several runs, on several ranks.
 
 The elements of a parameter are in runs of all the ranks that its optimizer states are sharded over and, where
 tensor-parallel ranks have split it, in those of its other pieces.
@@ -12,6 +14,7 @@ from functools import partial
 import torch
 
 from deepspeedlite.ops.lamb import FusedLamb
+from deepspeedlite.ops.whole_tensors import Segment, WholeTensors
 from deepspeedlite.parallel.replica import is_model_parallel_parameter
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.zero.grad_reducer import GradReducer
@@ -47,6 +50,17 @@ def tell_segments(lamb: FusedLamb, reducer: GradReducer, sub_groups: Sequence[in
             numels[master] = cut.numel
     spread = reducer.plan.shard_optimizer or tensor.size > 1
     lamb.set_segments(segments, len(numbers), partial(_sum, reducer, split) if spread else None, numels)
+
+
+def tell_parameters(optimizer: WholeTensors, reducer: GradReducer) -> None:
+    """Tell an optimizer of whole parameters where each lies in its runs, which nothing shards."""
+    found = {}
+    for unit in reducer.units:
+        params = {slot.name: param for slot, param in unit.flat.slots}
+        for (cut, _, _), master in zip(unit.runs(), unit.masters):
+            held = unit.layout.segments(cut)
+            found[master] = [Segment(s.start, s.stop, s.slot.name, params[s.slot.name]) for s in held]
+    optimizer.set_segments(found)
 
 
 def _sum(reducer: GradReducer, split: Sequence[int], squares: torch.Tensor) -> None:

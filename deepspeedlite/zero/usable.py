@@ -19,7 +19,8 @@ def refuse_unusable(model: torch.nn.Module, plan: ShardingPlan) -> None:
     """Raise for modules whose parameters an engine cannot take over.
 
     Raises:
-        UnsupportedError: a lazy module that has not seen a batch; a scripted or compiled one where hooks are needed.
+        UnsupportedError: a lazy module that has not seen a batch; a scripted or compiled one where hooks are needed; a
+            DTensor.
     """
     for name, module in model.named_modules():
         where = name or "the model"
@@ -28,6 +29,12 @@ def refuse_unusable(model: torch.nn.Module, plan: ShardingPlan) -> None:
                 raise UnsupportedError(
                     f"{where} is a {type(module).__name__} whose {key} has no shape yet: lazy modules get theirs from "
                     "the first batch; call the model on one before initialize (or build the module with its sizes)"
+                )
+            if hasattr(tensor, "device_mesh"):  # of a class that takes long to import
+                raise UnsupportedError(
+                    f"{where}'s {key} is a DTensor, and an engine trains plain tensors alone: give initialize the "
+                    "module as it was before parallelize_module or fully_shard; it trains what a Megatron-style mpu "
+                    "has split"
                 )
         scripted = isinstance(module, torch.jit.ScriptModule)
         if scripted and (module is model or (plan.shard_params and any(True for _ in module.parameters()))):

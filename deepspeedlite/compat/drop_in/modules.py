@@ -16,7 +16,7 @@ _ORDER = (
 )
 _NO_MOE = "expert parallelism and its layers are not in this release; models that bring their own experts train"
 _NO_INFERENCE = "inference engines are not in this release; use the trained module itself, or vLLM"
-_NO_TENSOR = "tensor parallelism is not in this release; torch.distributed.tensor.parallel shards modules"
+_NO_TENSOR = "tensor parallelism is not in this release; a model that a Megatron-style mpu has split trains"
 _NO_SEQUENCE = "sequence parallelism is not in this release"
 _NO_UNIVERSAL = (
     "there is no universal format: a checkpoint loads at any number of ranks and any stage as it is, and "
