@@ -9,9 +9,10 @@
 
 from __future__ import annotations
 
-from deepspeedlite.config.base import KeyInfo, Section
+from deepspeedlite.config.base import Section
 from deepspeedlite.config.batch import BatchSizes, solve_batch
 from deepspeedlite.config.features import FEATURES, Feature
+from deepspeedlite.config.keys import KeyInfo
 from deepspeedlite.config.load import load_config
 from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
 from deepspeedlite.runtime.errors import ConfigError

@@ -9,7 +9,8 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from deepspeedlite.config.base import Section, may_differ
+from deepspeedlite.config.base import Section
+from deepspeedlite.config.keys import may_differ
 from deepspeedlite.config.root import DeepSpeedConfig
 
 

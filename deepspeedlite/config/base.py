@@ -2,20 +2,28 @@
 
 A section is a frozen pydantic model that refuses unknown keys and converts nothing silently: `true` is no number,
 "1e5" is no number, 5e8 is a whole number because JSON has no other way to write it, 0 and 1 are false and true.
-`key_info` reads back what `key` recorded; the checks, the generated documentation and the JSON Schema all live on it.
+`keys.key_info` reads back what `key` recorded; the checks, the generated documentation and the JSON Schema live on it.
+
+[Note: keys that are not acted on]
+`class Fp16(Section, beside="fp16")` has, after its own keys, those of the rows that unsupported.json lists for it. A
+row is `[type, default, meaning, feature or verdict, section]`: the fourth may be left out for the `verdict` of all
+rows, and the fifth is there where the type is a section, with what `Section` has as class attributes and rows of its
+own. Types:
+
+    bool  int, >= 1  float, > 0, < 1 | null  str  dtype  object  any  [str]  auto | int  one/of/these, any case
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
 import types
-import typing
-from typing import Annotated, Any, ClassVar, Literal, NamedTuple, Union
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict
-from pydantic.fields import FieldInfo
 
-from deepspeedlite.config.features import FEATURES, Feature, Status, verdict
+from deepspeedlite.config.features import FEATURES, UNSUPPORTED, verdict
 
 LARGEST = 2**63 - 1
 
@@ -93,32 +101,23 @@ def key(
     may_differ: bool = False,
     **limits: Any,
 ) -> Any:
-    """Declare one key.
+    """Declare one key. Where `default` is a class of sections, its section is always there, all defaults if not given.
 
     `stands` names a line of `features.FEATURES`, or says it on the spot for a key that stands alone: "hint: changes
     nothing".
     `may_differ`: ranks may have different values (the section's own MAY_DIFFER if left out).
     `limits` are pydantic's: ge, gt, le, lt, min_length.
     """
-    extra = stands_as(stands)
+    extra: dict[str, Any] = {"feature": stands} if stands in FEATURES else dict(verdict(stands)._asdict())
     if may_differ:
         extra["may_differ"] = True
+    default = getattr(default, "model_construct", default)
     given = {"default_factory": default} if callable(default) else {"default": default}
     return Field(description=doc, json_schema_extra=extra, **given, **limits)
 
 
-def stands_as(text: str) -> dict[str, Any]:
-    """What a key's record says of its feature, or of its own verdict."""
-    return {"feature": text} if text in FEATURES else dict(verdict(text)._asdict())
-
-
-def part(section: type[Section], doc: str, stands: str = "core") -> Any:
-    """Declare a key whose value is a section that is always there, all defaults when it is not given."""
-    return Field(default_factory=section.model_construct, description=doc, json_schema_extra=stands_as(stands))
-
-
 class Section(BaseModel):
-    """A JSON object with known keys.
+    """A JSON object with known keys; `beside` names the rows of unsupported.json that it has too (see the note above).
 
     SWITCH names the key that turns the whole section on; while its value is in OFF the other keys ask for nothing.
     MAY_DIFFER: ranks may differ in all of its keys.
@@ -131,6 +130,15 @@ class Section(BaseModel):
     SWITCH: ClassVar[str | None] = None
     OFF: ClassVar[tuple[Any, ...]] = (False, None, 0, "none")
     MAY_DIFFER: ClassVar[bool] = False
+
+    def __init_subclass__(cls, beside: str | Mapping[str, Any] = {}, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        node = UNSUPPORTED[beside] if isinstance(beside, str) else beside
+        annotations = inspect.get_annotations(cls)
+        for name, row in node.get("keys", {}).items():
+            annotations[name], declared = _of_row(name, *row[:3], *(row[3:] or [node.get("verdict", "core")]))
+            setattr(cls, name, declared)
+        cls.__annotations__ = annotations
 
     @classmethod
     def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
@@ -151,121 +159,54 @@ class Section(BaseModel):
         return self.SWITCH is not None and getattr(self, self.SWITCH) in self.OFF
 
 
-class KeyInfo(NamedTuple):
-    """What is known about one key; `path` is dotted from the file's top."""
-
-    path: str
-    kind: str
-    default: Any
-    status: Status
-    note: str
-    doc: str
-    section: type[Section] | None
-    may_differ: bool = False
-
-
-def copy_tree(value: Any) -> Any:
-    """Copy dicts and lists and keep leaves, which may be objects that cannot be copied (process groups)."""
-    if isinstance(value, dict):
-        return {name: copy_tree(inner) for name, inner in value.items()}
-    return [copy_tree(inner) for inner in value] if isinstance(value, list) else value
-
-
-def inner_section(annotation: Any) -> type[Section] | None:
-    """The section class inside an annotation such as `X`, `X | None` or `list[X]`, if there is one."""
-    if isinstance(annotation, type) and issubclass_safe(annotation, Section):
-        return annotation
-    for argument in typing.get_args(annotation):
-        if (found := inner_section(argument)) is not None:
-            return found
-    return None
-
-
-def issubclass_safe(cls: Any, parent: type) -> bool:
-    """`issubclass` that is False for the generic aliases that Python 3.10 calls types."""
-    try:
-        return issubclass(cls, parent)
-    except TypeError:
-        return False
-
-
-def _literals(annotation: Any) -> str:
-    words = [f'"{word}"' if isinstance(word, str) else str(word) for word in typing.get_args(annotation)]
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " or " + words[-1]
-
-
-_PLAIN: dict[Any, str] = {
-    bool: "true or false",
-    int: "a whole number",
-    float: "a number",
-    str: "a string",
-    type(None): "null",
-    dict: "an object",
-    Any: "any value",
+_TYPES: Mapping[str, Any] = {
+    "bool": Flag,
+    "int": Int,
+    "float": Number,
+    "str": Text,
+    "dtype": Dtype,
+    "object": FreeForm,
+    "any": Any,
+    "null": type(None),
 }
+_LIMITS = {">=": "ge", ">": "gt", "<=": "le", "<": "lt"}
 
 
-def describe(annotation: Any) -> str:
-    """What a value of this type looks like in JSON, in words: "a whole number", "a list of strings"."""
-    origin = typing.get_origin(annotation)
-    if origin is Annotated:
-        return describe(typing.get_args(annotation)[0])
-    if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(arm) for arm in typing.get_args(annotation)))
-    if origin is Literal:
-        return _literals(annotation)
-    if origin is list:
-        (item,) = typing.get_args(annotation)
-        word = describe(item)
-        return "a list of " + (word.split(" ", 1)[1] + "s" if word.startswith(("a ", "an ")) else word)
-    if issubclass_safe(annotation, Section):
-        return "an object"
-    return _PLAIN.get(origin or annotation, "any value")
+def _of_row(name: str, kind: str, default: Any, doc: str, stands: str, inner: Any = None) -> tuple[Any, Any]:
+    """The annotation and the declaration of a key of unsupported.json."""
+    words, *more = kind.split(", ")
+    section = None if inner is None else _section(name, inner)
+    annotation = _annotation(words, section)
+    if "any case" in more:
+        annotation = Annotated[annotation, AnyCase]
+    limits: dict[str, Any] = {}
+    for sign, _, bound in (word.partition(" ") for word in more if word[0] in "<>"):
+        limits[_LIMITS[sign]] = float(bound) if "." in bound else int(bound)
+    if words == "section":
+        default = section
+    elif isinstance(default, list | dict):
+        default = type(default)
+    return annotation, key(default, doc, stands=stands, **limits)
 
 
-_LIMITS = (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+def _section(name: str, node: Mapping[str, Any]) -> type[Section]:
+    attributes = {
+        "__module__": __name__,
+        "__doc__": node["about"],
+        "SWITCH": node.get("switch"),
+        "OFF": tuple(node.get("off", Section.OFF)),
+        "MAY_DIFFER": node.get("may_differ", False),
+    }
+    title = "".join(word.capitalize() for word in name.split("_"))
+    made: type[Section] = types.new_class(title, (Section,), {"beside": node}, lambda body: body.update(attributes))
+    return made
 
 
-def kind_of(field: FieldInfo) -> str:
-    """A key's type in words with its limits: "a whole number >= 1 or null"."""
-    limits = [
-        f"{sign} {getattr(item, name)}" for item in field.metadata for name, sign in _LIMITS if hasattr(item, name)
-    ]
-    words = describe(field.annotation)
-    if limits:
-        bound = " and ".join(limits)
-        words = words[: -len(" or null")] + f" {bound} or null" if words.endswith(" or null") else f"{words} {bound}"
-    if any(getattr(item, "min_length", 0) for item in field.metadata):
-        words += ", not empty"
-    return words
-
-
-def default_of(field: FieldInfo) -> Any:
-    """The value a key has when it is not given; `...` if it must be given."""
-    return ... if field.is_required() else field.get_default(call_default_factory=True)
-
-
-def standing(field: FieldInfo) -> Feature:
-    """A key's status and note in this release."""
-    extra = typing.cast(dict[str, Any], field.json_schema_extra)
-    return FEATURES[extra["feature"]] if "feature" in extra else Feature(extra["status"], extra["note"])
-
-
-def may_differ(field: FieldInfo) -> bool:
-    """Whether ranks may have different values of a key."""
-    return "may_differ" in typing.cast(dict[str, Any], field.json_schema_extra)
-
-
-def key_info(path: str, field: FieldInfo) -> KeyInfo:
-    """Read back what `key` recorded."""
-    status, note = standing(field)
-    return KeyInfo(
-        path=path,
-        kind=kind_of(field),
-        default=default_of(field),
-        status=status,
-        note=note,
-        doc=field.description or "",
-        section=inner_section(field.annotation),
-        may_differ=may_differ(field),
-    )
+def _annotation(words: str, section: Any) -> Any:
+    arms: list[Any] = []
+    for word in words.split(" | "):
+        if word.startswith("["):
+            arms.append(list[_annotation(word[1:-1], section)])  # type: ignore[misc]
+        else:
+            arms.append(section if word == "section" else _TYPES.get(word) or Literal[tuple(word.split("/"))])
+    return Union[tuple(arms)]  # noqa: UP007

@@ -24,14 +24,15 @@ from typing import Any, Literal, NamedTuple
 from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
-from deepspeedlite.config.base import Section, copy_tree, default_of, inner_section, kind_of, standing
+from deepspeedlite.config.base import Section
 from deepspeedlite.config.batch import NAMES, batch_problem
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, raise_faults
+from deepspeedlite.config.keys import default_of, inner_section, kind_of, standing
 from deepspeedlite.config.legacy import RENAMED, Origin, modernise
 from deepspeedlite.config.recipes import Faults, optimizer_faults, refused_combination, scheduler_faults
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
-from deepspeedlite.config.source import read_source
+from deepspeedlite.config.source import copy_tree, read_source
 from deepspeedlite.runtime.leniency import is_lenient
 from deepspeedlite.runtime.log import log_dist_once, log_once
 from deepspeedlite.runtime.text import nearest

@@ -9,37 +9,16 @@ from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, PrivateAttr
 
-from deepspeedlite.config.base import (
-    AnyCase,
-    Dtype,
-    Flag,
-    Int,
-    KeyInfo,
-    Number,
-    Section,
-    copy_tree,
-    inner_section,
-    key,
-    key_info,
-    part,
-)
+from deepspeedlite.config.base import AnyCase, Dtype, Flag, Int, Number, Section, key
 from deepspeedlite.config.batch import BatchSizes, solve_batch
-from deepspeedlite.config.sections.monitors import (
-    Comet,
-    CommsLogger,
-    CsvMonitor,
-    FlopsProfiler,
-    TensorBoard,
-    Wandb,
-)
+from deepspeedlite.config.keys import KeyInfo, inner_section, key_info
+from deepspeedlite.config.sections.monitors import Comet, CommsLogger, CsvMonitor, FlopsProfiler, TensorBoard, Wandb
 from deepspeedlite.config.sections.optim import Optimizer, Scheduler
-from deepspeedlite.config.sections.parallel import (
-    Pipeline,
-)
+from deepspeedlite.config.sections.parallel import Pipeline
 from deepspeedlite.config.sections.precision import Bf16, DataTypes, Fp16, TorchAutocast
 from deepspeedlite.config.sections.storage import ActivationCheckpointing, Aio, Checkpoint
 from deepspeedlite.config.sections.zero import ZeroOptimization
-from deepspeedlite.config.unsupported import beside
+from deepspeedlite.config.source import copy_tree
 
 
 def _never(value: Any) -> Any:
@@ -50,8 +29,7 @@ def _never(value: Any) -> Any:
 Steps = Annotated[Int | None, BeforeValidator(_never)]
 
 
-@beside("")
-class DeepSpeedConfig(Section):
+class DeepSpeedConfig(Section, beside=""):
     """A checked configuration. Frozen; every section is present, with defaults where the file says nothing."""
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -82,38 +60,38 @@ class DeepSpeedConfig(Section):
     )
     communication_data_type: Dtype | None = key(None, "Type in which gradients travel; null: their own.")
 
-    fp16: Fp16 = part(Fp16, "fp16 training.")
-    bf16: Bf16 = part(Bf16, "bf16 training.")
-    torch_autocast: TorchAutocast = part(TorchAutocast, "torch.autocast training.")
-    data_types: DataTypes = part(DataTypes, "Types of what the engine stores.")
+    fp16: Fp16 = key(Fp16, "fp16 training.")
+    bf16: Bf16 = key(Bf16, "bf16 training.")
+    torch_autocast: TorchAutocast = key(TorchAutocast, "torch.autocast training.")
+    data_types: DataTypes = key(DataTypes, "Types of what the engine stores.")
 
-    zero_optimization: ZeroOptimization = part(ZeroOptimization, "Sharding and offloading.")
+    zero_optimization: ZeroOptimization = key(ZeroOptimization, "Sharding and offloading.")
     zero_allow_untested_optimizer: Flag = key(
         False,
         "Shard optimizers that DeepSpeed has not tested.",
         stands="hint: changes nothing: optimizers that cannot be sharded are refused by name",
     )
-    aio: Aio = part(Aio, "Asynchronous file access.")
-    checkpoint: Checkpoint = part(Checkpoint, "Saving and loading.")
-    activation_checkpointing: ActivationCheckpointing = part(ActivationCheckpointing, "Recomputation.")
+    aio: Aio = key(Aio, "Asynchronous file access.")
+    checkpoint: Checkpoint = key(Checkpoint, "Saving and loading.")
+    activation_checkpointing: ActivationCheckpointing = key(ActivationCheckpointing, "Recomputation.")
 
     steps_per_print: Steps = key(None, "Steps between progress lines; null or Infinity: none.", may_differ=True, ge=1)
     wall_clock_breakdown: Flag = key(False, "Time forward, backward and step.", may_differ=True)
     memory_breakdown: Flag = key(False, "Log device memory around forward, backward and step.", may_differ=True)
     dump_state: Flag = key(False, "Log the engine's settings after initialisation.", may_differ=True)
-    tensorboard: TensorBoard = part(TensorBoard, "TensorBoard.")
-    wandb: Wandb = part(Wandb, "Weights & Biases.")
-    csv_monitor: CsvMonitor = part(CsvMonitor, "CSV files.")
-    comet: Comet = part(Comet, "Comet.")
-    comms_logger: CommsLogger = part(CommsLogger, "Record of collectives.")
-    flops_profiler: FlopsProfiler = part(FlopsProfiler, "FLOP counts.")
+    tensorboard: TensorBoard = key(TensorBoard, "TensorBoard.")
+    wandb: Wandb = key(Wandb, "Weights & Biases.")
+    csv_monitor: CsvMonitor = key(CsvMonitor, "CSV files.")
+    comet: Comet = key(Comet, "Comet.")
+    comms_logger: CommsLogger = key(CommsLogger, "Record of collectives.")
+    flops_profiler: FlopsProfiler = key(FlopsProfiler, "FLOP counts.")
 
     dataloader_drop_last: Flag = key(False, "Leave out the last batch when it is not full.")
     dataloader_split_iterable: Flag = key(
         True, "Give each rank its part of an IterableDataset; false: the dataset does that itself."
     )
 
-    pipeline: Pipeline = part(Pipeline, "Pipeline parallelism.")
+    pipeline: Pipeline = key(Pipeline, "Pipeline parallelism.")
 
     @property
     def raw(self) -> dict[str, Any]:

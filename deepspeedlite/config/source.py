@@ -157,3 +157,10 @@ def _plain(value: Any, path: KeyPath, faults: list[Fault]) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(inner, (*path, index), faults) for index, inner in enumerate(value)]
     return value
+
+
+def copy_tree(value: Any) -> Any:
+    """Copy dicts and lists and keep leaves, which may be objects that cannot be copied (process groups)."""
+    if isinstance(value, dict):
+        return {name: copy_tree(inner) for name, inner in value.items()}
+    return [copy_tree(inner) for inner in value] if isinstance(value, list) else value

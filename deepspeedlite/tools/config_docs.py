@@ -6,7 +6,8 @@ import json
 import textwrap
 from typing import Any
 
-from deepspeedlite.config.base import LARGEST, KeyInfo, Section
+from deepspeedlite.config.base import LARGEST, Section
+from deepspeedlite.config.keys import KeyInfo
 from deepspeedlite.config.legacy import LEGACY_ZERO_DOC, RENAMED
 from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
 

@@ -1,11 +1,9 @@
 """`optimizer` and `scheduler`: a name and its parameters, which `recipes` knows."""
 
 from deepspeedlite.config.base import FreeForm, Section, Text, key
-from deepspeedlite.config.unsupported import beside
 
 
-@beside("optimizer")
-class Optimizer(Section):
+class Optimizer(Section, beside="optimizer"):
     """The optimizer to build when `initialize` is given none."""
 
     type: Text = key(..., "Adam, AdamW, SGD, Adagrad, Lion, Lamb or any class of torch.optim.", min_length=1)

@@ -1,11 +1,9 @@
 """Parallelism beyond data: `pipeline`."""
 
 from deepspeedlite.config.base import Int, Section, key
-from deepspeedlite.config.unsupported import beside
 
 
-@beside("pipeline")
-class Pipeline(Section):
+class Pipeline(Section, beside="pipeline"):
     """Settings of the pipeline engine, which is chosen by passing a PipelineModule."""
 
     activation_checkpoint_interval: Int = key(0, "Layers between checkpoints; 0: none.", ge=0)

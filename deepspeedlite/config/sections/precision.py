@@ -6,7 +6,6 @@ from typing import Annotated, Literal
 from pydantic import BeforeValidator
 
 from deepspeedlite.config.base import Dtype, Flag, Int, Number, Section, Text, _dtype, key
-from deepspeedlite.config.unsupported import beside
 
 HalfDtype = Annotated[Literal["fp16", "bf16"], BeforeValidator(_dtype)]
 
@@ -16,8 +15,7 @@ def name_pattern(text: str) -> re.Pattern[str]:
     return re.compile(re.sub(r"(?<!\.)\*", ".*", text))
 
 
-@beside("fp16")
-class Fp16(Section):
+class Fp16(Section, beside="fp16"):
     """fp16 weights and gradients, fp32 masters, and a loss scale that keeps small gradients from vanishing."""
 
     SWITCH = "enabled"
@@ -32,8 +30,7 @@ class Fp16(Section):
     min_loss_scale: Int = key(1, "The dynamic scale never goes below this; overflowing there is an error.", ge=1)
 
 
-@beside("bf16")
-class Bf16(Section):
+class Bf16(Section, beside="bf16"):
     """bf16 weights and gradients with fp32 masters; the range of fp32, so no loss scale."""
 
     SWITCH = "enabled"
@@ -49,8 +46,7 @@ class Bf16(Section):
     )
 
 
-@beside("torch_autocast")
-class TorchAutocast(Section):
+class TorchAutocast(Section, beside="torch_autocast"):
     """fp32 weights; `torch.autocast` chooses a lower precision operation by operation."""
 
     SWITCH = "enabled"

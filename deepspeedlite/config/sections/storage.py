@@ -3,11 +3,9 @@
 from typing import Annotated, Literal
 
 from deepspeedlite.config.base import AnyCase, Flag, Int, Section, key
-from deepspeedlite.config.unsupported import beside
 
 
-@beside("aio")
-class Aio(Section):
+class Aio(Section, beside="aio"):
     """Asynchronous file access, used by NVMe offload; `dslite_io tune` finds the numbers for a disk."""
 
     MAY_DIFFER = True
@@ -19,8 +17,7 @@ class Aio(Section):
     overlap_events: Flag = key(True, "Submit without waiting for earlier requests.")
 
 
-@beside("checkpoint")
-class Checkpoint(Section):
+class Checkpoint(Section, beside="checkpoint"):
     """Saving and loading."""
 
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], AnyCase] = key(

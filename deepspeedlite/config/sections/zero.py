@@ -7,8 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator
 
-from deepspeedlite.config.base import LARGEST, Flag, Int, Number, Path, Section, Text, key, part
-from deepspeedlite.config.unsupported import beside
+from deepspeedlite.config.base import LARGEST, Flag, Int, Number, Path, Section, Text, key
 
 OffloadDevice = Literal["none", "cpu", "nvme"]
 
@@ -20,8 +19,7 @@ def _no_flag(value: Any) -> Any:
     return value
 
 
-@beside("zero_optimization.offload_param")
-class OffloadParam(Section):
+class OffloadParam(Section, beside="zero_optimization.offload_param"):
     """Where sharded parameters wait while no layer uses them (stage 3)."""
 
     SWITCH = "device"
@@ -35,8 +33,7 @@ class OffloadParam(Section):
     pin_memory: Flag = key(True, "Use page-locked memory, which copies faster and cannot be swapped out.")
 
 
-@beside("zero_optimization.offload_optimizer")
-class OffloadOptimizer(Section):
+class OffloadOptimizer(Section, beside="zero_optimization.offload_optimizer"):
     """Where the optimizer's state lives, and its step runs (stages 1 to 3)."""
 
     SWITCH = "device"
@@ -60,8 +57,7 @@ class LeafModule(Section):
     name_suffixes: list[Text] | Text = key(list, "Endings of module names.")
 
 
-@beside("zero_optimization")
-class ZeroOptimization(Section):
+class ZeroOptimization(Section, beside="zero_optimization"):
     """What is sharded, how communication is grouped, and where the shards live."""
 
     stage: Annotated[Literal[0, 1, 2, 3], BeforeValidator(_no_flag)] = key(
@@ -78,8 +74,8 @@ class ZeroOptimization(Section):
         "Elements of updated parameters that are on their way to the other ranks at a time (stages 1 to 3).",
         ge=0,
     )
-    offload_param: OffloadParam = part(OffloadParam, "Parameter offloading.")
-    offload_optimizer: OffloadOptimizer = part(OffloadOptimizer, "Optimizer offloading.")
+    offload_param: OffloadParam = key(OffloadParam, "Parameter offloading.")
+    offload_optimizer: OffloadOptimizer = key(OffloadOptimizer, "Optimizer offloading.")
     sub_group_size: Int = key(
         1_000_000_000,
         "Most elements of a rank's shards that the optimizer steps at a time; of 16-bit gradients 4 Mi at most, and "
@@ -97,4 +93,4 @@ class ZeroOptimization(Section):
     ignore_unused_parameters: Flag = key(
         True, "False: a trained parameter that no gradient reached before a step is an error."
     )
-    leaf_module: LeafModule = part(LeafModule, "Modules to gather as one.")
+    leaf_module: LeafModule = key(LeafModule, "Modules to gather as one.")
