@@ -211,7 +211,10 @@ def modules_after(statement: str) -> set[str]:
 @pytest.mark.parametrize(
     "statement, unwanted",
     [
-        ("import deepspeedlite", {"torch", "pydantic", "rich", "numpy", "psutil"}),
+        (
+            "import deepspeedlite",
+            {"torch", "pydantic", "rich", "numpy", "psutil", "deepspeedlite.compat.drop_in.table"},
+        ),
         ("import deepspeedlite.launcher.cli", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.env_report", {"torch", "pydantic", "rich", "numpy"}),
         ("import deepspeedlite.tools.bench", {"torch", "pydantic", "rich", "numpy"}),
@@ -224,6 +227,11 @@ def modules_after(statement: str) -> set[str]:
 )
 def test_imports_are_lean(statement, unwanted):
     assert not modules_after(statement) & unwanted
+
+
+def test_drawing_is_of_today():
+    """README shows it; `python tools/house.py --svg docs/architecture.svg` draws it anew."""
+    assert (ROOT / "docs" / "architecture.svg").read_text() == house().drawing(sources())
 
 
 def test_public_names_resolve():
