@@ -20,7 +20,7 @@ from deepspeedlite.data.loader import DeepSpeedDataLoader
 from deepspeedlite.engine import EngineParts
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.parallel.pipe import engine as pipe
-from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, UnsupportedError
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError
 from deepspeedlite.runtime.log import logger
 
 ROUTE_TRAIN = "train"
@@ -81,13 +81,7 @@ class DeepSpeedEngine(EngineAccessors):
             self.global_samples += more * self._batch.micro * self.dp_world_size
 
     def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
-        """Compile the module with `torch.compile`.
-
-        Raises:
-            UnsupportedError: at stage 3, where parameters come and go in hooks that a compiled graph does not keep.
-        """
-        if self._parts.plan.shard_params:
-            raise UnsupportedError("engine.compile at stage 3 is not in this release; use stage 0, 1 or 2")
+        """Compile the module with `torch.compile`; at stage 3 in pieces, between the hooks that bring parameters."""
         self.module.compile(**({"backend": backend} if backend else {}), **(compile_kwargs or {}))
 
     def deepspeed_io(

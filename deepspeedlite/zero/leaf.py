@@ -26,17 +26,22 @@ def is_leaf(model: torch.nn.Module) -> bool:
     return bool(_MARKED.get(model, isinstance(model, ALWAYS)))
 
 
+def _is_compiled(module: torch.nn.Module) -> bool:
+    """Whether torch.compile makes one graph of a module, which hooks inside would cut into pieces."""
+    return module not in _MARKED and (module._compiled_call_impl is not None or hasattr(module, "_orig_mod"))
+
+
 def mark_leaf(model: torch.nn.Module, flag: bool) -> None:
     """Make one module a leaf, or no longer one. Has its effect on engines made afterwards."""
     _MARKED[model] = flag
 
 
 def leaf_modules(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The outermost leaf modules of a model."""
+    """The outermost leaf modules of a model, and parts of it that are compiled; a whole model is too large for one."""
     found: list[torch.nn.Module] = []
     inside: set[torch.nn.Module] = set()
     for module in model.modules():
-        if module not in inside and is_leaf(module):
+        if module not in inside and (is_leaf(module) or (module is not model and _is_compiled(module))):
             found.append(module)
             inside.update(module.modules())
     return found

@@ -15,6 +15,7 @@ that are used again soon are not resharded in between.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from itertools import takewhile
@@ -56,6 +57,8 @@ class _WatchedParameters(dict[str, Any]):
         return param
 
     def items(self) -> Any:  # what Module.parameters() goes through
+        if torch._guards.TracingContext.try_get() is not None:
+            return super().items()  # the compiler looks for parameters of the whole model, and needs no values
         return ((name, self[name]) for name in self)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -134,6 +137,7 @@ class ParamPrefetcher:
         self._read_elsewhere: set[FlatParams] = set()
         self._running: list[_Call] = []
         self._handles: list[Any] = []
+        self._is_hidden = False  # whether the hooks are hidden from torch.compile
         self._has_stores = any(not owner.store.is_here for owner in self.owners)
         self._find_users(root, set(leaves))
         for module in list(self._users):
@@ -144,8 +148,7 @@ class ParamPrefetcher:
             for param in _EXTERNAL.get(module, ()):
                 self.add_user(module, param)
         self._modules = [module for module in root.modules() if module._parameters]
-        for module in self._modules:
-            module.__dict__["_parameters"] = _WatchedParameters(module._parameters, self._read_outside)
+        self._watch_reads()
 
     # --- who uses what --------------------------------------------------------------------------------------------
 
@@ -177,10 +180,33 @@ class ParamPrefetcher:
             owners.append(owner)
 
     def _attach(self, module: torch.nn.Module) -> None:
+        before, after = Hook(self._hidden(self._pre_forward)), Hook(self._hidden(self._post_forward))
         self._handles += [
-            module.register_forward_pre_hook(Hook(self._pre_forward), prepend=True, with_kwargs=True),
-            module.register_forward_hook(Hook(self._post_forward), always_call=True),
+            module.register_forward_pre_hook(before, prepend=True, with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
         ]
+
+    def _watch_reads(self) -> None:
+        on_empty = self._hidden(self._read_outside)
+        for module in self._modules:
+            module.__dict__["_parameters"] = _WatchedParameters(dict(module._parameters), on_empty)
+
+    def _hidden(self, call: Callable[..., Any]) -> Callable[..., Any]:
+        return torch.compiler.disable(call, reason="parameters are sharded") if self._is_hidden else call
+
+    def _hide_hooks(self) -> None:
+        """Have compiled graphs end before what is called here, and go on after it.
+
+        torch.compile would trace into a hook, and guard on whatever it reads of our state. This is done once somebody
+        has imported the compiler, because to import it takes a second.
+        """
+        self._is_hidden = True
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for module in self._users:
+            self._attach(module)
+        self._watch_reads()
 
     def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:
         """From now on, calls of `module` make `param` whole."""
@@ -200,6 +226,8 @@ class ParamPrefetcher:
         self._running.clear()
         self._state_dicts.forget()
         self._recording = recording
+        if not self._is_hidden and "torch._dynamo" in sys.modules:
+            self._hide_hooks()
         if not self._in_backward:
             self.trace.begin()
 

@@ -19,8 +19,7 @@ def refuse_unusable(model: torch.nn.Module, plan: ShardingPlan) -> None:
     """Raise for modules whose parameters an engine cannot take over.
 
     Raises:
-        UnsupportedError: a lazy module that has not seen a batch; a scripted or compiled one where hooks are needed; a
-            DTensor.
+        UnsupportedError: a lazy module that has not seen a batch; a scripted one where hooks are needed; a DTensor.
     """
     for name, module in model.named_modules():
         where = name or "the model"
@@ -42,11 +41,6 @@ def refuse_unusable(model: torch.nn.Module, plan: ShardingPlan) -> None:
                 f"{where} was compiled by torch.jit (script, trace or load), and its compiled code passes over the "
                 "hooks of the engine; give initialize the Python module that was compiled"
                 + ("" if module is model else ", or use stage 0, 1 or 2")
-            )
-        if plan.shard_params and (module._compiled_call_impl is not None or hasattr(module, "_orig_mod")):
-            raise UnsupportedError(
-                f"{where} is compiled by torch.compile, and at stage 3 its parameters come and go in "
-                "hooks that a compiled graph does not keep; pass the module that was compiled, or use stage 0, 1 or 2"
             )
 
 

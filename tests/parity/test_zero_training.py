@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import weakref
 
@@ -9,10 +10,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import distributed
-from models import tied_model, tokens
+from models import WIDTH, tied_model, tokens
+from torch._dynamo.utils import counters
 
 import deepspeedlite
-from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
+from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
 from deepspeedlite.zero import GatheredParameters
 
 HYPER = {"lr": 2e-3, "eps": 1e-4, "weight_decay": 0.1}
@@ -128,18 +130,65 @@ def test_a_compiled_module_trains(stage):
     assert_same(model, plain)
 
 
+def _in_six_steps(engine) -> tuple[list[float], list[tuple[int, int]], list[bool]]:
+    """Losses; graphs and graph breaks so far, after each step; what was unsharded ahead of its use."""
+    prefetcher, ahead = engine._prefetcher, []
+    unshard_ahead = prefetcher._unshard_ahead
+    prefetcher._unshard_ahead = lambda coming: ahead.append(coming.uses == 0) or unshard_ahead(coming)
+    losses, compiled = [], []
+    for step in range(6):
+        loss = engine(*tokens(step, 0, dist.get_rank()))
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+        compiled.append((counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())))
+    return losses, compiled, ahead
+
+
+class _ReadsAnothersWeight(torch.nn.Module):
+    """Token embedding and a linear layer; the embedding's weight is read for the logits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        whole = tied_model()
+        self.embedding, self.up = whole.embedding, torch.nn.ModuleList([torch.nn.Linear(WIDTH, WIDTH)])
+
+    def forward(self, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        x = torch.relu(self.up[0](self.embedding(tokens)))
+        logits = torch.nn.functional.linear(x, self.embedding.weight)
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [tied_model, _ReadsAnothersWeight], ids=["tied", "read"])
+@pytest.mark.parametrize("how", ["by the engine", "before", "its blocks before"])
 @distributed(world_size=2)
-def test_compiling_at_stage_3_is_refused():
-    model = tied_model()
+def test_a_compiled_module_trains_at_stage_3(how, make):
+    """As the module itself does, with its look-ahead, and with nothing compiled anew after the second step."""
+    torch._dynamo.reset()
+    model = make()
+    twin = copy.deepcopy(model)
+    plain, *_ = deepspeedlite.initialize(model=twin, config=config(3))
+    if how == "before":
+        model = torch.compile(model, backend="aot_eager")
+    if how == "its blocks before":
+        for block in model.up:
+            block.compile(backend="aot_eager")
     engine, *_ = deepspeedlite.initialize(model=model, config=config(3))
-    with pytest.raises(UnsupportedError, match="stage 3"):
-        engine.compile()
-    part = tied_model()
-    part.up[0].compile(backend="eager")
-    with pytest.raises(UnsupportedError, match=r"up.0 is compiled by torch.compile"):
-        deepspeedlite.initialize(model=part, config=config(3))
-    with pytest.raises(UnsupportedError, match="the model is compiled"):
-        deepspeedlite.initialize(model=torch.compile(tied_model(), backend="eager"), config=config(3))
+    if how == "by the engine":
+        engine.compile(backend="aot_eager")
+    expected, _, ahead = _in_six_steps(plain)
+    counters.clear()
+    losses, compiled, ahead_compiled = _in_six_steps(engine)
+    assert losses == pytest.approx(expected, abs=1e-5)
+    (graphs, breaks), modules = compiled[1], sum(1 for _ in engine.module.modules())
+    assert 0 < graphs <= 2 * modules
+    assert breaks <= modules
+    if how == "its blocks before":  # leaves, each of which stays one graph
+        assert breaks == 0
+    assert compiled[-1] == compiled[1]
+    assert ahead_compiled == ahead
+    assert any(ahead)
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -84,7 +84,7 @@ ABSENT_MODULES: Mapping[str, str] = {
     "autotuning": "the autotuner is not in this release; `python -m deepspeedlite.zero.estimate` says what fits",
     "elasticity": "elastic training is not part of this library; --max_restarts restarts with spare machines",
     "nebula": "Nebula is not part of this library; checkpoint.async_save saves in the background",
-    "compile": "DeepCompile is not in this release; torch.compile the module before `initialize` (stages 0 to 2)",
+    "compile": "DeepCompile is not in this release; torch.compile the module, or call engine.compile()",
     "datastates": "DataStates checkpointing is not in this release; checkpoint.async_save saves in the background",
     "nvme": "dslite_io measures and tunes disks; see docs/ops.md",
     "runtime.zenflow": "ZenFlow is not in this release",
