@@ -10,74 +10,19 @@ import argparse
 import signal
 import sys
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from dataclasses import Field
+from typing import Any, NoReturn
 
 from deepspeedlite._version import __version__
+from deepspeedlite.launcher.options import GROUPS, LaunchOptions
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.text import did_you_mean
 
-if TYPE_CHECKING:  # at run time these wait until there is something to start: --help answers sooner
-    from deepspeedlite.launcher.options import LaunchOptions
-
 _LEVELS = ("debug", "info", "warning", "error", "critical")
-# Of each group: flags, the value's name ("" for a switch, "N" for a number), what it is for.
-_OPTIONS: dict[str, tuple[tuple[str, str, str], ...]] = {
-    "where": (
-        (
-            "-H --hostfile",
-            "FILE",
-            "machines and their slots, a line each: `worker-1 slots=4` (/job/hostfile)",
-        ),
-        ("-i --include", "SLOTS", "use only these: worker-1@worker-2:0,2-3"),
-        ("-e --exclude", "SLOTS", "use all but these"),
-        ("--num_nodes", "N", "use the first N machines; those left over are to spare (all)"),
-        (
-            "--num_gpus --num_accelerators",
-            "N",
-            "ranks per machine (every slot or GPU; one CPU rank where there is none)",
-        ),
-        ("--force_multi", "", "go through the network even for one machine"),
-        ("--launcher", "NAME", "pdsh, ssh, openmpi, mpich, slurm, impi or mvapich (pdsh where installed, else ssh)"),
-        ("--launcher_args", "ARGS", "more arguments for it"),
-        ("--ssh_port", "N", "port of sshd on the machines"),
-        ("--no_ssh", "", "this command is run on every machine: with --node_rank and --master_addr"),
-        ("--node_rank", "N", "with --no_ssh: which machine this is"),
-        ("--master_addr", "ADDR", "address the ranks meet at (the first machine's)"),
-        ("--master_port", "N", "port the ranks meet at (29500, or a free one if it is busy; 0: any)"),
-    ),
-    "what": (
-        ("--module", "", "the script is a module's name, run as with python -m"),
-        ("--no_python", "", "the script is a program, run without Python in front"),
-        ("--no_local_rank", "", "do not pass --local_rank=N to the script"),
-        ("--as_deepspeed", "", "`import deepspeed` in the script is deepspeedlite (see docs/compatibility.md)"),
-        ("--export_env", "NAME[=VALUE]", "hand this variable to every rank; may be repeated (see also .deepspeed_env)"),
-        ("--venv_script", "FILE", "sourced on every machine first; its `python` runs the ranks"),
-        ("--bind_cores_to_rank", "", "give each rank cores of its own"),
-        ("--bind_core_list", "CORES", "the cores to share out, such as 0-3,8"),
-    ),
-    "how": (
-        ("--check", "", "look at all machines, print a table, and start nothing"),
-        ("--no_check --no_ssh_check", "", "start even if machines differ"),
-        ("--dry_run", "", "print what would run where, and start nothing"),
-        ("--start_timeout", "N", "seconds that a machine may take to answer (60)"),
-        ("--max_restarts", "N", "after a failure start again, at most so often (0)"),
-        ("--min_nodes", "N", "restart with as few machines, when no spare one is left (all)"),
-        (
-            "--enable_each_rank_log",
-            "DIR",
-            "also write each rank's output to DIR/<start time>_rank<N>.log, where it runs",
-        ),
-        ("--save_pid", "", "keep the launcher's process id in /tmp/<it>.ds while it runs"),
-        ("--log_level", "LEVEL", "how much the launcher itself says (info)"),
-        ("-q --quiet", "", "only errors, as --log_level error"),
-    ),
-}
-_TAKES_VALUE = {flag: bool(value) for group in _OPTIONS.values() for flags, value, _ in group for flag in flags.split()}
-_TAKES_VALUE.update({"--version": False, "-h": False, "--help": False})
-# DeepSpeed's options that are understood and not done -> what they are part of.
+# DeepSpeed's options that are understood and not done -> what to see instead.
 _ABSENT = {
     **dict.fromkeys(
-        ("--elastic_training", "--min_elastic_nodes", "--max_elastic_nodes"), "--max_restarts and --min_nodes"
+        ("--elastic_training", "--min_elastic_nodes", "--max_elastic_nodes"), "; see --max_restarts and --min_nodes"
     ),
     "--autotuning": "",
 }
@@ -99,18 +44,26 @@ def _make_parser() -> argparse.ArgumentParser:
         epilog="example: deepspeedlite --num_gpus 2 train.py --deepspeed_config ds_config.json",
         allow_abbrev=False,
     )
-    for title, group in _OPTIONS.items():
-        part = parser.add_argument_group(title)
-        for flags, value, text in group:
-            settings: dict[str, Any] = {"metavar": value, "type": int if value == "N" else str} if value else {}
-            settings = settings or {"action": "store_true"}
-            if value.startswith("NAME["):
-                settings |= {"action": "append", "default": []}
-            if value == "LEVEL":
-                settings["choices"] = _LEVELS
-            part.add_argument(*flags.split(), help=text, **settings)
+    group = parser.add_argument_group()
+    for name, option in LaunchOptions.on_command_line().items():
+        if name in GROUPS:
+            group = parser.add_argument_group(GROUPS[name])
+        value = option.metadata["value"]
+        settings: dict[str, Any] = {"metavar": value, "type": int if value == "N" else str}
+        if not value:
+            settings = {"action": "store_true"}
+        elif name == "export_env":
+            settings["action"] = "append"
+        elif name == "log_level":
+            settings["choices"] = _LEVELS
+        group.add_argument(*_flags(option), dest=name, help=option.metadata["help"], **settings)
     parser.add_argument("--version", action="version", version=f"deepspeedlite {__version__}")
     return parser
+
+
+def _flags(option: Field[Any]) -> list[str]:
+    flags = [f"--{option.name}", *option.metadata["also"]]
+    return sorted(flags, key=lambda flag: flag.startswith("--"))  # -H, --hostfile
 
 
 def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -119,85 +72,66 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
         LaunchError: an option that is unknown, or that this release does not have.
     """
+    takes_value = {"--version": False, "-h": False, "--help": False}
+    for option in LaunchOptions.on_command_line().values():
+        takes_value.update(dict.fromkeys(_flags(option), bool(option.metadata["value"])))
     index = 0
     while index < len(argv) and argv[index].startswith("-") and argv[index] not in ("-", "--"):
         name, has_value, _ = argv[index].partition("=")
         if name in _ABSENT:
-            instead = f"; see {_ABSENT[name]}" if _ABSENT[name] else ""
-            raise LaunchError(f"{name} is not in this release{instead}")
-        if name not in _TAKES_VALUE:
-            hint = did_you_mean(name, _TAKES_VALUE, otherwise="see deepspeedlite --help.")
+            raise LaunchError(f"{name} is not in this release{_ABSENT[name]}")
+        if name not in takes_value:
+            hint = did_you_mean(name, takes_value, otherwise="see deepspeedlite --help.")
             raise LaunchError(f"unknown option {name}; {hint} Options of the script itself go after its name.")
-        index += 1 + (_TAKES_VALUE[name] and not has_value)
+        index += 1 + (takes_value[name] and not has_value)
     rest = list(argv[index:])
     return list(argv[:index]), rest[1:] if rest[:1] == ["--"] else rest
 
 
-def parse(argv: Sequence[str]) -> tuple[LaunchOptions, str | None]:
-    """Turn a command line into options and the log level it asks for.
+def parse(argv: Sequence[str]) -> LaunchOptions:
+    """Turn a command line into options.
 
     Raises:
         LaunchError: naming the faulty option.
     """
     ours, theirs = _split(argv)
-    args = _make_parser().parse_args(ours)
-    from deepspeedlite.launcher.job import Workload, parse_cores
-    from deepspeedlite.launcher.options import LaunchOptions
-
-    if not theirs and not args.check:
-        raise LaunchError("no script to start; usage: deepspeedlite [options] script [script's arguments ...]")
+    given = {name: value for name, value in vars(_make_parser().parse_args(ours)).items() if value is not None}
     for name in ("num_gpus", "num_nodes", "min_nodes"):
-        count = getattr(args, name)
-        setattr(args, name, None if count == -1 else count)  # -1 is how DeepSpeed's users write "all"
-        if count is not None and count < 1 and count != -1:
-            raise LaunchError(f"--{name} {count}: at least one is needed; leave it out to use all")
-    if args.master_port is not None and not 0 <= args.master_port <= 65535:
-        raise LaunchError(f"--master_port {args.master_port}: ports go from 1 to 65535; 0 picks a free one")
-    if args.module and args.no_python:
+        if given.get(name) == -1:  # is how DeepSpeed's users write "all"
+            del given[name]
+        elif given.get(name, 1) < 1:
+            raise LaunchError(f"--{name} {given[name]}: at least one is needed; leave it out to use all")
+    if "launcher" in given:
+        given["launcher"] = given["launcher"].lower()
+    if given.get("enable_each_rank_log") == "None":
+        del given["enable_each_rank_log"]
+    if given["quiet"]:
+        given["log_level"] = "error"
+    options = LaunchOptions("".join(theirs[:1]), tuple(theirs[1:]), **given)
+    if not theirs and not options.check:
+        raise LaunchError("no script to start; usage: deepspeedlite [options] script [script's arguments ...]")
+    if options.master_port is not None and not 0 <= options.master_port <= 65535:
+        raise LaunchError(f"--master_port {options.master_port}: ports go from 1 to 65535; 0 picks a free one")
+    if options.module and options.no_python:
         raise LaunchError("--module and --no_python exclude each other: a module needs Python to run it")
-    if args.no_ssh and (args.node_rank is None or args.master_port == 0):
+    if options.no_ssh and (options.node_rank is None or options.master_port == 0):
         raise LaunchError("--no_ssh needs --node_rank, and a --master_port that all machines know")
-    if args.bind_core_list is not None:
-        parse_cores(args.bind_core_list)
-    workload = Workload(
-        script=theirs[0] if theirs else "",
-        script_args=tuple(theirs[1:]),
-        log_dir=None if args.enable_each_rank_log == "None" else args.enable_each_rank_log,
-        bind_cores=args.bind_cores_to_rank or args.bind_core_list is not None,
-        core_list=args.bind_core_list,
-        **{name: getattr(args, name) for name in _SAME_NAME_IN_WORKLOAD},
-    )
-    import shlex
+    if options.bind_core_list is not None:
+        from deepspeedlite.launcher.hostfile import numbers_in
 
-    options = LaunchOptions(
-        workload=workload,
-        launcher_args=tuple(shlex.split(args.launcher_args or "")),
-        export=tuple(args.export_env),
-        start_timeout_s=60.0 if args.start_timeout is None else float(args.start_timeout),
-        max_restarts=args.max_restarts or 0,
-        master_addr=args.master_addr or "",
-        launcher=(args.launcher or "").lower() or None,
-        **{name: getattr(args, name) for name in _SAME_NAME},
-    )
-    return options, "error" if args.quiet else args.log_level
-
-
-_SAME_NAME_IN_WORKLOAD = ("module", "no_python", "no_local_rank", "venv_script", "as_deepspeed")
-_SAME_NAME = (
-    *("hostfile", "include", "exclude", "num_nodes", "num_gpus", "master_port", "ssh_port", "force_multi", "no_ssh"),
-    *("node_rank", "check", "no_check", "dry_run", "min_nodes", "save_pid"),
-)
+        numbers_in(options.bind_core_list, f"--bind_core_list {options.bind_core_list}", "core")
+    return options
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit status."""
     try:
-        options, level = parse(sys.argv[1:] if argv is None else argv)
-        from deepspeedlite.launcher.start import start
+        options = parse(sys.argv[1:] if argv is None else argv)
+        from deepspeedlite.launcher.start import start  # late: --help answers sooner
         from deepspeedlite.runtime.log import logger
 
-        if level is not None:
-            logger.setLevel(level.upper())
+        if options.log_level is not None:
+            logger.setLevel(options.log_level.upper())
         sys.stdout.flush()
         status = start(options)
         if status > 128:  # an impatient second signal must not change the exit status while this process ends

@@ -1,27 +1,27 @@
 """The launcher's side of a training: turns the loop, hands on signals, and ends all nodes with the first failure.
 
-A single machine is a cluster of one, whose agent runs in this process (`LocalNode`). Nodes on other machines, which are
-reached over links, are in multinode.py.
+A single machine is a cluster of one, whose node is the agent itself, in this process. Nodes on other machines are
+reached over links (multinode.py). Both tell an `Outcome` what happens to their ranks.
 """
 
 from __future__ import annotations
 
-import abc
 import os
 import signal
 import time
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
-from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Agent, Outcome
-from deepspeedlite.launcher.job import Job
-from deepspeedlite.launcher.loop import Loop, Writer
+from deepspeedlite.launcher.agent import FAILURE_GRACE_S, RECENT_S, SIGNAL_GRACE_S
+from deepspeedlite.launcher.loop import ENDING, PASSED_ON, Loop
 from deepspeedlite.launcher.output import Screen
-from deepspeedlite.launcher.report import EarlyEnds, Failure
-from deepspeedlite.launcher.signals import ENDING, PASSED_ON, SignalQueue
+from deepspeedlite.launcher.report import Outcome
 from deepspeedlite.runtime.errors import LaunchError
 
-POLL_S = 0.05
-KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
+_POLL_S = 0.05
+_SCHEDULER_S = 0.02
+_SETTLE_S = 1.0  # how long a rank that has raised may take to exit before others are ended
+_ANSWER_S = 5.0  # how long other machines may take to say what they know of a failure
 
 
 class NotReadyError(LaunchError):
@@ -32,193 +32,136 @@ class NotReadyError(LaunchError):
         self.gone = tuple(gone)
 
 
-class Node(abc.ABC):
-    """One machine, as the launcher sees it.
-
-    Args:
-        host: its name; "" where there is one machine.
-        limit_s: how long it may take to say that all has ended, beyond its ranks' grace.
-    """
-
-    def __init__(self, host: str, limit_s: float) -> None:
-        self.host, self.limit_s = host, limit_s
-        self.outcome: Outcome | None = None  # None: more is to come from it
-        self.lost = ""  # why nothing more will come
-        self.wait_s: float | None = 0.0  # how long the loop may sleep before `turn`; None: until something happens
+class Node(Protocol):
+    """One machine, as the launcher sees it."""
 
     @property
-    def is_working(self) -> bool:
-        """Whether more is to come from it."""
-        return self.outcome is None and not self.lost
+    def is_done(self) -> bool:
+        """Whether nothing more will come from it."""
 
-    @property
-    @abc.abstractmethod
-    def failures(self) -> list[Failure]:
-        """Ranks, or the node itself, that failed on their own; times are on our clock."""
+    def turn(self) -> float | None:
+        """Do what is due, after each turn of the loop. Gives how long that may sleep; None: until something happens."""
 
-    def writers(self) -> list[Writer]:
-        """What has something to write to it."""
-        return []
-
-    @abc.abstractmethod
-    def turn(self) -> None:
-        """Do what is due, after each turn of the loop."""
-
-    @abc.abstractmethod
     def signal(self, number: int) -> None:
-        """Hand a signal to the ranks."""
+        """Hand a signal that does not end them to the ranks."""
 
-    @abc.abstractmethod
-    def end(self) -> None:
-        """End the ranks: others have failed."""
+    def end(self, number: int, grace_s: float) -> None:
+        """Ask the ranks to end, and kill them after `grace_s`; the earliest order counts."""
 
-    @abc.abstractmethod
+    def has_answered(self, begin_s: float) -> bool:
+        """Whether it has said something since, which it is asked for, so that all that happened before was told."""
+
     def close(self, status: int) -> None:
         """Let it go, with the exit status of all."""
-
-
-class LocalNode(Node):
-    """This machine alone: its agent runs in this process, and its ranks' end is waited for as long as it takes."""
-
-    def __init__(self, job: Job, screen: Screen, loop: Loop) -> None:
-        super().__init__("", 1e9)
-        self._agent = Agent(job, screen, loop)
-        self._steps = self._agent.run()  # the first turn starts the ranks
-
-    @property
-    def failures(self) -> list[Failure]:
-        """Ranks that failed on their own, which the agent has settled."""
-        return self._agent.outcome.failures
-
-    def turn(self) -> None:
-        """Resume the agent until it would sleep."""
-        try:
-            self.wait_s = next(self._steps) if self.outcome is None else None
-        except StopIteration:
-            self.outcome, self.wait_s = self._agent.outcome, None
-
-    def signal(self, number: int) -> None:
-        """Hand it to the ranks."""
-        self._agent.signal(number)
-
-    def end(self) -> None:
-        """End the ranks, which the agent does by itself too."""
-        self._agent.end()
-
-    def close(self, status: int) -> None:
-        """Kill what an error has left running."""
-        self._steps.close()
 
 
 class Cluster:
     """One run of one training. Use once.
 
     Args:
-        signals: open, and read by nobody else.
+        loop: open.
+        outcome: what the nodes tell; whole when `run` returns.
     """
 
-    def __init__(self, screen: Screen, signals: SignalQueue) -> None:
-        self.nodes: Sequence[Node] = []
-        self.screen, self.loop = screen, Loop(signals)
-        self.started_s = time.monotonic()
-        self.interrupted_by: int | None = None
+    def __init__(self, nodes: Sequence[Node], loop: Loop, screen: Screen, outcome: Outcome) -> None:
+        self._nodes, self._loop, self._screen, self.outcome = nodes, loop, screen, outcome
+        self._is_ending = False
+        self._wait_s: float | None = 0.0  # how long the loop may sleep; None: until something happens
 
     # Turning
 
-    def turn(self, timeout_s: float | None = None) -> bool:
-        """Wait for something and handle it. True if someone asked for the end (again)."""
-        waits = [wait_s for wait_s in (timeout_s, *(node.wait_s for node in self.nodes)) if wait_s is not None]
-        writers = [writer for node in self.nodes for writer in node.writers()]
-        asked = self._obey(self.loop.turn(min(waits) if waits else None, writers))
-        for node in self.nodes:
-            node.turn()
-        return asked
+    def turn(self, timeout_s: float | None = None) -> None:
+        """Wait for something and handle it."""
+        for number in self._loop.turn(_soonest(timeout_s, self._wait_s)):
+            self._obey(number)
+        self._wait_s = _soonest(*(node.turn() for node in self._nodes))
 
-    def _obey(self, numbers: bytes) -> bool:
-        asked = False
-        for number in numbers:
-            if number in ENDING:
-                asked = True
-                if self.interrupted_by is None and not self._failures():
-                    self.interrupted_by = number
-                self._signal(signal.SIGTERM if number == signal.SIGPIPE else number)
-            elif number in PASSED_ON or number == signal.SIGWINCH:
-                self._signal(number)
-            elif number == signal.SIGTSTP:  # Ctrl-Z stops the ranks too; `fg` wakes all
-                self._signal(number)
-                os.kill(os.getpid(), signal.SIGSTOP)
-                self._signal(signal.SIGCONT)
-        return asked
+    def _obey(self, number: int) -> None:
+        if number in ENDING:
+            if self.outcome.interrupted_by is None and not self._is_ending:
+                self.outcome.interrupted_by = number
+            self._end(signal.SIGTERM if number == signal.SIGPIPE else number, SIGNAL_GRACE_S)
+            return
+        if number == signal.SIGWINCH:
+            self._screen.measure()
+        if number in (*PASSED_ON, signal.SIGWINCH, signal.SIGTSTP):
+            self._signal(number)
+        if number == signal.SIGTSTP:  # Ctrl-Z stops the ranks too; `fg` wakes all
+            os.kill(os.getpid(), signal.SIGSTOP)
+            self._signal(signal.SIGCONT)
 
     def _signal(self, number: int) -> None:
-        for node in self.nodes:
+        for node in self._nodes:
             node.signal(number)
+
+    def _end(self, number: int, grace_s: float) -> None:
+        """End all; who asks once more does not want to wait."""
+        for node in self._nodes:
+            node.end(number, 0.0 if self._is_ending else grace_s)
+        self._is_ending = True
 
     def until(self, done: Callable[[], bool], limit_s: float) -> bool:
         """Turn until `done`; False if time ran out or someone asked for the end."""
-        deadline_s = time.monotonic() + limit_s
-        while not done():
-            if self.turn(POLL_S) or time.monotonic() > deadline_s:
-                return done()
-        return True
+        deadline_s, before = time.monotonic() + limit_s, self.outcome.interrupted_by
+        while not done() and (left_s := deadline_s - time.monotonic()) > 0:
+            if self.outcome.interrupted_by != before:
+                break
+            self.turn(min(_POLL_S, left_s))
+        return done()
 
     # Running
 
-    def run(self, num_ranks: int) -> Outcome:
+    def run(self) -> Outcome:
         """Run the training, which the nodes know by now, to its end."""
-        outcome = Outcome(time.monotonic(), num_ranks=num_ranks)
-        early, ended_s = EarlyEnds("machine", outcome.started_s), dict[str, float]()
-        while self._working() and not self._is_over():
-            self.turn()
-            ended_s = {node.host: ended_s.get(node.host, time.monotonic()) for node in self.nodes if node.outcome}
-            early.look(ended_s, [node.host for node in self._working()], time.monotonic())
-        if self.interrupted_by is not None:
-            self._finish(SIGNAL_GRACE_S)
-        elif self._is_over():
+        outcome = self.outcome
+        while not self._is_over() and not self._has_ended():
+            self.turn(outcome.tell_early_ends())
+        if outcome.interrupted_by is None and outcome.failed():
             self._settle()
-            for node in self.nodes:
-                node.end()
-            self._finish(FAILURE_GRACE_S)
-        outcome.ended_s = time.monotonic()
-        outcome.interrupted_by, outcome.failures = self.interrupted_by, self._failures()
-        outcome.gone = tuple(node.host for node in self.nodes if node.lost)
-        for node in self.nodes:
-            its = node.outcome or Outcome(0.0)
-            outcome.left_behind += its.left_behind
-            outcome.unkillable += tuple(f"{node.host}:{pid}" if node.host else pid for pid in its.unkillable)
-            if outcome.interrupted_by is None and not outcome.failures:
-                outcome.interrupted_by = its.interrupted_by
+        if outcome.interrupted_by is None:
+            outcome.failures = outcome.failed()
+        if not self._is_ending and self._is_over():
+            interrupted = outcome.interrupted_by is not None  # as a node has told
+            self._end(outcome.interrupted_by or signal.SIGTERM, SIGNAL_GRACE_S if interrupted else FAILURE_GRACE_S)
+        while not self._has_ended():
+            self.turn(_POLL_S)
         return outcome
 
-    def _working(self) -> list[Node]:
-        return [node for node in self.nodes if node.is_working]
-
-    def _failures(self) -> list[Failure]:
-        return [failure for node in self.nodes for failure in node.failures]
+    def _has_ended(self) -> bool:
+        return all(node.is_done for node in self._nodes)
 
     def _is_over(self) -> bool:
-        ended = any(node.outcome is not None and node.outcome.interrupted_by is not None for node in self.nodes)
-        return ended or self.interrupted_by is not None or bool(self._failures())
+        return self.outcome.interrupted_by is not None or bool(self.outcome.failed())
 
     def _settle(self) -> None:
-        """Learn the true cause: every node must have spoken since the first failure was known, or be lost.
+        """Learn the true cause: who raised may take longer to exit than its peers take to notice.
 
-        A node alone has seen to that by itself.
+        Every node must have spoken since the first failure was known, or be lost.
         """
+        outcome, begin_s = self.outcome, time.monotonic()
 
-    def _finish(self, grace_s: float) -> None:
-        """Wait for the nodes to say that all has ended; asked once more, no longer."""
-        began_s = time.monotonic()
-        while any(time.monotonic() < began_s + grace_s + node.limit_s for node in self._working()):
-            self.turn(POLL_S)
+        def is_known() -> bool:
+            failures = outcome.failed()
+            oldest_s = min(end.exited_s for end in failures) - RECENT_S
+            raised = [rank for rank, at_s in outcome.raised_s.items() if at_s > oldest_s and rank not in outcome.ends]
+            is_sure = not raised and not all(end.lost_peer for end in failures)
+            is_late = time.monotonic() > begin_s + _SETTLE_S
+            working = [node for node in self._nodes if not node.is_done]
+            is_told = all(node.has_answered(begin_s) for node in working)
+            return is_told and (is_sure or is_late or len(outcome.ends) == outcome.num_ranks)
+
+        self.until(is_known, _ANSWER_S + _SETTLE_S)
+        # A scheduler that ends everything at once signals us and the ranks: that is no rank's failure.
+        self.until(lambda: False, _SCHEDULER_S)
 
     def close(self, status: int) -> None:
         """Let the nodes go, and show what is left."""
-        for node in self.nodes:
+        self.outcome.ended_s = time.monotonic()
+        for node in self._nodes:
             node.close(status)
-        self._show_rest()
+        # A stopped pager is waited for, but not after a signal.
+        self._screen.finish(1.0 if self.outcome.interrupted_by is not None else 1e9)
 
-    def _show_rest(self) -> None:
-        """A stopped pager is waited for, but not after a signal."""
-        self.screen.stop(1.0 if self.interrupted_by is not None else 1e9)
-        self.loop.close()
+
+def _soonest(*waits: float | None) -> float | None:
+    return min((wait_s for wait_s in waits if wait_s is not None), default=None)

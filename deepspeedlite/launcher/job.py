@@ -1,4 +1,4 @@
-"""A node's part of a training: a `Workload` to run and an `Assignment` of ranks, and from both each rank's command.
+"""A node's part of a training: from the options and an `Assignment` of ranks, each rank's command and environment.
 
 `build_job` is called on the machine that will run the ranks: their Python, their GPUs, their cores are found there.
 Everything that can be wrong there is found before a process starts.
@@ -13,36 +13,22 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from deepspeedlite.launcher.hostfile import numbers_in
+from deepspeedlite.launcher.options import LaunchOptions
+from deepspeedlite.launcher.plan import EVERY_RANK
 from deepspeedlite.launcher.stand_in import with_stand_in
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import Devices, find_devices
+from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import nearest
 
 DEFAULT_PORT = 29500
 _LOWEST_PICKED = 10_000
 _VENV_TIMEOUT_S = 60.0
-
-
-@dataclass(frozen=True)
-class Workload:
-    """What every rank of every node runs; the same everywhere."""
-
-    script: str
-    script_args: Sequence[str] = ()
-    module: bool = False
-    no_python: bool = False
-    no_local_rank: bool = False
-    venv_script: str | None = None
-    as_deepspeed: bool = False  # `import deepspeed` is this package
-    log_dir: str | None = None
-    bind_cores: bool = False
-    core_list: str | None = None
-    env: Mapping[str, str] = field(default_factory=dict)  # from the launcher's side, over the node's own
-    cwd: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,14 +48,14 @@ class Assignment:
 
 @dataclass(frozen=True)
 class RankCommand:
-    """One process to start: its place in the world, its command, and the variables it gets beyond the node's."""
+    """One process to start: its command, and the variables it gets beyond the node's."""
 
     rank: int
-    local_rank: int
     argv: tuple[str, ...]
     env: Mapping[str, str]
     prefix: str = ""
     cores: tuple[int, ...] = ()  # to run on; all if empty
+    log_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -78,15 +64,11 @@ class Job:
 
     ranks: tuple[RankCommand, ...]
     environ: Mapping[str, str]
-    log_dir: str | None = None
-    host: str = ""
     keyboard: bool = True  # rank 0 reads the launcher's stdin
-    notes: tuple[str, ...] = ()  # said once before the start
-    details: tuple[str, ...] = ()  # the same, at debug level
 
 
 def build_job(
-    workload: Workload,
+    options: LaunchOptions,
     assignment: Assignment,
     environ: Mapping[str, str],
     devices: Devices | None = None,
@@ -97,45 +79,49 @@ def build_job(
     Raises:
         LaunchError: naming what is wrong on this node and how to mend it.
     """
-    environ = {**_sourced(workload.venv_script, {**environ, **workload.env}), **workload.env}
-    environ = with_stand_in(environ) if workload.as_deepspeed else environ
+    environ = {**_sourced(options.venv_script, {**environ, **options.env}), **options.env}
+    environ = with_stand_in(environ) if options.as_deepspeed else environ
     devices = find_devices(environ) if devices is None else devices
-    shown = devices.pick(assignment.slots)
     size = len(assignment.slots)
-    python = sys.executable if workload.venv_script is None else shutil.which("python", path=environ.get("PATH"))
+    python = sys.executable if options.venv_script is None else shutil.which("python", path=environ.get("PATH"))
     if python is None:
-        raise LaunchError(f"--venv_script {workload.venv_script}: there is no `python` on PATH after it")
-    _check_script(workload, environ)
-    if workload.log_dir is not None:
-        _make_log_dir(workload.log_dir)
-    cores = _cores(workload, size)
+        raise LaunchError(f"--venv_script {options.venv_script}: there is no `python` on PATH after it")
+    _check_script(options, environ)
+    log_dir = None if options.dry_run else options.enable_each_rank_log
+    if log_dir is not None:
+        _make_log_dir(log_dir)
+    cores = _cores(options, size)
     filled = {"PYTHONUNBUFFERED": "1"}  # a rank that dies must not take its last lines with it
-    if not devices.ids or workload.bind_cores:
+    if not devices.ids or cores[0]:
         share = len(cores[0]) or max(1, len(os.sched_getaffinity(0)) // size)
         filled["OMP_NUM_THREADS"] = str(share)  # else each rank takes every core
     filled = {name: value for name, value in filled.items() if name not in environ}
-    details = [f"{name}={value} for each rank; set it yourself to change it" for name, value in filled.items()]
+    for name, value in filled.items():
+        logger.debug("%s=%s for each rank; set it yourself to change it", name, value, extra=EVERY_RANK)
+    shared = {**devices.pick(assignment.slots), **filled}
     tag = f"{assignment.host}:" if assignment.host else ""
-    ranks = tuple(
-        RankCommand(
-            rank=assignment.first_rank + local_rank,
-            local_rank=local_rank,
-            argv=rank_argv(workload, local_rank, python),
-            env={**rank_environment(assignment, local_rank), **shown, **filled},
-            prefix="" if assignment.world_size == 1 else f"[{tag}{assignment.first_rank + local_rank}] ",
+    clock = time.strftime("%Y%m%d%H%M%S")
+
+    def command(local_rank: int) -> RankCommand:
+        rank = assignment.first_rank + local_rank
+        return RankCommand(
+            rank=rank,
+            argv=rank_argv(options, local_rank, python),
+            env={**rank_environment(assignment, local_rank), **shared},
+            prefix="" if assignment.world_size == 1 else f"[{tag}{rank}] ",
             cores=cores[local_rank],
+            log_path=None if log_dir is None else os.path.join(log_dir, f"{clock}_rank{rank}.log"),
         )
-        for local_rank in range(size)
-    )
-    return Job(ranks, environ, workload.log_dir, assignment.host, keyboard, details=tuple(details))
+
+    return Job(tuple(map(command, range(size))), environ, keyboard)
 
 
-def rank_argv(workload: Workload, local_rank: int, python: str) -> tuple[str, ...]:
+def rank_argv(options: LaunchOptions, local_rank: int, python: str) -> tuple[str, ...]:
     """The command line of one rank; the script's own arguments follow untouched."""
-    start = [workload.script] if workload.no_python else [python, *["-m"] * workload.module, workload.script]
-    if not workload.no_local_rank:
+    start = [options.script] if options.no_python else [python, *["-m"] * options.module, options.script]
+    if not options.no_local_rank:
         start.append(f"--local_rank={local_rank}")
-    return (*start, *workload.script_args)
+    return (*start, *options.script_args)
 
 
 def rank_environment(assignment: Assignment, local_rank: int) -> dict[str, str]:
@@ -179,11 +165,11 @@ def _sourced(script: str | None, environ: Mapping[str, str]) -> Mapping[str, str
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
 
 
-def _check_script(workload: Workload, environ: Mapping[str, str]) -> None:
-    script = workload.script
-    if workload.module:
+def _check_script(options: LaunchOptions, environ: Mapping[str, str]) -> None:
+    script = options.script
+    if options.module:
         return  # Python finds it, or says what it did not find
-    if workload.no_python:
+    if options.no_python:
         if shutil.which(script, path=environ.get("PATH")) is None:
             here = f"; write ./{script} for the one in this directory" if os.path.isfile(script) else ""
             raise LaunchError(f"program {script} is not on PATH or not executable{here} (chmod +x makes it so)")
@@ -209,25 +195,19 @@ def _make_log_dir(directory: str) -> None:
     raise LaunchError(f"--enable_each_rank_log {directory}: cannot make files there: {reason}")
 
 
-def _cores(workload: Workload, size: int) -> list[tuple[int, ...]]:
-    """Each rank's cores: equal runs of `core_list`, or of all that this process may use."""
-    if not workload.bind_cores:
+def _cores(options: LaunchOptions, size: int) -> list[tuple[int, ...]]:
+    """Each rank's cores: equal runs of --bind_core_list, or of all that this process may use; none are empty."""
+    listed = options.bind_core_list
+    if not options.bind_cores_to_rank and listed is None:
         return [()] * size
     usable = sorted(os.sched_getaffinity(0))
-    cores = usable if workload.core_list is None else parse_cores(workload.core_list)
+    cores = usable if listed is None else numbers_in(listed, f"--bind_core_list {listed}", "core")
     if missing := [core for core in cores if core not in usable]:
-        raise LaunchError(
-            f"--bind_core_list {workload.core_list}: cores {missing} are not this process's; it has {usable}"
-        )
+        raise LaunchError(f"--bind_core_list {listed}: cores {missing} are not this process's; it has {usable}")
     share = len(cores) // size
     if not share:
         raise LaunchError(f"--bind_cores_to_rank: {size} ranks cannot have a core each of {len(cores)}")
     return [tuple(cores[rank * share : (rank + 1) * share]) for rank in range(size)]
-
-
-def parse_cores(text: str) -> list[int]:
-    """`0-3,8` is 0, 1, 2, 3, 8. Raises LaunchError."""
-    return numbers_in(text, f"--bind_core_list {text}", "core")
 
 
 def choose_port(asked: int | None) -> tuple[int, str]:
@@ -239,15 +219,23 @@ def choose_port(asked: int | None) -> tuple[int, str]:
     Raises:
         LaunchError: the port that was asked for cannot be used.
     """
-    fault = _port_fault(DEFAULT_PORT if asked is None else asked) if asked != 0 else "was not asked for"
-    if not fault:
-        return DEFAULT_PORT if asked is None else asked, ""
+    wanted = DEFAULT_PORT if asked is None else asked
+    fault = _port_fault(wanted) if wanted else ""
+    if wanted and not fault:
+        return wanted, ""
     if asked:
         raise LaunchError(f"--master_port {asked} {fault}; name another port, or 0 to have a free one picked")
     port = _free_port()
     if asked == 0:
         return port, f"--master_port 0: port {port} is free and used"
     return port, f"the usual port {DEFAULT_PORT} {fault}: port {port} is used instead"
+
+
+def listen(port: int, backlog: int = 128) -> socket.socket:
+    """A server at all addresses of this machine, as torch's store is one. Raises OSError."""
+    both = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if both else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=backlog)
 
 
 def _free_port() -> int:
@@ -261,28 +249,15 @@ def _free_port() -> int:
         port = _LOWEST_PICKED + int.from_bytes(os.urandom(4), "big") % choice
         if not _port_fault(port):
             return port
-    with socket.socket() as probe:
-        probe.bind(("", 0))
+    with listen(0) as probe:
         return int(probe.getsockname()[1])
 
 
 def _port_fault(port: int) -> str:
     """Why a server could not listen on this port, or "" when it could."""
-    for family, address in ((socket.AF_INET, "0.0.0.0"), (socket.AF_INET6, "::")):
-        try:
-            probe = socket.socket(family, socket.SOCK_STREAM)
-        except OSError:  # a kernel without this family
-            continue
-        with probe:
-            # As torch's store does: a port whose old connections are still winding down may be used again.
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if family == socket.AF_INET6:
-                probe.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            try:
-                probe.bind((address, port))
-            except OSError as error:
-                if error.errno == errno.EADDRINUSE:
-                    return "is in use by another program"
-                if error.errno == errno.EACCES:
-                    return "needs root (ports below 1024)"
+    try:
+        listen(port).close()
+    except OSError as error:
+        known = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs root (ports below 1024)"}
+        return known.get(error.errno or 0, "")
     return ""

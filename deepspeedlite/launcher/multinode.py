@@ -1,118 +1,389 @@
-"""A start on several machines: their agents, the check before, the run, and again on those that are left.
+"""A run on several machines: starts an agent on each, looks at them, hears them over links, takes silence for a loss.
 
 There is no rendezvous: the launcher knows every node, gives every rank its place, and after a failure starts all
 of them anew, so that a lost machine, the first one too, is replaced by a spare one.
+
+    gather    start the agents, hear what every node is
+    meet      find a port on the first node and an address at which all reach it
+    assign    hand out the jobs; `Cluster.run` does the rest
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
+import math
 import os
 import shlex
+import signal
 import socket
 import time
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from typing import Any
 
 from deepspeedlite.env_report.preflight import Found, check, facts, table
 from deepspeedlite.env_report.rows import BAD
 from deepspeedlite.launcher import protocol
-from deepspeedlite.launcher.agent import Outcome
-from deepspeedlite.launcher.backends import Backend, Launch, Reach, find_backend
-from deepspeedlite.launcher.cluster import NotReadyError
-from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment
+from deepspeedlite.launcher.backends import Launch, Reach, find_backend
+from deepspeedlite.launcher.cluster import Cluster, NotReadyError
+from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen
+from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.node import KEY, AgentSession, connect
-from deepspeedlite.launcher.options import EVERY_RANK, Hosts, LaunchOptions, is_here, say
+from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
-from deepspeedlite.launcher.remote import RemoteCluster
-from deepspeedlite.launcher.signals import SignalQueue
+from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, is_here
+from deepspeedlite.launcher.report import CLOSED, Outcome, RankEnd
+from deepspeedlite.launcher.ssh import HostProcess
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import columns
 
+_KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
 
-def run(options: LaunchOptions, hosts: Hosts, attempt: int, screen: Screen, signals: SignalQueue) -> Outcome | None:
+
+class RemoteNode:
+    """A machine whose agent is at the other end of a link. `slots`: None for as many as it has devices."""
+
+    def __init__(self, host: str, slots: Sequence[int] | None, screen: Screen, outcome: Outcome) -> None:
+        self.host, self.found = host, Found(host, slots)  # all that is known of it
+        self.link: protocol.Link | None = None  # None until its agent has shown that it is ours
+        self.told: dict[str, Any] | None = None  # the answer to the last question
+        self.lost = ""  # why nothing more will come
+        self._screen, self._outcome = screen, outcome
+        self._is_closed = False
+        self._give_up_s = math.inf  # when it is no longer waited for: an order to end says so
+        self._beat_s = 0.0  # when it was last sent a beat
+        # How long a beat took to come back, and by that the node's monotonic clock, less ours: the quickest counts.
+        self._clock = (math.inf, 0.0)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether nothing more will come from it."""
+        return self._is_closed or bool(self.lost) or time.monotonic() > self._give_up_s
+
+    def join(self, link: protocol.Link, facts: dict[str, Any]) -> None:
+        """Its agent is at the other end of this link, and has said what machine it is."""
+        slots = range(facts["gpus"] or 1) if self.found.slots is None else self.found.slots
+        self.found = replace(self.found, slots=slots, facts=facts, skew_s=facts["time"] - time.time())
+        self.link = link
+
+    def send(self, kind: bytes, value: Any = None) -> None:
+        """Tell its agent something, if there is one."""
+        if self.link is not None and not self.link.closed:
+            self.link.send(kind, value)
+
+    def ask(self, question: dict[str, Any]) -> None:
+        """Ask for an answer to this: `told`."""
+        self.told = None
+        self.send(protocol.ASK, question)
+
+    def has_answered(self, begin_s: float) -> bool:
+        """Whether something came since; asks for it."""
+        if self._beat_s < begin_s:
+            self._send_beat()
+        return self.link is None or self.link.heard_s > begin_s
+
+    def _send_beat(self) -> None:
+        self._beat_s = time.monotonic()
+        self.send(protocol.BEAT, self._beat_s)
+
+    def hear(self, link: protocol.Link) -> None:
+        """Take in what has come over its link."""
+        for kind, value in link.receive():
+            if kind == protocol.OUTPUT:
+                shown = functools.partial(link.send, protocol.ACK, len(value) - 2)
+                self._screen.show(value[0], value[2:], bool(value[1]), shown)
+            elif kind == protocol.BEAT:
+                theirs_s, sent_s = value
+                now_s = time.monotonic()
+                self._clock = min(self._clock, (now_s - sent_s, theirs_s - (now_s + sent_s) / 2))
+            elif kind == protocol.TELL:
+                self.told = value
+            elif kind == protocol.ERROR:
+                self._fail(str(value))
+            elif kind == protocol.SIGNAL:
+                if self._outcome.interrupted_by is None and self._give_up_s == math.inf:
+                    self._outcome.interrupted_by = value
+            else:
+                self._outcome.hear(kind, value, self.host, self._clock[1])
+                self._is_closed |= kind == CLOSED
+
+    def _fail(self, why: str) -> None:
+        """The node itself: it was lost, or could not start its ranks."""
+        assert self.link is not None
+        self.lost = why
+        self._outcome.lost.append(RankEnd(-1, 1, self.link.heard_s, host=self.host, lost=why))
+
+    def turn(self) -> float | None:
+        """Send a beat where one is due, and notice a loss."""
+        silent_s = time.monotonic() - (self.link.heard_s if self.link is not None else 0.0)
+        if time.monotonic() - self._beat_s >= protocol.BEAT_S:
+            self._send_beat()
+        if self.link is not None and not self.is_done and (self.link.closed or silent_s > protocol.SILENCE_S):
+            why = "its connection closed" if self.link.closed else f"no word from it for {silent_s:.1f} s"
+            self.link.closed = True
+            self._fail(f"it was lost ({why})")
+            self._outcome.gone.append(self.host)
+        return protocol.BEAT_S
+
+    def signal(self, number: int) -> None:
+        """Hand it to the ranks there; their terminal's size stays what it was."""
+        if number == signal.SIGCONT and self.link is not None:
+            self.link.heard_s = time.monotonic()  # while we were stopped nobody listened
+        if number != signal.SIGWINCH:
+            self.send(protocol.SIGNAL, int(number))
+
+    def end(self, number: int, grace_s: float) -> None:
+        """End the ranks there."""
+        self._give_up_s = min(self._give_up_s, time.monotonic() + grace_s + _KILL_S)
+        self.send(protocol.END, [int(number), grace_s])
+
+    def close(self, status: int) -> None:
+        """Tell the agent how all has ended."""
+        self.send(protocol.CLOSE, status)
+
+
+class RemoteCluster(Cluster):
+    """A cluster whose nodes are reached over links.
+
+    Args:
+        hosts: each node's name and slots.
+        key: what agents that connect must know; "" with ssh, whose pipes are theirs alone.
+        listener: where they connect; None with ssh.
+    """
+
+    def __init__(self, hosts: Hosts, key: str, listener: socket.socket | None, loop: Loop, screen: Screen) -> None:
+        outcome = Outcome(0)
+        self.nodes = [RemoteNode(host, slots, screen, outcome) for host, slots in hosts.items()]
+        super().__init__(self.nodes, loop, screen, outcome)
+        self._key, self._listener = key, listener
+        self._starters: list[tuple[int | None, HostProcess]] = []  # with the one node whose link it is
+        self._links: dict[protocol.Link, str] = {}  # connected -> the nonce it was given
+
+    # Meeting
+
+    def gather(self, launches: Sequence[Launch], limit_s: float) -> None:
+        """Start the agents and return when each has said what it is, or why not (`found.error`) is known."""
+        for launch in launches:
+            self._start(launch)
+        if self._listener is not None:
+            self._loop.watch(self._listener.fileno(), self._accept)
+        self._await(lambda: all(node.found.facts or self._has_failed(node) for node in self.nodes), limit_s)
+        for node in self.nodes:
+            if not node.found.facts and not node.found.error:
+                node.found = replace(node.found, error=f"no answer in {limit_s:.0f} s")
+
+    def _start(self, launch: Launch) -> None:
+        """Start a process that starts agents, and show what it, or an agent, says."""
+        tag = f"[{self.nodes[launch.node].host}] ".encode() if launch.node is not None else b""
+
+        def write(_: int, lines: bytes) -> None:
+            self._screen.show(2, b"".join(tag + line for line in lines.splitlines(True)))
+
+        try:
+            starter = HostProcess(launch.argv, self._loop, write, launch.env, is_link=launch.node is not None)
+        except OSError as error:
+            raise LaunchError(f"cannot start {launch.argv[0]}: {error.strerror}") from error
+        self._starters.append((launch.node, starter))
+        if launch.node is not None:  # over the process's own pipes
+            theirs, ours = starter.process.stdin, starter.process.stdout
+            assert theirs is not None and ours is not None
+            self._challenge(os.dup(ours.fileno()), os.dup(theirs.fileno()))
+
+    def _has_failed(self, node: RemoteNode) -> bool:
+        """Whether the process that should have started this node's agent has gone, or says that it could not."""
+        index = self.nodes.index(node)
+        own = next((starter for number, starter in self._starters if number in (None, index)), None)
+        if own is None:
+            return False
+        words = own.last_words.decode(errors="replace").strip().splitlines()
+        is_given_up = any(f": {node.host}: ssh exited" in line for line in words)  # pdsh, which goes on with the others
+        if not is_given_up and (own.process.poll() is None or own.is_open):
+            return False
+        about = [line for line in words if line.startswith(f"{node.host}: ")] or words
+        error = about[-1] if about else f"its starter ended with {own.process.returncode}"
+        node.found = replace(node.found, error=error)
+        return True
+
+    def _accept(self) -> None:
+        assert self._listener is not None
+        self._challenge(self._listener.accept()[0].detach())
+
+    def _challenge(self, *fds: int) -> None:
+        link = protocol.Link(self._loop, self._hear, *fds)
+        self._links[link] = protocol.new_secret()
+        link.send(protocol.CHALLENGE, self._links[link])
+
+    def _hear(self, link: protocol.Link) -> None:
+        node = next((node for node in self.nodes if node.link is link), None)
+        if node is not None:
+            node.hear(link)
+            return
+        hello = next((value for kind, value in link.receive() if kind == protocol.HELLO), None)
+        node = self._recognise(hello, self._links[link])
+        if hello is not None and node is not None:
+            link.send(protocol.WELCOME, protocol.proof(self._key, hello["nonce"], "launcher"))
+            node.join(link, hello)
+        elif hello is not None or link.closed:
+            del self._links[link]
+            link.close()
+
+    def _recognise(self, hello: Any, nonce: str) -> RemoteNode | None:
+        """Who knows the key is the node that its starter named; under MPI and Slurm, the one with its host's name."""
+        if not isinstance(hello, dict) or hello.get("proof") != protocol.proof(self._key, nonce, "node"):
+            return None
+        index = hello["index"]
+        by_name = [node for node in self.nodes if node.host in hello["names"] and not hello["is_told"]]
+        by_index = [self.nodes[index]] if index is not None and index < len(self.nodes) else []
+        return next((node for node in (*by_name, *by_index) if node.link is None), None)
+
+    def meet(self, port: int | None, address: str, is_checked: bool) -> tuple[str, int, str]:
+        """Where ranks will meet: (address, port, a line to say if it is not what was expected).
+
+        Raises:
+            LaunchError: the port is taken, or a node does not answer.
+        """
+        first = self.nodes[0]
+        told = self._ask([first], {"port": port})[0]
+        if "fault" in told:
+            raise LaunchError(f"{first.host}: {told['fault']}")
+        candidates = [address] if address else list(dict.fromkeys([first.host, *first.found.facts["addresses"]]))
+        if not is_checked:
+            return candidates[-1], told["port"], told["note"]
+        answers = self._ask(self.nodes, {"reach": told["port"], "addresses": candidates})
+        best = max(candidates, key=lambda name: sum(name in answer["reached"] for answer in answers))
+        for node, answer in zip(self.nodes, answers):
+            node.found = replace(node.found, reached=best in answer["reached"])
+        return best, told["port"], told["note"]
+
+    def _ask(self, nodes: Sequence[RemoteNode], question: dict[str, Any]) -> list[dict[str, Any]]:
+        for node in nodes:
+            node.ask(question)
+        self._await(lambda: all(node.told is not None or node.lost for node in nodes), 2 * protocol.SILENCE_S)
+        for node in nodes:
+            if node.told is None:
+                raise LaunchError(f"{node.host} was lost before the start: {node.lost or 'it does not answer'}")
+        return [node.told or {} for node in nodes]
+
+    def _await(self, done: Callable[[], bool], limit_s: float) -> None:
+        self.until(done, limit_s)
+        if self.outcome.interrupted_by is not None:
+            raise KeyboardInterrupt
+
+    # Working
+
+    def assign(self, options: LaunchOptions, assignments: Sequence[Assignment]) -> None:
+        """Hand out the jobs."""
+        self.outcome.begin(assignments[0].world_size)
+        terminals = {stream: size.hex() for stream, size in self._screen.terminals.items()}
+        job = {"options": asdict(options), "terminals": terminals, "colour": self._screen.has_colour}
+        for node, assignment in zip(self.nodes, assignments):
+            node.send(protocol.JOB, {**job, "assignment": asdict(assignment)})
+
+    def close(self, status: int) -> None:
+        """Let the agents go, and kill what started them if it stays."""
+        super().close(status)
+
+        def are_told() -> bool:
+            is_sent = all(link.waits_for is None for link in self._links)
+            return is_sent and all(starter.process.poll() is not None for _, starter in self._starters)
+
+        self.until(are_told, _KILL_S)
+        for _, starter in self._starters:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(starter.process.pid, signal.SIGKILL)
+            starter.process.wait()
+            starter.close()
+        for link in self._links:
+            link.close()
+        if self._listener is not None:
+            self._loop.forget(self._listener.fileno())
+            self._listener.close()
+
+
+def run(options: LaunchOptions, hosts: Hosts, attempt: int, loop: Loop, screen: Screen) -> Outcome | None:
     """Start a training on these machines: how it went; None if it was only to be checked, and is well.
 
     Raises:
         NotReadyError: it did not start.
     """
-    listener, key, connect_to, backend = _way_in(options)
-    path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
-    launches = _launches(options, hosts, backend, connect_to, key, path)
-    cluster, status = RemoteCluster(hosts, "".join(key.values()), listener, screen, signals), 1
+    launches, key, listener = _way_in(options, hosts)
+    cluster, status = RemoteCluster(hosts, key, listener, loop, screen), 1
     try:
-        cluster.gather(launches, options.start_timeout_s)
-        try:
-            outcome = _check_and_run(cluster, options, attempt)
-        except KeyboardInterrupt:  # while machines were still being asked
-            outcome = Outcome(cluster.started_s, time.monotonic(), interrupted_by=cluster.interrupted_by)
+        cluster.gather(launches, options.start_timeout)
+        is_to_run = _is_ready(cluster, options, attempt, screen)
+        outcome = cluster.run() if is_to_run else None
         status = outcome.exit_status if outcome else 0
         return outcome
+    except KeyboardInterrupt:  # while machines were still being asked
+        status = cluster.outcome.exit_status
+        return cluster.outcome
     except LaunchError as error:
-        gone = [node.host for node in cluster.nodes if node.lost or not node.facts]
+        gone = [node.host for node in cluster.nodes if node.lost or not node.found.facts]
         raise NotReadyError(str(error), gone) from error
     finally:
         cluster.close(status)
 
 
-def _check_and_run(cluster: RemoteCluster, options: LaunchOptions, attempt: int) -> Outcome | None:
-    if cluster.interrupted_by is not None:
-        raise KeyboardInterrupt
-    address = ""
-    if all(node.facts for node in cluster.nodes):
+def _is_ready(cluster: RemoteCluster, options: LaunchOptions, attempt: int, screen: Screen) -> bool:
+    """Judge what the machines have said, and hand out the jobs; False if it was only to be checked."""
+    address, port, note = "", 0, ""
+    if all(node.found.facts for node in cluster.nodes):
         address, port, note = cluster.meet(options.master_port, options.master_addr, not options.no_check)
     found = [node.found for node in cluster.nodes]
-    _judge(found, address, options, cluster.screen)
-    if options.check:
-        return None
-    say([note] * bool(note))
-    visible = {node.host: node.facts["visible"] for node in found if node.facts["visible"]}
-    say([f"{host}: {variable} is respected: slots index into it" for host, variable in visible.items()])
-    assignments = assign_ranks(found, address, port, attempt)
-    num_ranks = assignments[0].world_size
-    say([f"{num_ranks} ranks on {len(assignments)} machines, which meet at {address}:{port}"])
-    cluster.assign(replace(options.workload, cwd=os.getcwd()), assignments)
-    return cluster.run(num_ranks)
-
-
-def _judge(found: Sequence[Found], address: str, options: LaunchOptions, screen: Screen) -> None:
     rows = check(found, address)
     bad = [row for row in rows if row.status == BAD and (not options.no_check or row.name == "reached")]
     if bad or options.check:
-        screen.say(table(rows, screen.is_terminal(2) and screen.has_colour) + "\n")
+        screen.write(table(rows, 2 in screen.terminals and screen.has_colour) + "\n")
     if bad:
-        hosts = ", ".join(dict.fromkeys(row.section for row in bad))
+        names = ", ".join(dict.fromkeys(row.section for row in bad))
         skip = "" if any(row.name == "reached" for row in bad) else "; --no_check starts all the same"
-        raise LaunchError(f"{hosts}: not ready, nothing was started (see the table above{skip})")
+        raise LaunchError(f"{names}: not ready, nothing was started (see the table above{skip})")
     if options.check:
         logger.info("all %d machines are ready", len(found), extra=EVERY_RANK)
+        return False
+    assignments = assign_ranks(found, address, port, attempt)
+    if note:
+        logger.info(note, extra=EVERY_RANK)
+    for node in found:
+        if node.facts["visible"]:
+            text = "%s: %s is respected: slots index into it"
+            logger.info(text, node.host, node.facts["visible"], extra=EVERY_RANK)
+    text = "%d ranks on %d machines, which meet at %s:%d"
+    logger.info(text, assignments[0].world_size, len(found), address, port, extra=EVERY_RANK)
+    cluster.assign(replace(options, cwd=os.getcwd()), assignments)
+    return True
 
 
-def _way_in(options: LaunchOptions) -> tuple[socket.socket | None, dict[str, str], str, Backend | None]:
-    """How agents come to us: the listener, the variable with their key, our address, the backend that starts them."""
+def _way_in(options: LaunchOptions, hosts: Hosts) -> tuple[list[Launch], str, socket.socket | None]:
+    """What starts the agents, the key by which they are known, and where they come to us; None with ssh.
+
+    Without ssh it is only node 0's that is started here; the others join.
+    """
     if options.no_ssh:
         try:
-            listener = socket.create_server(("", _control_port(options)), backlog=1024)
+            listener = listen(_control_port(options), backlog=1024)
         except OSError as error:
             raise LaunchError(
                 f"port {_control_port(options)}, where nodes join, cannot be used: {error.strerror}"
             ) from error
-        return listener, {KEY: os.environ.get(KEY, "")}, "", None
-    backend = find_backend(options.launcher)
-    if backend.by_pipes:
-        return None, {}, "", backend
-    listener = socket.create_server(("", 0), backlog=1024)
-    addresses = [*facts()["addresses"], "127.0.0.1"]
-    return listener, {KEY: protocol.new_secret()}, f"{','.join(addresses)}:{listener.getsockname()[1]}", backend
+        return _launches(options, hosts, "", ""), os.environ.get(KEY, ""), listener
+    if find_backend(options.launcher).by_pipes:
+        return _launches(options, hosts, "", ""), "", None
+    key, listener = protocol.new_secret(), listen(0, backlog=1024)
+    addresses = ",".join([*facts()["addresses"], "127.0.0.1"])
+    return _launches(options, hosts, f"{addresses}:{listener.getsockname()[1]}", key), key, listener
 
 
-def _launches(
-    options: LaunchOptions, hosts: Hosts, backend: Backend | None, connect_to: str, key: dict[str, str], path: str = ""
-) -> list[Launch]:
-    """What starts the agents; without a backend it is node 0's alone, and the others join."""
+def _launches(options: LaunchOptions, hosts: Hosts, connect_to: str, key: str) -> list[Launch]:
+    path = os.pathsep.join(os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p)
     here = frozenset(host for host in hosts if is_here(host))
-    reach = Reach(list(hosts), here, connect_to, key, options.ssh_port, options.launcher_args, path)
-    return [Launch(reach.agent("--index", "0"), node=0)] if backend is None else backend.launches(reach)
+    keys = {KEY: key} if key else {}
+    reach = Reach(list(hosts), here, connect_to, keys, options.ssh_port, shlex.split(options.launcher_args), path)
+    if options.no_ssh:
+        return [Launch(reach.agent("--index", "0"), node=0)]
+    return find_backend(options.launcher).launches(reach)
 
 
 def _control_port(options: LaunchOptions) -> int:
@@ -128,9 +399,10 @@ def join(options: LaunchOptions, num_nodes: int) -> int:
             "node 0), and --num_nodes or a hostfile"
         )
     port = _control_port(options)
-    say([f"node {index}: joining node 0 at {options.master_addr}:{port}"])
-    found = connect([options.master_addr], port, max(options.start_timeout_s, 600.0))
-    return AgentSession(protocol.Link(found.detach()), os.environ.get(KEY, ""), index, options.workload).run()
+    logger.info("node %d: joining node 0 at %s:%d", index, options.master_addr, port, extra=EVERY_RANK)
+    found = connect([options.master_addr], port, max(options.start_timeout, 600.0))
+    with Loop() as loop:
+        return AgentSession(loop, [found.detach()], index, options).run()
 
 
 def assign_ranks(found: Sequence[Found], address: str, port: int, restarts: int) -> list[Assignment]:
@@ -145,7 +417,6 @@ def assign_ranks(found: Sequence[Found], address: str, port: int, restarts: int)
 
 def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
     """What would run where: a table, and the commands; nothing is asked of any machine."""
-    backend = None if options.no_ssh else find_backend(options.launcher)
     names = list(hosts)
     found = [Found(host, slots if slots is not None else [0]) for host, slots in hosts.items()]
     assignments = assign_ranks(found, options.master_addr or names[0], options.master_port or DEFAULT_PORT, 0)
@@ -154,10 +425,11 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
         known = ",".join(map(str, one.slots)) if hosts[one.host] else "as many as it has devices"
         rows.append((one.host, f"{one.first_rank}-{one.first_rank + len(one.slots) - 1}", known))
     lines = columns(rows)
-    launches = _launches(options, hosts, backend, "ADDRESS:PORT", {KEY: "KEY"})
+    is_piped = options.no_ssh or find_backend(options.launcher).by_pipes
+    launches = _launches(options, hosts, "ADDRESS:PORT", "" if is_piped else "KEY")
     lines += [shlex.join(launch.argv) for launch in launches]
-    script = ["python", *["-m"] * options.workload.module, options.workload.script, *options.workload.script_args]
-    names_only = " ".join(sorted(options.workload.env)) or "none"
+    script = ["python", *["-m"] * options.module, options.script, *options.script_args]
+    names_only = " ".join(sorted(options.env)) or "none"
     return "\n".join(
         [*lines, f"each rank: {shlex.join(script)}", f"variables handed on (values not shown): {names_only}"]
     )

@@ -1,145 +1,77 @@
-"""What the command line asks for, and what follows from it here: which machines, and which variables ranks get."""
+"""What the command line asks for: each option is a field, with its help.
+
+No more is imported than --help needs.
+"""
 
 from __future__ import annotations
 
-import contextlib
-import os
-import re
-import socket
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import Field, dataclass, field, fields
+from typing import Any
 
-from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile, select
-from deepspeedlite.launcher.job import Workload
-from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.gpus import find_devices
-from deepspeedlite.runtime.log import logger
+# --help has the options under these headings, each from this one on.
+GROUPS = {"hostfile": "where", "module": "what", "check": "how"}
 
-_EXPORTED = ("NCCL", "PYTHON", "MV2", "UCX", "MLFLOW")
-_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
-EVERY_RANK = {"ranks": (-1,)}  # the launcher's lines are shown even if RANK is set around it
+
+def _option(value: str, text: str, default: Any = None, also: str = "") -> Any:
+    """A field that the command line sets. `value`: its name in --help, "" for a switch, "N" for a number."""
+    return field(default=default if value else False, metadata={"value": value, "help": text, "also": also.split()})
 
 
 @dataclass(frozen=True)
 class LaunchOptions:
-    """What the user asked for, checked for form but not yet against the machines."""
+    """What the user asked for, checked for form but not yet against the machines. Each node gets all of it."""
 
-    workload: Workload
-    hostfile: str | None = None
-    include: str | None = None
-    exclude: str | None = None
-    num_nodes: int | None = None
-    num_gpus: int | None = None  # per machine; None: every slot, every GPU there is, or one CPU rank
-    master_addr: str = ""
-    master_port: int | None = None  # None: 29500 unless it is busy; 0: any free port
-    launcher: str | None = None
-    launcher_args: Sequence[str] = ()
-    ssh_port: int | None = None
-    force_multi: bool = False
-    no_ssh: bool = False
-    node_rank: int | None = None
-    check: bool = False
-    no_check: bool = False
-    dry_run: bool = False
-    max_restarts: int = 0
-    min_nodes: int | None = None
-    start_timeout_s: float = 60.0
-    save_pid: bool = False
-    export: Sequence[str] = field(default_factory=tuple)  # NAME, or NAME=VALUE
+    script: str = ""
+    script_args: Sequence[str] = ()
+    env: Mapping[str, str] = field(default_factory=dict)  # for ranks on all nodes, over the node's own: see `exported`
+    cwd: str = ""
 
+    hostfile: str | None = _option(
+        "FILE", "machines and their slots, a line each: `worker-1 slots=4` (/job/hostfile)", also="-H"
+    )
+    include: str | None = _option("SLOTS", "use only these: worker-1@worker-2:0,2-3", also="-i")
+    exclude: str | None = _option("SLOTS", "use all but these", also="-e")
+    num_nodes: int | None = _option("N", "use the first N machines; those left over are to spare (all)")
+    num_gpus: int | None = _option(
+        "N", "ranks per machine (every slot or GPU; one CPU rank where there is none)", also="--num_accelerators"
+    )
+    force_multi: bool = _option("", "go through the network even for one machine")
+    launcher: str | None = _option(
+        "NAME", "pdsh, ssh, openmpi, mpich, slurm, impi or mvapich (pdsh where installed, else ssh)"
+    )
+    launcher_args: str = _option("ARGS", "more arguments for it", "")
+    ssh_port: int | None = _option("N", "port of sshd on the machines")
+    no_ssh: bool = _option("", "this command is run on every machine: with --node_rank and --master_addr")
+    node_rank: int | None = _option("N", "with --no_ssh: which machine this is")
+    master_addr: str = _option("ADDR", "address the ranks meet at (the first machine's)", "")
+    master_port: int | None = _option("N", "port the ranks meet at (29500, or a free one if it is busy; 0: any)")
 
-Hosts = dict[str, "list[int] | None"]
+    module: bool = _option("", "the script is a module's name, run as with python -m")
+    no_python: bool = _option("", "the script is a program, run without Python in front")
+    no_local_rank: bool = _option("", "do not pass --local_rank=N to the script")
+    as_deepspeed: bool = _option("", "`import deepspeed` in the script is deepspeedlite (see docs/compatibility.md)")
+    export_env: Sequence[str] = _option(
+        "NAME[=VALUE]", "hand this variable to every rank; may be repeated (see also .deepspeed_env)", ()
+    )
+    venv_script: str | None = _option("FILE", "sourced on every machine first; its `python` runs the ranks")
+    bind_cores_to_rank: bool = _option("", "give each rank cores of its own")
+    bind_core_list: str | None = _option("CORES", "the cores to share out, such as 0-3,8")
 
+    check: bool = _option("", "look at all machines, print a table, and start nothing")
+    no_check: bool = _option("", "start even if machines differ", also="--no_ssh_check")
+    dry_run: bool = _option("", "print what would run where, and start nothing")
+    start_timeout: int = _option("N", "seconds that a machine may take to answer (60)", 60)
+    max_restarts: int = _option("N", "after a failure start again, at most so often (0)", 0)
+    min_nodes: int | None = _option("N", "restart with as few machines, when no spare one is left (all)")
+    enable_each_rank_log: str | None = _option(
+        "DIR", "also write each rank's output to DIR/<start time>_rank<N>.log, where it runs"
+    )
+    save_pid: bool = _option("", "keep the launcher's process id in /tmp/<it>.ds while it runs")
+    log_level: str | None = _option("LEVEL", "how much the launcher itself says (info)")
+    quiet: bool = _option("", "only errors, as --log_level error", also="-q")
 
-def choose_hosts(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[Hosts, Hosts, bool]:
-    """The machines and their slots (None: whatever one has), those to spare, and whether a list names them.
-
-    Raises:
-        LaunchError: options contradict each other, or ask for what is not there.
-    """
-    picks = options.include or options.exclude
-    if picks and (options.num_nodes or options.num_gpus):
-        raise LaunchError(
-            "--include and --exclude name slots; --num_nodes and --num_gpus count them: use one or the other"
-        )
-    path = options.hostfile or (DEFAULT_HOSTFILE if os.path.exists(DEFAULT_HOSTFILE) else None)
-    nodelist = environ.get("SLURM_JOB_NODELIST") if options.launcher == "slurm" else None
-    hosts: Hosts
-    if path is not None:
-        hosts = {host: list(range(slots)) for host, slots in read_hostfile(path).items()}
-    elif nodelist:
-        from deepspeedlite.runtime.env import expand_nodelist
-
-        hosts = dict.fromkeys(expand_nodelist(nodelist))
-    elif options.no_ssh:
-        hosts = {f"node-{index}": None for index in range(options.num_nodes or 1)}
-    else:
-        count = len(find_devices(environ).ids)
-        hosts = {"localhost": list(range(count)) if count else None}
-    if picks:
-        hosts = dict(select(hosts, options.include, options.exclude))
-    if options.num_nodes and options.num_nodes > len(hosts):
-        known = f"{path} names {len(hosts)}" if path else "there is this machine alone; --hostfile FILE names others"
-        raise LaunchError(f"--num_nodes {options.num_nodes}: {known}")
-    if options.num_gpus and (path or nodelist or options.no_ssh):
-        for host, slots in hosts.items():
-            if slots is not None and options.num_gpus > len(slots):
-                raise LaunchError(f"--num_gpus {options.num_gpus}: {host} has {len(slots)} slots in {path}")
-            hosts[host] = list(slots or range(options.num_gpus))[: options.num_gpus]
-    names = list(hosts)
-    used = names[: options.num_nodes or len(names)]
-    return {n: hosts[n] for n in used}, {n: hosts[n] for n in names[len(used) :]}, bool(path or nodelist)
-
-
-def exported(options: LaunchOptions, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables that ranks on every machine get, values untouched: by prefix, from `.deepspeed_env`, by --export_env.
-
-    Raises:
-        LaunchError: a line of the file is no variable, or the file that DS_ENV_FILE names is not there.
-    """
-    found = {name: value for name, value in environ.items() if name.startswith(_EXPORTED)}
-    name = environ.get("DS_ENV_FILE", ".deepspeed_env")
-    files = [path for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)) if path.is_file()]
-    if not files and "DS_ENV_FILE" in environ:
-        raise LaunchError(f"DS_ENV_FILE={name}: there is no such file here or in {Path.home()}")
-    lines = [
-        (f"{path}, line {n}", line)
-        for path in files
-        for n, line in enumerate(os.fsdecode(path.read_bytes()).split("\n"), 1)
-    ]
-    for where, line in [*lines, *(("--export_env", line) for line in options.export)]:
-        name, equals, value = line.removeprefix("export ").lstrip().partition("=")
-        if not name or name.startswith("#"):
-            continue
-        name = name.strip()
-        if not _NAME.fullmatch(name):
-            raise LaunchError(
-                f"{where}: {name!r} is no variable's name; write NAME=VALUE, or NAME for one that is set here"
-            )
-        if equals:
-            found[name] = value
-        elif name in environ:
-            found[name] = environ[name]
-        else:
-            logger.warning("%s: %s is not set here, and is not handed on", where, name, extra=EVERY_RANK)
-    return found
-
-
-def is_here(host: str) -> bool:
-    """Whether a host's name is this machine's. Name servers are not asked: one that is slow would be asked a lot."""
-    own = socket.gethostname()
-    if host in ("localhost", own, own.split(".")[0]):
-        return True
-    with contextlib.suppress(OSError), socket.socket() as probe:
-        probe.bind((socket.inet_ntoa(socket.inet_aton(host)), 0))  # only an own address can be bound
-        return True
-    return False
-
-
-def say(notes: Sequence[str], details: Sequence[str] = ()) -> None:
-    """The launcher's own lines before a start."""
-    for note in notes:
-        logger.info(note, extra=EVERY_RANK)
-    for detail in details:
-        logger.debug(detail, extra=EVERY_RANK)
+    @classmethod
+    def on_command_line(cls) -> dict[str, Field[Any]]:
+        """The fields that are options, by name."""
+        return {option.name: option for option in fields(cls) if option.metadata}

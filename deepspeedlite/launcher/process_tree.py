@@ -53,11 +53,11 @@ def _is_live(pid: int) -> bool:
     return False
 
 
-def descendants(root: int) -> set[int]:
-    """Live processes below `root`, itself excluded."""
+def descendants() -> set[int]:
+    """Live processes below this one."""
     import psutil
 
-    return {child.pid for child in psutil.Process(root).children(recursive=True) if _is_live(child.pid)}
+    return {child.pid for child in psutil.Process().children(recursive=True) if _is_live(child.pid)}
 
 
 def in_sessions(sessions: Iterable[int]) -> set[int]:
@@ -71,11 +71,11 @@ def in_sessions(sessions: Iterable[int]) -> set[int]:
     return found
 
 
-def send(pids: Iterable[int], number: int) -> None:
-    """Signal each process that still exists."""
+def send(number: int, pids: Iterable[int], groups: bool = False) -> None:
+    """Signal each process that still exists, or each process group that these lead."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError, PermissionError):
-            os.kill(pid, number)
+            (os.killpg if groups else os.kill)(pid, number)
 
 
 class Watchdog:
@@ -114,11 +114,9 @@ def _watch_launcher(read_end: int) -> None:
         signal.signal(number, signal.SIG_IGN)
     # Whoever reads the launcher's output must see it end with the launcher.
     os.dup2(read_end, 0)
-    os.closerange(1, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 65536 else 65536)
-    told = b""
-    while part := os.read(0, 4096):
-        told += part
-    words = told.split()
+    os.closerange(1, min(os.sysconf("SC_OPEN_MAX"), 65536))
+    with open(0, "rb") as told:
+        words = told.read().split()
     if b"done" in words:
         return
     sessions = [int(word) for word in words]
@@ -126,5 +124,5 @@ def _watch_launcher(read_end: int) -> None:
         left = in_sessions(sessions)
         if not left:
             return
-        send(left, signal.SIGKILL)
+        send(signal.SIGKILL, left)
         time.sleep(0.02)

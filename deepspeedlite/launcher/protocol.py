@@ -5,8 +5,8 @@
     1 byte               the kind
     JSON                 the value; for OUTPUT: 1 byte stream, 1 byte whether it is live, then the bytes as they are
 
-A link never blocks: what the other side does not take now is kept for the next `flush`, which the loop calls. Who
-writes much sends no more than a window that has not been acknowledged (`Screen.is_full`).
+A link never blocks: what the other side does not take now is written at a later turn of the loop. Who writes much sends
+no more than a window that has not been acknowledged (`Surface.is_full`).
 """
 
 from __future__ import annotations
@@ -15,136 +15,116 @@ import contextlib
 import json
 import os
 import secrets
-import select
-import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
+from deepspeedlite.launcher.loop import Loop
+
 MAGIC = b"\0deepspeedlite-launcher-1\n"
-# From the launcher: CHALLENGE {nonce}, WELCOME {proof}, ASK {port | reach}, JOB, ACK bytes, BEAT time, SIGNAL, END.
-# From the agent: HELLO {facts, nonce, proof}, TELL, ERROR text, OUTPUT, BEAT [its time, ours], FAILED, DONE.
+# From the launcher: CHALLENGE nonce, WELCOME proof, ASK {port | reach}, JOB, ACK bytes, BEAT time, SIGNAL,
+# END [signal, grace] of the ranks, CLOSE status of all.
+# From the agent: HELLO {facts, nonce, proof}, TELL, ERROR text, OUTPUT, BEAT [its time, ours], SIGNAL that it got
+# itself, and what the ranks do: RAISED, ENDED, CLOSED (report.py).
 CHALLENGE, HELLO, WELCOME, ASK, TELL, JOB, ERROR = b"C", b"H", b"W", b"A", b"T", b"J", b"E"
-OUTPUT, ACK, BEAT, SIGNAL, END, FAILED, DONE = b"O", b"K", b"B", b"S", b"X", b"F", b"D"
+OUTPUT, ACK, BEAT, SIGNAL, END, CLOSE = b"O", b"K", b"B", b"S", b"X", b"L"
 BEAT_S = 1.0
 SILENCE_S = 5.0  # after so long without a word the other side is taken for lost
 _MOST_BYTES = 64 << 20  # of a frame: what claims more is not one of ours
+_PIECE_BYTES = 1 << 16
 
 
 class Link:
-    """One end, over two descriptors or a socket's one. `receive` belongs to one thread; `send` may be called by any."""
+    """One end, over two descriptors or a socket's one.
 
-    def __init__(self, read_fd: int, write_fd: int = -1) -> None:
+    Args:
+        hear: called with this link when something has come, or nothing will any more; it calls `receive`.
+    """
+
+    def __init__(self, loop: Loop, hear: Callable[[Link], None], read_fd: int, write_fd: int = -1) -> None:
         # A socket's descriptor is doubled, for a selector to know reading and writing apart.
-        self.read_fd, self.write_fd = read_fd, os.dup(read_fd) if write_fd < 0 else write_fd
-        for fd in (self.read_fd, self.write_fd):
+        self._read_fd, self._write_fd = read_fd, os.dup(read_fd) if write_fd < 0 else write_fd
+        for fd in (self._read_fd, self._write_fd):
             os.set_blocking(fd, False)
         self.closed = False
         self.heard_s = time.monotonic()  # when the other side last said anything
-        self._lock = threading.Lock()  # of `_outgoing`: the launcher's printing thread acknowledges by itself
+        self._loop = loop
         self._outgoing = bytearray(MAGIC)
         self._incoming = b""
         self._has_magic = False  # until then what comes is a login shell's
-        self._held: list[tuple[bytes, Any]] = []  # frames that `expect` was not asked for
+        loop.serve(self)
+        loop.watch(read_fd, lambda: hear(self))
         self.flush()
 
     @property
-    def pending(self) -> bool:
-        """Whether something waits to be written, and can be."""
-        return bool(self._outgoing) and not self.closed
+    def waits_for(self) -> int | None:
+        """The descriptor that must take something first."""
+        return self._write_fd if self._outgoing and not self.closed else None
 
     def send(self, kind: bytes, value: Any = None, raw: bytes | None = None) -> None:
         """Queue a frame and write what the other side takes at once."""
         body = kind + (json.dumps(value).encode() if raw is None else raw)
-        with self._lock:
-            self._outgoing += len(body).to_bytes(4, "big") + body
+        self._outgoing += len(body).to_bytes(4, "big") + body
         self.flush()
 
-    def flush(self, patience_s: float = 0.0) -> None:
-        """Write what can be written now, or within `patience_s`."""
-        deadline_s = time.monotonic() + patience_s
-        while self._outgoing and not self.closed:
-            with self._lock:
-                try:
-                    del self._outgoing[: os.write(self.write_fd, self._outgoing[: 1 << 16])]
-                    continue
-                except BlockingIOError:
-                    pass
-                except OSError:
-                    self.closed = True
-                    return
-            left_s = deadline_s - time.monotonic()
-            if left_s <= 0:
-                return
-            _await(self.write_fd, select.POLLOUT, left_s)
+    def flush(self) -> None:
+        """Write what can be written now."""
+        try:
+            while self._outgoing and not self.closed:
+                del self._outgoing[: os.write(self._write_fd, self._outgoing[:_PIECE_BYTES])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
 
     def receive(self) -> list[tuple[bytes, Any]]:
         """The frames that have come; sets `closed` when there will be no more."""
-        while not self.closed:
-            try:
-                data = os.read(self.read_fd, 1 << 18)
-            except BlockingIOError:
-                break
-            except OSError:
-                data = b""
-            if not data:
-                self.closed = True
-            else:
+        try:
+            while not self.closed:
+                data = os.read(self._read_fd, 1 << 18)
+                self.closed = not data
                 self._incoming += data
                 self.heard_s = time.monotonic()
-        if not self._has_magic:
-            at = self._incoming.find(MAGIC)
-            self.closed |= at < 0 and len(self._incoming) > 1 << 20
-            self._has_magic = at >= 0
-            self._incoming = self._incoming[at + len(MAGIC) :] if at >= 0 else self._incoming
-        frames, self._held = self._held, []
-        while self._has_magic and len(self._incoming) >= 5:
-            nbytes = int.from_bytes(self._incoming[:4], "big")
-            if not 0 < nbytes <= _MOST_BYTES:
-                self.closed = True
-                break
-            if len(self._incoming) < 4 + nbytes:
-                break
-            kind, body = self._incoming[4:5], self._incoming[5 : 4 + nbytes]
-            self._incoming = self._incoming[4 + nbytes :]
-            try:
+        except BlockingIOError:
+            pass
+        except OSError:
+            self.closed = True
+        frames: list[tuple[bytes, Any]] = []
+        try:
+            while (frame := self._next_frame()) is not None:
+                kind, body = frame[:1], frame[1:]
                 frames.append((kind, body if kind == OUTPUT else json.loads(body)))
-            except ValueError:
-                self.closed = True
+        except ValueError:  # it is none of ours
+            self.closed = True
+        if self.closed:
+            self._loop.forget(self._read_fd)
         return frames
 
-    def expect(self, *kinds: bytes, within_s: float = 1e9) -> tuple[bytes, Any]:
-        """Wait for the next frame of these kinds, answering beats; `(b"", None)` if silence falls or time runs out."""
-        deadline_s = time.monotonic() + within_s
-        while not self.closed:
-            now_s = time.monotonic()
-            if min(deadline_s, self.heard_s + SILENCE_S) < now_s:
-                self.closed = True
-            if not self._held:
-                _await(self.read_fd, select.POLLIN, BEAT_S / 2)
-            frames = self.receive()
-            while frames:
-                kind, value = frames.pop(0)
-                if kind == BEAT:
-                    self.send(BEAT, [time.monotonic(), value])
-                elif kind in kinds:
-                    self._held = frames
-                    return kind, value
-            self.flush()
-        return b"", None
+    def _next_frame(self) -> bytes | None:
+        if not self._has_magic:
+            noise, found, rest = self._incoming.partition(MAGIC)
+            self._has_magic = bool(found)
+            if not self._has_magic and len(noise) > 1 << 20:
+                raise ValueError
+            self._incoming = rest if self._has_magic else noise
+        nbytes = int.from_bytes(self._incoming[:4], "big")
+        if not self._has_magic or len(self._incoming) < 4:
+            return None
+        if not 0 < nbytes <= _MOST_BYTES:
+            raise ValueError
+        if len(self._incoming) < 4 + nbytes:
+            return None
+        frame, self._incoming = self._incoming[4 : 4 + nbytes], self._incoming[4 + nbytes :]
+        return frame
 
     def close(self) -> None:
         """Close both descriptors."""
         self.closed = True
-        for fd in (self.read_fd, self.write_fd):
+        self._loop.forget(self._read_fd)
+        self._loop.dismiss(self)
+        for fd in (self._read_fd, self._write_fd):
             with contextlib.suppress(OSError):
                 os.close(fd)
-
-
-def _await(fd: int, event: int, timeout_s: float) -> None:
-    """Unlike `select`, `poll` knows descriptors beyond 1024: a launcher of many nodes has them."""
-    poll = select.poll()
-    poll.register(fd, event)
-    poll.poll(1000 * timeout_s)
 
 
 def new_secret() -> str:

@@ -10,11 +10,16 @@ from __future__ import annotations
 import re
 import signal
 import textwrap
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 from deepspeedlite.runtime.log import logger
 
+# What an agent tells: [rank, when] of a traceback, the fields of a RankEnd, and at last [how many processes the ranks
+# have left behind, those that cannot be ended]. Times are its time.monotonic().
+RAISED, ENDED, CLOSED = b"R", b"D", b"Q"
 _TAIL_BYTES = 64 << 10
 _MAX_LINES = 60
 _EARLY_GRACE_S = 5.0
@@ -67,8 +72,8 @@ class ErrorTail:
 
 
 @dataclass(frozen=True)
-class Failure:
-    """One rank that ended badly on its own. Times are time.monotonic()."""
+class RankEnd:
+    """How one rank, or a whole node, ended on its own. Times are time.monotonic()."""
 
     rank: int
     status: int  # >= 0: exit code; < 0: the signal that killed it
@@ -78,7 +83,6 @@ class Failure:
     log_path: str | None = None
     host: str = ""  # "" where there is one machine
     lost: str = ""  # why, if it is not a rank but its whole node that failed
-    left: Sequence[int] = ()  # ranks of its machine that had ended well before it
 
     @property
     def failed_s(self) -> float:
@@ -110,7 +114,7 @@ class Failure:
         return f"killed by {name}" + (f" ({hint})" if hint else "")
 
 
-def first_failure(failures: Sequence[Failure]) -> Failure:
+def first_failure(failures: Sequence[RankEnd]) -> RankEnd:
     """The failure to blame: errors of its own before lost peers, then by time, then by rank."""
     return min(failures, key=lambda failure: (failure.lost_peer, failure.failed_s, failure.rank))
 
@@ -144,7 +148,9 @@ def _shorten(lines: list[str]) -> list[str]:
     return [*head, f"    ... {len(lines) - _MAX_LINES} lines left out ...", *tail]
 
 
-def failure_report(first: Failure, started_s: float, num_ranks: int, also_failed: Sequence[int]) -> str:
+def failure_report(
+    first: RankEnd, started_s: float, num_ranks: int, also_failed: Sequence[int], left: Sequence[int] = ()
+) -> str:
     """The block that is printed last: who failed first, how, when, its last words, and where to read more."""
     when = f"{duration(first.failed_s - started_s)} after the start"
     where = f" on {first.host}" if first.host else ""
@@ -153,9 +159,9 @@ def failure_report(first: Failure, started_s: float, num_ranks: int, also_failed
     facts = [f"rank {first.rank}{where} failed first: {first.ending}, {when}"]
     if also_failed:
         facts.append(f"failed after it: rank {', '.join(map(str, sorted(also_failed)))}")
-    if first.left:
-        facts.append(f"ended before it, with exit code 0: rank {', '.join(map(str, sorted(first.left)))}")
-    others = num_ranks - 1 - len(also_failed) - len(first.left)
+    if left:
+        facts.append(f"ended before it, with exit code 0: rank {', '.join(map(str, sorted(left)))}")
+    others = num_ranks - 1 - len(also_failed) - len(left)
     if others:
         facts.append(f"the other {others} of {num_ranks} ranks were ended or had ended")
     if first.log_path:
@@ -180,41 +186,90 @@ def duration(seconds: float) -> str:
     return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
 
 
-class EarlyEnds:
-    """Says which ranks, or machines, have ended well while others run on: a script that leaves its loop early on one.
-
-    That may be right, as where rank 0 saves at the end, so it is one line and no failure, said when it has lasted.
+class Outcome:
+    """How a start of a training goes, as its nodes tell it. Use once. Times are time.monotonic().
 
     Args:
-        noun: of what ends.
-        started_s: time.monotonic() of the start.
+        num_ranks: on all machines; 0 until they are known.
     """
 
-    def __init__(self, noun: str, started_s: float) -> None:
-        self._noun, self._started_s = noun, started_s
-        self._told: set[str] = set()
+    def __init__(self, num_ranks: int) -> None:
+        self.begin(num_ranks)
+        self.ended_s = self.started_s
+        self.ends: dict[int, RankEnd] = {}  # of those ranks that have ended
+        self.raised_s: dict[int, float] = {}  # when a rank's latest traceback began
+        self.lost: list[RankEnd] = []  # whole nodes
+        self.gone: list[str] = []  # those of them that cannot be used again
+        self.failures: list[RankEnd] = []  # those that count: what ends later has been ended
+        self.interrupted_by: int | None = None
+        self.left_behind = 0
+        self.unkillable: list[str] = []
+        self._early_told: set[int] = set()
 
-    def look(self, ended_s: Mapping[str, float], running: Sequence[str], now_s: float) -> bool:
-        """Say what there is to say. True if there will be more: call again within about a second.
+    def begin(self, num_ranks: int) -> None:
+        """So many ranks start."""
+        self.num_ranks, self.started_s = num_ranks, time.monotonic()
 
-        Args:
-            ended_s: what has ended well, and when.
-            running: what has not ended.
-            now_s: time.monotonic().
+    def hear(self, kind: bytes, value: Any, host: str = "", offset_s: float = 0.0) -> None:
+        """Take in what the agent of a host tells, whose clock is ahead of ours by `offset_s`."""
+        if kind == RAISED:
+            rank, at_s = value
+            self.raised_s[rank] = at_s - offset_s
+        elif kind == ENDED:
+            end = RankEnd(**value)
+            seen_s = None if end.traceback_s is None else end.traceback_s - offset_s
+            self.ends[end.rank] = replace(end, host=host, exited_s=end.exited_s - offset_s, traceback_s=seen_s)
+        elif kind == CLOSED:
+            left_behind, unkillable = value
+            self.left_behind += left_behind
+            self.unkillable += [f"{host}:{pid}" if host else str(pid) for pid in unkillable]
+
+    def failed(self) -> list[RankEnd]:
+        """Who has ended badly by now."""
+        return [*self.lost, *(end for end in self.ends.values() if end.status)]
+
+    @property
+    def first(self) -> RankEnd | None:
+        """The failure to blame."""
+        return first_failure(self.failures) if self.failures else None
+
+    @property
+    def exit_status(self) -> int:
+        """0, the first failing rank's status, or 128 + the signal that ended the job."""
+        if self.interrupted_by is not None:
+            return 128 + self.interrupted_by
+        return self.first.exit_status if self.first else 0
+
+    def report(self) -> str:
+        """What is printed last after a failure."""
+        assert self.first is not None
+        also = [end.rank for end in self.failures if end is not self.first and not end.lost]
+        before_s = self.first.exited_s
+        left = [end.rank for end in self.ends.values() if end.status == 0 and end.exited_s < before_s]
+        return failure_report(self.first, self.started_s, self.num_ranks, also, left)
+
+    def tell_early_ends(self) -> float | None:
+        """Say once which ranks have ended well while others run on: a script that leaves its loop early on one.
+
+        That may be right, as where rank 0 saves at the end, so it is one line and no failure, said when it has lasted.
+        Gives how long to wait before the next call; None: until something happens.
         """
-        new = {name: at_s for name, at_s in ended_s.items() if name not in self._told} if running else {}
-        due = [name for name, at_s in new.items() if now_s - at_s >= _EARLY_GRACE_S]
-        if due:
-            self._told.update(due)
-            after = duration(min(new[name] for name in due) - self._started_s)
+        now_s = time.monotonic()
+        new = [end for end in self.ends.values() if not end.status and end.rank not in self._early_told]
+        running = [str(rank) for rank in range(self.num_ranks) if rank not in self.ends] if new else []
+        due = sorted(end.rank for end in new if now_s - end.exited_s >= _EARLY_GRACE_S)
+        if due and running:
+            self._early_told.update(due)
+            after = duration(min(self.ends[rank].exited_s for rank in due) - self.started_s)
             logger.info(
                 "%s %s ended with exit code 0, %s after the start, and %s still %s",
-                *(self._names(due), "have" if len(due) > 1 else "has", after),
-                *(self._names(running), "run" if len(running) > 1 else "runs"),
+                *(_names([str(rank) for rank in due]), "have" if len(due) > 1 else "has", after),
+                *(_names(running), "run" if len(running) > 1 else "runs"),
                 extra={"ranks": (-1,)},
             )
-        return len(due) < len(new)
+        return 1.0 if running and len(due) < len(new) else None
 
-    def _names(self, names: Sequence[str]) -> str:
-        more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
-        return f"{self._noun}{'s' * (len(names) > 1)} {', '.join(names[:_NAMED])}{more}"
+
+def _names(ranks: Sequence[str]) -> str:
+    more = f" and {len(ranks) - _NAMED} more" if len(ranks) > _NAMED else ""
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(ranks[:_NAMED])}{more}"

@@ -19,9 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile
-from deepspeedlite.launcher.loop import Loop
+from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.process_tree import die_with
-from deepspeedlite.launcher.signals import ENDING, SignalQueue
 from deepspeedlite.runtime.errors import LaunchError
 
 TIMED_OUT = 124  # as coreutils' timeout has it
@@ -125,9 +124,13 @@ class HostProcess:
         self._limit_s = min(self._limit_s, now_s + _DRAIN_S)
         if self._rests and now_s < self._limit_s:
             return False
+        self.close()
+        return True
+
+    def close(self) -> None:
+        """Hear no more of it."""
         for fd in list(self._rests):
             self._forget(fd)
-        return True
 
 
 @dataclass(frozen=True)
@@ -159,14 +162,13 @@ def run_on_hosts(
     command = [*shlex.split(ssh), *["-n"] * (input_path == os.devnull), "-T", *QUICK_TO_NOTICE, "--"]
     waiting, running, results = list(hosts), dict[str, HostProcess](), dict[str, HostResult]()
     stopped_by = 0  # the first signal
-    with SignalQueue() as signals:
-        loop = Loop(signals)
+    with Loop() as loop:
 
         def relay(host: str, number: int, lines: bytes) -> None:
             try:
                 write(host, number, lines)
             except OSError:  # nobody can be told here
-                signals.poke(signal.SIGPIPE)
+                loop.poke(signal.SIGPIPE)
 
         while running or (waiting and not stopped_by):
             while waiting and len(running) < at_once and not stopped_by:
@@ -186,7 +188,6 @@ def run_on_hosts(
                         each.limit(0.0)
             for host in [host for host, each in running.items() if each.has_ended()]:
                 results[host] = _result(running.pop(host), timeout_s)
-        loop.close()
     if stopped_by:
         raise Stopped(128 + stopped_by)
     return {host: results[host] for host in hosts}

@@ -10,10 +10,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeedlite.launcher.cli import parse
-from deepspeedlite.launcher.job import Workload, rank_argv
+from deepspeedlite.launcher.job import rank_argv
+from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import RankStream, Screen
-from deepspeedlite.launcher.report import ErrorTail, Failure, extract_traceback, failure_report, first_failure
+from deepspeedlite.launcher.report import ErrorTail, RankEnd, extract_traceback, failure_report, first_failure
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import choose_ranks, find_devices, parse_visible
 
@@ -75,9 +76,9 @@ def test_faulty_visible_devices_are_named() -> None:
 @given(st.lists(st.text()), st.booleans(), st.booleans())
 def test_arguments_of_any_text_stay_as_they_are(words: list[str], module: bool, no_local_rank: bool) -> None:
     flags = ["--module"] * module + ["--no_local_rank"] * no_local_rank
-    options, _ = parse([*flags, "--num_gpus=2", "train", *words])
-    assert options.workload.script_args == tuple(words) and options.num_gpus == 2
-    argv = rank_argv(options.workload, 1, "python")
+    options = parse([*flags, "--num_gpus=2", "train", *words])
+    assert options.script_args == tuple(words) and options.num_gpus == 2
+    argv = rank_argv(options, 1, "python")
     expected = ("python", *(["-m"] if module else []), "train", *([] if no_local_rank else ["--local_rank=1"]), *words)
     assert argv == expected
 
@@ -88,7 +89,7 @@ def test_arguments_of_any_text_stay_as_they_are(words: list[str], module: bool, 
 def collect(chunks: list[bytes], prefix: bytes, is_first: bool) -> bytes:
     """What a stream makes of these reads when nobody watches a terminal."""
     read_end, write_end = os.pipe()
-    stream = RankStream(Screen(write_end, write_end), write_end, prefix, is_first)
+    stream = RankStream(Screen(Loop(), write_end, write_end), 1, prefix, is_first)
     shown = b""
     for chunk in chunks:
         stream.feed(chunk)
@@ -151,9 +152,9 @@ def test_a_traceback_split_between_reads_is_dated_once() -> None:
 
 
 def test_blame_follows_the_traceback_not_the_exit() -> None:
-    first = Failure(2, 1, exited_s=9.0, traceback_s=5.0, stderr=raised("ValueError: cause"))
-    hasty = Failure(0, 1, exited_s=6.0, traceback_s=5.5, stderr=raised("IndexError: other"))
-    lost = Failure(1, -6, exited_s=4.9, stderr="NCCL watchdog thread terminated")
+    first = RankEnd(2, 1, exited_s=9.0, traceback_s=5.0, stderr=raised("ValueError: cause"))
+    hasty = RankEnd(0, 1, exited_s=6.0, traceback_s=5.5, stderr=raised("IndexError: other"))
+    lost = RankEnd(1, -6, exited_s=4.9, stderr="NCCL watchdog thread terminated")
     assert first_failure([hasty, lost, first]) is first
     assert first_failure([lost]) is lost and lost.exit_status == 134
     text = failure_report(first, 1.0, 4, [0, 1])
@@ -161,8 +162,6 @@ def test_blame_follows_the_traceback_not_the_exit() -> None:
 
 
 def test_options_have_the_documented_defaults() -> None:
-    assert parse(["train.py"]) == (LaunchOptions(Workload("train.py")), None)
-    assert parse(["-q", "--num_gpus", "-1", "--enable_each_rank_log=None", "t.py"]) == (
-        LaunchOptions(Workload("t.py")),
-        "error",
-    )
+    assert parse(["train.py"]) == LaunchOptions("train.py")
+    quiet = LaunchOptions("t.py", quiet=True, log_level="error")
+    assert parse(["-q", "--num_gpus", "-1", "--enable_each_rank_log=None", "t.py"]) == quiet

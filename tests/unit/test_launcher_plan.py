@@ -11,6 +11,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -22,10 +23,12 @@ from deepspeedlite.env_report.rows import BAD, WARN
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
 from deepspeedlite.launcher.cli import parse
-from deepspeedlite.launcher.hostfile import select
-from deepspeedlite.launcher.job import Assignment, Workload, build_job, parse_cores
+from deepspeedlite.launcher.hostfile import numbers_in, select
+from deepspeedlite.launcher.job import Assignment, build_job
+from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.multinode import assign_ranks, dry_run
-from deepspeedlite.launcher.options import choose_hosts
+from deepspeedlite.launcher.options import LaunchOptions
+from deepspeedlite.launcher.plan import choose_hosts
 from deepspeedlite.runtime.errors import LaunchError
 
 # --include and --exclude
@@ -102,11 +105,11 @@ def test_slots_of_a_machine_without_gpus_are_free() -> None:
 def test_hosts_are_counted_cut_and_spared(tmp_path: Path) -> None:
     hostfile = tmp_path / "hosts"
     hostfile.write_text("a slots=4\nb slots=2\nc slots=4\n")
-    options, _ = parse(["--hostfile", str(hostfile), "--num_nodes", "2", "--num_gpus", "2", "t.py"])
+    options = parse(["--hostfile", str(hostfile), "--num_nodes", "2", "--num_gpus", "2", "t.py"])
     assert choose_hosts(options, {}) == ({"a": [0, 1], "b": [0, 1]}, {"c": [0, 1]}, True)
     with pytest.raises(LaunchError, match="--num_gpus 3: b has 2 slots"):
         choose_hosts(replace(options, num_gpus=3), {})
-    slurm, _ = parse(["--launcher", "slurm", "t.py"])
+    slurm = parse(["--launcher", "slurm", "t.py"])
     assert choose_hosts(slurm, {"SLURM_JOB_NODELIST": "n[1-2]"}) == ({"n1": None, "n2": None}, {}, True)
 
 
@@ -114,7 +117,7 @@ def test_ranks_are_numbered_through_the_hosts() -> None:
     assignments = assign_ranks([Found("a", [0, 2]), Found("b", [1])], "a", 29500, 0)
     assert [(p.host, p.first_rank, p.node_rank, p.world_size) for p in assignments] == [("a", 0, 0, 3), ("b", 2, 1, 3)]
     job = build_job(
-        Workload(str(ROOT / "setup.py")), assignments[1], {"CUDA_VISIBLE_DEVICES": "5,7", "DS_ACCELERATOR": "cpu"}
+        LaunchOptions(str(ROOT / "setup.py")), assignments[1], {"CUDA_VISIBLE_DEVICES": "5,7", "DS_ACCELERATOR": "cpu"}
     )
     assert job.ranks[0].prefix == "[b:2] " and job.ranks[0].env["CROSS_RANK"] == "1"
 
@@ -125,7 +128,7 @@ def test_ranks_are_numbered_through_the_hosts() -> None:
 def test_a_dry_run_of_a_hundred_hosts(tmp_path: Path) -> None:
     hosts = {f"node-{index}": list(range(8)) for index in range(100)}
     for name in BACKENDS:
-        options, _ = parse(["--launcher", name, "t.py", "--x", "a b"])
+        options = parse(["--launcher", name, "t.py", "--x", "a b"])
         if name not in ("ssh", "pdsh"):
             continue  # these need no program here that may be absent
         try:
@@ -192,18 +195,20 @@ def test_every_backend_starts_one_agent_per_host(tmp_path: Path) -> None:
 
 
 def test_cores_are_shared_out_evenly() -> None:
-    assert parse_cores("0-2, 8") == [0, 1, 2, 8]
+    assert numbers_in("0-2, 8", "--bind_core_list", "core") == [0, 1, 2, 8]
     for text, said in (("", "no core"), ("3-1", "no core"), ("0,0", "twice"), ("x", "no core")):
         with pytest.raises(LaunchError, match=said):
-            parse_cores(text)
+            numbers_in(text, "--bind_core_list", "core")
     usable = sorted(os.sched_getaffinity(0))
     assignment = Assignment(range(len(usable)), len(usable), "127.0.0.1", 1)
-    job = build_job(Workload(str(ROOT / "setup.py"), bind_cores=True), assignment, {"DS_ACCELERATOR": "cpu"})
+    job = build_job(
+        LaunchOptions(str(ROOT / "setup.py"), bind_cores_to_rank=True), assignment, {"DS_ACCELERATOR": "cpu"}
+    )
     assert [rank.cores for rank in job.ranks] == [(core,) for core in usable]
     assert job.ranks[0].env["OMP_NUM_THREADS"] == "1"
     with pytest.raises(LaunchError, match="cannot have a core each"):
         build_job(
-            Workload(str(ROOT / "setup.py"), bind_cores=True),
+            LaunchOptions(str(ROOT / "setup.py"), bind_cores_to_rank=True),
             replace(assignment, slots=range(999)),
             {"DS_ACCELERATOR": "cpu"},
         )
@@ -212,21 +217,35 @@ def test_cores_are_shared_out_evenly() -> None:
 # The protocol
 
 
+def link_over(*fds: int) -> protocol.Link:
+    """One end, whose loop the test turns by itself."""
+    return protocol.Link(Loop(), lambda link: None, *fds)
+
+
 def pair() -> tuple[protocol.Link, protocol.Link]:
     one, two = socket.socketpair()
-    return protocol.Link(one.detach()), protocol.Link(two.detach())
+    return link_over(one.detach()), link_over(two.detach())
+
+
+def hear(link: protocol.Link) -> tuple[bytes, dict[str, Any]]:
+    """The next frame."""
+    deadline_s = time.monotonic() + 20
+    while not (frames := link.receive()):
+        assert time.monotonic() < deadline_s and not link.closed
+        time.sleep(0.01)
+    return frames[0]
 
 
 @given(st.lists(st.tuples(st.sampled_from([b"O", b"T"]), st.binary(max_size=300)), max_size=20), st.integers(1, 50))
 def test_frames_arrive_whole_however_they_are_cut(frames: list[tuple[bytes, bytes]], size: int) -> None:
     near, far = socket.socketpair()
-    sender = protocol.Link(os.dup(near.fileno()))
+    sender = link_over(os.dup(near.fileno()))
     collected = b"motd: welcome\n" + far.recv(1000)
     for kind, body in frames:
         sender.send(kind, body.hex(), raw=body if kind == b"O" else None)
         collected += far.recv(100_000)
     read_fd, write_fd = os.pipe()
-    receiver = protocol.Link(read_fd, os.open(os.devnull, os.O_WRONLY))
+    receiver = link_over(read_fd, os.open(os.devnull, os.O_WRONLY))
     got = []
     for start in range(0, len(collected), size):
         os.write(write_fd, collected[start : start + size])
@@ -244,12 +263,12 @@ def test_a_link_that_is_not_read_keeps_no_writer_waiting() -> None:
     started_s = time.monotonic()
     for _ in range(100):
         near.send(protocol.OUTPUT, raw=bytes(1 << 16))
-    assert near.pending and time.monotonic() - started_s < 1
+    assert near.waits_for is not None and time.monotonic() - started_s < 1
     received = 0
     while received < 100:
         near.flush()
         received += len(far.receive())
-    assert not near.pending
+    assert near.waits_for is None
     near.close()
     assert far.receive() == [] and far.closed
     far.close()
@@ -259,7 +278,7 @@ def test_garbage_closes_a_link() -> None:
     headers = (b"\xff\xff\xff\xffO", (3).to_bytes(4, "big") + b"J{]")
     for garbage in (*(protocol.MAGIC + header for header in headers), b"x" * (2 << 20)):
         near, far = socket.socketpair()
-        link = protocol.Link(far.detach())
+        link = link_over(far.detach())
         threading.Thread(target=near.sendall, args=(garbage,), daemon=True).start()
         deadline_s = time.monotonic() + 5
         while not link.closed and time.monotonic() < deadline_s:
@@ -280,14 +299,18 @@ def test_an_agent_runs_nothing_for_one_who_does_not_know_its_key(tmp_path: Path)
         ]
         env = {**os.environ, "PYTHONPATH": str(ROOT), "DSL_LAUNCHER_KEY": "ours"}
         agent = subprocess.Popen(argv, env=env, stderr=subprocess.PIPE, text=True)
-        link = protocol.Link(server.accept()[0].detach())
-        link.send(protocol.CHALLENGE, {"nonce": "n"})
-        kind, hello = link.expect(protocol.HELLO, within_s=20)
-        assert kind and hello["proof"] == protocol.proof("ours", "n", "node") and "ours" not in str(hello)
-        link.send(protocol.WELCOME, {"proof": protocol.proof("theirs", hello["nonce"], "launcher")})
-        workload = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
+        link = link_over(server.accept()[0].detach())
+        link.send(protocol.CHALLENGE, "n")
+        kind, hello = hear(link)
+        assert (
+            kind == protocol.HELLO
+            and hello["proof"] == protocol.proof("ours", "n", "node")
+            and "ours" not in str(hello)
+        )
+        link.send(protocol.WELCOME, protocol.proof("theirs", hello["nonce"], "launcher"))
+        options = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
         assignment = {"slots": [0], "world_size": 1, "master_addr": "x", "master_port": 1}
-        link.send(protocol.JOB, {"workload": workload, "assignment": assignment, "terminals": {}})
+        link.send(protocol.JOB, {"options": options, "assignment": assignment, "terminals": {}})
         assert "is not the one that started it" in agent.communicate(timeout=20)[1]
         assert agent.returncode == 0 and not (tmp_path / "ran").exists()
         link.close()
