@@ -29,7 +29,7 @@ from deepspeedlite.config.batch import NAMES, batch_problem
 from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, raise_faults
 from deepspeedlite.config.keys import default_of, inner_section, kind_of, standing
 from deepspeedlite.config.legacy import RENAMED, Origin, modernise
-from deepspeedlite.config.recipes import Faults, optimizer_faults, refused_combination, scheduler_faults
+from deepspeedlite.config.recipes import OTHER_NAMES, Faults, optimizer_faults, refused_combination, scheduler_faults
 from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import copy_tree, read_source
@@ -43,19 +43,6 @@ AUTO_REMEDY = (
     'give a value: "auto" is a placeholder that the Hugging Face Trainer or Accelerate replaces before it calls '
     "`initialize`"
 )
-
-# Names that people write from memory of other tools, and what they are called here.
-OTHER_NAMES: dict[str, str] = {
-    "batch_size": "use train_batch_size (over all ranks) or train_micro_batch_size_per_gpu (one rank)",
-    "micro_batch_size": "use train_micro_batch_size_per_gpu",
-    "lr": "it goes into optimizer.params",
-    "learning_rate": "it goes into optimizer.params, as lr",
-    "max_grad_norm": "use gradient_clipping",
-    "clip_grad": "use gradient_clipping",
-    "fp32_allreduce": 'use communication_data_type: "fp32"',
-    "zero_stage": "use zero_optimization.stage",
-    "amp_opt_level": "use bf16, fp16 or torch_autocast",
-}
 
 
 class Examined(NamedTuple):

@@ -2,16 +2,21 @@
 
 `optimizer_faults` and `scheduler_faults` are asked when a configuration is loaded and again where the object is built;
 so `config check`, which knows no torch, refuses what `initialize` refuses. A torch that is loaded is asked for its own
-signatures; without one the tables below, which are torch 2.13's, stand for them.
+signatures; without one those in recipes.json, which are torch 2.13's, stand for them. That table has, too, what is
+refused and why (`refused`, `whole_tensor`), and what is said of names that people write and that no spelling distance
+leads to the right one, of parameters and of the file's own `keys`.
 """
 
 from __future__ import annotations
 
 import ast
 import inspect
+import json
 import math
 import sys
 from collections.abc import Callable, Mapping
+from functools import cache
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from deepspeedlite.runtime.text import IN_BRACKETS, did_you_mean
@@ -20,9 +25,17 @@ REQUIRED: Any = ...
 Faults = list[tuple[tuple[Any, ...], str]]  # (path within the section, what is wrong)
 
 
-def _signatures(text: str) -> Mapping[str, Mapping[str, Any]]:
-    """`Name(needed, other=1e-3)`, a line each, as {"Name": {"needed": REQUIRED, "other": 1e-3}}; "    " goes on."""
-    calls: list[Any] = [ast.parse(line, mode="eval").body for line in text.replace("\n    ", " ").strip().splitlines()]
+_TABLE: Any = json.loads(Path(__file__).with_name("recipes.json").read_text("utf-8"))
+
+
+@cache
+def signatures(of: str) -> Mapping[str, Mapping[str, Any]]:
+    """The table's `Name(needed, other=1e-3)` as {"Name": {"needed": REQUIRED, "other": 1e-3}}.
+
+    Args:
+        of: a module of torch's, "schedules" or "deepspeedlite" for ours.
+    """
+    calls: list[Any] = [ast.parse(line, mode="eval").body for line in _TABLE["signatures"][of]]
     return {
         call.func.id: {
             **{parameter.id: REQUIRED for parameter in call.args},
@@ -32,45 +45,11 @@ def _signatures(text: str) -> Mapping[str, Mapping[str, Any]]:
     }
 
 
-# torch.optim's classes: parameters and their defaults.
-TORCH_OPTIMIZERS = _signatures("""
-Adadelta(lr=1.0, rho=0.9, eps=1e-06, weight_decay=0, foreach=None, maximize=False, differentiable=False,
-    capturable=False)
-Adafactor(lr=0.01, beta2_decay=-0.8, eps=(None, 0.001), d=1.0, weight_decay=0.0, foreach=None, maximize=False)
-Adagrad(lr=0.01, lr_decay=0, weight_decay=0, initial_accumulator_value=0, eps=1e-10, foreach=None, maximize=False,
-    differentiable=False, fused=None)
-Adam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, amsgrad=False, foreach=None, maximize=False,
-    differentiable=False, capturable=False, fused=None, decoupled_weight_decay=False)
-AdamW(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0.01, amsgrad=False, foreach=None, maximize=False,
-    differentiable=False, capturable=False, fused=None)
-Adamax(lr=0.002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, foreach=None, maximize=False, differentiable=False,
-    capturable=False)
-ASGD(lr=0.01, lambd=0.0001, alpha=0.75, t0=1000000.0, weight_decay=0, foreach=None, maximize=False,
-    differentiable=False, capturable=False)
-LBFGS(lr=1, max_iter=20, max_eval=None, tolerance_grad=1e-07, tolerance_change=1e-09, history_size=100,
-    line_search_fn=None)
-Muon(lr=0.001, weight_decay=0.1, momentum=0.95, nesterov=True, eps=1e-07, ns_steps=5, ns_coefficients=(3.4445,
-    -4.775, 2.0315), adjust_lr_fn=None)
-NAdam(lr=0.002, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, momentum_decay=0.004, decoupled_weight_decay=False,
-    foreach=None, maximize=False, differentiable=False, capturable=False)
-RAdam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, weight_decay=0, decoupled_weight_decay=False, foreach=None,
-    maximize=False, differentiable=False, capturable=False)
-RMSprop(lr=0.01, alpha=0.99, eps=1e-08, weight_decay=0, momentum=0, centered=False, foreach=None, maximize=False,
-    differentiable=False, capturable=False)
-Rprop(lr=0.01, etas=(0.5, 1.2), step_sizes=(1e-06, 50), foreach=None, maximize=False, differentiable=False,
-    capturable=False)
-SGD(lr=0.001, momentum=0, dampening=0, weight_decay=0, nesterov=False, foreach=None, maximize=False,
-    differentiable=False, fused=None)
-SparseAdam(lr=0.001, betas=(0.9, 0.999), eps=1e-08, maximize=False)
-""")
-
-
 class Known(NamedTuple):
-    """A name of DeepSpeed's: the torch class that it stands for, or ours' parameters; and the switches it takes."""
+    """A name of DeepSpeed's: the class of torch's or ours that it stands for, and the switches that it takes."""
 
     torch: str = ""
     ours: str = ""
-    own: Mapping[str, Any] = {}
     switches: Mapping[str, Any] = {}
 
 
@@ -84,20 +63,8 @@ ADAM_SWITCHES = {
 }
 _ADAM = Known("Adam", switches={**ADAM_SWITCHES, "decoupled_weight_decay": True})
 _ADAGRAD = Known("Adagrad", switches={"fp32_optimizer_states": True})
-_OURS = _signatures("""
-lion(lr=0.001, betas=(0.9, 0.999), weight_decay=0.0, set_grad_none=True)
-lamb(lr=0.001, bias_correction=True, betas=(0.9, 0.999), eps=1e-08, eps_inside_sqrt=False, weight_decay=0.0,
-    max_coeff=10.0, min_coeff=0.01, amsgrad=False)
-""")
-_LION = Known(
-    ours="lion",
-    own=_OURS["lion"],
-    switches={"fp32_optimizer_states": True},
-)
-_LAMB = Known(
-    ours="lamb",
-    own=_OURS["lamb"],
-)
+_LION = Known(ours="lion", switches={"fp32_optimizer_states": True})
+_LAMB = Known(ours="lamb")
 OPTIMIZERS: Mapping[str, Known] = {
     **dict.fromkeys(("adam", "fusedadam", "cpuadam", "deepspeedcpuadam"), _ADAM),
     "adamw": Known("AdamW", switches=ADAM_SWITCHES),
@@ -108,86 +75,16 @@ OPTIMIZERS: Mapping[str, Known] = {
 
 # Optimizers whose update of an element depends on the shape of its tensor or on the tensor's other elements, or that
 # need more than one gradient per step. Flat runs hide both, so the result would be silently wrong.
-WHOLE_TENSOR: Mapping[str, str] = {
-    "adafactor": "keeps row and column averages of each matrix: use AdamW, or Lion, which keeps half its state",
-    "muon": "orthogonalises whole matrices: use AdamW",
-    "muonwithauxadam": "orthogonalises whole matrices: use AdamW",
-    "shampoo": "preconditions each axis of a tensor: use AdamW",
-    "distributedshampoo": "preconditions each axis of a tensor: use AdamW",
-    "soap": "preconditions each axis of a tensor: use AdamW",
-    "came": "keeps row and column averages of each matrix: use AdamW",
-    "galoreadamw": "projects each matrix to a low rank: use AdamW",
-    "adam_mini": "keeps one second moment per attention head or row: use AdamW",
-    "lars": "needs the norm of each parameter: use Lamb, which is told where each parameter lies",
-    "lamb": "needs the norm of each parameter: use deepspeedlite's Lamb, which is told where each parameter lies",
-    "fusedlamb": "needs the norm of each parameter: use deepspeedlite's Lamb, which is told where each parameter lies",
-    "novograd": "needs the norm of each parameter: use Lamb",
-    "lbfgs": "evaluates the loss several times per step through a closure: use AdamW",
-    "sparseadam": "takes sparse gradients alone and runs are dense: use AdamW",
-}
-
-_ONE_BIT = "compresses the gradients it sends to 1 bit, which is not done here: use {} (and, to halve the traffic, "
-_ONE_BIT += '"communication_data_type": "bf16")'
-_MUP = "rescales learning rates with the package mup: build mup.{} yourself and pass it as initialize(optimizer=...)"
+WHOLE_TENSOR: Mapping[str, str] = _TABLE["whole_tensor"]
+OTHER_NAMES: Mapping[str, str] = _TABLE["keys"]
 _WHERE_WHOLE = ("adafactor", "lbfgs")  # of a configuration's names, what is done where nothing is sharded
 REFUSED: Mapping[str, str] = {
     **{name: f"{WHOLE_TENSOR[name]}, or ZeRO stage 0" for name in _WHERE_WHOLE},
     **{name: WHOLE_TENSOR[name] for name in ("muon", "sparseadam")},
-    "onebitadam": _ONE_BIT.format("Adam"),
-    "zerooneadam": _ONE_BIT.format("Adam"),
-    "onebitlamb": _ONE_BIT.format("Lamb"),
-    "muadam": _MUP.format("MuAdam"),
-    "muadamw": _MUP.format("MuAdamW"),
-    "musgd": _MUP.format("MuSGD"),
+    **_TABLE["refused"],
 }
 
-SCHEDULES = _signatures("""
-LRRangeTest(lr_range_test_min_lr=0.001, lr_range_test_step_size=2000, lr_range_test_step_rate=1.0,
-    lr_range_test_staircase=False, last_batch_iteration=-1)
-OneCycle(cycle_min_lr, cycle_max_lr, decay_lr_rate=0.0, cycle_first_step_size=2000, cycle_second_step_size=None,
-    cycle_first_stair_count=0, cycle_second_stair_count=None, decay_step_size=0, cycle_momentum=True,
-    cycle_min_mom=0.8, cycle_max_mom=0.9, decay_mom_rate=0.0, last_batch_iteration=-1)
-WarmupLR(warmup_min_lr=0.0, warmup_max_lr=None, warmup_num_steps=1000, warmup_type='log', last_batch_iteration=-1)
-WarmupDecayLR(total_num_steps, warmup_min_lr=0.0, warmup_max_lr=0.001, warmup_num_steps=1000, warmup_type='log',
-    last_batch_iteration=-1)
-WarmupCosineLR(total_num_steps, warmup_min_ratio=0.0, warmup_num_steps=1000, cos_min_ratio=0.0001,
-    warmup_type='log', last_batch_iteration=-1)
-""")
-TORCH_SCHEDULES = _signatures("""
-LambdaLR(lr_lambda, last_epoch=-1)
-MultiplicativeLR(lr_lambda, last_epoch=-1)
-StepLR(step_size, gamma=0.1, last_epoch=-1)
-MultiStepLR(milestones, gamma=0.1, last_epoch=-1)
-ConstantLR(factor=0.3333333333333333, total_iters=5, last_epoch=-1)
-LinearLR(start_factor=0.3333333333333333, end_factor=1.0, total_iters=5, last_epoch=-1)
-ExponentialLR(gamma, last_epoch=-1)
-SequentialLR(schedulers, milestones, last_epoch=-1)
-PolynomialLR(total_iters=5, power=1.0, last_epoch=-1)
-CosineAnnealingLR(T_max, eta_min=0.0, last_epoch=-1)
-ChainedScheduler(optimizer=None)
-ReduceLROnPlateau(mode='min', factor=0.1, patience=10, threshold=0.0001, threshold_mode='rel', cooldown=0, min_lr=0,
-    eps=1e-08)
-CyclicLR(base_lr, max_lr, step_size_up=2000, step_size_down=None, gamma=1.0, mode='triangular', scale_fn=None,
-    scale_mode='cycle', cycle_momentum=True, base_momentum=0.8, max_momentum=0.9, last_epoch=-1)
-CosineAnnealingWarmRestarts(T_0, T_mult=1, eta_min=0.0, last_epoch=-1)
-OneCycleLR(max_lr, total_steps=None, epochs=None, steps_per_epoch=None, pct_start=0.3, anneal_strategy='cos',
-    cycle_momentum=True, base_momentum=0.85, max_momentum=0.95, div_factor=25.0, final_div_factor=10000.0,
-    three_phase=False, last_epoch=-1)
-""")
 
-# Names that people write and that no spelling distance leads to the right one.
-_ONE_BIT_ONLY = "belongs to the 1-bit optimizers, which are not here: leave it out"
-_CLIPPING = 'is not an optimizer parameter: set "gradient_clipping" at the top level of the configuration'
-_NAME_HINTS: Mapping[str, str] = {
-    "max_grad_norm": _CLIPPING,
-    "grad_clip": _CLIPPING,
-    "learning_rate": 'is called "lr"',
-    "epsilon": 'is called "eps"',
-    "beta1": 'is part of "betas": [beta1, beta2]',
-    "beta2": 'is part of "betas": [beta1, beta2]',
-    "wd": 'is called "weight_decay"',
-    **dict.fromkeys(("freeze_step", "cuda_aware", "comm_backend_name", "var_freeze_step", "coeff_beta"), _ONE_BIT_ONLY),
-}
 _MAY_BE_NONE = {"foreach": False, "fused": False}  # torch's default None means "choose"; given, they are booleans
 _NOT_NEGATIVE = {"lr", "eps", "weight_decay", "momentum", "lr_decay", "initial_accumulator_value", "momentum_decay"}
 
@@ -240,8 +137,9 @@ def scheduler_faults(type: Any, params: Mapping[str, Any]) -> Faults:
     if name is None:
         known = list(by_lower.values())
         return [(("type",), f"is unknown{did_you_mean(str(type), known, form=IN_BRACKETS)}; known: {', '.join(known)}")]
-    accepted = SCHEDULES.get(name) or _signature("torch.optim.lr_scheduler", name, TORCH_SCHEDULES)
-    faults = check_parameters(accepted, params, _schedule_problem if name in SCHEDULES else _torch_schedule_problem)
+    ours = signatures("schedules").get(name)
+    accepted = ours or _signature("torch.optim.lr_scheduler", name)
+    faults = check_parameters(accepted, params, _schedule_problem if ours else _torch_schedule_problem)
     missing = (key for key, default in accepted.items() if default is REQUIRED and key not in params)
     return faults + [(("params", key), "is not given") for key in missing]
 
@@ -267,8 +165,8 @@ def optimizer_parameters(type: str) -> Mapping[str, Any]:
     known = OPTIMIZERS.get(type.lower())
     if known is None:
         names = {name.lower(): name for name in _optimizer_names()}
-        return _signature("torch.optim", names[type.lower()], TORCH_OPTIMIZERS)
-    own = _signature("torch.optim", known.torch, TORCH_OPTIMIZERS) if known.torch else known.own
+        return _signature("torch.optim", names[type.lower()])
+    own = _signature("torch.optim", known.torch) if known.torch else signatures("deepspeedlite")[known.ours]
     return {**own, **known.switches}
 
 
@@ -282,8 +180,8 @@ def check_parameters(
             said = 'is still "auto": that is filled in by a trainer such as transformers\'; write the value'
         elif name in accepted:
             said = (problem or _type_problem)(name, value, accepted[name])
-        elif name in _NAME_HINTS:
-            said = _NAME_HINTS[name]
+        elif name in _TABLE["parameters"]:
+            said = _TABLE["parameters"][name]
         else:
             said = (
                 f"is not a parameter{did_you_mean(name, accepted, form=IN_BRACKETS)}; accepted: {', '.join(accepted)}"
@@ -307,26 +205,27 @@ def accepted_parameters(cls: type, leading: int) -> dict[str, Any]:
     return {p.name: REQUIRED if p.default is p.empty else p.default for p in named}
 
 
-def _signature(module: str, name: str, table: Mapping[str, Mapping[str, Any]]) -> Mapping[str, Any]:
+def _signature(module: str, name: str) -> Mapping[str, Any]:
     cls = getattr(sys.modules.get(module), name, None)
-    return table[name] if cls is None else accepted_parameters(cls, leading=1)
+    return signatures(module)[name] if cls is None else accepted_parameters(cls, leading=1)
 
 
 def _optimizer_names() -> list[str]:
-    torchs = sys.modules.get("torch.optim")
-    base = getattr(torchs, "Optimizer", None)
-    if base is None:
-        return list(TORCH_OPTIMIZERS)
-    return [n for n, c in vars(torchs).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
+    return _classes("torch.optim", "Optimizer")
 
 
 def _schedule_names() -> list[str]:
-    torchs = sys.modules.get("torch.optim.lr_scheduler")
-    base = getattr(torchs, "LRScheduler", None)
+    return [*signatures("schedules"), *_classes("torch.optim.lr_scheduler", "LRScheduler")]
+
+
+def _classes(module: str, base_name: str) -> list[str]:
+    """The names of torch's classes: of one that is loaded, or the table's."""
+    loaded = sys.modules.get(module)
+    base = getattr(loaded, base_name, None)
     if base is None:
-        return [*SCHEDULES, *TORCH_SCHEDULES]
-    found = [n for n, c in vars(torchs).items() if isinstance(c, type) and issubclass(c, base) and c is not base]
-    return [*SCHEDULES, *(name for name in found if not name.startswith("_"))]
+        return list(signatures(module))
+    found = (n for n, c in vars(loaded).items() if isinstance(c, type) and issubclass(c, base) and c is not base)
+    return [name for name in found if not name.startswith("_")]
 
 
 def _type_problem(name: str, value: Any, default: Any) -> str:

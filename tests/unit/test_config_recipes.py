@@ -123,21 +123,23 @@ def test_check_loads_no_torch_and_refuses(tmp_path):
 
 @pytest.mark.skipif(not torch.__version__.startswith("2.13."), reason="the tables are torch 2.13's")
 def test_the_tables_are_torchs():
+    torchs, schedules = recipes.signatures("torch.optim"), recipes.signatures("torch.optim.lr_scheduler")
     for name, cls in registry._TORCH_CLASSES.items():
-        assert recipes.accepted_parameters(cls, 1) == recipes.TORCH_OPTIMIZERS[cls.__name__], name
+        assert recipes.accepted_parameters(cls, 1) == torchs[cls.__name__], name
     for name, cls in lr_schedules._TORCH_SCHEDULES.items():
-        assert recipes.accepted_parameters(cls, 1) == recipes.TORCH_SCHEDULES[name], name
-    assert len(recipes.TORCH_OPTIMIZERS) == len(registry._TORCH_CLASSES)
-    assert len(recipes.TORCH_SCHEDULES) == len(lr_schedules._TORCH_SCHEDULES)
+        assert recipes.accepted_parameters(cls, 1) == schedules[name], name
+    assert len(torchs) == len(registry._TORCH_CLASSES)
+    assert len(schedules) == len(lr_schedules._TORCH_SCHEDULES)
 
 
 def test_the_tables_are_ours():
     for name, cls in lr_schedules.SCHEDULES.items():
-        assert recipes.accepted_parameters(cls, 1) == recipes.SCHEDULES[name], name
+        assert recipes.accepted_parameters(cls, 1) == recipes.signatures("schedules")[name], name
+    table = recipes.signatures("deepspeedlite")
     for name, known in recipes.OPTIMIZERS.items():
         if not known.torch:
             accepted = recipes.accepted_parameters(registry._OURS[known.ours], 1)
-            assert {key: value for key, value in accepted.items() if key != "max_grad_norm"} == known.own, name
+            assert {key: value for key, value in accepted.items() if key != "max_grad_norm"} == table[known.ours], name
 
 
 @distributed(world_size=1)
