@@ -10,6 +10,7 @@ They time the device without stopping it: the clock is read when somebody asks.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from deepspeedlite.metrics.memory import current_device, memory_breakdown
 from deepspeedlite.metrics.timers import Stopwatch, Timers
@@ -120,14 +121,7 @@ class NoopTimer(SynchronizedWallClockTimer):
     def __call__(self, name: str) -> NamedTimer:
         return self._timer
 
-    def log(
-        self,
-        names: Iterable[str],
-        normalizer: float = 1.0,
-        reset: bool = True,
-        memory_breakdown: bool = False,
-        ranks: list[int] | None = None,
-    ) -> None:
+    def log(self, *args: Any, **kwargs: Any) -> None:
         """Do nothing."""
 
 

@@ -44,17 +44,21 @@ class Adam(NamedTuple):
     bias_correction: bool = True
 
 
-def adam_in_torch(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    *numbers: Any,
-) -> None:
-    """What the op does, in plain torch: `numbers` are an `Adam`'s."""
-    how = Adam(*numbers)
+class Lists(NamedTuple):
+    """The tensors of a step, alike in order; the last two lists may be empty."""
+
+    params: Sequence[Tensor]
+    grads: Sequence[Tensor]
+    exp_avgs: Sequence[Tensor]
+    exp_avg_sqs: Sequence[Tensor]
+    max_exp_avg_sqs: Sequence[Tensor]
+    copies: Sequence[Tensor]
+
+
+def adam_in_torch(*given: Any) -> None:
+    """What the op does, in plain torch: it is given a `Lists`'s fields and an `Adam`'s."""
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies = given[:6]
+    how = Adam(*given[6:])
     wide = torch.float64 if params and params[0].dtype == torch.float64 else torch.float32
     correction1 = 1 - how.beta1**how.step if how.bias_correction else 1.0
     correction2 = (1 - how.beta2**how.step) ** 0.5 if how.bias_correction else 1.0
@@ -75,33 +79,22 @@ def adam_in_torch(
             copies[index].copy_(p)
 
 
-def fused_adam_in_torch(
-    params: Sequence[Tensor],
-    grads: Sequence[Tensor],
-    exp_avgs: Sequence[Tensor],
-    exp_avg_sqs: Sequence[Tensor],
-    max_exp_avg_sqs: Sequence[Tensor],
-    copies: Sequence[Tensor],
-    steps: Sequence[Tensor],
-    *rest: Any,
-) -> None:
-    """What the op `fused_adam` does, in torch: `rest` are an `OnDevice`'s fields and an `Adam`'s from `lr` on."""
-    on_device = OnDevice(*rest[:3])
-    lr, beta1, beta2, eps, weight_decay, grad_scale, decoupled, bias_correction = rest[3:]
-    written = [*params, *exp_avgs, *exp_avg_sqs, *max_exp_avg_sqs, *copies]
+def fused_adam_in_torch(*given: Any) -> None:
+    """What the op `fused_adam` does: its arguments are a `Lists`, steps, an `OnDevice` and an `Adam` from `lr` on."""
+    lists, steps, on_device = Lists(*given[:6]), given[6], OnDevice(*given[7:10])
+    lr, *numbers = given[10:]
+    written = [tensor for of in lists if of is not lists.grads for tensor in of]
     before = [] if on_device.found_inf is None else [tensor.clone() for tensor in written]
     factor = 1.0 if on_device.grad_factor is None else on_device.grad_factor
-    how = Adam(0.0, lr if on_device.lr is None else on_device.lr, beta1, beta2, eps, weight_decay)
-    how = how._replace(grad_scale=grad_scale * factor, decoupled=decoupled, bias_correction=bias_correction)
-    lists = (params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, copies)
+    how = Adam(0.0, lr if on_device.lr is None else on_device.lr, *numbers)
+    how = how._replace(grad_scale=how.grad_scale * factor)
     for index, step in enumerate(steps):
         adam_in_torch(*([of[index]] if of else [] for of in lists), *how._replace(step=step))
     put_back(on_device.found_inf, written, before)
 
 
-def _lists(of: OnePassOptimizer, updates: Sequence[OnePassUpdate], amsgrad: bool) -> tuple[list[Tensor], ...]:
-    """What either op is given: parameters, gradients, both moments, the largest second ones, and the copies."""
-    return (
+def _lists(of: OnePassOptimizer, updates: Sequence[OnePassUpdate], amsgrad: bool) -> Lists:
+    return Lists(
         [update.param for update in updates],
         [update.grad for update in updates],
         of._states(updates, "exp_avg"),

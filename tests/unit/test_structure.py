@@ -57,7 +57,6 @@ WIDE_SIGNATURES = {
     "module.py:__init__",  # PipelineModule
     "lamb.py:__init__",
     "adam.py:__init__",
-    "adam.py:fused_adam_in_torch",
     "init.py:__init__",
     "lr_schedules.py:__init__",
     "flops.py:get_model_profile",
