@@ -252,6 +252,14 @@ def _torch_schedule_problem(name: str, value: Any, default: Any) -> str:
     return f"must be a number, got {value!r}{_unquote(value)}" if wrong else ""
 
 
+def schedule_problem(name: str, value: Any) -> str:
+    """What is wrong with an argument of our schedules' constructors; "" for nothing, or if it is none of theirs."""
+    defaults = [of[name] for of in signatures("schedules").values() if name in of]
+    if not defaults or isinstance(defaults[0], bool) or (value is None and None in defaults):
+        return ""
+    return _schedule_problem(name, value, defaults[0])
+
+
 def _schedule_problem(name: str, value: Any, default: Any) -> str:
     if name in _CHOICES:
         words = " or ".join(f'"{word}"' for word in _CHOICES[name])

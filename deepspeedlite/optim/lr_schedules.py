@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeedlite.config.recipes import scheduler_faults
+from deepspeedlite.config.recipes import schedule_problem, scheduler_faults
 from deepspeedlite.optim.registry import fault_line
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.runtime.log import logger
@@ -33,7 +33,11 @@ class _Schedule:
     the last step taken, -1 at the start; resuming with another value leaves the optimizer alone until `step`.
     """
 
-    def __init__(self, optimizer: Any, last_batch_iteration: int) -> None:
+    def __init__(self, optimizer: Any, last_batch_iteration: int, given: Mapping[str, Any]) -> None:
+        """`given`: the constructor's arguments, which are checked by their names as a configuration's are."""
+        problems = {name: schedule_problem(name, value) for name, value in given.items()}
+        if problem := next((f"{name} {said}" for name, said in problems.items() if said), ""):
+            raise OptimizerError(problem)
         self.optimizer = _with_param_groups(optimizer)
         self.last_batch_iteration = last_batch_iteration
         self._last_lr: list[Any] | None = None
@@ -86,8 +90,6 @@ class _Schedule:
         values = list(value) if isinstance(value, (list, tuple)) else [value] * count
         if len(values) != count:
             raise OptimizerError(f"{name} has {len(values)} values and the optimizer has {count} parameter groups")
-        for one in values:
-            _number(name, one)
         return values
 
 
@@ -106,10 +108,10 @@ class LRRangeTest(_Schedule):
         lr_range_test_staircase: bool = False,
         last_batch_iteration: int = -1,
     ) -> None:
-        super().__init__(optimizer, last_batch_iteration)
+        super().__init__(optimizer, last_batch_iteration, locals())
         self.min_lr = self._per_group("lr_range_test_min_lr", lr_range_test_min_lr)
-        self.step_size = _whole_number("lr_range_test_step_size", lr_range_test_step_size, least=1)
-        self.step_rate = _number("lr_range_test_step_rate", lr_range_test_step_rate)
+        self.step_size = int(lr_range_test_step_size)
+        self.step_rate = lr_range_test_step_rate
         self.staircase = lr_range_test_staircase
         self._begin()
 
@@ -150,19 +152,17 @@ class OneCycle(_Schedule):
         decay_mom_rate: float = 0.0,
         last_batch_iteration: int = -1,
     ) -> None:
-        super().__init__(optimizer, last_batch_iteration)
+        super().__init__(optimizer, last_batch_iteration, locals())
         second_size = cycle_first_step_size if cycle_second_step_size is None else cycle_second_step_size
         second_stairs = cycle_first_stair_count if cycle_second_stair_count is None else cycle_second_stair_count
-        self.first_step_size = float(_number("cycle_first_step_size", cycle_first_step_size))
-        self.second_step_size = float(_number("cycle_second_step_size", second_size, least=0))
-        if self.first_step_size <= 0:
-            raise OptimizerError(f"cycle_first_step_size must be more than 0, got {cycle_first_step_size}")
+        self.first_step_size = float(cycle_first_step_size)
+        self.second_step_size = float(second_size)
         self.total_size = self.first_step_size + self.second_step_size
-        self.first_stair_count = _number("cycle_first_stair_count", cycle_first_stair_count)
-        self.second_stair_count = _number("cycle_second_stair_count", second_stairs)
-        self.decay_step_size = _number("decay_step_size", decay_step_size, least=0)
-        self.decay_lr_rate = _number("decay_lr_rate", decay_lr_rate)
-        self.decay_mom_rate = _number("decay_mom_rate", decay_mom_rate)
+        self.first_stair_count = cycle_first_stair_count
+        self.second_stair_count = second_stairs
+        self.decay_step_size = decay_step_size
+        self.decay_lr_rate = decay_lr_rate
+        self.decay_mom_rate = decay_mom_rate
         self.min_lrs = self._per_group("cycle_min_lr", cycle_min_lr)
         self.max_lrs = self._per_group("cycle_max_lr", cycle_max_lr)
         self.min_moms = self._per_group("cycle_min_mom", cycle_min_mom)
@@ -238,12 +238,12 @@ class WarmupLR(_Schedule):
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        super().__init__(optimizer, last_batch_iteration)
+        super().__init__(optimizer, last_batch_iteration, locals())
         if warmup_max_lr is None:
             warmup_max_lr = [float(group["lr"]) for group in self.optimizer.param_groups]
         self.min_lrs = self._per_group("warmup_min_lr", warmup_min_lr)
         self.max_lrs = self._per_group("warmup_max_lr", warmup_max_lr)
-        self.warmup_num_steps, self.warmup_type = _warmup(warmup_num_steps, warmup_type)
+        self.warmup_num_steps, self.warmup_type = max(2, int(warmup_num_steps)), warmup_type
         self._begin()
 
     def lrs_at(self, step: int) -> list[Any]:
@@ -278,7 +278,9 @@ class WarmupDecayLR(WarmupLR):
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        self.total_num_steps = _whole_number("total_num_steps", total_num_steps, least=1)
+        if problem := schedule_problem("total_num_steps", total_num_steps):
+            raise OptimizerError(f"total_num_steps {problem}")
+        self.total_num_steps = int(total_num_steps)
         super().__init__(optimizer, warmup_min_lr, warmup_max_lr, warmup_num_steps, warmup_type, last_batch_iteration)
         _warn_if_all_warmup(self.total_num_steps, self.warmup_num_steps)
 
@@ -305,11 +307,10 @@ class WarmupCosineLR(_Schedule):
         warmup_type: str = "log",
         last_batch_iteration: int = -1,
     ) -> None:
-        super().__init__(optimizer, last_batch_iteration)
-        self.total_num_steps = _whole_number("total_num_steps", total_num_steps, least=1)
-        self.warmup_min_ratio = _number("warmup_min_ratio", warmup_min_ratio)
-        self.cos_min_ratio = _number("cos_min_ratio", cos_min_ratio)
-        self.warmup_num_steps, self.warmup_type = _warmup(warmup_num_steps, warmup_type)
+        super().__init__(optimizer, last_batch_iteration, locals())
+        self.total_num_steps = int(total_num_steps)
+        self.warmup_min_ratio, self.cos_min_ratio = warmup_min_ratio, cos_min_ratio
+        self.warmup_num_steps, self.warmup_type = max(2, int(warmup_num_steps)), warmup_type
         groups = self.optimizer.param_groups
         self.org_lrs = [group["lr"].clone() if isinstance(group["lr"], Tensor) else group["lr"] for group in groups]
         _warn_if_all_warmup(self.total_num_steps, self.warmup_num_steps)
@@ -367,27 +368,6 @@ def _with_param_groups(optimizer: Any) -> Any:
     if not candidates:
         raise OptimizerError(f"a schedule needs an optimizer with param_groups, got {type(optimizer).__name__}")
     return next((one for one in candidates if isinstance(one, torch.optim.Optimizer)), candidates[0])
-
-
-def _number(name: str, value: Any, least: float | None = None) -> Any:
-    if isinstance(value, bool) or not isinstance(value, (int, float, Tensor)) or not math.isfinite(value):
-        raise OptimizerError(f"{name} must be a finite number, got {value!r}")
-    if least is not None and value < least:
-        raise OptimizerError(f"{name} must be at least {least}, got {value}")
-    return value
-
-
-def _whole_number(name: str, value: Any, least: int) -> int:
-    if _number(name, value, least) != int(value):
-        raise OptimizerError(f"{name} must be a whole number of steps, got {value!r}")
-    return int(value)
-
-
-def _warmup(steps: Any, kind: Any) -> tuple[int, str]:
-    """Checked `warmup_num_steps` (0 means no more than the least, 2) and `warmup_type`."""
-    if kind not in ("log", "linear"):
-        raise OptimizerError(f'warmup_type must be "log" or "linear", got {kind!r}')
-    return max(2, _whole_number("warmup_num_steps", steps, least=0)), kind
 
 
 def _warmup_fraction(step: int, num_steps: int, kind: str) -> float:
