@@ -43,6 +43,9 @@ class Source:
             for target in statement.targets if isinstance(statement, ast.Assign) else [statement.target]:
                 if isinstance(target, ast.Name):
                     self.assigned.setdefault(target.id, []).append(statement.value)
+                if isinstance(target, ast.Name) and target.id == "__all__" and isinstance(statement.value, ast.List):
+                    # Some are made when they are first asked for, and stand nowhere else.
+                    self.names.update(ast.literal_eval(statement.value))
         elif isinstance(statement, ast.ImportFrom):
             source = self._source(statement)
             for alias in statement.names:
@@ -71,7 +74,7 @@ class Source:
             if not name.startswith("_"):
                 origins.setdefault(module, []).append(name if name == there else f"{there}={name}")
         found = {
-            "names": " ".join(sorted(name for name in names if not name.startswith("_"))),
+            "names": " ".join(sorted(name for name in names if not name.startswith("__"))),
             "values": values,
             "tuples": tuples,
             "from": {module: " ".join(given) for module, given in sorted(origins.items())},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -248,3 +249,23 @@ def set_log_level_from_string(log_level_str: str, custom_logger: logging.Logger 
     if log_level_str.lower() not in _LEVELS:
         raise ConfigError(f"log level {log_level_str!r} is not known; use one of {', '.join(_LEVELS)}")
     (custom_logger or logger).setLevel(log_level_str.upper())
+
+
+# --- around the engine ------------------------------------------------------------------------------------------------
+
+
+def autocast_if_enabled(engine: Any) -> contextlib.AbstractContextManager[Any]:
+    """torch.autocast as the engine's configuration has it; where its section is off, a context that does nothing."""
+    dtype = engine.torch_autocast_dtype()
+    return torch.autocast(engine.device.type, dtype) if dtype is not None else contextlib.nullcontext()
+
+
+def recursive_getattr(model: Any, module_name: str) -> Any:
+    """The attribute of this dotted name, such as "encoder.layers.0"."""
+    return functools.reduce(getattr, module_name.split("."), model)
+
+
+def recursive_setattr(model: Any, module_name: str, module: Any) -> None:
+    """Put `module` where the dotted name leads."""
+    parent, _, name = module_name.rpartition(".")
+    setattr(recursive_getattr(model, parent) if parent else model, name, module)

@@ -125,4 +125,24 @@ class NoopTimer(SynchronizedWallClockTimer):
         """Do nothing."""
 
 
-__all__ = ["NamedTimer", "NoopTimer", "SynchronizedWallClockTimer", "Timers"]
+class CudaEventTimer:
+    """The time between two recorded events of a device."""
+
+    def __init__(self, start_event: Any, end_event: Any) -> None:
+        self.start_event, self.end_event = start_event, end_event
+
+    def get_elapsed_msec(self) -> float:
+        """Milliseconds; waits for the second event."""
+        self.end_event.synchronize()
+        return float(self.start_event.elapsed_time(self.end_event))
+
+
+def trim_mean(data: Iterable[float], trim_percent: float) -> float:
+    """The mean without this share (0 to 1) of the smallest values, and of the largest; 0 of nothing."""
+    values = sorted(data)
+    cut = round(len(values) * trim_percent)
+    kept = values[cut : len(values) - cut]
+    return sum(kept) / len(kept) if kept else 0.0
+
+
+__all__ = ["CudaEventTimer", "NamedTimer", "NoopTimer", "SynchronizedWallClockTimer", "Timers", "trim_mean"]

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.compat.accelerator import get_accelerator
 from deepspeedlite.compat.drop_in import STANDS_IN_FOR, VERSION
 
 version, git_hash, git_branch = VERSION, "unknown", "unknown"
@@ -25,4 +26,6 @@ def __getattr__(name: str) -> Any:
 
         found = " ".join(str(path) for path in installed_libraries())
         return {op: op in found for op in OPS}
+    if name == "accelerator_name":
+        return get_accelerator().device_name()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

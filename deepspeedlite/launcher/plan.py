@@ -15,7 +15,8 @@ from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.gpus import find_devices
 from deepspeedlite.runtime.log import logger
 
-_EXPORTED = ("NCCL", "PYTHON", "MV2", "UCX", "MLFLOW")
+# Variables that begin so are passed to every machine. A list, because scripts that start the launcher append to it.
+EXPORT_ENVS = ["NCCL", "PYTHON", "MV2", "UCX", "MLFLOW"]
 _NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_.]*")
 EVERY_RANK = {"ranks": (-1,)}  # the launcher's lines are shown even if RANK is set around it
 
@@ -68,7 +69,7 @@ def exported(options: LaunchOptions, environ: Mapping[str, str]) -> dict[str, st
     Raises:
         LaunchError: a line of the file is no variable, or the file that DS_ENV_FILE names is not there.
     """
-    found = {name: value for name, value in environ.items() if name.startswith(_EXPORTED)}
+    found = {name: value for name, value in environ.items() if name.startswith(tuple(EXPORT_ENVS))}
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
     files = [path for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)) if path.is_file()]
     if not files and "DS_ENV_FILE" in environ:

@@ -11,9 +11,10 @@ from collections.abc import Mapping
 from deepspeedlite.compat.drop_in.entry import Names, at, no, renamed
 
 _NO_DUALPIPE = "DualPipeV is not in this release; PipelineModule has the 1F1B and GPipe schedules"
-_ORDER = (
-    "the order of passes is a list, made by deepspeedlite.parallel.pipe.schedule; PipelineModule(schedule=) chooses one"
-)
+_VIEW = "says what a stage does; the engine does not read it: PipelineModule(schedule=) chooses the order"
+_MONITOR = "a failing disk ends it, not the training"
+_FILES = "for scripts' own files: the engine writes its checkpoints without it, and loads no arbitrary objects"
+_FOREIGN = "of checkpoints in DeepSpeed's own layout, as `python -m deepspeedlite.checkpoint export` writes them"
 _NO_MOE = "expert parallelism and its layers are not in this release; models that bring their own experts train"
 _NO_INFERENCE = "inference engines are not in this release; use the trained module itself, or vLLM"
 _NO_TENSOR = "tensor parallelism is not in this release; a model that a Megatron-style mpu has split trains"
@@ -58,6 +59,13 @@ _GROUPS = (
     "_get_sequence_parallel_group _get_sequence_data_parallel_world_size _get_sequence_data_parallel_rank "
     "_get_sequence_data_parallel_group"
 )
+_EXPERT_GROUPS = (
+    "_create_expert_and_data_parallel _create_expert_data_and_model_parallel _get_expert_parallel_group "
+    "_get_expert_parallel_group_dict _get_expert_parallel_ranks _get_expert_parallel_rank "
+    "_get_expert_parallel_world_size _get_expert_data_parallel_group _get_expert_data_parallel_group_dict "
+    "_get_expert_data_parallel_rank _get_expert_data_parallel_world_size _get_max_expert_size "
+    "_get_max_expert_size_name _get_max_expert_parallel_group"
+)
 _COLLECTIVES = (
     "broadcast broadcast_object_list all_gather all_gather_object reduce_scatter_fn reduce_scatter_tensor "
     "all_gather_into_tensor allgather_fn all_to_all_single all_to_all send recv isend irecv batch_isend_irecv "
@@ -68,7 +76,6 @@ _COLLECTIVES = (
 # Modules of which nothing is here, and all below them.
 ABSENT_MODULES: Mapping[str, str] = {
     "moe": _NO_MOE,
-    "runtime.pipe.schedule": _ORDER,
     "runtime.pipe.p2p": INTERNAL,
     "runtime.pipe.dualpipev": _NO_DUALPIPE,
     "inference": _NO_INFERENCE,
@@ -109,7 +116,6 @@ ABSENT_MODULES: Mapping[str, str] = {
     "checkpoint.reshape_3d_utils": _NO_UNIVERSAL,
     "checkpoint.reshape_utils": _NO_UNIVERSAL,
     "checkpoint.zero_checkpoint": _NO_UNIVERSAL,
-    "checkpoint.constants": _NO_UNIVERSAL,
     "launcher.launch": "the agent is part of `deepspeedlite`, which starts ranks here and elsewhere",
     "launcher.multinode_runner": "launchers are small functions in deepspeedlite.launcher.backends",
     "ops.transformer": _NO_KERNELS,
@@ -157,6 +163,7 @@ MODULES: Mapping[str, Names] = {
     # --- runtime ------------------------------------------------------------------------------------------------------
     "runtime.engine": at("compat.engine", "DeepSpeedEngine", _MADE)
     | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
+    | at("compat.helpers", "autocast_if_enabled")
     | no(INTERNAL, "EngineTimers split_half_float_double_sparse"),
     "runtime.base_optimizer": renamed("optim.step", _ONE_OPTIMIZER, DeepSpeedOptimizer="ShardedOptimizer")
     | at("compat.optimizers", "ZeROOptimizer", _ONE_OPTIMIZER),
@@ -207,7 +214,8 @@ MODULES: Mapping[str, Names] = {
     | no("optimizer.overflow says whether the last step overflowed", "CheckOverflow")
     | no("engine.get_global_grad_norm()", "get_flattened_grad_norm get_grad_zeros get_weight_norm")
     | at("parallel.pipe.partition", "partition_uniform partition_balanced")
-    | no(INTERNAL, "prefix_sum_inc PartitionedTensor call_to_str")
+    | at("compat.partitioned_tensor", "PartitionedTensor")
+    | no(INTERNAL, "prefix_sum_inc call_to_str")
     | no(_NO_MOE, "get_norm_with_moe_layers get_norm_with_moe_layers_fast"),
     "runtime.compiler": at("compat.helpers", "is_compile_supported")
     | no("use torch.compiler.disable", "disable enable lazy_disable"),
@@ -217,6 +225,7 @@ MODULES: Mapping[str, Names] = {
         "model_parallel_cuda_manual_seed model_parallel_reconfigure_tp_seed partition_activations_in_checkpoint "
         "set_num_layers reset CudaRNGStatesTracker",
     )
+    | renamed("activation_checkpointing", _CUDA_RNG_STATE_TRACKER="_tracker")
     | no("checkpoint() is a function over torch's own recomputation", "CheckpointFunction")
     | no(INTERNAL, "partition_activations gather_partitioned_activations"),
     "runtime.activation_checkpointing.config": renamed(
@@ -235,6 +244,15 @@ MODULES: Mapping[str, Names] = {
     | at("pipe", "PipelineModule", _PIPELINE)
     | at("runtime.errors", "PipelineError"),
     "runtime.pipe.engine": at("compat.engine", "PipelineEngine", _PIPELINE_ENGINE),
+    "runtime.pipe.schedule": at(
+        "compat.pipe_schedule", "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule", _VIEW
+    )
+    | at(
+        "compat.pipe_schedule",
+        "PipeInstruction BufferOpInstruction LoadMicroBatch ForwardPass BackwardPass SendActivation RecvActivation "
+        "SendGrad RecvGrad ReduceGrads ReduceTiedGrads OptimizerStep CommitP2P",
+    )
+    | no(_NO_DUALPIPE, "DualPipeVSchedule"),
     "runtime.pipe.topology": at(
         "parallel.pipe.topology", "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology"
     )
@@ -261,6 +279,9 @@ MODULES: Mapping[str, Names] = {
         "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroConfig="ZeroOptimization"
     )
     | at("compat.zero", "ZeroStageEnum"),
+    "runtime.zero.leaf_module_config": renamed(
+        "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroLeafModuleConfig="LeafModule"
+    ),
     "runtime.zero.offload_config": at("compat.zero", "OffloadDeviceEnum")
     | at("compat.offload_states", "OffloadStateTypeEnum")
     | renamed(
@@ -312,6 +333,8 @@ MODULES: Mapping[str, Names] = {
     | no("GPUDirect Storage is not in this release; ops.aio goes past the page cache", "GDSBuilder")
     | no("ranks of a machine share memory without an op: comm.shared_memory", "ShareMemCommBuilder CCLCommBuilder")
     | no(INTERNAL, "PinMemoryBuilder NotImplementedBuilder"),
+    "ops": renamed("compat.op_names", __compatible_ops__="compatible_ops"),
+    "ops.op_builder.all_ops": at("compat.op_names", "ALL_OPS", "our ops, whatever the device"),
     # --- communication and machine ------------------------------------------------------------------------------------
     "comm": at("compat.comm", _COLLECTIVES)
     | at("comm", "is_initialized get_rank get_world_size get_local_rank destroy_process_group")
@@ -322,23 +345,22 @@ MODULES: Mapping[str, Names] = {
         "has_all_reduce_coalesced has_coalescing_manager",
     )
     | at("compat.comm", "ReduceOp ProcessGroup", "torch.distributed's own")
-    | no("init_distributed asks MPI where nothing else tells", "mpi_discovery")
+    | at("compat.comm_backend", "mpi_discovery", "needs mpi4py, and sets the variables that init_distributed reads")
     | no("clusters' own variables are read by init_distributed", "in_aml in_aws_sm in_dlts")
     | no(INTERNAL, "cdb timed_op set_backend init_deepspeed_backend enable_symm_mem_for_group"),
     "comm.reduce_op": at("compat.comm", "ReduceOp", "torch.distributed's own"),
-    "comm.torch": no("collectives go to torch.distributed directly", "TorchBackend"),
+    "comm.torch": at("compat.comm_backend", "TorchBackend", "its methods are the functions of comm"),
     "comm.config": renamed("config.sections.monitors", "a section of DeepSpeedConfig", CommsLoggerConfig="CommsLogger"),
     "accelerator": at("accelerator", "get_accelerator set_accelerator is_current_accelerator_supported")
     | at("accelerator", "DeepSpeedAccelerator", "one class for cuda, rocm and cpu; see get_accelerator"),
     "constants": at("compat.names", "TORCH_DISTRIBUTED_DEFAULT_PORT default_pg_timeout"),
-    "git_version_info": at("compat.version", "version git_hash git_branch installed_ops torch_info"),
+    "git_version_info": at("compat.version", "version git_hash git_branch installed_ops torch_info accelerator_name"),
     "env_report": at("env_report", "main", "takes our options; see docs/env-report.md"),
     "launcher.runner": at("compat.names", "DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE")
     | at("launcher.cli", "main", "takes DeepSpeed's options and some more; see docs/launcher.md")
-    | no(
-        "deepspeedlite.launcher.hostfile reads hostfiles",
-        "fetch_hostfile parse_resource_filter parse_inclusion_exclusion",
-    ),
+    | at("compat.hosts", "EXPORT_ENVS", "NCCL's variables are among them")
+    | at("compat.hosts", "fetch_hostfile", "names all lines that are wrong, in a ValueError")
+    | at("compat.hosts", "parse_resource_filter parse_inclusion_exclusion", "take ranges; refuse to leave nothing"),
     "launcher.constants": at(
         "compat.names", "PDSH_LAUNCHER OPENMPI_LAUNCHER MPICH_LAUNCHER IMPI_LAUNCHER SLURM_LAUNCHER MVAPICH_LAUNCHER"
     ),
@@ -351,11 +373,13 @@ MODULES: Mapping[str, Names] = {
     | no(INTERNAL, "tensor_fragment get_full_hp_param get_full_hp_grad link_hp_params")
     | no("deepspeedlite --bind_cores_to_rank", "get_numactl_cmd"),
     "utils.groups": at("compat.groups", _GROUPS)
-    | at("compat.groups", "initialize", "takes an mpu; an expert-parallel size over 1 is refused"),
+    | at("compat.groups", "initialize", "takes an mpu; an expert-parallel size over 1 is refused")
+    | no(_NO_MOE, _EXPERT_GROUPS),
     "utils.logging": at("runtime.log", "logger log_dist")
     | at("utils", "log_dist_once")
     | at("compat.helpers", "print_dist warning_once set_log_level_from_string"),
     "utils.timer": at("compat.timers", "SynchronizedWallClockTimer NoopTimer")
+    | at("compat.timers", "CudaEventTimer trim_mean")
     | at("metrics.timers", "ThroughputTimer", "takes the batch size; times are of the device"),
     "utils.tensor_fragment": at("utils", _SAFE),
     "utils.z3_leaf_module": at("utils", _LEAVES) | _LEAVES_BY_NAME,
@@ -370,15 +394,16 @@ MODULES: Mapping[str, Names] = {
         "get_fp32_state_dict_from_zero_checkpoint convert_zero_checkpoint_to_fp32_state_dict "
         "load_state_dict_from_zero_checkpoint",
     )
-    | no("a checkpoint's files are not pickles; `python -m deepspeedlite.checkpoint` reads them", "get_optim_files")
-    | no(
-        "a checkpoint's files are not pickles; `python -m deepspeedlite.checkpoint` reads them", "get_model_state_file"
-    ),
+    | at("compat.checkpoint_files", "get_checkpoint_files get_optim_files get_model_state_files", _FOREIGN)
+    | at("compat.checkpoint_files", "get_model_state_file parse_optim_states parse_model_states", _FOREIGN),
     # --- the rest -----------------------------------------------------------------------------------------------------
     "checkpoint": no(_NO_UNIVERSAL, "DeepSpeedCheckpoint ZeROCheckpoint enable_universal_checkpoint"),
     "checkpoint.utils": at("compat.helpers", "clone_tensors_for_torch_save")
-    | no("files are named by their manifest; see docs/checkpoint-format.md", "get_model_ckpt_name_for_rank")
-    | no("files are named by their manifest; see docs/checkpoint-format.md", "get_zero_ckpt_name_for_rank"),
+    | at(
+        "compat.checkpoint_files",
+        "get_layer_ckpt_name_for_rank get_model_ckpt_name_for_rank get_zero_ckpt_name_for_rank",
+        _FOREIGN,
+    ),
     "monitor.monitor": at("metrics.monitor.registry", "Monitor", "a failing disk ends a monitor, not the training")
     | at("compat.config", "MonitorMaster", "a failing disk ends a monitor, not the training"),
     "monitor.config": at("compat.config", "get_monitor_config")
@@ -390,6 +415,18 @@ MODULES: Mapping[str, Names] = {
         WandbConfig="Wandb",
         CSVConfig="CsvMonitor",
         CometConfig="Comet",
+    ),
+    "monitor.tensorboard": at("compat.monitors", "TensorBoardMonitor", _MONITOR),
+    "monitor.wandb": at("compat.monitors", "WandbMonitor", _MONITOR),
+    "monitor.csv_monitor": renamed("compat.monitors", _MONITOR, csvMonitor="CsvMonitor"),
+    "monitor.comet": at("compat.monitors", "CometMonitor", _MONITOR),
+    "compression.helper": at("compat.helpers", "recursive_getattr recursive_setattr"),
+    "utils.module_utils": at("compat.helpers", "recursive_getattr recursive_setattr"),
+    "runtime.checkpoint_engine.torch_checkpoint_engine": at(
+        "compat.checkpoint_engine", "TorchCheckpointEngine", _FILES
+    ),
+    "runtime.checkpoint_engine.checkpoint_engine": at(
+        "compat.checkpoint_engine", "CheckpointEngine CheckpointCommitInfo", _FILES
     ),
     "profiling.flops_profiler": at("profiling", "FlopsProfiler get_model_profile"),
     "profiling.flops_profiler.profiler": at("profiling", "FlopsProfiler get_model_profile"),
