@@ -111,11 +111,13 @@ class Screen(io.TextIOBase):
             self._put(2, _SHOW_CURSOR)
 
     def finish(self, patience_s: float) -> None:
-        """Wait until all is shown, which a person may cut short by a signal."""
+        """Wait until all is shown; what is stuck after that time, or when a person ends it by a signal, is given up."""
         deadline_s = time.monotonic() + patience_s
-        while self._waiting and time.monotonic() < deadline_s:
-            if set(self._loop.turn(0.05)) & set(ENDING):
-                return
+        while self._waiting:
+            is_asked = bool(set(self._loop.turn(0.05)) & set(ENDING))
+            if self._waiting and (is_asked or time.monotonic() > deadline_s):
+                self._broken.add(self._waiting[0][0])
+                self.flush()
 
     def _put(self, stream: int, data: bytes, shown: Callable[[], object] | None = None) -> None:
         self._waiting.append((self._fds[stream], memoryview(data), shown))
@@ -124,7 +126,7 @@ class Screen(io.TextIOBase):
 
     def flush(self) -> None:
         """Write what can be written now."""
-        while self._waiting and _takes_more(self._waiting[0][0]):
+        while self._waiting and (self._waiting[0][0] in self._broken or _takes_more(self._waiting[0][0])):
             fd, data, shown = self._waiting.popleft()
             taken = len(data)
             try:

@@ -537,6 +537,30 @@ def test_a_closed_reader_ends_the_job(script: Script, tmp_path: Path) -> None:
     assert_gone(pids_in(tmp_path), 2)
 
 
+@pytest.mark.slow
+def test_a_reader_that_has_stopped_keeps_nobody_from_ending(script: Script, tmp_path: Path) -> None:
+    """Ranks end with the first failure though a pager is full; a signal gives up what it has not taken, no other."""
+    path = script(
+        f"""
+        open({str(tmp_path)!r} + "/" + os.environ["RANK"] + ".pid", "w").write(str(os.getpid()))
+        if os.environ["RANK"] == "0":
+            for _ in range(100_000):
+                os.write(1, b"x" * 1000)
+        time.sleep(1)
+        sys.exit(5)
+        """
+    )
+    with launched("--num_gpus", 2, path) as process:
+        wait_for(lambda: len(pids_in(tmp_path)) == 2)
+        wait_for(lambda: not any(map(is_alive, pids_in(tmp_path))))
+        time.sleep(0.5)
+        assert process.poll() is None, "it waits for its reader"
+        process.send_signal(signal.SIGINT)
+        assert process.wait(timeout=5) == 5
+        assert process.stderr is not None
+        assert b"rank 1 failed first: exit code 5" in process.stderr.read()
+
+
 # Output
 
 
