@@ -14,7 +14,7 @@ import torch
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.store import Store
 from deepspeedlite.ops.one_pass import OnePassUpdate
-from deepspeedlite.optim.registry import accepted_parameters
+from deepspeedlite.optim.registry import built_like
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.unit import ShardUnit
@@ -129,18 +129,12 @@ class MasterMaker:
 
         Parameters that `zero.Init` has sharded are empty to an optimizer that makes its state at once.
         """
-        cls, group = type(self._optimizer), self._optimizer.param_groups[run.group]
-        accepted = accepted_parameters(cls, leading=1)
-        options = {
-            key: value
-            for key, value in {**self._optimizer.defaults, **group}.items()
-            if key in accepted and key != "params"
-        }
         try:
-            return dict(cls([master], **options).state[master])
+            alike = built_like(self._optimizer, self._optimizer.param_groups[run.group], [master])
+            return dict(alike.state[master])
         except (TypeError, ValueError, RuntimeError, KeyError) as error:
             raise OptimizerError(
-                f"{cls.__name__} makes its state for the parameters that it is given, zero.Init had sharded them "
-                f"before, and it cannot be built again from its defaults ({error}); build the model without zero.Init, "
-                "or name the optimizer in the configuration"
+                f"{type(self._optimizer).__name__} makes its state for the parameters that it is given, zero.Init had "
+                f"sharded them before, and it cannot be built again from its defaults ({error}); build the model "
+                "without zero.Init, or name the optimizer in the configuration"
             ) from error

@@ -3,7 +3,7 @@
 `build_optimizer("AdamW", {"lr": 3e-4}, model.parameters())` takes DeepSpeed's names and parameters, and any
 torch.optim class by its name with its own. Every mistake in the section is an `OptimizerError` that lists all of them.
 `check_flat_compatible(optimizer)` refuses optimizers that cannot work on the engine's flat 1-D runs.
-What is known about each optimizer is in tables, here and (names and parameters) in config/recipes.py.
+What is known about each optimizer is in tables, here and (names and parameters) in config/recipes.json.
 """
 
 from __future__ import annotations
@@ -162,6 +162,13 @@ def check_flat_compatible(optimizer: Optimizer, allow_untested: bool = False) ->
     log_once(f"optimizer {cls.__name__} is not known here; tried out, it treats every element alike")
 
 
+def built_like(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Tensor]) -> Optimizer:
+    """A fresh optimizer of the same class for other parameters, with the options of one of its groups."""
+    accepted = accepted_parameters(type(optimizer), leading=1).keys() - {"params"}
+    options = {key: value for key, value in {**optimizer.defaults, **group}.items() if key in accepted}
+    return type(optimizer)(params, **options)
+
+
 def fault_line(section: str, type: Any, path: Sequence[Any], said: str) -> str:
     """A fault of a section as a line: its key's path, with the name where that is at fault, and what is wrong."""
     where = dotted((section, *path))
@@ -232,8 +239,6 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     """Whether a fresh optimizer of the same class moves two matrices exactly as it moves their concatenation."""
     first = optimizer.param_groups[0]
     device = first["params"][0].device
-    accepted = accepted_parameters(type(optimizer), leading=1)
-    options = {key: value for key, value in first.items() if key in accepted and key != "params"}
     generator = torch.Generator().manual_seed(1)
     shapes = ((8, 6), (5, 7))
     whole = [torch.randn(shape, generator=generator).to(device) * (i + 1) for i, shape in enumerate(shapes)]
@@ -242,7 +247,7 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     layouts = [[torch.nn.Parameter(t.clone()) for t in whole], [torch.nn.Parameter(flat)]]
     for tensors in layouts:
         noise = torch.Generator().manual_seed(2)
-        trial = type(optimizer)(tensors, **options)
+        trial = built_like(optimizer, first, tensors)
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for _ in range(3):
                 grads = [torch.randn(shape, generator=noise).to(device) * 10.0**i for i, shape in enumerate(shapes)]

@@ -49,13 +49,18 @@ class Devices:
         return {self.variable: ",".join(self.ids[slot] for slot in slots)}
 
 
+def named_accelerator(environ: Mapping[str, str]) -> str:
+    """What `DS_ACCELERATOR` says, in lower case; "" where it says nothing."""
+    return environ.get("DS_ACCELERATOR", "").strip().lower()
+
+
 def find_devices(environ: Mapping[str, str], root: Path = Path("/")) -> Devices:
     """Every device that this user's variables leave visible. No devices: vendor "cpu".
 
     Raises:
         LaunchError: a visible-devices variable names a device twice or one that is not there.
     """
-    if environ.get("DS_ACCELERATOR", "").strip().lower() == "cpu":
+    if named_accelerator(environ) == "cpu":
         return Devices("cpu")
     vendor, count = "nvidia", _count_nvidia(environ, root)
     if not count:
