@@ -170,10 +170,11 @@ def _readable(param: torch.Tensor) -> _Place | None:
     unit = unit_of(param)
     if unit is not None and unit.stepper is not None:
         return _Place(param, unit, unit.stepper)
-    if isinstance(param, torch.nn.Parameter) and not param.requires_grad:
+    kind = "Parameter" if isinstance(param, torch.nn.Parameter) else type(param).__name__
+    if kind == "Parameter" and not param.requires_grad:
         return None
     raise EngineStateError(
-        f"no engine trains this {type(param).__name__} of shape {tuple(full_shape(param))}: pass a parameter of a "
+        f"no engine trains this {kind} of shape {tuple(full_shape(param))}: pass a parameter of a "
         "model given to deepspeedlite.initialize, which its optimizer updates, before engine.destroy()"
     )
 

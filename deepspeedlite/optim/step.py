@@ -30,6 +30,7 @@ from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, Unsup
 from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import ClearsUnseen
 from deepspeedlite.zero.grad_reducer import GradReducer
+from deepspeedlite.zero.missing import as_plain
 from deepspeedlite.zero.unit import ShardUnit, unit_of
 from deepspeedlite.zero.wrap import NamedParameter, reverse_buckets
 
@@ -244,7 +245,8 @@ class ShardedOptimizer(torch.optim.Optimizer):
         """Per master, where the parameters lie that were trained and are frozen now."""
         found: dict[torch.Tensor, list[slice]] = {}
         for unit, runs in zip(self._reducer.units, self._runs_of_units):
-            frozen = {slot.name for slot, param in unit.flat.slots if not param.requires_grad}
+            with as_plain():
+                frozen = {slot.name for slot, param in unit.flat.slots if not param.requires_grad}
             if frozen:
                 for cut, run in zip(unit.layout.runs(unit.flat.index), runs):
                     segments = [s for s in unit.layout.segments(cut) if s.slot.name in frozen]

@@ -36,20 +36,12 @@ from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import UnsupportedError
 from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, full_shape, make_whole, owner_of, tensors_over
+from deepspeedlite.zero.missing import OF_KIND, OF_SHAPE, name_of
 from deepspeedlite.zero.wrap import NamedParameter, refuse_unusable
 
 Shard = Callable[[Sequence[NamedParameter]], None]
 
 RESHARD_FROM_NUMEL = 1 << 20
-
-# What is asked of a parameter without its values: this is answered from its full shape,
-_OF_SHAPE = frozenset(
-    ["shape", "size", "numel", "nelement", "dim", "ndim", "ndimension", "stride", "is_contiguous", "nbytes", "__len__"]
-)
-# and this from the placeholder.
-_OF_KIND = {"dtype", "device", "layout", "names", "element_size", "itemsize", "is_floating_point", "is_complex"}
-_OF_KIND |= {"is_meta", "is_cpu", "is_cuda", "is_sparse", "is_quantized", "is_leaf", "requires_grad", "requires_grad_"}
-_OF_KIND |= {"grad", "grad_fn", "retains_grad", "register_hook", "register_post_accumulate_grad_hook", "_version"}
 
 
 @contextmanager
@@ -272,10 +264,10 @@ class _Touches(TorchFunctionMode):
     ) -> Any:
         params = [item for item in tensors_in((args, kwargs), inside_objects=0) if isinstance(item, torch.nn.Parameter)]
         if params:
-            asked = _name_of(func)
-            if asked in _OF_SHAPE:
+            asked = name_of(func)
+            if asked in OF_SHAPE:
                 args = tuple(_of_full_shape(item) for item in args)
-            elif asked not in _OF_KIND:
+            elif asked not in OF_KIND:
                 _bring(params)
         return func(*args, **(kwargs or {}))
 
@@ -301,12 +293,6 @@ def _of_full_shape(item: Any) -> Any:
     if not isinstance(item, torch.nn.Parameter) or _sharded(item) is None:
         return item
     return torch.empty(full_shape(item), dtype=item.dtype, device="meta")
-
-
-def _name_of(func: Any) -> str:
-    """A function's name, or that of the attribute which it reads or writes."""
-    name: str = getattr(func, "__name__", "")
-    return getattr(getattr(func, "__self__", None), "__name__", name) if name in ("__get__", "__set__") else name
 
 
 def _wrap_module() -> None:

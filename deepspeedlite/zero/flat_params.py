@@ -47,6 +47,7 @@ from deepspeedlite.offload.options import Offload
 from deepspeedlite.offload.store import Store
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.layout import FlatLayout, Run, Slot
+from deepspeedlite.zero.missing import as_plain, mark_sharded, mark_whole
 from deepspeedlite.zero.plain import copy_parameter_plainly
 from deepspeedlite.zero.wrap import NamedParameter
 
@@ -223,12 +224,14 @@ class FlatParams:
 
     def _show(self) -> None:
         for param, view in zip(self.params, self._views):
+            mark_whole(param)
             param.data = view
         self._enter(ParamState.UNSHARDED)
 
     def _drop(self) -> None:
         for param in self.params:
             param.data = self._placeholder
+            mark_sharded(param)
         self.values.untyped_storage().resize_(0)
         self._enter(ParamState.SHARDED)
 
@@ -393,20 +396,19 @@ class FlatParams:
                 param.data = view
         return wrong
 
-    def _replaced(self) -> Iterator[tuple[Slot, torch.Tensor, torch.Tensor]]:
+    def _replaced(self) -> list[tuple[Slot, torch.Tensor, torch.Tensor]]:
         """The parameters whose memory was replaced, with what they should show."""
-        for (slot, param), view in zip(self.slots, self._views):
-            expected = self._placeholder if self.state is not ParamState.UNSHARDED else view
-            if (
-                param.data_ptr() != expected.data_ptr()
-                or param.shape != expected.shape
-                or param.dtype is not expected.dtype
-            ):
-                yield slot, param, expected
+        views = self._views if self.state is ParamState.UNSHARDED else [self._placeholder] * len(self.slots)
+        with as_plain():
+            return [
+                (slot, param, view)
+                for (slot, param), view in zip(self.slots, views)
+                if param.data_ptr() != view.data_ptr() or param.shape != view.shape or param.dtype is not view.dtype
+            ]
 
     def is_attached(self) -> bool:
         """Whether the parameters still have the buffer's memory."""
-        return not any(True for _ in self._replaced())
+        return not self._replaced()
 
     def verify_attached(self) -> None:
         """Raise when a parameter's memory was replaced, since its training would then go unnoticed.
@@ -490,6 +492,7 @@ def _describe(param: torch.Tensor, shape: torch.Size) -> None:
 def describe_as_sharded(param: torch.Tensor, slot: Slot, owner: FlatParams) -> None:
     """The rest of a sharded one. `partition_numel` keeps the owner alive with it."""
     _describe(param, torch.Size(slot.shape))
+    param.full_name = slot.name  # type: ignore[attr-defined]  # see `ShardedParameter`
     param.ds_tensor = owner.shard  # type: ignore[attr-defined]
     param.partition_numel = lambda: owner.shard_numel  # type: ignore[attr-defined]
 

@@ -27,6 +27,7 @@ import torch
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, owner_of
+from deepspeedlite.zero.missing import ShardedParameter
 from deepspeedlite.zero.plain import Hook
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.use_order import LookAhead, PrefetchLimits, UseTrace
@@ -52,7 +53,7 @@ class _WatchedParameters(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         param = super().__getitem__(name)
-        if param is not None and param.numel() == 0:
+        if param is not None and (type(param) is ShardedParameter or param.numel() == 0):
             self._on_empty(param)
         return param
 

@@ -33,6 +33,7 @@ from deepspeedlite.zero.arrivals import Arrivals
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.grad_buffer import GradBuffer, GradState
 from deepspeedlite.zero.layout import Run, Slot
+from deepspeedlite.zero.missing import as_plain
 from deepspeedlite.zero.plan import ReducePolicy, ShardingPlan
 from deepspeedlite.zero.use_order import UseTrace
 from deepspeedlite.zero.wrap import Bucket
@@ -159,7 +160,8 @@ class ShardUnit:
         self.take_in()
         self._hide()
         self.grads.begin(scale, reduce, measure and not self._shows(GradState.AVERAGED))
-        self.arrivals.begin(sum(param.requires_grad for param in self.flat.params))
+        with as_plain():
+            self.arrivals.begin(sum(param.requires_grad for param in self.flat.params))
 
     def take(self, index: int, param: torch.Tensor, grad: torch.Tensor) -> None:
         """Move what autograd has put into `param.grad` to the buffer."""
@@ -231,8 +233,9 @@ class ShardUnit:
     # --- what users see of it -------------------------------------------------------------------------------------
 
     def _hide(self) -> None:
-        for param in self.flat.params:
-            param.grad = None
+        with as_plain():
+            for param in self.flat.params:
+                param.grad = None
         self._shown = [None] * len(self.flat.params)
 
     def _shows(self, state: GradState) -> bool:
@@ -250,12 +253,13 @@ class ShardUnit:
     def take_in(self) -> None:
         """Make what users have made of `param.grad` since the last pass the gradients."""
         start = self.grads.full.data_ptr()
-        changed = [
-            (index, param.grad)
-            for index, (param, shown, offset) in enumerate(zip(self.flat.params, self._shown, self._offsets))
-            # The second: other memory was put behind what is shown, by `param.grad.data = ...`.
-            if param.grad is not shown or (shown is not None and shown.data_ptr() != start + offset)
-        ]
+        with as_plain():
+            changed = [
+                (index, param.grad)
+                for index, (param, shown, offset) in enumerate(zip(self.flat.params, self._shown, self._offsets))
+                # The second: other memory was put behind what is shown, by `param.grad.data = ...`.
+                if param.grad is not shown or (shown is not None and shown.data_ptr() != start + offset)
+            ]
         if len(changed) > 1:  # parameters may have exchanged what they show
             changed = [(index, None if grad is None else grad.clone()) for index, grad in changed]
         for index, grad in changed:
