@@ -79,7 +79,7 @@ demo-here: venv-examples
 	@$(BIN)/deepspeedlite --num_gpus $(RANKS) examples/cifar10/train.py \
 		--deepspeed_config examples/cifar10/ds_config.json --min_accuracy usual
 
-PYTEST = pytest -p no:cacheprovider --beside image,wheel,cluster $(MARKS) $(PYTEST_ARGS)
+PYTEST = pytest -p no:cacheprovider --beside image,wheel,cluster --beside fault,field $(MARKS) $(PYTEST_ARGS)
 
 test-here: venv-dev
 	@$(BIN)/python -m $(PYTEST)

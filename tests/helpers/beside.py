@@ -1,8 +1,8 @@
-"""`pytest --beside image,wheel,cluster`: the tests of these folders run in a second pytest, beside all others.
+"""`pytest --beside image,wheel,cluster --beside fault`: the tests of these folders run in pytests of their own.
 
-They wait most of the time, for compilers, containers and hosts. Their reports become this session's: one summary, one
-exit status, durations and `-x` included. An interrupt reaches the other session as well; it ends with this one,
-however this one ends.
+One session for each `--beside`, beside all other tests: they wait much of the time, for compilers, containers, hosts
+and the ends of processes. Their reports become this session's: one summary, one exit status, durations and `-x`
+included. An interrupt reaches the other sessions as well; they end with this one, however this one ends.
 """
 
 from __future__ import annotations
@@ -31,8 +31,9 @@ POLL_S = 0.2
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("beside")
-    group.addoption("--beside", metavar="FOLDERS", help="folders of tests/ to be run in a second pytest, by commas")
-    group.addoption("--reports-to", metavar="FILE", help="(what the second pytest is given by the first)")
+    more = "folders of tests/ to be run in another pytest, by commas; may be given several times"
+    group.addoption("--beside", metavar="FOLDERS", action="append", default=[], help=more)
+    group.addoption("--reports-to", metavar="FILE", help="(what another pytest is given by the first)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -45,7 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class _Teller:
-    """In the second session: writes every report down."""
+    """In another session: writes every report down."""
 
     def __init__(self, config: pytest.Config, file: str) -> None:
         self.config, self.file = config, Path(file)
@@ -58,26 +59,55 @@ class _Teller:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
-    folders = {TESTS / name for name in (session.config.getoption("--beside") or "").split(",") if name}
-    there = [item for item in session.items if folders & set(item.path.parents)]
-    if not there or len(there) == len(session.items) or session.testsfailed or session.config.option.collectonly:
+    if session.testsfailed or session.config.option.collectonly:
         return (yield)
-    session.items[:] = [item for item in session.items if item not in set(there)]
-    with tempfile.TemporaryDirectory(prefix="dsl-beside-") as folder:
-        other = _Other(session, there, Path(folder))
-        try:
-            result = yield
-            other.follow()
-        finally:
-            other.end()
+    others: list[_Other] = []
+    with tempfile.TemporaryDirectory(prefix="dsl-beside-") as folder, contextlib.ExitStack() as stack:
+        stack.callback(_end, others)
+        for number, names in enumerate(session.config.getoption("--beside")):
+            folders = {TESTS / name for name in names.split(",")}
+            there = [item for item in session.items if folders & set(item.path.parents)]
+            if there and len(there) < len(session.items):
+                session.items[:] = [item for item in session.items if item not in set(there)]
+                others.append(_Other(session, names, there, Path(folder) / str(number)))
+        began_s = time.time()
+        result = yield
+        if others:
+            _took_s(session.config)["the other tests"] = time.time() - began_s
+        while sum(other.follow() for other in others):
+            time.sleep(POLL_S)
     return result
 
 
-class _Other:
-    """The second session, as the first sees it."""
+def _end(others: list[_Other]) -> None:
+    """Interrupt those that still run, and wait for them."""
+    for other in others:
+        other.interrupt()
+    for other in others:
+        other.end()
 
-    def __init__(self, session: pytest.Session, items: list[pytest.Item], folder: Path) -> None:
-        self.session, self.awaited = session, {item.nodeid: item for item in items}
+
+_TOOK_S = pytest.StashKey[dict[str, float]]()
+
+
+def _took_s(config: pytest.Config) -> dict[str, float]:
+    """How long each session ran, by its folders."""
+    return config.stash.setdefault(_TOOK_S, {})
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    if took_s := _took_s(config):
+        told = "; ".join(f"{names} {seconds:.0f} s" for names, seconds in took_s.items())
+        terminalreporter.write_line(f"sessions beside each other: {told}")
+
+
+class _Other:
+    """Another session, as the first sees it."""
+
+    def __init__(self, session: pytest.Session, names: str, items: list[pytest.Item], folder: Path) -> None:
+        self.session, self.names, self.awaited = session, names, {item.nodeid: item for item in items}
+        self.began_s = time.time()
+        folder.mkdir()
         self.log, reports = folder / "log", folder / "reports"
         reports.touch()
         self.reports = reports.open()
@@ -95,14 +125,15 @@ class _Other:
                 preexec_fn=hear_signals,
             )
 
-    def follow(self) -> None:
-        """Report as the other session reports, until it has ended."""
-        while self.process.poll() is None:
-            self._pass_on()
-            time.sleep(POLL_S)
+    def follow(self) -> bool:
+        """Report what the other session has reported since; whether there may be more."""
+        runs = self.process.poll() is None
         self._pass_on()
-        if self.awaited:
-            self._report_missing()
+        if not runs and self.names not in _took_s(self.session.config):
+            _took_s(self.session.config)[self.names] = self.log.stat().st_mtime - self.began_s
+            if self.awaited:
+                self._report_missing()
+        return runs
 
     def _report_missing(self) -> None:
         """It died: the first test of which nothing is known fails, in the name of all."""
@@ -141,13 +172,16 @@ class _Other:
                 return
             yield line
 
-    def end(self) -> None:
-        """Interrupt it, where it still runs, and wait for it."""
+    def interrupt(self) -> None:
+        """As Ctrl-C does, where it still runs."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self.process.wait(END_WAIT_S)
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
+
+    def end(self) -> None:
+        """Wait for it, and kill what does not end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_WAIT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
         self.reports.close()

@@ -1,4 +1,4 @@
-"""What tests share, tried itself: matrices in fewer cases, and a session that runs beside another."""
+"""What tests share, tried itself: matrices in fewer cases, and sessions that run beside each other."""
 
 from __future__ import annotations
 
@@ -36,15 +36,16 @@ DIES = "import os\ndef test_good(): pass\ndef test_dies(): os._exit(9)\n"
 
 
 def start(folder: Path, here: str, there: str, *options: str) -> subprocess.Popen[str]:
-    """Pytest on two generated folders, of which the second is run beside the first."""
+    """Pytest on three generated folders, of which the second and the third are run beside the first."""
     (folder / "conftest.py").write_text(
         f"import sys; sys.path.insert(0, {str(HELPERS)!r})\nimport pathlib, paths\n"
         "paths.TESTS = pathlib.Path(__file__).parent\npytest_plugins = ['beside']\n"
     )
-    for name, source in (("here", here), ("there", there)):
+    for name, source in (("here", here), ("there", there), ("third", GOOD)):
         (folder / name).mkdir()
         (folder / name / f"test_{name}.py").write_text(source)
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA", "--beside", "there", *options]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-rA"]
+    command += ["--beside", "there,none", "--beside", "third", *options]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "200"}
     environ.pop("PYTEST_ADDOPTS", None)
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
@@ -53,17 +54,23 @@ def start(folder: Path, here: str, there: str, *options: str) -> subprocess.Pope
 
 @pytest.mark.slow
 @pytest.mark.parametrize("here, there, status, said", [
-    (GOOD, GOOD, 0, "2 passed"),
-    (GOOD, BAD, 1, "1 failed, 1 passed, 1 skipped"),
-    (BAD, GOOD, 1, "1 failed, 1 passed, 1 skipped"),
-    (BAD, BAD, 1, "2 failed, 2 skipped"),
-    (GOOD, DIES, 1, "1 failed, 2 passed"),
+    (GOOD, GOOD, 0, "3 passed"),
+    (GOOD, BAD, 1, "1 failed, 2 passed, 1 skipped"),
+    (BAD, GOOD, 1, "1 failed, 2 passed, 1 skipped"),
+    (BAD, BAD, 1, "2 failed, 1 passed, 2 skipped"),
+    (GOOD, DIES, 1, "1 failed, 3 passed"),
 ], ids=["good", "bad beside good", "good beside bad", "both bad", "death"])  # fmt: skip
-def test_two_sessions_are_told_of_as_one(tmp_path, here, there, status, said):
+def test_sessions_are_told_of_as_one(tmp_path, here, there, status, said):
     process = start(tmp_path, here, there)
     text, _ = process.communicate(timeout=100)
     assert process.returncode == status, text
     assert re.fullmatch(rf"=+ {said} in .*s.* =+", text.splitlines()[-1]), text
+    assert re.search(
+        r"^sessions beside each other: the other tests \d+ s; there,none \d+ s; third \d+ s$|"
+        r"^sessions beside each other: the other tests \d+ s; third \d+ s; there,none \d+ s$",
+        text,
+        re.MULTILINE,
+    )
     if there is BAD:
         assert re.search(r"^FAILED there/test_there.py::test_bad - assert 1 == 2$", text, re.MULTILINE)
         assert "def test_bad(): assert 1 == 2" in text and re.search(r"SKIPPED \[\d\] .*: lacks it", text)
