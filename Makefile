@@ -5,6 +5,7 @@
 #             TORCH_SPEC  which torch to install       (torch==2.13.0 for the CPU; torch>=2.10 where there is a GPU)
 #             TORCH_INDEX a package index to take that torch from          (the CPU builds' own, where it answers)
 #             RANKS       how many processes `make demo` trains with       (2)
+#             SESSIONS    by how many pytests, beside each other, `make test` runs the files of tests    (4)
 #             ACCEL, OPS, ARCHS  what `make wheel` compiles: see docs/ops.md
 #             CUDA, ROCM  which version's image `make image-cuda` and `image-rocm` build  (13.0 and 7.1)
 #             BASE, IMAGE_ARGS   another base image, and more options of `python -m env build`
@@ -17,6 +18,7 @@ TORCH_SPEC ?=
 TORCH_INDEX ?=
 RANKS ?= 2
 PYTEST_ARGS ?=
+SESSIONS ?= 4
 PEER_PYTHON ?=
 ACCEL ?= cpu
 OPS ?=
@@ -79,7 +81,7 @@ demo-here: venv-examples
 	@$(BIN)/deepspeedlite --num_gpus $(RANKS) examples/cifar10/train.py \
 		--deepspeed_config examples/cifar10/ds_config.json --min_accuracy usual
 
-PYTEST = pytest -p no:cacheprovider --beside image,wheel,cluster --beside fault,field $(MARKS) $(PYTEST_ARGS)
+PYTEST = pytest -p no:cacheprovider --sessions $(SESSIONS) $(MARKS) $(PYTEST_ARGS)
 
 test-here: venv-dev
 	@$(BIN)/python -m $(PYTEST)

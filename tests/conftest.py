@@ -21,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
 from paths import HELPERS, put_on_path
 
 put_on_path()
-pytest_plugins = ["beside"]
+pytest_plugins = ["sessions"]
 
 if "COVERAGE_PROCESS_CONFIG" in os.environ:  # `make coverage`, which makes Python code slow
     import hypothesis

@@ -1,0 +1,236 @@
+"""`pytest --sessions 4`: the files of tests are run by so many pytests beside each other, as each gets done with one.
+
+Tests wait much of the time: for compilers, containers, hosts, the ends of processes, and each other's ranks. The
+first session collects, starts the others and is told by them: one summary, one exit status, durations and `-x`
+included. A file is one session's: whoever makes the file of its number in the queue's folder has taken it. An
+interrupt reaches the other sessions as well; they end with the first one, however that ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from children import hear_signals
+
+LAST_WORDS_CHARS = 4000
+END_WAIT_S = 60.0  # what an interrupted session may take to remove its containers and hosts
+POLL_S = 0.2
+# The files that take more than a minute, longest first: what is begun last should be short.
+LONGEST = (
+    "cluster/test_launcher_cluster", "image/test_images", "fault/test_checkpoint_kills", "wheel/test_wheel",
+    "parity/test_checkpoint_deepspeed_peer", "fault/test_offload_faults", "parity/test_checkpoint_elastic",
+    "fault/test_checkpoint_faults", "parity/test_pipe_peer", "cluster/test_install", "field/test_examples",
+    "parity/test_zero_models", "cluster/test_launcher", "cluster/test_ssh", "parity/test_mpu_peer",
+)  # fmt: skip
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("sessions")
+    group.addoption("--sessions", metavar="N", type=int, default=1, help="by how many pytests the files are run")
+    group.addoption("--queue", metavar="FOLDER", type=Path, help="(what another session is given by the first)")
+    group.addoption("--number", metavar="N", help="(which one it is)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("--queue"):
+        pr_set_pdeathsig = 1
+        if sys.platform == "linux":  # as if interrupted, so that it tidies up
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGINT)
+        config.pluginmanager.register(_OtherSession(config))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    """In the first session."""
+    config = session.config
+    groups = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+    count = min(config.getoption("--sessions"), len(groups))
+    if count < 2 or session.testsfailed or config.option.collectonly:
+        return None
+    groups.sort(key=_turn)
+    with tempfile.TemporaryDirectory(prefix="dsl-sessions-") as folder:
+        queue = _Queue(Path(folder), "1")
+        queue.write([[item.nodeid for item in items] for items in groups])
+        others = [_Other(session, queue, groups, str(number)) for number in range(2, count + 1)]
+        try:
+            for number in queue.take():
+                _run(session, groups[number])
+                for other in others:
+                    other.follow()
+            while sum(other.follow() for other in others):
+                time.sleep(POLL_S)
+        finally:
+            for other in others:
+                other.interrupt()
+            for other in others:
+                other.end()
+    return True
+
+
+def _turn(items: list[pytest.Item]) -> int:
+    name = items[0].path.with_suffix("").as_posix()
+    return next((place for place, long in enumerate(LONGEST) if name.endswith(f"/tests/{long}")), len(LONGEST))
+
+
+def _run(session: pytest.Session, items: Sequence[pytest.Item]) -> None:
+    """As pytest runs its list, of one file: after the last test all is torn down, since the next file is not known."""
+    for item, following in itertools.zip_longest(items, items[1:]):
+        item.config.hook.pytest_runtest_protocol(item=item, nextitem=following)
+        if session.shouldfail:
+            raise session.Failed(session.shouldfail)
+        if session.shouldstop:
+            raise session.Interrupted(session.shouldstop)
+
+
+class _Queue:
+    """Files of tests, by number; each is taken once, by the session whose name is then in the file of that number."""
+
+    def __init__(self, folder: Path, me: str) -> None:
+        self.folder, self.me = folder, me
+
+    def write(self, groups: Sequence[Sequence[str]]) -> None:
+        (self.folder / "groups").write_text(json.dumps(groups))
+
+    def read(self) -> list[list[str]]:
+        groups: list[list[str]] = json.loads((self.folder / "groups").read_text())
+        return groups
+
+    def take(self) -> Iterator[int]:
+        """Numbers that are this session's, until none is left."""
+        for number in range(len(self.read())):
+            try:
+                with (self.folder / str(number)).open("x") as file:
+                    file.write(self.me)
+            except FileExistsError:
+                continue
+            yield number
+
+    def owner(self, number: int) -> str | None:
+        file = self.folder / str(number)
+        return file.read_text() if file.exists() else None
+
+
+class _OtherSession:
+    """In another session: collects what it takes, and writes every report down."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config, self.queue = config, _Queue(config.getoption("--queue"), config.getoption("--number"))
+        self.reports = self.queue.folder / f"reports{self.queue.me}"
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_collection(self) -> bool:
+        return True
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        groups = self.queue.read()
+        for number in self.queue.take():
+            _run(session, session.perform_collect(groups[number]))
+        return True
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        told = self.config.hook.pytest_report_to_serializable(config=self.config, report=report)
+        with self.reports.open("a") as file:
+            file.write(json.dumps(told) + "\n")
+
+
+class _Other:
+    """Another session, as the first sees it."""
+
+    def __init__(self, session: pytest.Session, queue: _Queue, groups: list[list[pytest.Item]], number: str) -> None:
+        self.session, self.queue, self.groups, self.number = session, queue, groups, number
+        self.log, reports = queue.folder / f"log{number}", queue.folder / f"reports{number}"
+        self.ended: set[str] = set()  # the tests that it has reported to the end
+        reports.touch()
+        self.reports = reports.open()
+        config = session.config
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--rootdir={config.rootpath}"]
+        command += [f"--queue={queue.folder}", f"--number={number}"]
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(
+                command,
+                cwd=config.rootpath,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C reaches the first session alone, which passes it on
+                preexec_fn=hear_signals,
+            )
+        self.runs = True
+
+    def follow(self) -> bool:
+        """Pass on what it has reported since; whether there may be more."""
+        if self.runs:
+            self.runs = self.process.poll() is None
+            self._pass_on()
+            if not self.runs:
+                self._report_missing()
+        return self.runs
+
+    def _report_missing(self) -> None:
+        """Where it died: the first test of which nothing is known fails, in the name of all that it had taken."""
+        mine = [items for number, items in enumerate(self.groups) if self.queue.owner(number) == self.number]
+        awaited = [item for items in mine for item in items if item.nodeid not in self.ended]
+        if not awaited:
+            return
+        text = (
+            f"session {self.number} ended with status {self.process.returncode} in this test or before it, and without "
+            f"{len(awaited) - 1} others\n{self.log.read_text(errors='replace')[-LAST_WORDS_CHARS:]}"
+        )
+        nodeid, location = awaited[0].nodeid, awaited[0].location
+        report = pytest.TestReport(nodeid, location, {}, "failed", text, "call")
+        self.session.config.hook.pytest_runtest_logstart(nodeid=nodeid, location=location)
+        self.session.config.hook.pytest_runtest_logreport(report=report)
+
+    def _pass_on(self) -> None:
+        hook, config = self.session.config.hook, self.session.config
+        for line in self._lines():
+            report: Any = hook.pytest_report_from_serializable(config=config, data=json.loads(line))
+            if isinstance(report.longrepr, list):  # a skip's place and reason, which JSON has no tuples for
+                report.longrepr = tuple(report.longrepr)
+            if report.when == "setup":
+                hook.pytest_runtest_logstart(nodeid=report.nodeid, location=report.location)
+            hook.pytest_runtest_logreport(report=report)
+            if report.when == "teardown":
+                self.ended.add(report.nodeid)
+                hook.pytest_runtest_logfinish(nodeid=report.nodeid, location=report.location)
+        for reason in (self.session.shouldfail, self.session.shouldstop):
+            if reason:
+                raise self.session.Failed(reason)
+
+    def _lines(self) -> Iterator[str]:
+        """Lines that are whole by now."""
+        while True:
+            start = self.reports.tell()
+            line = self.reports.readline()
+            if not line.endswith("\n"):
+                self.reports.seek(start)
+                return
+            yield line
+
+    def interrupt(self) -> None:
+        """As Ctrl-C does, where it still runs."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> None:
+        """Wait for it, and kill what does not end."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(END_WAIT_S)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.reports.close()
