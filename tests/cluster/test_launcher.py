@@ -9,10 +9,10 @@ import contextlib
 import os
 import pty
 import re
+import resource
 import select
 import signal
 import socket
-import statistics
 import subprocess
 import sys
 import textwrap
@@ -256,16 +256,14 @@ def test_a_picked_port_is_none_that_the_system_gives_to_others() -> None:
 
 def test_help_is_quick_and_launching_imports_no_torch(script: Script) -> None:
     def help_s() -> float:
-        started_s = time.perf_counter()
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = launch("--help")
         assert done.returncode == 0 and b"--num_gpus" in done.stdout
-        return time.perf_counter() - started_s
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
-    # The middle of five on a quiet machine; on one that other tests keep busy, the best of many.
-    times_s = [help_s() for _ in range(5)]
-    while statistics.median(times_s) > 0.2 and min(times_s) > 0.15 and len(times_s) < 40:
-        times_s.append(help_s())
-    assert statistics.median(times_s) <= 0.2 or min(times_s) <= 0.15, times_s
+    times_s = [help_s() for _ in range(5)]  # of a processor, which other tests keep busy
+    assert min(times_s) <= 0.15, times_s
     assert b"deepspeedlite " in launch("--version").stdout
     path = script("pass")
     code = f"""

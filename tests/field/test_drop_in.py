@@ -282,6 +282,7 @@ def test_a_name_that_nobody_has_is_an_ordinary_error():
         importlib.import_module("deepspeedlite.runtime.no_such_module")
 
 
+@pytest.mark.slow
 def test_no_module_takes_the_place_of_a_name_that_ours_use():
     """Python puts an imported module into its parent, whatever had that name there."""
     code = """

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import shutil
 import socket
 import subprocess
@@ -90,9 +91,11 @@ def test_this_machine_in_text_and_json() -> None:
 
 
 def test_it_takes_little_beyond_torchs_import(fake_torch: Path) -> None:
-    started_s = time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done, found = report(fake_torch)
-    assert time.perf_counter() - started_s < 2
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    # (Of a processor: how long it takes depends on what else runs.)
+    assert after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime < 2
     assert done.returncode == 0 and find(found, "nccl").value == "2.27.5"
     assert find(found, "built for").value.startswith("CUDA 13.0")
 

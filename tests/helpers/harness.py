@@ -6,10 +6,10 @@
         dist.all_reduce(x)
         assert x.tolist() == [1, 1, 1]
 
-The ranks are persistent processes that import torch once and meet through a file store (no ports), with a fresh
-process group for every test. A failing rank's traceback becomes the test's failure: the first rank to fail is
-blamed, and ranks it left hanging in a collective are killed and replaced. A timeout shows where every rank stands.
-`pytest.skip` on any rank skips the test. Workers die with pytest, even when it is killed by SIGKILL.
+The ranks are persistent processes, forked from one that has imported torch, and meet through a file store (no ports),
+with a fresh process group for every test. A failing rank's traceback becomes the test's failure: the first rank to
+fail is blamed, and ranks it left hanging in a collective are killed and replaced. A timeout shows where every rank
+stands. `pytest.skip` on any rank skips the test. Workers die with pytest, even when it is killed by SIGKILL.
 What a body prints appears as the test's captured output, tagged with its rank.
 """
 
@@ -17,28 +17,27 @@ from __future__ import annotations
 
 import atexit
 import contextlib
-import ctypes
 import functools
 import inspect
+import multiprocessing
 import os
 import pickle
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
-from paths import BOOT
+from paths import HELPERS
+from ranks_origin import die_with_parent
 
 START_LIMIT_S = 120.0  # a cold import of torch on a busy machine
 GRACE_S = 1.0  # how long the other ranks may still report after the first failure
@@ -151,6 +150,15 @@ class _Report:
 # ---------------------------------------------------------------------------------------------- pytest's side
 
 
+def _context() -> Any:
+    """How workers are started: forked, but where every process is measured from its start."""
+    if "COVERAGE_PROCESS_CONFIG" in os.environ:
+        return multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["ranks_origin"])
+    return context
+
+
 class _Worker:
     """One rank's process as pytest sees it: a pipe for jobs and reports, a log file for its output."""
 
@@ -159,18 +167,15 @@ class _Worker:
         self.log_path.touch()
         self.seen_bytes = 0
         self.ready = False
-        self.pipe, theirs = Pipe()
-        boot = f"{BOOT}import harness; harness._worker_main({theirs.fileno()}, {os.getpid()})"
-        with self.log_path.open("ab") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-c", boot],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"},
-                start_new_session=True,  # Ctrl-C reaches pytest alone, which then ends the workers
-            )
+        context = _context()
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_worker_main, args=(theirs, str(self.log_path)))
+        # That of the process they are forked from too, which the first one starts.
+        path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
+        with pytest.MonkeyPatch.context() as environ:
+            environ.setenv("OMP_NUM_THREADS", "1")
+            environ.setenv("PYTHONPATH", path)
+            self.process.start()
         theirs.close()
 
     def new_output(self) -> str:
@@ -184,20 +189,20 @@ class _Worker:
     def dump_stack(self) -> None:
         """Ask faulthandler to write the stacks of all threads to the log; works inside C++ too."""
         with contextlib.suppress(ProcessLookupError):
-            self.process.send_signal(signal.SIGUSR1)
+            os.kill(self.process.pid, signal.SIGUSR1)
 
     def kill(self) -> None:
         """End the worker and whatever it started, and reap it."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        self.process.kill()  # where it has no group of its own yet
+        self.process.join()
         self.pipe.close()
 
     def died(self) -> _Report:
         """The report of a worker whose pipe has closed."""
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout=2)
-        code = self.process.poll()
+        self.process.join(timeout=2)
+        code = self.process.exitcode
         if code is None:
             how = "closed its pipe"
         else:
@@ -216,9 +221,9 @@ class WorkerPool:
         self.serial = 0
 
     def start(self, size: int) -> None:
-        """Have `size` living workers; returns at once, while new ones import torch."""
+        """Have `size` living workers; returns as soon as they are forked."""
         for rank in range(max(size, len(self.workers))):
-            if rank < len(self.workers) and self.workers[rank].process.poll() is None:
+            if rank < len(self.workers) and self.workers[rank].process.is_alive():
                 continue
             self.serial += 1
             fresh = _Worker(self.folder, self.serial)
@@ -229,7 +234,7 @@ class WorkerPool:
                 self.workers.append(fresh)
 
     def await_ready(self, size: int) -> None:
-        """Wait until the first `size` workers have imported torch."""
+        """Wait until the first `size` workers are ready for jobs."""
         deadline = time.monotonic() + START_LIMIT_S
         for rank, worker in enumerate(self.workers[:size]):
             if worker.ready:
@@ -307,7 +312,7 @@ class WorkerPool:
     def _replace(self, size: int) -> None:
         for worker in self.workers[:size]:
             worker.kill()
-        self.start(size)  # they import torch while pytest prints the failure
+        self.start(size)
 
     def close_workers(self) -> None:
         """Kill every worker; the next test starts new ones."""
@@ -322,8 +327,7 @@ class WorkerPool:
                 for worker in self.workers:
                     worker.pipe.close()
                 for worker in self.workers:
-                    with contextlib.suppress(subprocess.TimeoutExpired):
-                        worker.process.wait(WRITE_WAIT_S)
+                    worker.process.join(WRITE_WAIT_S)
             self.close_workers()
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -369,11 +373,16 @@ def close_pool() -> None:
 # ---------------------------------------------------------------------------------------------- the ranks' side
 
 
-def _worker_main(pipe_fd: int, parent_pid: int) -> None:
+def _worker_main(pipe: Connection, log_path: str) -> None:
     """The life of a worker: jobs until the pipe closes."""
-    _die_with(parent_pid)
-    os.set_inheritable(pipe_fd, False)  # a grandchild that kept it open would hide this process's death
-    pipe = Connection(pipe_fd)
+    os.setsid()  # Ctrl-C reaches pytest alone, which then ends the workers
+    die_with_parent()
+    log, nothing = os.open(log_path, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
+    for number, file in enumerate((nothing, log, log)):
+        os.dup2(file, number)
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(write_through=True)  # type: ignore[union-attr]
+    os.set_inheritable(pipe.fileno(), False)  # a grandchild that kept it open would hide this process's death
     import faulthandler
 
     faulthandler.enable()
@@ -399,15 +408,6 @@ def _worker_main(pipe_fd: int, parent_pid: int) -> None:
             os._exit(0)
         if dist.is_initialized():
             dist.destroy_process_group()
-
-
-def _die_with(parent_pid: int) -> None:
-    """Have the kernel kill this process when pytest is gone, however it went."""
-    pr_set_pdeathsig = 1
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent_pid:
-        os._exit(1)
 
 
 def _rewrite_asserts() -> None:

@@ -368,7 +368,7 @@ def cases(*names: str) -> Any:
     return pytest.mark.parametrize("name", names or [n for n in CASES if n not in RANK_DEPENDENT])
 
 
-@pytest.mark.slow_unless(stage=(1, "3 tight"))
+@pytest.mark.slow_unless(stage="3 tight")
 @cases()
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)

@@ -138,6 +138,7 @@ def test_a_shared_submodule_is_named(stage):
 # --- engines that come again ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("way", ["kept", "deleted", "destroyed"])
 @every_stage
 @distributed(world_size=2)
@@ -163,6 +164,7 @@ def test_a_model_is_initialised_again(stage, way):
     assert whole.shape == (6, 4)
 
 
+@pytest.mark.slow_unless(before=(0, 3))
 @pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 0), (2, 3), (3, 1)])
 @distributed(world_size=2)
 def test_a_model_is_initialised_again_at_another_stage(before, after):

@@ -195,6 +195,7 @@ def check_reading(engine, reference: Reference, dtype: str, steps: int = 3) -> N
     engine.destroy()
 
 
+@pytest.mark.slow_unless(dtype="bf16")
 @on_all_stages
 @distributed(world_size=2)
 def test_what_is_read_follows_torch(stage, dtype):
