@@ -19,9 +19,9 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from models import tied_model
+from pairwise import covering
 from paths import BOOT, HELPERS, ROOT
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
@@ -171,9 +171,9 @@ class Attacker:
         return self.probe.global_steps
 
 
-def _attack_all(folder: Path, how: int, use_async: bool) -> None:
+def _attack_all(folder: Path, how: int, use_async: bool, scenarios: list[str]) -> None:
     attacker = Attacker(folder, async_save=use_async)
-    for prepare in SCENARIOS:
+    for prepare in (globals()[name] for name in scenarios):
         steps = attacker.attack(prepare, how)
         assert set(steps) == {0 if prepare is _first else 1, 2}, (prepare.__name__, steps)
         assert how > 0 or steps == sorted(steps), (
@@ -183,13 +183,19 @@ def _attack_all(folder: Path, how: int, use_async: bool) -> None:
         print(prepare.__name__, len(steps), "calls, new from", steps.index(2))
 
 
+HOW = {"kill": KILL, "crash": CRASH, "error": errno.EIO}
+PAIRS = covering({"how": HOW, "use_async": (False, True), "scenario": [each.__name__ for each in SCENARIOS]}, 2, ())
+
+
 @pytest.mark.parametrize("use_async", [False, True])
-@pytest.mark.parametrize("how", [KILL, CRASH, errno.EIO], ids=["kill", "crash", "error"])
+@pytest.mark.parametrize("how", HOW)
 def test_the_newest_checkpoint_loads_whatever_call_of_a_save_is_the_last(tmp_path, faults, how, use_async):
-    call = f"t._attack_all(pathlib.Path({str(tmp_path)!r}), {how}, {use_async})"
+    """Of `how`, `use_async` and scenarios every two meet."""
+    scenarios = [scenario for *case, scenario in PAIRS if case == [how, use_async]]
+    call = f"t._attack_all(pathlib.Path({str(tmp_path)!r}), {HOW[how]}, {use_async}, {scenarios})"
     said = in_a_process_of_its_own(call, LD_PRELOAD=faults)
     print(said)
-    assert said.count("calls, new from") == len(SCENARIOS)
+    assert said.count("calls, new from") == len(scenarios) > 0
 
 
 def _crash_without_fsync(folder: Path) -> None:
@@ -238,7 +244,9 @@ def _one_of_four(folder: Path, rank: int, victim: int, step: str, use_async: boo
 
 
 def _four(folder: Path, victim: int, step: str, use_async: bool) -> None:
-    import deepspeedlite.factory  # noqa: F401  (once, for all that are forked)
+    import torch._dynamo  # (once, for all that are forked: an optimizer imports it)
+
+    import deepspeedlite.factory  # noqa: F401
 
     pids = []
     for rank in range(WORLD):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -14,8 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import forked
 import pytest
-from children import hear_signals
 
 pytestmark = pytest.mark.slow  # each starts processes of its own
 
@@ -51,6 +50,10 @@ def train(engine, steps):
         losses.append(loss.item())
     return losses
 """
+
+
+def run_forked(code: str, *arguments: object, folder: Path) -> subprocess.CompletedProcess[str]:
+    return forked.run(COMMON + textwrap.dedent(code), *arguments, folder=folder, timeout_s=120)
 
 
 def run(code: str, *arguments: object, timeout: float = 120, **options) -> subprocess.CompletedProcess[str]:
@@ -106,7 +109,7 @@ assert train(engine, range(4)) == expected
 
 def test_a_disk_that_is_full_in_the_middle_of_a_step(tmp_path):
     with small_disk(tmp_path / "disk", 30) as path:
-        done = run(FILLS_UP, path, tmp_path / "checkpoints")
+        done = run_forked(FILLS_UP, path, tmp_path / "checkpoints", folder=tmp_path)
     assert done.returncode == 0, done.stderr
     full, *refused = done.stdout.splitlines()
     assert re.match(rf"{path} has no room for [\d.]+ MiB more \(No space left on device; this rank has ", full)
@@ -118,7 +121,7 @@ def test_a_disk_that_is_full_in_the_middle_of_a_step(tmp_path):
 
 def test_a_disk_that_is_too_small_from_the_start(tmp_path):
     with small_disk(tmp_path / "disk", 5) as path:
-        done = run("engine_of([512] * 9, sys.argv[1])", path)
+        done = run_forked("engine_of([512] * 9, sys.argv[1])", path, folder=tmp_path)
     assert done.returncode == 1 and f"OffloadError: {path} has no room for" in done.stderr
 
 
@@ -185,44 +188,49 @@ def free_nbytes(path: Path) -> int:
     return about.f_bavail * about.f_frsize
 
 
-def until(condition: Callable[[], bool], limit_s: float = 30.0) -> None:
+def until(condition: Callable[[], bool], limit_s: float = 60.0, poll_s: float = 0.02) -> None:
     """Wait for what happens by itself."""
     end = time.monotonic() + limit_s
     while not condition():
         assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
+        time.sleep(poll_s)
 
 
 def test_a_killed_run_leaves_nothing_and_goes_on_from_its_checkpoint(tmp_path):
     with small_disk(tmp_path / "disk", 100) as path:
         before = free_nbytes(path)
-        whole = run(KILLED, path, tmp_path / "whole", 6)
+        whole = run_forked(KILLED, path, tmp_path / "whole", 6, folder=tmp_path)
         assert whole.returncode == 0, whole.stderr
         expected = dict(line.split() for line in whole.stdout.splitlines())
         found: dict[str, str] = {}
         for delay in (0.0, 0.005, 0.02, 0.05):  # after a line: in the next step, most of which is the disk's work
-            command = [sys.executable, "-c", COMMON + KILLED, str(path), str(tmp_path / "killed"), "6"]
-            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=hear_signals)
-            found.update([process.stdout.readline().split()])
+            told = tmp_path / f"told{delay}"
+            arguments = (path, tmp_path / "killed", 6)
+            process = forked.start(COMMON + KILLED, *arguments, stdout=told, stderr=tmp_path / "stderr")
+            until(lambda told=told: told.exists() and "\n" in told.read_text(), poll_s=0.001)
             time.sleep(delay)
-            process.send_signal(signal.SIGKILL)
-            process.communicate()
+            process.kill()
+            process.join()
+            found.update(line.split() for line in told.read_text().splitlines(keepends=True) if line.endswith("\n"))
             assert list(path.iterdir()) == []
             until(lambda: free_nbytes(path) == before)  # the kernel ends what was under way by itself
-        last = run(KILLED, path, tmp_path / "killed", 6)
+        last = run_forked(KILLED, path, tmp_path / "killed", 6, folder=tmp_path)
         assert last.returncode == 0, last.stderr
         found.update(line.split() for line in last.stdout.splitlines())
         assert found == expected
 
 
 def test_two_runs_on_one_path_do_not_meet(tmp_path):
-    alone = run(KILLED, tmp_path, tmp_path / "alone", 3)
-    command = [sys.executable, "-c", COMMON + KILLED, str(tmp_path)]
+    alone = run_forked(KILLED, tmp_path, tmp_path / "alone", 3, folder=tmp_path)
+    assert alone.returncode == 0, alone.stderr
+    told = [tmp_path / f"told{number}" for number in range(2)]
     together = [
-        subprocess.Popen([*command, str(tmp_path / str(number)), "3"], stdout=subprocess.PIPE, text=True)
+        forked.start(COMMON + KILLED, tmp_path, tmp_path / str(number), 3, stdout=told[number], stderr=tmp_path / "err")
         for number in range(2)
     ]
-    assert [process.communicate(timeout=120)[0] for process in together] == [alone.stdout] * 2
+    for process in together:
+        process.join(120)
+    assert [file.read_text() for file in told] == [alone.stdout] * 2
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------

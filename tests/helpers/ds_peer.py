@@ -1,20 +1,24 @@
 """Trains, saves and loads with the real DeepSpeed, and the models and the runner that tests share with it.
 
-    PEER_PYTHON ds_peer.py JOBS.json STORE RANK WORLD
+    PEER_PYTHON ds_peer.py JOBS.json STORE WORLD
 
-Run by the Python of an environment that has DeepSpeed, one process a rank. JOBS.json is a list of jobs, see `Job`.
-Each builds `peer_model`, loads a checkpoint if one is named, trains `steps`, saves if a folder is named, and trains
-`more_steps`; rank 0 writes to `out` all ranks' losses, and the masters and optimizer states after `steps`.
+Run by the Python of an environment that has DeepSpeed, which is imported once: ranks are forked. JOBS.json is a list
+of jobs, see `Job`. Each builds `peer_model`, loads a checkpoint if one is named, trains `steps`, saves if a folder is
+named, and trains `more_steps`; rank 0 writes to `out` all ranks' losses, and the masters and optimizer states after
+`steps`.
 """
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -97,22 +101,15 @@ def run_peer(folder: Path, jobs: list[Job], world: int = 2, timeout_s: float = 5
     environment = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
     environment |= {"DS_ACCELERATOR": "cpu", "PATH": f"{Path(python).parent}:{os.environ['PATH']}"}
     with tempfile.TemporaryDirectory() as scratch:
-        logs = [Path(scratch) / f"log{rank}" for rank in range(world)]
-        ranks = [
-            subprocess.Popen(
-                [python, __file__, str(folder / "jobs.json"), f"{scratch}/store", str(rank), str(world)],
-                env=environment,
-                stdout=log.open("w"),
-                stderr=subprocess.STDOUT,
-            )
-            for rank, log in enumerate(logs)
-        ]
-        try:
-            codes = [rank.wait(timeout_s) for rank in ranks]
-        finally:
-            for rank in ranks:
-                rank.kill()
-        assert codes == [0] * world, "\n".join(log.read_text()[-3000:] for log in logs)
+        done = subprocess.run(
+            [python, __file__, str(folder / "jobs.json"), f"{scratch}/store", str(world)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+        )
+        assert done.returncode == 0, done.stdout[-6000:]
     return {job.name: torch.load(job.out) for job in jobs}
 
 
@@ -183,14 +180,49 @@ def do(job: Job) -> None:
     engine.destroy()
 
 
+def on_forked_ranks(world: int, body: Callable[[int], None]) -> None:
+    """Run the body on each rank, forked from this process; exits with 1 where a rank does not end well."""
+    pids = []
+    for rank in range(world):
+        pid = os.fork()
+        if pid == 0:
+            pr_set_pdeathsig = 1
+            ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+            status = 1
+            try:
+                os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world))
+                torch.set_num_threads(1)
+                body(rank)
+                status = 0
+            except BaseException:
+                traceback.print_exc()
+            finally:
+                sys.stdout.flush()
+                os._exit(status)
+        pids.append(pid)
+    failed = 0
+    for _ in pids:  # whoever ends first; the others of one that fails may hang
+        failed = os.waitstatus_to_exitcode(os.wait()[1])
+        if failed:
+            break
+    sys.exit(1 if failed else 0)
+
+
 def main() -> None:
     """Do all jobs."""
-    jobs, store, rank, world = sys.argv[1:]
-    os.environ.update(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world, MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=int(world))
+    jobs, store, world = sys.argv[1:]
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT="0")
+    import deepspeed  # noqa: F401  (once, for all that are forked)
+    import torch._dynamo  # noqa: F401  (which making an optimizer imports)
+
+    on_forked_ranks(int(world), lambda rank: work(jobs, store, rank, int(world)))
+
+
+def work(jobs: str, store: str, rank: int, world: int) -> None:
+    """One rank's."""
     import deepspeed
 
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     deepspeed.init_distributed("gloo")
     # It asks the processor whether it multiplies fp16 numbers itself; torch computes with them on any.
     type(deepspeed.accelerator.get_accelerator()).is_fp16_supported = lambda self: True

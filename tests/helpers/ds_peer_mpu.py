@@ -1,8 +1,9 @@
 """Trains the tensor-parallel model of two by two ranks with an mpu, by DeepSpeed or by deepspeedlite, the same way.
 
-    PYTHON ds_peer_mpu.py LIBRARY CONFIGS.json STORE RANK OUT.json
+    PYTHON ds_peer_mpu.py LIBRARY CONFIGS.json STORE OUT.json
 
-Rank 0 writes per configuration each step's loss, averaged over data-parallel ranks, and its gradients' norm.
+The library is imported once: ranks are forked. Rank 0 writes per configuration each step's loss, averaged over
+data-parallel ranks, and its gradients' norm.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
+from ds_peer import on_forked_ranks
 from tensor_parallel import Grid, OldMpu, batch, parallel_model
 
 STEPS = 6
@@ -36,10 +37,16 @@ def train(library: Any, grid: Grid, settings: dict[str, Any]) -> list[tuple[floa
     return told
 
 
-def main(name: str, configs: str, store: str, rank: str, out: str) -> None:
-    dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=int(rank), world_size=4)
-    torch.set_num_threads(1)
+def main(name: str, configs: str, store: str, out: str) -> None:
     library = importlib.import_module(name)
+    importlib.import_module("torch._dynamo")  # which making an optimizer imports
+    if name == "deepspeedlite":
+        assert library.initialize  # imports what it needs
+    on_forked_ranks(4, lambda rank: work(library, configs, store, rank, out))
+
+
+def work(library: Any, configs: str, store: str, rank: int, out: str) -> None:
+    dist.init_process_group("gloo", store=dist.FileStore(store, 4), rank=rank, world_size=4)
     grid = Grid()
     told = [train(library, grid, settings) for settings in json.loads(Path(configs).read_text())]
     if dist.get_rank() == 0:

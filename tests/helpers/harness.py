@@ -150,13 +150,13 @@ class _Report:
 # ---------------------------------------------------------------------------------------------- pytest's side
 
 
-def _context() -> Any:
+def context() -> Any:
     """How workers are started: forked, but where every process is measured from its start."""
     if "COVERAGE_PROCESS_CONFIG" in os.environ:
         return multiprocessing.get_context("spawn")
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["ranks_origin"])
-    return context
+    forked = multiprocessing.get_context("forkserver")
+    forked.set_forkserver_preload(["ranks_origin"])
+    return forked
 
 
 class _Worker:
@@ -167,9 +167,9 @@ class _Worker:
         self.log_path.touch()
         self.seen_bytes = 0
         self.ready = False
-        context = _context()
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_worker_main, args=(theirs, str(self.log_path)))
+        how = context()
+        self.pipe, theirs = how.Pipe()
+        self.process = how.Process(target=_worker_main, args=(theirs, str(self.log_path)))
         # That of the process they are forked from too, which the first one starts.
         path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
         with pytest.MonkeyPatch.context() as environ:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -11,6 +12,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from models import tied_model, tokens
+from pairwise import covering
 from torch.optim import lr_scheduler as lr
 
 import deepspeedlite
@@ -19,7 +21,12 @@ from deepspeedlite.utils import safe_get_full_fp32_param, safe_get_full_optimize
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
-PAIRS = [(world, stage) for world in (1, 2, 3, 4) for stage in (0, 1, 2, 3)]
+WORLDS, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
+PAIRS = [*itertools.product(WORLDS, STAGES)]
+LOADS = {  # (world and stage that load, world and stage that have saved)
+    "fp32": {(*loads, *saved) for loads in PAIRS for saved in PAIRS},
+    "bf16": set(covering({"world": WORLDS, "stage": STAGES, "saved_world": WORLDS, "saved_stage": STAGES}, 3)),
+}
 DTYPES = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 64.0}}}
 
 
@@ -68,6 +75,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @distributed(world_size=4, init_process_group=False, timeout_s=240)
 def test_all_pairs_of_world_sizes_and_stages(tmp_path, dtype):
+    """In bf16 every three of the two worlds and stages meet."""
     me = int(os.environ["RANK"])
 
     def worlds(what):
@@ -89,10 +97,12 @@ def test_all_pairs_of_world_sizes_and_stages(tmp_path, dtype):
             if me == 0:
                 torch.save(expected, tmp_path / f"expected{world}.{stage}")
             engine.destroy()
-    for _ in worlds("load"):
+    for world in worlds("load"):
         for stage in range(4):
             engine = engine_of(tied_model(seed=1), config(stage, dtype))
             for saved_world, saved_stage in PAIRS:
+                if (world, stage, saved_world, saved_stage) not in LOADS[dtype]:
+                    continue
                 tag = f"{saved_world}.{saved_stage}"
                 while not (tmp_path / f"expected{tag}").exists():
                     pytest.fail(f"{tag} was not saved")

@@ -28,29 +28,11 @@ def train(library: str, python: str, folder: Path) -> list[list[tuple[float, flo
     (folder / "configs").write_text(json.dumps(configs))
     environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     environment |= {"PATH": f"{Path(python).parent}:{os.environ['PATH']}", "WORLD_SIZE": "4"}
-    ranks = [
-        subprocess.Popen(
-            [
-                python,
-                str(HELPERS / "ds_peer_mpu.py"),
-                library,
-                folder / "configs",
-                folder / "store",
-                str(rank),
-                folder / "out",
-            ],
-            env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=(folder / f"log{rank}").open("w"),
-            stderr=subprocess.STDOUT,
-        )
-        for rank in range(4)
-    ]
-    try:
-        codes = [rank.wait(300) for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    assert codes == [0] * 4, "\n".join((folder / f"log{rank}").read_text()[-3000:] for rank in range(4))
+    command = [python, HELPERS / "ds_peer_mpu.py", library, *(folder / name for name in ("configs", "store", "out"))]
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout[-9000:]
     return json.loads((folder / "out").read_text())
 
 

@@ -8,7 +8,6 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 from paths import BOOT, ROOT
@@ -62,53 +61,66 @@ def batches(replica):
         step += 1
 
 
-job = json.loads(os.environ["JOB"])
-torch.manual_seed(1)
 torch.set_num_threads(1)
 deepspeed.init_distributed(dist_backend="gloo")
-first, last = (TiedLayerSpec("embed", Embed, tied_weight_attr="weight", **more)
-               for more in ({{}}, {{"forward_fn": lambda embed, x: F.linear(x, embed.weight)}}))
-specs = [first, *[LayerSpec(Block, WIDTH) for _ in range(3)], last]
-net = PipelineModule(
-    layers=specs,
-    topology=PipeDataParallelTopology(num_pp=job["stages"], num_dp=2 // job["stages"]),
-    loss_fn=loss_fn,
-    seed_layers=True,
-    seed_fn=lambda seed: torch.manual_seed(int(seed)),  # DeepSpeed's own takes no number of the kind it is given
-    partition_method="type:block|embed",
-    activation_checkpoint_interval=job["interval"],
-    checkpointable_layers=["Block"],
-)
-config = {{
-    "train_micro_batch_size_per_gpu": 4,
-    "gradient_accumulation_steps": 4,
-    "gradient_clipping": job["clip"],
-    "zero_optimization": {{"stage": job["stage"]}},
-    "zero_allow_untested_optimizer": True,
-    **job.get("more", {{}}),
-}}
-optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, eps=1e-4)
-engine, optimizer, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
-assert isinstance(engine, PipelineEngine)
-replica = engine.grid.get_data_parallel_rank()
-data = batches(replica)
-losses = [float(engine.train_batch(data_iter=data)) for _ in range(4)]
-if engine.is_first_stage() or engine.is_last_stage():
-    engine.set_dataiterator(data)
-losses.append(float(engine.train_batch()))
-losses.append(float(engine.eval_batch(batches(replica))))
-losses.append(float(engine.train_batch()))
-print("LOSSES" + json.dumps(losses))
+
+
+def train(job):
+    torch.manual_seed(1)
+    first, last = (TiedLayerSpec("embed", Embed, tied_weight_attr="weight", **more)
+                   for more in ({{}}, {{"forward_fn": lambda embed, x: F.linear(x, embed.weight)}}))
+    specs = [first, *[LayerSpec(Block, WIDTH) for _ in range(3)], last]
+    net = PipelineModule(
+        layers=specs,
+        topology=PipeDataParallelTopology(num_pp=job["stages"], num_dp=2 // job["stages"]),
+        loss_fn=loss_fn,
+        seed_layers=True,
+        seed_fn=lambda seed: torch.manual_seed(int(seed)),  # DeepSpeed's own takes no number of the kind it is given
+        partition_method="type:block|embed",
+        activation_checkpoint_interval=job["interval"],
+        checkpointable_layers=["Block"],
+    )
+    config = {{
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_accumulation_steps": 4,
+        "gradient_clipping": job["clip"],
+        "zero_optimization": {{"stage": job["stage"]}},
+        "zero_allow_untested_optimizer": True,
+        **job.get("more", {{}}),
+    }}
+    optimizer = torch.optim.AdamW(net.parameters(), lr=5e-3, eps=1e-4)
+    engine, optimizer, _, _ = deepspeed.initialize(model=net, optimizer=optimizer, config=config)
+    assert isinstance(engine, PipelineEngine)
+    replica = engine.grid.get_data_parallel_rank()
+    data = batches(replica)
+    losses = [float(engine.train_batch(data_iter=data)) for _ in range(4)]
+    if engine.is_first_stage() or engine.is_last_stage():
+        engine.set_dataiterator(data)
+    losses.append(float(engine.train_batch()))
+    losses.append(float(engine.eval_batch(batches(replica))))
+    losses.append(float(engine.train_batch()))
+    return losses
+
+
+print("LOSSES" + json.dumps([train(job) for job in json.loads(os.environ["JOBS"])]))
 """
 
 
-def losses(python: str, job: dict[str, Any], script: Path, stand_in: bool) -> list[list[float]]:
-    """Of every rank."""
+JOBS = [
+    {"stages": 2, "stage": 0, "clip": 0.0, "interval": 0},
+    {"stages": 2, "stage": 1, "clip": 0.5, "interval": 1},
+    {"stages": 1, "stage": 1, "clip": 0.5, "interval": 0},
+    {"stages": 2, "stage": 1, "clip": 1.0, "interval": 0, "more": {"bf16": {"enabled": True}}},
+]
+
+
+def losses(python: str, script: Path, stand_in: bool) -> list[tuple[list[float], ...]]:
+    """Of every job, of every rank."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RANK", "LOCAL_RANK")}
-    environ = kept | {"JOB": json.dumps(job), "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(RANKS)}
+    environ = kept | {"JOBS": json.dumps(JOBS), "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(RANKS)}
     environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
     environ |= {"PYTHONPATH": f"{STAND_IN}{os.pathsep}{ROOT}"} if stand_in else {}
     ranks = [
@@ -129,25 +141,28 @@ def losses(python: str, job: dict[str, Any], script: Path, stand_in: bool) -> li
             rank.kill()
             rank.wait()
     assert all(rank.returncode == 0 for rank in ranks), "\n".join(text[-4000:] for text in said)
-    return [json.loads(text.partition("LOSSES")[2].splitlines()[0]) for text in said]
+    told = [json.loads(text.partition("LOSSES")[2].splitlines()[0]) for text in said]
+    return [*zip(*told, strict=True)]
 
 
-JOBS = [
-    {"stages": 2, "stage": 0, "clip": 0.0, "interval": 0},
-    {"stages": 2, "stage": 1, "clip": 0.5, "interval": 1},
-    {"stages": 1, "stage": 1, "clip": 0.5, "interval": 0},
-    {"stages": 2, "stage": 1, "clip": 1.0, "interval": 0, "more": {"bf16": {"enabled": True}}},
-]
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    """Ours and DeepSpeed's losses."""
+    if "DSL_PEER_PYTHON" not in os.environ:
+        pytest.skip("needs the real DeepSpeed: set DSL_PEER_PYTHON to the Python of an environment that has it")
+    script = tmp_path_factory.mktemp("pipe") / "train.py"
+    script.write_text(SCRIPT.format(boot=BOOT))
+    return (
+        losses(sys.executable, script, stand_in=True),
+        losses(os.environ["DSL_PEER_PYTHON"], script, stand_in=False),
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS, ids=lambda job: f"{job['stages']} stages, ZeRO {job['stage']}, {[*job][4:]}")
-def test_the_losses_are_deepspeed_s(job, tmp_path):
-    if "DSL_PEER_PYTHON" not in os.environ:
-        pytest.skip("needs the real DeepSpeed: set DSL_PEER_PYTHON to the Python of an environment that has it")
-    script = tmp_path / "train.py"
-    script.write_text(SCRIPT.format(boot=BOOT))
-    ours = losses(sys.executable, job, script, stand_in=True)
-    theirs = losses(os.environ["DSL_PEER_PYTHON"], job, script, stand_in=False)
+@pytest.mark.parametrize(
+    "number", range(len(JOBS)), ids=[f"{job['stages']} stages, ZeRO {job['stage']}, {[*job][4:]}" for job in JOBS]
+)
+def test_the_losses_are_deepspeed_s(both, number):
+    ours, theirs = both[0][number], both[1][number]
     assert ours[0] == ours[1]
-    assert ours[0] == pytest.approx(theirs[0], rel=5e-3 if "more" in job else 2e-5)
+    assert ours[0] == pytest.approx(theirs[0], rel=5e-3 if "more" in JOBS[number] else 2e-5)

@@ -361,13 +361,34 @@ def test_the_interpreter_ends_after_the_process_group(run_script: Callable[..., 
     assert lines == ["rank 0 has 8.0"]
 
 
+def open_mpi() -> str | None:
+    """Its mpirun: other MPIs have a program of that name too."""
+    for name in ("mpirun.openmpi", "mpirun"):
+        if (
+            shutil.which(name)
+            and "Open MPI" in subprocess.run([name, "--version"], capture_output=True, text=True).stdout
+        ):
+            return name
+    return None
+
+
+def test_other_mpis_are_not_taken_for_open_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MPICH's mpirun is the only one, the test of Open MPI skips by its name."""
+    for says, found in (("HYDRA build details:", None), ("mpirun (Open MPI) 4.1.4", "mpirun")):
+        (tmp_path / "mpirun").write_text(f"#!/bin/sh\necho '{says}'\n")
+        (tmp_path / "mpirun").chmod(0o755)
+        monkeypatch.setenv("PATH", str(tmp_path))
+        assert open_mpi() == found
+
+
 @pytest.mark.slow
 def test_open_mpi(run_script: Callable[..., tuple[list[str], str]]) -> None:
     """A run on one host needs neither mpi4py nor MASTER_ADDR."""
-    if shutil.which("mpirun") is None:
-        pytest.skip("needs mpirun (Debian: openmpi-bin)")
+    program = open_mpi()
+    if program is None:
+        pytest.skip("needs Open MPI's mpirun (Debian: openmpi-bin)")
     options = ("--allow-run-as-root", "--oversubscribe", "-n", "2")
-    lines, log = run_script("mpirun", *options, sys.executable)
+    lines, log = run_script(program, *options, sys.executable)
     assert lines == TWO_RANKS
     assert log.count("2 rank(s), gloo on cpu, found by Open MPI, rank 0 at 127.0.0.1:") == 1
 

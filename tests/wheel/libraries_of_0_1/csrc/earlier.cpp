@@ -1,0 +1,2 @@
+#include "earlier.h"
+int earlier() { return EARLIER; }

@@ -1,0 +1,1 @@
+#define EARLIER 1

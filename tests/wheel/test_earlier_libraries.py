@@ -1,0 +1,66 @@
+"""Compiled ops of before the package's rooms were rebuilt (commit 8fd37eb): today's code finds and takes them.
+
+`libraries_of_0_1/` has what that code wrote: the record of a wheel's libraries, and the name that it gave a cached
+library, both of the two small sources there. A change of the form of either would leave installed wheels and caches
+unused without a word. (Other flags are another name, rightly: then record the name anew.)
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from deepspeedlite.ops.op_builder import jit, prebuilt
+from deepspeedlite.ops.op_builder.spec import OpSpec
+from deepspeedlite.ops.op_builder.toolchain import Toolchain
+from deepspeedlite.ops.op_builder.torch_build import TorchBuild
+
+EARLIER = Path(__file__).parent / "libraries_of_0_1"
+SPEC = OpSpec("earlier", "EarlierBuilder", "DS_BUILD_EARLIER", bindings=("earlier.cpp",), plain=("earlier.cpp",))
+TORCH = TorchBuild(Path("/somewhere/torch"), "2.13.0+cpu", None, None)
+
+
+@pytest.fixture(autouse=True)
+def its_world(tmp_path, monkeypatch):
+    """The sources, torch, Python and compiler of then, and no library yet."""
+    monkeypatch.setattr(jit, "find_torch", lambda: TORCH)
+    monkeypatch.setattr(jit, "csrc", lambda: EARLIER / "csrc")
+    monkeypatch.setattr(prebuilt, "csrc", lambda: EARLIER / "csrc")
+    monkeypatch.setattr(prebuilt, "lib", lambda: tmp_path / "lib")
+    monkeypatch.setattr(Toolchain, "find", classmethod(lambda cls, spec: cls(Path("/usr/bin/c++"), TORCH)))
+    monkeypatch.setattr(Toolchain, "identity", lambda self: "2.13.0+cpu /usr/bin/x86_64-linux-gnu-g++-12 1 2 ")
+    monkeypatch.setattr(jit, "sys", SimpleNamespace(implementation=SimpleNamespace(cache_tag="cpython-311")))
+    monkeypatch.setattr(jit, "platform", SimpleNamespace(machine=lambda: "x86_64"))
+    monkeypatch.setattr(jit, "build", lambda *arguments: pytest.fail("it is compiled anew"))
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
+    monkeypatch.delenv("DS_ACCELERATOR", raising=False)
+
+
+def test_a_library_that_was_cached_is_taken(tmp_path):
+    library = tmp_path / "cache" / "deepspeedlite" / (EARLIER / "cached").read_text().strip()
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert jit.built(SPEC) == jit.compiled(SPEC) == library
+
+
+def test_a_wheels_library_is_taken(tmp_path):
+    shutil.copytree(EARLIER, tmp_path / "lib", ignore=shutil.ignore_patterns("csrc", "cached"))
+    (tmp_path / "lib" / "earlier.so").touch()
+    assert jit.built(SPEC) == jit.compiled(SPEC) == tmp_path / "lib" / "earlier.so"
+    record = prebuilt.read_record()
+    assert record is not None and (record.accelerator, record.torch, record.archs) == ("cpu", "2.13.0+cpu", ())
+    assert record._asdict() == {**json.loads((EARLIER / "record.json").read_text()), "archs": ()}
+
+
+def test_one_of_other_sources_is_not(tmp_path, monkeypatch):
+    shutil.copytree(EARLIER / "csrc", tmp_path / "csrc")
+    (tmp_path / "csrc" / "earlier.h").write_text("#define EARLIER 2\n")
+    monkeypatch.setattr(jit, "csrc", lambda: tmp_path / "csrc")
+    monkeypatch.setattr(prebuilt, "csrc", lambda: tmp_path / "csrc")
+    shutil.copytree(EARLIER, tmp_path / "lib", ignore=shutil.ignore_patterns("csrc", "cached"))
+    (tmp_path / "lib" / "earlier.so").touch()
+    assert jit.compiled(SPEC) is None
