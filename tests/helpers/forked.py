@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -37,6 +38,7 @@ def run(code: str, *arguments: object, folder: Path, timeout_s: float) -> subpro
 
 def _run(code: str, arguments: list[str], stdout: str, stderr: str, folder: str) -> None:
     os.chdir(folder)
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not how it was started
     for number, name in ((1, stdout), (2, stderr)):
         file = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(file, number)

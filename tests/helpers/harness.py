@@ -377,6 +377,7 @@ def _worker_main(pipe: Connection, log_path: str) -> None:
     """The life of a worker: jobs until the pipe closes."""
     os.setsid()  # Ctrl-C reaches pytest alone, which then ends the workers
     die_with_parent()
+    multiprocessing.set_start_method(multiprocessing.get_all_start_methods()[0], force=True)  # not how it was started
     log, nothing = os.open(log_path, os.O_WRONLY | os.O_APPEND), os.open(os.devnull, os.O_RDONLY)
     for number, file in enumerate((nothing, log, log)):
         os.dup2(file, number)
