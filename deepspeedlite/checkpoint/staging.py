@@ -10,8 +10,8 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from deepspeedlite.checkpoint.files import PlainName, kind_of, read_regular
-from deepspeedlite.checkpoint.folder_lock import ProcessRecord
 from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.runtime.process_record import ProcessRecord
 
 TMP = ".tmp."
 OWNER = "owner.json"

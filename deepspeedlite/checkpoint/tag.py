@@ -21,11 +21,11 @@ from typing import Any
 from pydantic import ValidationError
 
 from deepspeedlite.checkpoint.files import edge_of, is_plain_name, kind_of, read_regular
-from deepspeedlite.checkpoint.folder_lock import ProcessRecord
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.checkpoint.manifest import FILE_NAME, MOST_NBYTES, Manifest
 from deepspeedlite.checkpoint.staging import stagings
 from deepspeedlite.runtime.errors import CheckpointError
+from deepspeedlite.runtime.process_record import ProcessRecord
 
 LATEST = "latest"
 OLD = ".old."

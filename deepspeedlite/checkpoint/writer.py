@@ -30,7 +30,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.checkpoint.files import check_folder, is_plain_name, kind_of, read_regular, sync_dir, write_bytes
-from deepspeedlite.checkpoint.folder_lock import FolderLock, ProcessRecord, two_jobs
+from deepspeedlite.checkpoint.folder_lock import FolderLock, two_jobs
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.checkpoint.manifest import FILE_NAME, Manifest
 from deepspeedlite.checkpoint.staging import OWNER, TMP, SaveRecord, is_staging, stagings
@@ -49,6 +49,7 @@ from deepspeedlite.checkpoint.tensors import FileRecord, write_tensors
 from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import log_once, logger
+from deepspeedlite.runtime.process_record import ProcessRecord
 
 _NEW, _RETIRED, _NEXT = "new", "retired.", "next."
 _SINCE_S = time.time()  # nearly when this process started

@@ -13,19 +13,17 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
-import os
-import socket
 import threading
 import time
 from collections.abc import Mapping
 from datetime import timedelta
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
 from deepspeedlite.comm.registry import Wait
+from deepspeedlite.runtime.process_record import ProcessRecord
 
 _ASKED = "asked"
 _LEFT = b"left"
@@ -43,45 +41,6 @@ class RankStatus(NamedTuple):
     at: str = ""  # of its Python code
     last: str = ""  # collective that was begun
     sees: Mapping[str, str] = MappingProxyType({})  # which other ranks of its host have ended, or are stopped
-
-
-class RankProcess(NamedTuple):
-    """A rank's process. `home` names the place where its number means something."""
-
-    host: str
-    home: str
-    pid: int
-    started: str
-
-    @classmethod
-    def own(cls) -> RankProcess:
-        """This one."""
-        home = ""
-        with contextlib.suppress(OSError):
-            boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-            home = f"{boot}.{os.stat('/proc/self/ns/pid').st_ino}"
-        _, started = _state(os.getpid())
-        return cls(socket.gethostname(), home, os.getpid(), started)
-
-    def condition(self, home: str) -> str:
-        """`has ended`, `is stopped`; empty where it runs, or cannot be seen from here."""
-        if not home or home != self.home:
-            return ""
-        state, started = _state(self.pid)
-        if started != self.started or state in "ZX":
-            return "has ended"
-        if state in "Tt":
-            return f"is stopped (process {self.pid} on {self.host}: by SIGSTOP, SIGTSTP or a debugger)"
-        return ""
-
-
-def _state(pid: int) -> tuple[str, str]:
-    """A process's state, as Linux's proc(5) has it, and when it was started."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return "X", ""
-    return fields[0], fields[19]
 
 
 def _is_file(store: dist.Store) -> bool:
@@ -103,8 +62,8 @@ class StatusBoard(threading.Thread):
     def __init__(self, store: dist.Store, rank: int, size: int, period_s: float) -> None:
         super().__init__(name="deepspeedlite: tells where this rank is", daemon=True)
         self._store, self._rank, self._period_s = store, rank, period_s
-        self._process = RankProcess.own()
-        self._prefix("who").set(str(rank), json.dumps(self._process))
+        self._process = ProcessRecord.here()
+        self._prefix("who").set(str(rank), self._process.model_dump_json())
         self._over = threading.Event()
         self._is_left = False
         self._token = ""
@@ -112,7 +71,7 @@ class StatusBoard(threading.Thread):
         self._heard: dict[int, tuple[int, float, RankStatus]] = {}  # number of the answer, when it came, what it says
         self._left: set[int] = set()
         self._told: dict[str, str] = {}  # by rank, what others have seen of it
-        self._processes: dict[int, RankProcess] = {}
+        self._processes: dict[int, ProcessRecord] = {}
         # In time: rank 0 hosts the store, as a rule, and a failure leaves no time to ask who it was.
         self._known = range(size) if size <= _ALL_KNOWN else range(1)
         self.status = RankStatus()
@@ -197,7 +156,7 @@ class StatusBoard(threading.Thread):
     def _look_up(self, rank: int) -> None:
         who = self._prefix("who")
         if rank not in self._processes and who.check([str(rank)]):
-            self._processes[rank] = RankProcess(*json.loads(who.get(str(rank))))
+            self._processes[rank] = ProcessRecord.model_validate_json(who.get(str(rank)))
 
     def of(self, rank: int) -> RankStatus | None:
         """Where a rank has said it is, if it has lately."""
@@ -212,7 +171,13 @@ class StatusBoard(threading.Thread):
 
     def _look_at(self, rank: int) -> str:
         process = self._processes.get(rank)
-        return process.condition(self._process.home) if process is not None else ""
+        state = process.state() if process is not None and process.is_near else None
+        if process is None or state is None:
+            return ""
+        if state == "":
+            return "has ended"
+        by = f"process {process.pid} on {process.host}: by SIGSTOP, SIGTSTP or a debugger"
+        return f"is stopped ({by})" if state in "Tt" else ""
 
     def silence_s(self, rank: int) -> float | None:
         """How long a rank has said nothing; None if it never has."""

@@ -25,12 +25,12 @@ from test_checkpoint_faults import raised
 
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
-from deepspeedlite.checkpoint.folder_lock import ProcessRecord
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.staging import SaveRecord
 from deepspeedlite.checkpoint.tag import read_latest
 from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.runtime.errors import CheckpointError, EngineStateError
+from deepspeedlite.runtime.process_record import ProcessRecord
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
