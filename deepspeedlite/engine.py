@@ -468,7 +468,7 @@ class Engine(torch.nn.Module):
         """
         if self._destroyed:
             return
-        self._saver.wait()
+        self._saver.close()
         self._destroyed = True
         self._parts.lease.close()
         self._parts.offload.close()

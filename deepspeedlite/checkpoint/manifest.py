@@ -65,7 +65,7 @@ class Piece(NamedTuple):
     numel: Size
 
 
-@dataclass
+@dataclass(frozen=True)
 class Parameter:
     """One parameter or buffer. Tied parameters are one entry under the first name, the others in `tied`."""
 
@@ -96,7 +96,7 @@ def _check_state(state: Any) -> Any:
     return state
 
 
-@dataclass
+@dataclass(frozen=True)
 class Manifest:
     """All of a checkpoint but the tensors. Values in `param_groups` and `state` are as `encode` made them."""
 

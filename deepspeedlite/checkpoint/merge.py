@@ -15,7 +15,7 @@ from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.runtime.errors import CheckpointError
 
 
-@dataclass
+@dataclass(frozen=True)
 class Holding:
     """What one data-parallel group holds of the model; its ranks hold the same, or shards of it."""
 
@@ -50,15 +50,16 @@ def merge(holdings: Sequence[Holding]) -> Merged:
             names = (entry.name, *entry.tied)
             known = next((holders[name] for name in names if name in holders), None)
             if known is None:
-                first, rank = replace(entry, tied=list(entry.tied)), holding.first_rank
+                position = entry.position
+                if position is not None:
+                    position += before.get(entry.group, 0)
+                    taken[entry.group] = max(taken[entry.group], position + 1)
+                first, rank = replace(entry, position=position, tied=list(entry.tied)), holding.first_rank
                 entries.append(first)
-                if entry.position is not None:
-                    first.position = entry.position + before.get(entry.group, 0)
-                    taken[entry.group] = max(taken[entry.group], first.position + 1)
             else:
                 first, rank = known
                 _check_alike(first, rank, entry, holding.first_rank)
-                first.tied += [name for name in names if name not in (first.name, *first.tied)]
+                first.tied.extend(name for name in names if name not in (first.name, *first.tied))
                 left_out.setdefault(holding.first_rank, set()).add(entry.name)
             holders.update(dict.fromkeys(names, (first, rank)))
     return Merged(entries, checksums, left_out)

@@ -14,7 +14,9 @@ import secrets
 import sys
 import threading
 import zlib
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,21 +38,6 @@ from deepspeedlite.offload.swap_file import DiskTensor
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 
-_UNHEARD: list[BaseException] = []  # failures of saves in the background that nothing has waited for yet
-
-
-@atexit.register
-def _end_in_failure() -> None:
-    """End a process with status 1 that would have ended well although its last checkpoint was not saved.
-
-    Threads have been joined by now. Registered when this file is imported, it runs after what was registered later.
-    """
-    if _UNHEARD:
-        logger.error("this process ends with status 1: a checkpoint was not saved (%s)", _UNHEARD[-1])
-        logging.shutdown()
-        sys.stdout.flush()
-        os._exit(1)
-
 
 @dataclass
 class RankPart:
@@ -61,6 +48,8 @@ class RankPart:
     pieces: dict[str, dict[str, list[Piece]]] = field(default_factory=dict)
     scalars: dict[str, dict[str, Any]] = field(default_factory=dict)
     extra: dict[str, Any] = field(default_factory=dict)  # of modules, encoded
+    rng: Any = None  # what is this rank's own, encoded
+    run: dict[str, Any] = field(default_factory=dict)  # of the manifest, what rank 0 says for all
 
     def add_tensor(self, tensor: torch.Tensor) -> list[str]:
         """A place for a tensor that belongs to no parameter."""
@@ -71,11 +60,8 @@ class RankPart:
     def add_flat(self, number: int, flat: Flat, rank: int, size: int) -> None:
         """This rank's slice of a flat: values, or masters from which they follow, and optimizer states."""
         start, stop = flat.slice_of(rank, size)
-        kinds: dict[str, torch.Tensor | DiskTensor] = {}
-        if flat.master is None or flat.master is flat.values:
-            kinds[WEIGHT] = flat.values
-        else:
-            kinds[MASTER] = flat.master
+        has_master = flat.master is not None and flat.master is not flat.values
+        kinds = {MASTER: flat.master} if flat.master is not None and has_master else {WEIGHT: flat.values}
         scalars = {}
         for name, value in flat.state.items():
             if isinstance(value, DiskTensor) or (isinstance(value, torch.Tensor) and value.shape == (flat.numel,)):
@@ -108,23 +94,18 @@ class RankPart:
         self.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
 
 
-def _holding(state: TrainState, exclude_frozen: bool) -> Holding | None:
-    """What this rank's data-parallel group holds, as its first rank tells."""
-    if state.group.rank != 0:
-        return None
-    entries, buffers = parameters_of(state, exclude_frozen)
-    return Holding(state.group.ranks[0], entries, checksums(buffers))
-
-
-def _describe_run(state: TrainState, manifest: Manifest, part: RankPart) -> None:
-    """What no parameter has, which rank 0 writes for all."""
+def _describe_run(state: TrainState, part: RankPart) -> dict[str, Any]:
+    """Of the manifest, what no parameter has, and which rank 0 tells for all."""
     if state.reducer.has_grads:
         logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
+    run: dict[str, Any] = {"stage": state.stage, "global_steps": state.counters["global_steps"]}
+    run["model_parallel"] = state.replica.parts
     if state.optimizer is not None:
-        manifest.optimizer = type(state.optimizer.optimizer).__name__
-        for number, group in enumerate(state.optimizer.param_groups):
-            options = {key: value for key, value in group.items() if key not in MACHINE_OPTIONS}
-            manifest.param_groups.append(encode(options, f"optimizer.param_groups[{number}]", part.add_tensor))
+        run["optimizer"] = type(state.optimizer.optimizer).__name__
+        groups = [
+            {k: v for k, v in group.items() if k not in MACHINE_OPTIONS} for group in state.optimizer.param_groups
+        ]
+        run["param_groups"] = encode(groups, "optimizer.param_groups", part.add_tensor)
     parts = {"loss_scaler": state.loss_scaler, "lr_scheduler": state.lr_scheduler, "dataloader": state.dataloader}
     values = {
         "engine": state.counters,
@@ -132,8 +113,8 @@ def _describe_run(state: TrainState, manifest: Manifest, part: RankPart) -> None
         "config": json.loads(json.dumps(state.config, default=str)),
         "client_state": state.client_state,
     }
-    for name, value in values.items():
-        manifest.state[name] = encode(value, name, part.add_tensor)
+    run["state"] = {name: encode(value, name, part.add_tensor) for name, value in values.items()}
+    return run
 
 
 def checksums(buffers: dict[str, torch.Tensor]) -> dict[str, int]:
@@ -151,19 +132,19 @@ class _Decided(NamedTuple):
     left_out: dict[int, set[str]]  # see `merge.Merged`
 
 
-def _collect(state: TrainState, manifest: Manifest, part: RankPart, decided: _Decided) -> None:
+def _collect(state: TrainState, exclude_frozen: bool, part: RankPart, decided: _Decided) -> None:
     """Put into `part` what this rank writes: its share of what its data-parallel group writes, and its own."""
     for unit in state.reducer.units:
         unit.flat.verify_attached()
     group, elsewhere = state.group, decided.left_out.get(state.group.ranks[0], set())
-    entries, buffers = parameters_of(state, manifest.frozen_excluded)
+    entries, buffers = parameters_of(state, exclude_frozen)
     wanted = {entry.name for entry in entries} - elsewhere
     for number, flat in enumerate(flats_of(state)):
-        flat.parts = [piece for piece in flat.parts if piece.name in wanted]
-        if flat.parts:
-            part.add_flat(number, flat, group.rank, group.size)
+        parts = [piece for piece in flat.parts if piece.name in wanted]
+        if parts:
+            part.add_flat(number, replace(flat, parts=parts), group.rank, group.size)
     own = {name: buffers[name] for name, crc in checksums(buffers).items() if crc != decided.buffers.get(name)}
-    manifest.state["rng"] = encode({**rng_state(), "buffers": own}, "what is this rank's own", part.add_tensor)
+    part.rng = encode({**rng_state(), "buffers": own}, "what is this rank's own", part.add_tensor)
     if group.rank != 0:
         return
     for name in filter(wanted.__contains__, buffers):
@@ -172,14 +153,54 @@ def _collect(state: TrainState, manifest: Manifest, part: RankPart, decided: _De
         part.extra[name] = encode(module.get_extra_state(), f"get_extra_state() of {name}", part.add_tensor)
 
 
+class _Background:
+    """The thread of the save that goes on, if there is one, and how it failed: told by the next `wait`."""
+
+    def __init__(self) -> None:
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        atexit.register(self._end_in_failure)  # by then threads have been joined
+
+    def _end_in_failure(self) -> None:
+        """End a process with status 1 that would have ended well although its last checkpoint was not saved."""
+        if self._failure is not None:
+            logger.error("this process ends with status 1: a checkpoint was not saved (%s)", self._failure)
+            logging.shutdown()
+            sys.stdout.flush()
+            os._exit(1)
+
+    def start(self, save: Callable[[], None]) -> None:
+        """Save meanwhile."""
+        self._thread = threading.Thread(target=self._run, args=(save,), name="checkpoint")
+        self._thread.start()
+
+    def _run(self, save: Callable[[], None]) -> None:
+        try:
+            save()
+        except BaseException as error:
+            logger.error("%s", error)
+            self._failure = error
+
+    def wait(self) -> None:
+        """Wait for it, and raise what it has raised."""
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            thread.join()
+        failure, self._failure = self._failure, None
+        if failure is not None:
+            raise failure
+
+    def close(self) -> None:
+        """There will be no other."""
+        atexit.unregister(self._end_in_failure)
+
+
 class Saver:
     """Saves the states of one engine, one after the other."""
 
     def __init__(self, settings: Checkpoint, ranks: Ranks, formats: Formats) -> None:
         self._settings, self._ranks, self._formats = settings, ranks, formats
-        # The save in the background, if there is one, and how it failed: told by the next `wait`.
-        self._thread: threading.Thread | None = None
-        self._failure: BaseException | None = None
+        self._background = _Background() if settings.async_save else None
         # What a save in the background writes from, by the tensors' names: the next save's are copied into the same
         # memory, which costs much to allocate and pin.
         self._host: dict[str, torch.Tensor] = {}
@@ -208,45 +229,45 @@ class Saver:
         """
         self.wait()
         self._ranks.meet("save_checkpoint")
-        asked = f"global_step{state.counters['global_steps']}" if tag is None else tag
-        manifest = Manifest([], {}, "", self._ranks.size, state.stage, state.counters["global_steps"], exclude_frozen)
-        manifest.model_parallel = state.replica.parts
+        entries: list[Parameter] = []  # of the whole model, on rank 0
 
         def tell() -> tuple[str, Holding | None]:
-            name = check_new_tag(asked, self._formats)
+            name = check_new_tag(f"global_step{state.counters['global_steps']}" if tag is None else tag, self._formats)
             check_folder(save_dir, "save_checkpoint")
-            return name, _holding(state, exclude_frozen)
+            if state.group.rank != 0:
+                return name, None
+            held, buffers = parameters_of(state, exclude_frozen)
+            return name, Holding(state.group.ranks[0], held, checksums(buffers))
 
         def decide() -> _Decided:
             name = self._one_of([name for name, _ in told])
             suffix = survey(Path(save_dir), name, self._formats)
             merged = merge([holding for _, holding in told if holding is not None])
-            manifest.parameters = merged.entries
+            entries.extend(merged.entries)
             return _Decided(name, suffix, secrets.token_hex(8), merged.checksums, merged.left_out)
 
         def collect() -> None:
-            _collect(state, manifest, part, decided)
+            _collect(state, exclude_frozen, part, decided)
             if self._ranks.rank == 0:
-                _describe_run(state, manifest, part)
-            if self._settings.async_save:
+                part.run = {**_describe_run(state, part), "tag": decided.tag, "frozen_excluded": exclude_frozen}
+            if self._background is not None:
                 self._snapshot(part)
 
         told = self._ranks.each("save_checkpoint", tell)
         decided = self._ranks.first("save_checkpoint", decide)
         part = RankPart(f"rank_{self._ranks.rank:05d}{decided.suffix}.safetensors")
-        manifest.tag, what = decided.tag, f"saving checkpoint {decided.tag} to {save_dir}"
+        what = f"saving checkpoint {decided.tag} to {save_dir}"
         try:
             self._ranks.each(what, collect)
         except BaseException:  # another rank's: nothing will read what this one wanted to be read
             self._has_read.set()
             raise
         writer = TagWriter(save_dir, decided.tag, self._settings.fsync, decided.number, self._formats)
-        arguments = (writer, part, manifest, save_latest, what)
-        if not self._settings.async_save:
-            self._finish(*arguments)
-            return
-        self._thread = threading.Thread(target=self._in_background, args=arguments, name="checkpoint")
-        self._thread.start()
+        finish = partial(self._finish, writer, part, entries, save_latest, what)
+        if self._background is None:
+            finish()
+        else:
+            self._background.start(finish)
 
     def wait(self) -> None:
         """Wait for a save in the background.
@@ -254,13 +275,16 @@ class Saver:
         Raises:
             CheckpointError: it failed.
         """
-        thread, self._thread = self._thread, None
-        if thread is not None:
-            thread.join()
-        failure, self._failure = self._failure, None
-        if failure is not None:
-            _UNHEARD.remove(failure)
-            raise failure
+        if self._background is not None:
+            self._background.wait()
+
+    def close(self) -> None:
+        """Wait likewise; nothing is saved any more, or the process does not look after it at its end."""
+        try:
+            self.wait()
+        finally:
+            if self._background is not None:
+                self._background.close()
 
     def _one_of(self, tags: list[str]) -> str:
         if len(set(tags)) > 1 and self._settings.tag_validation != "ignore":
@@ -296,17 +320,9 @@ class Saver:
             self._has_read = next(iter(stored.values())).swap_file.has_been_read
             self._has_read.clear()
 
-    def _in_background(self, *arguments: Any) -> None:
-        try:
-            self._finish(*arguments)
-        except BaseException as error:
-            logger.error("%s", error)
-            self._failure = error
-            _UNHEARD.append(error)
-        finally:
-            self._has_read.set()
-
-    def _finish(self, writer: TagWriter, part: RankPart, manifest: Manifest, save_latest: bool, what: str) -> None:
+    def _finish(
+        self, writer: TagWriter, part: RankPart, entries: list[Parameter], save_latest: bool, what: str
+    ) -> None:
         ranks = self._ranks
 
         def prepare() -> None:
@@ -317,19 +333,23 @@ class Saver:
                     "removed what interrupted saves had left in %s: %s", writer.save_dir, ", ".join(leftovers)
                 )
 
-        def write() -> tuple[FileRecord, RankPart, Any]:
+        def write() -> tuple[FileRecord, RankPart]:
             record = writer.write(part.file, part.tensors)
             self._has_read.set()
-            return record, replace(part, tensors={}), manifest.state["rng"]
+            return record, replace(part, tensors={})
 
         def commit() -> None:
-            manifest.files = {part.file: record for record, part, _ in told}
-            manifest.state["rng"] = [rng for *_, rng in told]
+            parts = [part for _, part in told]
+            manifest = Manifest(
+                [_whole(entry, parts) for entry in entries],
+                {part.file: record for record, part in told},
+                world_size=ranks.size,
+                **part.run,
+            )
+            manifest.state["rng"] = [part.rng for part in parts]
             manifest.state["extra_state"] = {
-                name: value for _, part, _ in reversed(told) for name, value in part.extra.items()
+                name: value for part in reversed(parts) for name, value in part.extra.items()
             }
-            for entry in manifest.parameters:
-                _fill(entry, [(part.pieces.get(entry.name, {}), part.scalars.get(entry.name)) for _, part, _ in told])
             writer.commit(manifest, self._settings.keep_last)
 
         try:
@@ -340,13 +360,16 @@ class Saver:
             if ranks.rank == 0:  # every rank has stopped writing, or was interrupted
                 writer.discard()
             raise
+        finally:
+            self._has_read.set()
 
 
-def _fill(entry: Parameter, parts: list[tuple[dict[str, list[Piece]], dict[str, Any] | None]]) -> None:
-    """Join what the ranks wrote of one parameter."""
-    for kind in dict.fromkeys(kind for pieces, _ in parts for kind in pieces):
-        found = [piece for pieces, _ in parts for piece in pieces.get(kind, []) if piece.numel]
-        entry.pieces[kind] = sorted(found, key=lambda piece: piece.start)
-    if not entry.pieces:
-        entry.pieces[WEIGHT] = []  # no elements
-    entry.scalars = next((scalars for _, scalars in parts if scalars), {})
+def _whole(entry: Parameter, parts: Sequence[RankPart]) -> Parameter:
+    """A parameter with what the ranks wrote of it."""
+    held = [part.pieces.get(entry.name, {}) for part in parts]
+    pieces = {}
+    for kind in dict.fromkeys(kind for each in held for kind in each):
+        found = [piece for each in held for piece in each.get(kind, []) if piece.numel]
+        pieces[kind] = sorted(found, key=lambda piece: piece.start)
+    scalars = next((found for part in parts if (found := part.scalars.get(entry.name))), {})
+    return replace(entry, pieces=pieces or {WEIGHT: []}, scalars=scalars)  # without pieces: no elements

@@ -8,7 +8,7 @@ of one whole parameter each.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -35,7 +35,7 @@ class Part(NamedTuple):
 Values = torch.Tensor | DiskTensor
 
 
-@dataclass
+@dataclass(frozen=True)
 class Flat:
     """A 1-D tensor of values and what belongs to it; `DiskTensor` where it is on a disk."""
 
@@ -54,34 +54,32 @@ class Flat:
         return min(rank * share, self.numel), min((rank + 1) * share, self.numel)
 
 
-def _parts(owner: FlatParams, run: Any, names: Mapping[str, str]) -> list[Part]:
-    """The parameters in a run, those of them that checkpoints have a name for."""
-    return [
-        Part(names[s.slot.name], s.start, s.stop, run.start + s.start - s.slot.start)
-        for s in owner.layout.segments(run)
-        if s.slot.name in names
-    ]
-
-
 class _Names:
     """What checkpoints call the parameters that owners hold: the names that they have now.
 
     Since `initialize` modules may have been given other names (an adapter around a layer has the layer in it), and a
-    parameter that has left the model may have left its name to another.
+    parameter that has left the model may have left its name to another. Where several ranks hold one model, its replica
+    says what comes before.
     """
 
-    def __init__(self, module: torch.nn.Module) -> None:
-        self._now = {id(param): name for name, param in module.named_parameters()}
+    def __init__(self, state: TrainState) -> None:
+        self.prefix = state.replica.name_prefix
+        self._now = {id(param): name for name, param in state.module.named_parameters()}
         self._taken = set(self._now.values())
 
     def of(self, slot: Slot, param: torch.Tensor) -> str:
         """Empty: checkpoints leave it out."""
-        return self._now.get(id(param), "" if slot.name in self._taken else slot.name)
+        name = self._now.get(id(param), "" if slot.name in self._taken else slot.name)
+        return name and self.prefix + name
 
-    def inside(self, owner: FlatParams) -> dict[str, str]:
-        """By their names in the owner."""
-        named = ((slot.name, self.of(slot, param)) for slot, param in owner.slots)
-        return {known: name for known, name in named if name}
+    def parts(self, owner: FlatParams, run: Run) -> list[Part]:
+        """The parameters in a run, those of them that checkpoints have a name for."""
+        named = {slot.name: name for slot, param in owner.slots if (name := self.of(slot, param))}
+        return [
+            Part(named[s.slot.name], s.start, s.stop, run.start + s.start - s.slot.start)
+            for s in owner.layout.segments(run)
+            if s.slot.name in named
+        ]
 
 
 def flats_of(state: TrainState, change: bool = False) -> Iterator[Flat]:
@@ -90,37 +88,25 @@ def flats_of(state: TrainState, change: bool = False) -> Iterator[Flat]:
     With `change` the caller writes to them: every tensor is then in memory until the next flat is asked for, and
     `master` is the key of its states in the optimizer.
     """
-    prefix = state.replica.name_prefix
-    for flat in _flats(state, change):
-        flat.parts = [part._replace(name=prefix + part.name) for part in flat.parts]
-        yield flat
-
-
-def _flats(state: TrainState, change: bool) -> Iterator[Flat]:
-    names = _Names(state.module)
+    names = _Names(state)
     states = state.optimizer.state if state.optimizer is not None else {}
     own = dict.fromkeys(state.owners)
-    for holder in own:
-        yield from _of_owner(holder, names.inside(holder), states, change)
+    for owner in own:
+        for run, values, master, store in _runs_of(owner):
+            parts, replicated = names.parts(owner, run), owner.layout.shard_count == 1
+            kept = states.get(master, {}) if master is not None else {}
+            if change:
+                with store.opened(write=True):
+                    yield Flat(parts, run.numel, values, master, kept, replicated)
+                continue
+            at = store.stored(VALUES, values)
+            stored = {name: store.stored(STATE + name, value) for name, value in kept.items()}
+            master_at = at if master is values else None if master is None else store.stored(MASTER, master)
+            yield Flat(parts, run.numel, at, master_at, stored, replicated)
     for name, param in state.module.named_parameters():
-        owner = owner_of(param)
-        if param.numel() and (owner is None or (owner not in own and not owner.sharded)):
-            yield Flat([Part(name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
-
-
-def _of_owner(
-    owner: FlatParams, names: Mapping[str, str], states: Mapping[torch.Tensor, dict[str, Any]], change: bool
-) -> Iterator[Flat]:
-    replicated = owner.layout.shard_count == 1
-    for run, values, master, store in _runs_of(owner):
-        found, state = _parts(owner, run, names), states.get(master, {}) if master is not None else {}
-        if change:
-            with store.opened(write=True):
-                yield Flat(found, run.numel, values, master, state, replicated)
-            continue
-        own, kept = store.stored(VALUES, values), {name: store.stored(STATE + name, v) for name, v in state.items()}
-        at = own if master is values else None if master is None else store.stored(MASTER, master)
-        yield Flat(found, run.numel, own, at, kept, replicated)
+        holder = owner_of(param)
+        if param.numel() and (holder is None or (holder not in own and not holder.sharded)):
+            yield Flat([Part(names.prefix + name, 0, param.numel(), 0)], param.numel(), param.data.view(-1))
 
 
 def _runs_of(owner: FlatParams) -> list[tuple[Run, torch.Tensor, torch.Tensor | None, Store]]:
@@ -136,47 +122,43 @@ def _runs_of(owner: FlatParams) -> list[tuple[Run, torch.Tensor, torch.Tensor | 
 
 def parameters_of(state: TrainState, exclude_frozen: bool = False) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
     """This rank's parameters and persistent buffers, and the buffers' tensors, under their names in checkpoints."""
-    entries, buffers = _named(state)
-    prefix = state.replica.name_prefix
-    for entry in entries:
-        entry.name, entry.tied = prefix + entry.name, [prefix + name for name in entry.tied]
-    kept = [entry for entry in entries if entry.trainable or entry.buffer or not exclude_frozen]
-    return kept, {prefix + name: buffer for name, buffer in buffers.items()}
-
-
-def _named(state: TrainState) -> tuple[list[Parameter], dict[str, torch.Tensor]]:
-    module = state.module
-    names: dict[int, list[str]] = {}
-    entries: dict[str, Parameter] = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
-        names.setdefault(id(param), []).append(name)
-        if len(names[id(param)]) == 1:
-            shape, dtype = tuple(full_shape(param)), str(param.dtype).removeprefix("torch.")
-            entries[name] = Parameter(name, shape, dtype, param.requires_grad, tied=[])
-        else:
-            entries[names[id(param)][0]].tied.append(name)
+    names, entries = _Names(state), _parameters(state)
     positions = state.optimizer.positions if state.optimizer is not None else {}
-    called = _Names(module)
-    held = ((slot, param) for unit in state.reducer.units for slot, param in unit.flat.slots)
-    for slot, param in held:
-        if known := called.of(slot, param):
-            dtype = str(param.dtype).removeprefix("torch.")
-            entry = entries.setdefault(known, Parameter(known, slot.shape, dtype, param.requires_grad))
-            entry.group, entry.position = slot.group, positions.get(slot.name)
+    for slot, param in ((slot, param) for unit in state.reducer.units for slot, param in unit.flat.slots):
+        if known := names.of(slot, param):
+            entry = entries.get(known) or Parameter(known, slot.shape, _dtype_of(param), param.requires_grad)
+            entries[known] = replace(entry, group=slot.group, position=positions.get(slot.name))
     buffers: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
-    for path, part in module.named_modules(remove_duplicate=False):
+    for path, part in state.module.named_modules(remove_duplicate=False):
         for short, buffer in part.named_buffers(recurse=False):
-            name = f"{path}.{short}" if path else short
+            name = names.prefix + (f"{path}.{short}" if path else short)
             if short in part._non_persistent_buffers_set:
                 continue
             if id(buffer) in seen:
                 entries[seen[id(buffer)]].tied.append(name)
                 continue
             seen[id(buffer)], buffers[name] = name, buffer
-            dtype = str(buffer.dtype).removeprefix("torch.")
-            entries[name] = Parameter(name, tuple(buffer.shape), dtype, trainable=False, buffer=True)
-    return list(entries.values()), buffers
+            entries[name] = Parameter(name, tuple(buffer.shape), _dtype_of(buffer), trainable=False, buffer=True)
+    kept = [entry for entry in entries.values() if entry.trainable or entry.buffer or not exclude_frozen]
+    return kept, buffers
+
+
+def _parameters(state: TrainState) -> dict[str, Parameter]:
+    """What the module lists, by first names."""
+    first: dict[int, str] = {}
+    entries: dict[str, Parameter] = {}
+    for inside, param in state.module.named_parameters(remove_duplicate=False):
+        name = state.replica.name_prefix + inside
+        if first.setdefault(id(param), name) != name:
+            entries[first[id(param)]].tied.append(name)
+        else:
+            entries[name] = Parameter(name, tuple(full_shape(param)), _dtype_of(param), param.requires_grad)
+    return entries
+
+
+def _dtype_of(tensor: torch.Tensor) -> str:
+    return str(tensor.dtype).removeprefix("torch.")
 
 
 def with_extra_state(state: TrainState) -> dict[str, torch.nn.Module | WholeTensors]:

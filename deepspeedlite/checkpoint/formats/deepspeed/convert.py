@@ -17,7 +17,7 @@ from rich.progress import track
 from deepspeedlite.checkpoint.formats import FORMATS, open_checkpoint
 from deepspeedlite.checkpoint.formats.deepspeed.reader import DeepSpeedReader
 from deepspeedlite.checkpoint.formats.deepspeed.writer import Track, export_to_deepspeed
-from deepspeedlite.checkpoint.manifest import Manifest, encode
+from deepspeedlite.checkpoint.manifest import Manifest, Parameter, encode
 from deepspeedlite.checkpoint.writer import TagWriter
 from deepspeedlite.runtime.errors import CheckpointError
 
@@ -52,8 +52,8 @@ def _as_ours(reader: DeepSpeedReader) -> tuple[Manifest, dict[str, dict[str, tor
     """The manifest and the files' tensors under the names that our files will have."""
     manifest = reader.manifest
     names = {file: f"{Path(file).stem}.safetensors" for file in reader.tensors}
-    pieces = [(p, kind, found) for p in manifest.parameters for kind, found in p.pieces.items()]
-    used = {(piece.file, piece.tensor) for _, _, found in pieces for piece in found}
+    pieces = [piece for p in manifest.parameters for found in p.pieces.values() for piece in found]
+    used = {(piece.file, piece.tensor) for piece in pieces}
     tensors: dict[str, dict[str, torch.Tensor]] = {}
     for file, held in reader.tensors.items():
         kept = {name: tensor for name, tensor in held.items() if (file, name) in used}
@@ -65,12 +65,18 @@ def _as_ours(reader: DeepSpeedReader) -> tuple[Manifest, dict[str, dict[str, tor
         values[f"value.{len(values)}"] = tensor
         return ["values.safetensors", f"value.{len(values) - 1}"]
 
-    for parameter, kind, found in pieces:
-        parameter.pieces[kind] = [piece._replace(file=names[piece.file]) for piece in found]
-    for parameter in manifest.parameters:
-        parameter.scalars = encode(reader.value(parameter.scalars), parameter.name, add_value)
+    def renamed(parameter: Parameter) -> Parameter:
+        moved = {
+            kind: [piece._replace(file=names[piece.file]) for piece in found]
+            for kind, found in parameter.pieces.items()
+        }
+        return replace(
+            parameter, pieces=moved, scalars=encode(reader.value(parameter.scalars), parameter.name, add_value)
+        )
+
     ours = replace(
         manifest,
+        parameters=[renamed(parameter) for parameter in manifest.parameters],
         files={},
         param_groups=encode(reader.value(manifest.param_groups), "param_groups", add_value),
         state={name: encode(reader.state(name), name, add_value) for name in manifest.state},

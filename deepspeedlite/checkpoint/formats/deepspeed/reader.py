@@ -199,15 +199,11 @@ class _Files:
         model = self._model
         stage, options = self._masters_and_states()
         self._place_weights()
-        manifest = Manifest(list(self._entries.values()), {}, self._path.name, self._world, stage)
-        manifest.global_steps = int(model["global_steps"])
-        no_frozen = all(p.trainable or p.buffer for p in manifest.parameters)
-        manifest.frozen_excluded = no_frozen and model.get("frozen_param_shapes") is None
-        manifest.optimizer = self._optimizer_name() if options else None
-        for number, group in enumerate(options):
-            kept = {key: value for key, value in group.items() if key not in MACHINE_OPTIONS | {"step"}}
-            manifest.param_groups.append(encode(kept, f"param_groups[{number}]", self._put_value))
-        manifest.state = {
+        no_frozen = all(p.trainable or p.buffer for p in self._entries.values())
+        left_out = MACHINE_OPTIONS | {"step"}
+        groups = [{key: value for key, value in group.items() if key not in left_out} for group in options]
+        param_groups = encode(groups, "param_groups", self._put_value)
+        state = {
             "engine": {name: int(model.get(name, 0)) for name in ("global_steps", "global_samples", "skipped_steps")},
             "lr_scheduler": encode(model.get("lr_scheduler"), "lr_scheduler", self._put_value),
             "loss_scaler": encode(self._loss_scale(stage), "loss_scaler", self._put_value),
@@ -220,8 +216,18 @@ class _Files:
                 {key: value for key, value in model.items() if key not in RESERVED}, "client_state"
             ),
         }
-        manifest.files = {name: FileRecord((self._path / name).stat().st_size, 0) for name in self.tensors}
-        return manifest
+        return Manifest(
+            list(self._entries.values()),
+            {name: FileRecord((self._path / name).stat().st_size, 0) for name in self.tensors},
+            self._path.name,
+            self._world,
+            stage,
+            int(model["global_steps"]),
+            frozen_excluded=no_frozen and model.get("frozen_param_shapes") is None,
+            optimizer=self._optimizer_name() if options else None,
+            param_groups=param_groups,
+            state=state,
+        )
 
     def _encoded(self, values: Mapping[str, Any], where: str) -> dict[str, Any]:
         """What of the values a checkpoint of ours can hold."""
