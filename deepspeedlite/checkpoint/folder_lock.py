@@ -11,8 +11,8 @@ import fcntl
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from deepspeedlite import comm
 from deepspeedlite.runtime.errors import CheckpointError
@@ -56,7 +56,7 @@ class FolderLock:
         """Whether this has the folder."""
         return self._thread is not None
 
-    def take(self, holder: Any) -> None:
+    def take(self, holder: Callable[[], str | None]) -> None:
         """Wait for this process's other engines, but for no other process.
 
         Args:
@@ -76,7 +76,7 @@ class FolderLock:
             self.end()
             raise
 
-    def _lock(self, holder: Any) -> None:
+    def _lock(self, holder: Callable[[], str | None]) -> None:
         self._fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         _held.open.add(self._fd)
         until_s = time.monotonic() + _PATIENCE_S

@@ -184,12 +184,8 @@ class TagWriter:
         """Write one safetensors file; see `tensors.write_tensors`."""
         return write_tensors(self._new / name, tensors, self.fsync)
 
-    def commit(self, manifest: Manifest, keep_last: int | None = None) -> list[str]:
-        """Make the checkpoint, which has all its files, appear under its tag; then remove all but the newest.
-
-        Returns:
-            the tags that were removed.
-        """
+    def commit(self, manifest: Manifest, keep_last: int | None = None) -> None:
+        """Make the checkpoint, which has all its files, appear under its tag; then remove all but the newest."""
         manifest.state["saved_by"] = self._record.owner.model_dump()  # the last one: `tag.saver_of` looks for it there
         write_bytes(self._new / FILE_NAME, manifest.to_bytes(), self.fsync)
         self._sync(self._new)
@@ -201,9 +197,9 @@ class TagWriter:
                 if not self._record.is_latest or read_latest(self.save_dir) != self.tag:
                     take_back()
             raise
-        removed = self._remove_older(keep_last) if keep_last else []
+        if keep_last:
+            self._remove_older(keep_last)
         self.discard()
-        return removed
 
     def _name(self) -> None:
         if (companion := self._formats.companion) is not None:
@@ -279,7 +275,7 @@ class TagWriter:
 
     # --- removing -------------------------------------------------------------------------------------------------
 
-    def _remove_older(self, keep_last: int) -> list[str]:
+    def _remove_older(self, keep_last: int) -> None:
         """Remove all checkpoints of ours but the newest `keep_last`, this one, and the one that `latest` names."""
         kept: set[str | None] = {self.tag}
         with suppress(CheckpointError):
@@ -291,13 +287,13 @@ class TagWriter:
                 manifest = manifest_of(path)
                 if manifest is not None and manifest.tag == name:  # else a copy that somebody has made, or damaged
                     found.append(((path / FILE_NAME).stat().st_mtime_ns, name))
-        removed = [name for _, name in sorted(found)[:-keep_last] if name not in kept]
-        for name in removed:
+        for _, name in sorted(found)[:-keep_last]:
+            if name in kept:
+                continue
             try:
                 self._retire(self.save_dir / name)
             except OSError as error:
                 _cannot_be_removed(self.save_dir / name, error)
-        return removed
 
     def _holder(self) -> str | None:
         """Who has the folder."""

@@ -105,14 +105,15 @@ def _leave() -> None:
     torch itself, the lock is given up here for long enough, and after a clean run destroying the group joins the
     threads where nothing in torch holds on to it. After an exception that could wait for ranks that wait for this one.
     """
-    if not dist.is_initialized():
-        return
     if registry.watch is not None:
         registry.watch.leave()
-    time.sleep(_THREADS_FINISH_S)
-    if getattr(sys, "last_value", None) is None:
-        dist.destroy_process_group()
+    is_up, is_clean = dist.is_initialized(), getattr(sys, "last_value", None) is None
+    if is_up:
+        time.sleep(_THREADS_FINISH_S)
+    if is_clean:
         registry.close()
+    if is_up and is_clean:
+        dist.destroy_process_group()
 
 
 def default_timeout() -> timedelta:

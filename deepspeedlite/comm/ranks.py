@@ -44,6 +44,6 @@ def get_local_rank() -> int:
 def destroy_process_group(group: dist.ProcessGroup | None = None) -> None:
     """End the group (None: all of torch.distributed); nothing happens where none is up."""
     if is_initialized():
-        dist.destroy_process_group(group)
         if group is None:
-            registry.close()
+            registry.close()  # while the process groups are there, by which it finds what to close
+        dist.destroy_process_group(group)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import weakref
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -37,6 +38,9 @@ class Watch(Protocol):
     def leave(self) -> None:
         """The process ends: stop looking, while the interpreter still runs, and let others know."""
 
+    def close(self) -> None:
+        """Stop looking."""
+
 
 class Registry:
     """Transports by process group, what each thread waits in, and the watch over both; one for the process."""
@@ -49,6 +53,10 @@ class Registry:
         # Finished collectives of gloo's that Python holds on to, also after `close`: see the note on the interpreter's
         # end in `comm.init`.
         self.kept: deque[Work] = deque(maxlen=2)
+        # These two last as long as the process: what was a store of rank 0's may be another start-up's, which must not
+        # meet the keys of the one before it.
+        self.stores: dict[tuple[str, int, int, bool, float], dist.Store] = {}
+        self.starts: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # by the store's address
         # Weak keys: a process group that torch has destroyed takes its transport along.
         self._transports: weakref.WeakKeyDictionary[dist.ProcessGroup, Transport] = weakref.WeakKeyDictionary()
 
@@ -80,6 +88,8 @@ class Registry:
 
     def close(self) -> None:
         """End all of it, with torch.distributed; what is asked for later is made anew."""
+        if self._watch is not None:
+            self._watch.close()
         transports, self._transports = list(self._transports.values()), weakref.WeakKeyDictionary()
         for transport in transports:
             transport.close()

@@ -11,19 +11,18 @@ Waiting costs rank 0 one request per missing rank and round, and the others a si
 from __future__ import annotations
 
 import contextlib
-import functools
-import itertools
 import json
 import os
 import socket
 import time
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
 
+from deepspeedlite.comm.registry import registry
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import logger
 
@@ -33,12 +32,6 @@ _CONNECT_TRY_S = 2.0
 _FAREWELL_S = 2.0  # how long rank 0 keeps the store open for others to read why the start failed
 _VERDICT_MARGIN_S = 3.0  # ranks other than 0 wait this much longer, so that rank 0's verdict comes first
 _NAMED_RANKS = 16
-
-
-@functools.lru_cache(maxsize=64)
-def _generations(address: str) -> Iterator[int]:
-    """Numbers the start-ups at one address: one after `destroy_process_group` must not meet the last one's keys."""
-    return itertools.count()
 
 
 def join(store: dist.Store, address: str, rank: int, world_size: int, timeout_s: float) -> dist.Store:
@@ -54,7 +47,7 @@ def join(store: dist.Store, address: str, rank: int, world_size: int, timeout_s:
     Raises:
         DistributedError: on every rank that came, when the world is not complete and consistent in time.
     """
-    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(_generations(address))}"
+    attempt = f"{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}.{next(registry.starts[address])}"
     entries = dist.PrefixStore(f"deepspeedlite/{attempt}/check_in", store)
     try:
         verdict = _check_in(entries, rank, world_size, timeout_s)
@@ -78,13 +71,14 @@ def tcp_store(host: str, port: int, rank: int, timeout_s: float) -> dist.Store:
     Raises:
         DistributedError: rank 0 cannot listen there, or another rank cannot reach it within `timeout_s`.
     """
-    hosted_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-    return _open_store(host, port, rank, hosted_by_agent, timeout_s)
+    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    key = (host, port, rank, hosts_it, timeout_s)
+    if key not in registry.stores:
+        registry.stores[key] = _open_store(host, port, rank, hosts_it, timeout_s)
+    return registry.stores[key]
 
 
-@functools.lru_cache(maxsize=8)
-def _open_store(host: str, port: int, rank: int, hosted_by_agent: bool, timeout_s: float) -> dist.Store:
-    hosts_it = rank == 0 and not hosted_by_agent
+def _open_store(host: str, port: int, rank: int, hosts_it: bool, timeout_s: float) -> dist.Store:
     deadline = time.monotonic() + timeout_s
     if not hosts_it:
         _await_listener(host, port, rank, deadline, timeout_s)

@@ -104,11 +104,20 @@ class StallWatch(threading.Thread):
         self.board.end()
 
     def leave(self) -> None:
-        """Stop both threads."""
-        self._over.set()
+        """Let other ranks know that this one ends, and stop."""
         if self.board.is_alive():
             self.board.leave()
-        self.join(_FAREWELL_S)
+        self.close()
+
+    def close(self) -> None:
+        """Stop both threads: one that is in torch's code when the interpreter is finalised would abort the process."""
+        if self._over.is_set():
+            return
+        self._over.set()
+        self.board.end()
+        for thread in (self.board, self):
+            if thread.is_alive():
+                thread.join(_FAREWELL_S)
 
     def lasts(self) -> bool:
         """Whether the world that it watches is the one there is; not so in a child of its process."""

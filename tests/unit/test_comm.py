@@ -26,6 +26,7 @@ from paths import ROOT
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group, comms_logger, init_distributed
+from deepspeedlite.comm.registry import registry
 from deepspeedlite.metrics.comms_logger import CommsLogger, OpStats
 from deepspeedlite.runtime.errors import DistributedError
 
@@ -410,6 +411,23 @@ def test_bandwidths_follow_nccl_tests() -> None:
         ("broadcast", 10),
     ]:
         assert one.busbw_gb_s(op, 10**9) == pytest.approx(busbw)
+
+
+@distributed(2, init_process_group=False, env={"DS_ACCELERATOR": "cpu"})
+def test_what_the_process_keeps_is_closed_with_the_world(free_port) -> None:
+    """And made anew in the next one, at the same address."""
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port))
+    for _ in range(2):
+        init_distributed(verbose=False)
+        values = torch.ones(1 << 16)
+        group = Group()
+        group.all_reduce(values)
+        assert values[0] == 2 and registry.last is not None and registry.watch is not None
+        link = group.transport.link
+        group.barrier()
+        comm.destroy_process_group()
+        assert registry.last is None and registry.watch is None and not registry.waits
+        assert link is None or not link._end.alive
 
 
 @distributed(2)
