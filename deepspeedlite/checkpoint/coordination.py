@@ -72,19 +72,20 @@ class Ranks:
         mine = (*_outcome(action), self._call)
         if self.rank > 0:
             self._send(mine, 0)
-            failure, shared = self._receive(0) or (f"rank 0: {self._silence()}", None)
+            failure, shared = self._receive(0) or (f"{what} failed: rank 0: {self._silence()}", None)
             answers = []
         else:
             gone = (None, self._silence(), self._call)
             answers = [mine, *(self._receive(rank) or gone for rank in range(1, self.size))]
-            calls = [call for *_, call in answers]
-            failure, shared = _failures([problem for _, problem, _ in answers]), mine[0] if share else None
+            problems, calls = _failures([problem for _, problem, _ in answers]), [call for *_, call in answers]
+            failure = f"{what} failed: {problems}" if problems else ""
             if len(set(calls)) > 1:
                 failure = f"the ranks call different things: {', '.join(calls)}"
+            shared = mine[0] if share else None
             for rank in range(1, self.size):
                 self._send((failure, shared), rank)
         if failure:
-            raise CheckpointError(f"{what} failed: {failure}")
+            raise CheckpointError(failure)
         return [result for result, *_ in answers], shared
 
     def _silence(self) -> str:

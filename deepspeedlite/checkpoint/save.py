@@ -369,7 +369,7 @@ def _whole(entry: Parameter, parts: Sequence[RankPart]) -> Parameter:
     held = [part.pieces.get(entry.name, {}) for part in parts]
     pieces = {}
     for kind in dict.fromkeys(kind for each in held for kind in each):
-        found = [piece for each in held for piece in each.get(kind, []) if piece.numel]
-        pieces[kind] = sorted(found, key=lambda piece: piece.start)
+        written = [piece for each in held for piece in each.get(kind, []) if piece.numel]
+        pieces[kind] = sorted(written, key=lambda piece: piece.start)
     scalars = next((found for part in parts if (found := part.scalars.get(entry.name))), {})
     return replace(entry, pieces=pieces or {WEIGHT: []}, scalars=scalars)  # without pieces: no elements
