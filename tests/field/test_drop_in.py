@@ -20,6 +20,7 @@ from paths import ROOT
 from deepspeedlite.compat.drop_in import VERSION, release
 from deepspeedlite.compat.drop_in.absent import Absent
 from deepspeedlite.compat.drop_in.docs import render
+from deepspeedlite.compat.drop_in.install import COMMANDS
 from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, MODULES
 from deepspeedlite.launcher.stand_in import with_stand_in
 from deepspeedlite.runtime.errors import AbsentError
@@ -159,12 +160,23 @@ def test_install_and_uninstall(environment):
     before = sorted(environment.rglob("*"))
     assert "No module named" in isolated(environment)
     done = drop_in(environment, "install")
-    assert done.returncode == 0 and done.stdout.count("wrote") == 2, done.stderr
+    assert done.returncode == 0 and done.stdout.count("wrote") == 1 + len(COMMANDS), done.stderr
     assert isolated(environment) == "deepspeedlite"
     command = subprocess.run([environment / "bin" / "deepspeed", "--version"], capture_output=True, text=True)
     assert command.stdout.startswith("deepspeedlite "), command.stderr
+    says = {"ds_ssh": "dslite_ssh", "ds_bench": "dslite_bench", "ds_io": "ds_io", "ds_report": "dslite_report"}
+    says |= {
+        "ds": "deepspeedlite",
+        "deepspeed.pt": "deepspeedlite",
+        "dsr": "dslite_report",
+        "ds_nvme_tune": "ds_nvme_tune",
+    }
+    for name, usage in says.items():
+        command = subprocess.run([environment / "bin" / name, "--help"], capture_output=True, text=True)
+        assert command.returncode == 0 and f"usage: {usage}" in command.stdout, (name, command.stderr)
+    assert says.keys() | {"deepspeed"} == COMMANDS.keys()
     assert drop_in(environment, "install").returncode == 0  # twice is as good as once
-    assert drop_in(environment, "uninstall").stdout.count("removed") == 2
+    assert drop_in(environment, "uninstall").stdout.count("removed") == 1 + len(COMMANDS)
     assert "No module named" in isolated(environment)
     assert [path for path in sorted(environment.rglob("*")) if path not in before and path.name != "__pycache__"] == []
 
@@ -185,7 +197,8 @@ def test_install_respects_a_real_deepspeed(environment):
     assert drop_in(environment, "install", "--force").returncode == 0
     assert isolated(environment) == "deepspeedlite"
     assert (environment / "bin" / "deepspeed").read_text() == "#!/bin/sh\necho real\n"
-    assert drop_in(environment, "uninstall").stdout.count("removed") == 1
+    assert drop_in(environment, "uninstall").stdout.count("removed") == len(COMMANDS)  # all but its own
+    assert (environment / "bin" / "deepspeed").exists()
     assert isolated(environment) == "deepspeed"
 
 

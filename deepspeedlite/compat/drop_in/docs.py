@@ -18,8 +18,17 @@ PYTHONPATH=$(python -m deepspeedlite.drop_in path) python train.py ...   # one c
 python -m deepspeedlite.drop_in install                                  # this environment, until `uninstall`
 ```
 
-`install` writes a `.pth` file and a `deepspeed` command; it refuses where a real DeepSpeed is installed, unless
+`install` writes a `.pth` file and DeepSpeed's commands; it refuses where a real DeepSpeed is installed, unless
 `--force` is given, and never touches another's file. Nobody gets the name without asking.
+
+| command | what it is here |
+| --- | --- |
+| `deepspeed`, `ds`, `deepspeed.pt` | `deepspeedlite`, the [launcher](launcher.md) |
+| `ds_ssh` | `dslite_ssh`, which takes `-f HOSTFILE` too |
+| `ds_report`, `dsr` | `dslite_report`, and DeepSpeed's `--hide_operator_status` and `--hide_errors_and_warnings` |
+| `ds_bench` | `dslite_bench`, with its own options: DeepSpeed's are other ones |
+| `ds_io` | `dslite_io`; with DeepSpeed's options it measures one setting, reading and writing, beside fio |
+| `ds_nvme_tune` | `dslite_io tune`, with DeepSpeed's `--nvme_dir`, `--io_size` and `--loops` |
 
 `deepspeed` and every module below it are then the same objects as `deepspeedlite` and its modules, in child processes
 too, however they are started. `importlib.metadata.version("deepspeed")` and `deepspeed.__version__` say

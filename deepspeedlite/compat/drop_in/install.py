@@ -1,7 +1,7 @@
 """Gives an environment the name `deepspeed`, and takes it away again.
 
-`install` writes two files: a `.pth` in site-packages, which Python reads at every start (also with -I, which ignores
-PYTHONPATH), and a `deepspeed` command beside the environment's Python. Nothing that is not ours is ever overwritten.
+`install` writes a `.pth` into site-packages, which Python reads at every start (also with -I, which ignores
+PYTHONPATH), and DeepSpeed's commands beside the environment's Python. Nothing that is not ours is ever overwritten.
 """
 
 from __future__ import annotations
@@ -18,6 +18,18 @@ from deepspeedlite.launcher.stand_in import folder
 from deepspeedlite.runtime.errors import LaunchError
 
 PTH_NAME = "deepspeed_is_deepspeedlite.pth"
+# DeepSpeed's commands -> the module of ours that has their `main`, or the function itself.
+COMMANDS = {
+    "deepspeed": "launcher.cli:main",
+    "deepspeed.pt": "launcher.cli:main",
+    "ds": "launcher.cli:main",
+    "ds_ssh": "launcher.ssh:main",
+    "ds_bench": "tools.bench:main",
+    "ds_report": "compat.commands:report",
+    "dsr": "compat.commands:report",
+    "ds_io": "compat.commands:io",
+    "ds_nvme_tune": "compat.commands:nvme_tune",
+}
 _MARK = "# written by deepspeedlite.drop_in install"
 
 
@@ -40,11 +52,15 @@ def install(site: Path | None = None, scripts: Path | None = None, force: bool =
             "until `python -m deepspeedlite.drop_in uninstall`"
         )
     pth = f"import sys; sys.path.insert(0, {str(folder())!r})  {_MARK}\n"
-    command = (
-        f"#!{sys.executable}\n{_MARK}\nimport sys\nfrom deepspeedlite.launcher.cli import main\nsys.exit(main())\n"
-    )
+    files = [(site / PTH_NAME, pth, 0o644)]
+    for name, where in COMMANDS.items():
+        module, _, function = where.partition(":")
+        imported = f"from deepspeedlite.{module} import {function}"
+        files.append(
+            (scripts / name, f"#!{sys.executable}\n{_MARK}\nimport sys\n{imported}\nsys.exit({function}())\n", 0o755)
+        )
     written = []
-    for path, text, mode in ((site / PTH_NAME, pth, 0o644), (scripts / "deepspeed", command, 0o755)):
+    for path, text, mode in files:
         if _is_theirs(path):
             continue
         _write(path, text, mode)
@@ -55,7 +71,8 @@ def install(site: Path | None = None, scripts: Path | None = None, force: bool =
 def uninstall(site: Path | None = None, scripts: Path | None = None) -> list[Path]:
     """Remove what `install` wrote, and return it. Raises `LaunchError` for a file that cannot be removed."""
     site, scripts = site or Path(sysconfig.get_path("purelib")), scripts or Path(sysconfig.get_path("scripts"))
-    found = [path for path in (site / PTH_NAME, scripts / "deepspeed") if path.is_file() and not _is_theirs(path)]
+    ours = [site / PTH_NAME, *(scripts / name for name in COMMANDS)]
+    found = [path for path in ours if path.is_file() and not _is_theirs(path)]
     for path in found:
         _try(path.unlink, f"{path} cannot be removed")
     return found

@@ -355,7 +355,8 @@ MODULES: Mapping[str, Names] = {
     | at("accelerator", "DeepSpeedAccelerator", "one class for cuda, rocm and cpu; see get_accelerator"),
     "constants": at("compat.names", "TORCH_DISTRIBUTED_DEFAULT_PORT default_pg_timeout"),
     "git_version_info": at("compat.version", "version git_hash git_branch installed_ops torch_info accelerator_name"),
-    "env_report": at("env_report", "main", "takes our options; see docs/env-report.md"),
+    "env_report": at("env_report", "main", "takes our options; see docs/env-report.md")
+    | renamed("compat.commands", "takes our options too; see docs/env-report.md", cli_main="report"),
     "launcher.runner": at("compat.names", "DEEPSPEED_ENVIRONMENT_NAME DLTS_HOSTFILE")
     | at("launcher.cli", "main", "takes DeepSpeed's options and some more; see docs/launcher.md")
     | at("compat.hosts", "EXPORT_ENVS", "NCCL's variables are among them")
