@@ -263,6 +263,31 @@ class DeepSpeedAccelerator:
         """A page-locked copy, which GPUs read without waiting; the tensor itself on a CPU."""
         return tensor.pin_memory() if self._on_gpu else tensor
 
+    def pin_empty(self, *size: Any, dtype: torch.dtype, device: str = "cpu") -> torch.Tensor:
+        """An empty tensor of this size in page-locked host memory; in plain memory on a CPU."""
+        shape = size[0] if len(size) == 1 and isinstance(size[0], (tuple, list)) else size
+        return torch.empty(*shape, dtype=dtype, device=device, pin_memory=self._on_gpu)
+
+    def pin_empty_like(
+        self, tensor: torch.Tensor, device: str = "cpu", dtype: torch.dtype | None = None
+    ) -> torch.Tensor:
+        """As `pin_empty`, of a tensor's shape and type."""
+        return self.pin_empty(*tensor.shape, dtype=dtype or tensor.dtype, device=device)
+
+    def unpin_memory(self, tensor: torch.Tensor) -> None:
+        """Nothing: torch unlocks memory when the tensor goes."""
+
+    def pin_memory_alignment(self) -> int:
+        """Bytes of which a page-locked block's address is a multiple; any will do."""
+        return 1
+
+    def register_host_memory(self, address: int, num_bytes: int) -> bool:
+        """Whether the driver was told of host memory that others have locked: it is not."""
+        return False
+
+    def unregister_host_memory(self, address: int) -> None:
+        """Nothing: none is registered."""
+
     def is_pinned(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor is page-locked."""
         return self._on_gpu and tensor.is_pinned()
@@ -290,6 +315,10 @@ class DeepSpeedAccelerator:
     def is_triton_supported(self) -> bool:
         """Whether Triton has code for it."""
         return self._on_gpu and torch.cuda.get_device_capability()[0] >= 8
+
+    def prefer_triton_grouped_mm(self) -> bool:
+        """Whether a grouped product in Triton is the better one."""
+        return False
 
     def _tensor_class(self, name: str) -> Any:
         return getattr(torch.cuda if self._on_gpu else torch, name)
@@ -334,6 +363,12 @@ class DeepSpeedAccelerator:
     def op_builder_dir(self) -> str:
         """The module that the builders are in."""
         return "deepspeedlite.ops.op_builder"
+
+    def build_extension(self) -> Any:
+        """Torch's command that compiles extensions for setuptools."""
+        from torch.utils.cpp_extension import BuildExtension
+
+        return BuildExtension
 
     def get_op_builder(self, class_name: str) -> Any:
         """A builder class by its name, such as `CPUAdamBuilder`; None where there is none."""

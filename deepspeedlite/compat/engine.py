@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container
+import time
+from collections.abc import Callable, Container, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -13,6 +14,7 @@ from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.formats import FORMATS
 from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.compat.engine_accessors import EngineAccessors
+from deepspeedlite.compat.helpers import set_log_level_from_string
 from deepspeedlite.compat.offload_states import OffloadedStates, states_of
 from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
 from deepspeedlite.config import DeepSpeedConfig
@@ -21,7 +23,7 @@ from deepspeedlite.engine import EngineParts
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.parallel.pipe import engine as pipe
 from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError
-from deepspeedlite.runtime.log import logger
+from deepspeedlite.runtime.log import log_dist, logger
 
 ROUTE_TRAIN = "train"
 
@@ -43,6 +45,8 @@ class DeepSpeedEngine(EngineAccessors):
         self._steps_at_every_call = not parts.config.managed_gradient_accumulation
         if self._steps_at_every_call:
             self._forced_boundary = False
+        if (level := self.log_level()) is not None:
+            set_log_level_from_string(level)
         if parts.plan.shard_params:
             describe_whole(module.parameters(), parts.group)
 
@@ -252,3 +256,23 @@ class PipelineEngine(DeepSpeedEngine, pipe.PipelineEngine):
         if not config.managed_gradient_accumulation:
             raise ConfigError("managed_gradient_accumulation: false does not go with a pipeline; leave the key out")
         super().prepare(model, config)
+
+    def __init__(self, module: Any, parts: EngineParts) -> None:
+        super().__init__(module, parts)
+        self._batches_s = 0.0  # since the last line that `train_batch` has logged
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
+        """See `parallel.pipe.engine`; every `steps_per_print` steps it logs loss, seconds and samples per second."""
+        started_s = time.perf_counter()
+        loss = super().train_batch(data_iter)
+        every = self.steps_per_print()
+        due = every is not None and self.global_steps % every == 0
+        shown = float(loss) if due else 0.0  # which waits for the device
+        self._batches_s += time.perf_counter() - started_s
+        if due:
+            batch_s, self._batches_s = self._batches_s / every, 0.0
+            speed = self.train_batch_size() / batch_s
+            log_dist(
+                f"steps: {self.global_steps} loss: {shown:.4f} iter time (s): {batch_s:.3f} samples/sec: {speed:.3f}"
+            )
+        return loss

@@ -16,15 +16,15 @@ from deepspeedlite import comm
 from deepspeedlite.compat import groups
 from deepspeedlite.config import BatchSizes, solve_batch
 from deepspeedlite.engine import Engine
+from deepspeedlite.metrics.timers import ThroughputTimer
 from deepspeedlite.metrics.train_log import learning_rates, momenta
 from deepspeedlite.runtime.errors import ConfigError, EngineStateError
 from deepspeedlite.runtime.tensors import dtype_named
 
 _ZERO = """
 allgather_bucket_size allgather_partitions compute_grad_norm contiguous_gradients elastic_checkpoint
-ignore_unused_parameters legacy_stage1 load_from_fp32_weights log_trace_cache_warnings offload_optimizer offload_param
-overlap_comm parameter_alignment reduce_bucket_size reduce_scatter round_robin_gradients sub_group_size
-save_muon_momentum_buffer_in_memory
+ignore_unused_parameters legacy_stage1 load_from_fp32_weights log_trace_cache_warnings parameter_alignment
+reduce_scatter round_robin_gradients sub_group_size save_muon_momentum_buffer_in_memory
 """
 _ZERO_STAGE3 = """
 max_live_parameters max_reuse_distance model_persistence_threshold module_granularity_threshold
@@ -172,6 +172,11 @@ class EngineAccessors(Engine):
         return self._train_log.monitor
 
     @property
+    def tput_timer(self) -> ThroughputTimer:
+        """What measures samples per second, and counts the epochs that scripts tell it of."""
+        return self._train_log.throughput
+
+    @property
     def param_names(self) -> dict[torch.nn.Parameter, str]:
         """Each parameter's full name."""
         return {param: name for name, param in self.module.named_parameters()}
@@ -309,9 +314,29 @@ class EngineAccessors(Engine):
         return not self._parts.config.prescale_gradients
 
     @property
-    def communication_data_type(self) -> torch.dtype | None:
-        """The dtype in which gradients travel, where the configuration names one."""
-        return dtype_named(self._parts.config.communication_data_type)
+    def communication_data_type(self) -> torch.dtype:
+        """The dtype in which gradients travel: the configured one, or the model's own."""
+        named = dtype_named(self._parts.config.communication_data_type)
+        return named or self._parts.precision.model_dtype or torch.float32
+
+    def zero_overlap_comm(self) -> bool:
+        """The configured value, or DeepSpeed's default. (Here gradients are reduced in backward unless it is false.)"""
+        configured = self._parts.config.zero_optimization.overlap_comm
+        return self._parts.plan.shard_params if configured is None else configured
+
+    def zero_reduce_bucket_size(self) -> int:
+        """The configured number of elements, or DeepSpeed's default. (Here the engine chooses.)"""
+        return self._parts.config.zero_optimization.reduce_bucket_size or 500_000_000
+
+    def zero_offload_optimizer(self) -> Any:
+        """The section of the configuration; None where nothing is offloaded."""
+        section = self._parts.config.zero_optimization.offload_optimizer
+        return None if section.switched_off() else section
+
+    def zero_offload_param(self) -> Any:
+        """The section of the configuration; None where nothing is offloaded."""
+        section = self._parts.config.zero_optimization.offload_param
+        return None if section.switched_off() else section
 
     def dynamic_loss_scale(self) -> bool:
         """Whether fp16's loss scale looks for itself."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.zero.leaf import is_leaf as z3_leaf_module
 from deepspeedlite.zero.leaf import leaf_modules as get_z3_leaf_modules
 from deepspeedlite.zero.leaf import mark_leaf as set_z3_leaf_module
@@ -41,25 +42,31 @@ def unset_z3_leaf_modules(
 
 
 def set_z3_leaf_modules_by_name(
-    model: torch.nn.Module, module_names: Sequence[str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Make the modules of these full names leaves; returns them.
+    model: torch.nn.Module, module_names: Sequence[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[torch.nn.Module], list[str]]:
+    """Make the modules of these full names leaves, or (`flag`) no longer; returns them, and the names of none.
 
     Raises:
         ConfigError: the model lacks one of them.
     """
-    return _marked(modules_named(model, module_names, raise_if_not_found), True)
+    found = _marked(modules_named(model, module_names, raise_if_not_found), flag)
+    known = dict(model.named_modules())
+    return found, [name for name in module_names if name not in known]
 
 
 def set_z3_leaf_modules_by_suffix(
-    model: torch.nn.Module, module_name_suffixes: Sequence[str], raise_if_not_found: bool = True
-) -> list[torch.nn.Module]:
-    """Make the modules whose full names end in one of these leaves; returns them.
+    model: torch.nn.Module, module_name_suffixes: Sequence[str], flag: bool = True, raise_if_not_found: bool = True
+) -> tuple[list[torch.nn.Module], list[str]]:
+    """Make the modules whose full names end so leaves, or (`flag`) no longer; returns them, and endings of none.
 
     Raises:
-        ConfigError: no name of a module ends so.
+        ConfigError: no name of a module ends in one of them.
     """
-    return _marked(modules_ending(model, module_name_suffixes, raise_if_not_found), True)
+    by_suffix = {suffix: modules_ending(model, [suffix], required=False) for suffix in module_name_suffixes}
+    missing = [suffix for suffix, found in by_suffix.items() if not found]
+    if missing and raise_if_not_found:
+        raise ConfigError(f"leaf modules: no module's name ends in {', '.join(missing)}")
+    return _marked(modules_ending(model, module_name_suffixes, required=False), flag), missing
 
 
 def _marked(modules: list[torch.nn.Module], flag: bool) -> list[torch.nn.Module]:

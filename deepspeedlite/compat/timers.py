@@ -9,9 +9,10 @@ They time the device without stopping it: the clock is read when somebody asks.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+from deepspeedlite.metrics import timers as metrics
 from deepspeedlite.metrics.memory import current_device, memory_breakdown
 from deepspeedlite.metrics.timers import Stopwatch, Timers
 from deepspeedlite.runtime.log import log_dist
@@ -100,6 +101,26 @@ class SynchronizedWallClockTimer:
         return means
 
 
+class ThroughputTimer(metrics.ThroughputTimer):
+    """The library's, made with DeepSpeed's arguments. What `config` says changes nothing: see `timers.throughput`."""
+
+    def __init__(
+        self,
+        config: Any,
+        batch_size: int | None,
+        start_step: int = 2,
+        steps_per_output: int | None = None,
+        monitor_memory: bool = False,
+        logging_fn: Callable[[str], object] | None = None,
+    ) -> None:
+        super().__init__(batch_size or 1, start_step, steps_per_output, current_device(), logging_fn)
+        self.config, self.monitor_memory = config, monitor_memory
+
+    def stop(self, global_step: bool = False, report_speed: bool = True) -> None:
+        """End a micro-step; with `global_step` also the global step."""
+        super().stop(global_step, report_speed)
+
+
 class NoopTimer(SynchronizedWallClockTimer):
     """Takes the same calls and measures nothing."""
 
@@ -145,4 +166,12 @@ def trim_mean(data: Iterable[float], trim_percent: float) -> float:
     return sum(kept) / len(kept) if kept else 0.0
 
 
-__all__ = ["CudaEventTimer", "NamedTimer", "NoopTimer", "SynchronizedWallClockTimer", "Timers", "trim_mean"]
+__all__ = [
+    "CudaEventTimer",
+    "NamedTimer",
+    "NoopTimer",
+    "SynchronizedWallClockTimer",
+    "ThroughputTimer",
+    "Timers",
+    "trim_mean",
+]

@@ -177,6 +177,8 @@ class ThroughputTimer:
         self.start_step = start_step
         self.steps_per_output = steps_per_output
         self.global_step_count = 0
+        # For scripts that count their epochs: these, and the micro-steps of this one.
+        self.epoch_count = self.micro_step_count = 0
         self._device = device or Device(torch.device("cpu"))
         self._log = logging_fn or log_dist
         self._watch = Stopwatch(self._device)
@@ -194,6 +196,7 @@ class ThroughputTimer:
         """End a micro-step; with `global_step` also the global step, and print where a line is due."""
         measured = self._watch.running
         self._watch.stop()
+        self.micro_step_count += 1
         if not global_step:
             return
         self.global_step_count += 1
@@ -203,6 +206,11 @@ class ThroughputTimer:
         due = self.steps_per_output is not None and self.global_step_count % self.steps_per_output == 0
         if report_speed and due:
             self._log(self.report())
+
+    def update_epoch_count(self) -> None:
+        """Another epoch begins."""
+        self.epoch_count += 1
+        self.micro_step_count = 0
 
     def samples_per_sec(self) -> tuple[float, float]:
         """(running average, current). Current covers the steps since this was last asked for; waits for the device."""

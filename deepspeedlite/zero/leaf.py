@@ -12,11 +12,11 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
+from deepspeedlite.config.sections.zero import KNOWN_LEAVES
 from deepspeedlite.runtime.errors import ConfigError
 
 ALWAYS = (torch.nn.MultiheadAttention,)
-# Blocks of transformers that route tokens to experts; the default of zero_optimization.leaf_module.classes.
-KNOWN_CLASSES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMoeBlock")
+KNOWN_CLASSES = tuple(name.rpartition(".")[2] for name in KNOWN_LEAVES)  # wherever a copy of one is defined
 
 _MARKED = WeakIdKeyDictionary()
 
@@ -53,8 +53,8 @@ def mark_leaves(
     names: Sequence[str] | str = (),
     suffixes: Sequence[str] | str = (),
 ) -> None:
-    """Make leaves of what the configuration's `leaf_module` section lists; None: the classes known to need it."""
-    if classes is None:
+    """Make leaves of what the section `leaf_module` lists; None, or its default: the classes known to need it."""
+    if classes is None or tuple(classes) == KNOWN_LEAVES:
         found = modules_of(model, KNOWN_CLASSES, required=False)
     else:
         found = modules_of(model, _listed(classes)) if classes else []

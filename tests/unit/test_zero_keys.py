@@ -493,12 +493,12 @@ def test_leaf_modules_by_name_and_by_the_end_of_it():
     model = zoo.Chain(2)
     named = dict(model.named_modules())
     utils = deepspeedlite.utils
-    assert utils.set_z3_leaf_modules_by_name(model, ["blocks.1"]) == [named["blocks.1"]]
+    assert utils.set_z3_leaf_modules_by_name(model, ["blocks.1"]) == ([named["blocks.1"]], [])
     assert utils.get_z3_leaf_modules(model) == [named["blocks.1"]]
-    assert utils.set_z3_leaf_modules_by_suffix(model, ["s.0"]) == [named["blocks.0"]]
+    assert utils.set_z3_leaf_modules_by_suffix(model, ["s.0"]) == ([named["blocks.0"]], [])
     assert utils.get_z3_leaf_modules(model) == [named["blocks.0"], named["blocks.1"]]
     with pytest.raises(ConfigError, match=r"no module called blocks\.7"):
         utils.set_z3_leaf_modules_by_name(model, ["blocks.0", "blocks.7"])
     with pytest.raises(ConfigError, match="ends in attention"):
         utils.set_z3_leaf_modules_by_suffix(model, ["attention"])
-    assert utils.set_z3_leaf_modules_by_suffix(model, ["attention"], raise_if_not_found=False) == []
+    assert utils.set_z3_leaf_modules_by_suffix(model, ["attention"], raise_if_not_found=False) == ([], ["attention"])

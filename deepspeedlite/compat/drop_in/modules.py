@@ -45,11 +45,7 @@ _SAFE = (
     "safe_update_full_grad_vectorized"
 )
 _LEAVES = "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module"
-_LEAVES_BY_NAME = at(
-    "compat.leaf_modules",
-    "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix",
-    "returns the modules alone; set_z3_leaf_module(module, False) undoes it",
-)
+_LEAVES_BY_NAME = at("compat.leaf_modules", "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix")
 _GROUPS = (
     "get_tensor_model_parallel_group get_model_parallel_group get_data_parallel_group "
     "get_tensor_model_parallel_world_size get_model_parallel_world_size get_tensor_model_parallel_rank "
@@ -381,7 +377,7 @@ MODULES: Mapping[str, Names] = {
     | at("compat.helpers", "print_dist warning_once set_log_level_from_string"),
     "utils.timer": at("compat.timers", "SynchronizedWallClockTimer NoopTimer")
     | at("compat.timers", "CudaEventTimer trim_mean")
-    | at("metrics.timers", "ThroughputTimer", "takes the batch size; times are of the device"),
+    | at("compat.timers", "ThroughputTimer", "times are of the device"),
     "utils.tensor_fragment": at("utils", _SAFE),
     "utils.z3_leaf_module": at("utils", _LEAVES) | _LEAVES_BY_NAME,
     "utils.nvtx": at("compat.helpers", "instrument_w_nvtx"),

@@ -49,10 +49,21 @@ class OffloadOptimizer(Section, beside="zero_optimization.offload_optimizer"):
     ratio: Number = key(1.0, "Share of the elements whose state is offloaded; that of the others stays.", ge=0, le=1)
 
 
+# Blocks of transformers that route tokens to experts.
+KNOWN_LEAVES = (
+    "transformers.models.mixtral.modeling_mixtral.MixtralSparseMoeBlock",
+    "transformers.models.qwen2_moe.modeling_qwen2_moe.Qwen2MoeSparseMoeBlock",
+    "transformers.models.qwen3_moe.modeling_qwen3_moe.Qwen3MoeSparseMoeBlock",
+)
+
+
 class LeafModule(Section):
     """Modules that stage 3 gathers as one, such as mixture-of-experts blocks."""
 
-    classes: list[Text] | Text | None = key(None, "Class names; null: the blocks known to need it.")
+    classes: list[Text] | Text | None = key(
+        lambda: list(KNOWN_LEAVES),
+        "Class names; those of the default may be missing from the model. null: the default.",
+    )
     names: list[Text] | Text = key(list, "Full module names.")
     name_suffixes: list[Text] | Text = key(list, "Endings of module names.")
 
