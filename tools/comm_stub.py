@@ -12,6 +12,8 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+from deepspeedlite.compat.drop_in.table import modules
+
 PACKAGE = Path(__file__).resolve().parents[1] / "deepspeedlite"
 STUB = PACKAGE / "comm" / "__init__.pyi"
 _HEAD = '''"""What `deepspeedlite.comm` has. Written by tools/comm_stub.py."""
@@ -35,6 +37,9 @@ def stub() -> str:
     for node in own.body:
         if isinstance(node, ast.ImportFrom) and node.module != "__future__":
             names[str(node.module).partition(".")[2]] = [alias.name for alias in node.names]
+    for name, entry in modules()["comm"].items():  # from other files
+        if entry.home not in ("", "comm", "compat.comm", "metrics.comms_logger"):
+            names.setdefault(entry.home, []).append(name)
     collectives = []
     for node in served.body:
         if isinstance(node, ast.FunctionDef) and node.decorator_list:

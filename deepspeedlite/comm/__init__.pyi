@@ -36,6 +36,7 @@ from deepspeedlite.compat.comm import log_summary as log_summary
 from deepspeedlite.compat.comm import new_group as new_group
 from deepspeedlite.compat.comm import reduce_scatter_fn as reduce_scatter_fn
 from deepspeedlite.compat.comm import reset_log as reset_log
+from deepspeedlite.compat.comm_backend import mpi_discovery as mpi_discovery
 from deepspeedlite.metrics.comms_logger import CommsLogger as CommsLogger
 from deepspeedlite.metrics.comms_logger import comms_logger as comms_logger
 
