@@ -262,7 +262,9 @@ class FlatParams:
         """Start making the values whole; nothing happens where they are, are on the way, or are all another's now."""
         if self.state is not ParamState.SHARDED or not self.params:
             return
-        if self.params[0].dtype is not self.dtype:  # else its values would undo it in silence
+        with as_plain():
+            is_converted = self.params[0].dtype is not self.dtype
+        if is_converted:  # else its values would undo it in silence
             raise self._detached(self.slots[0][0], self.params[0], self._placeholder)
         self.values.untyped_storage().resize_(self._nbytes)
         self.store.open()
