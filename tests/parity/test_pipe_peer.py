@@ -122,6 +122,7 @@ def losses(python: str, script: Path, stand_in: bool) -> list[tuple[list[float],
     kept = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "RANK", "LOCAL_RANK")}
     environ = kept | {"JOBS": json.dumps(JOBS), "DS_ACCELERATOR": "cpu", "WORLD_SIZE": str(RANKS)}
     environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    environ["PATH"] = f"{Path(python).parent}:{environ['PATH']}"  # another ninja would compile DeepSpeed's ops anew
     environ |= {"PYTHONPATH": f"{STAND_IN}{os.pathsep}{ROOT}"} if stand_in else {}
     ranks = [
         subprocess.Popen(
