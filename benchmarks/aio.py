@@ -58,7 +58,7 @@ def ours(file: str, options: argparse.Namespace) -> dict[str, Turn]:
     small_bytes = options.block_bytes * options.depth
     for name in (*ENGINES, *(f"{engine}, small buffer" for engine in ENGINES), "io_uring, unaligned"):
         try:
-            handle = aio_handle(options.block_bytes, options.depth, engine=name.split(",")[0])
+            handle = aio_handle(options.block_bytes, options.depth, overlap_events=True, engine=name.split(",")[0])
         except OpError as error:
             print(f"not measured: {error}")
             continue

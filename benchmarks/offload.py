@@ -117,7 +117,7 @@ def disk_rates(options: argparse.Namespace) -> tuple[float, float]:
 
     from deepspeedlite.ops.aio import aio_handle
 
-    handles = [aio_handle(options.block_bytes, options.depth) for _ in range(2)]
+    handles = [aio_handle(options.block_bytes, options.depth, overlap_events=True) for _ in range(2)]
     nbytes = options.rate_bytes
     buffers = [handle.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8)) for handle in handles]
     with tempfile.NamedTemporaryFile(dir=options.path) as file:

@@ -372,7 +372,7 @@ class DeepSpeedAccelerator:
 
     def get_op_builder(self, class_name: str) -> Any:
         """A builder class by its name, such as `CPUAdamBuilder`; None where there is none."""
-        from deepspeedlite.ops.op_builder import BUILDERS
+        from deepspeedlite.compat.op_builders import BUILDERS
 
         return BUILDERS.get(class_name)
 

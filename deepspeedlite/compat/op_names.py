@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from deepspeedlite.ops import op_builder
+from deepspeedlite.compat.op_builders import BUILDERS
 
 
 def __getattr__(name: str) -> Any:
-    builders = {spec.name: spec.builder for spec in op_builder.OPS.values()}
+    builders = [builder() for builder in BUILDERS.values()]
     if name == "ALL_OPS":  # op -> its builder
-        return {op: getattr(op_builder, builder)() for op, builder in builders.items()}
+        return {builder.NAME: builder for builder in builders}
     if name == "compatible_ops":  # op -> whether it can be had here; nothing is compiled
-        return {op: getattr(op_builder, builder)().is_compatible() for op, builder in builders.items()}
+        return {builder.NAME: builder.is_compatible() for builder in builders}
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

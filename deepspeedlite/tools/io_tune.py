@@ -36,7 +36,7 @@ CACHED = "This file system has no O_DIRECT: these are the rates of the page cach
 
 @dataclass(frozen=True)
 class Setting:
-    """What `aio_handle` is given, all else being its default."""
+    """What `aio_handle` is given, with overlap_events; all else being its default."""
 
     engine: str
     block_bytes: int
@@ -126,7 +126,7 @@ class Disk:
         """
         from deepspeedlite.ops.aio import aio_handle
 
-        handle = aio_handle(setting.block_bytes, setting.queue_depth, engine=setting.engine)
+        handle = aio_handle(setting.block_bytes, setting.queue_depth, overlap_events=True, engine=setting.engine)
         self._written.add_(1)
         times.write_s.append(_seconds(lambda: handle.sync_pwrite(self._written, self.file)))
         self._read.zero_()

@@ -80,10 +80,10 @@ def test_what_is_written_is_in_the_file_and_comes_back(handle, nbytes, offset, t
 
 def test_tensors_of_any_dtype_and_a_new_file_for_its_owner_alone(handle, tmp_path):
     values = torch.randn(1000).bfloat16().view(10, 100)
-    assert handle.write(values, str(tmp_path / "file"), True) == 1
+    assert handle.write(values, str(tmp_path / "file"), True) == 0
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o600
     found = torch.empty_like(values)
-    assert handle.read(found, str(tmp_path / "file"), True) == 1
+    assert handle.read(found, str(tmp_path / "file"), True) == 0
     assert torch.equal(found, values)
 
 
@@ -357,7 +357,7 @@ def test_a_full_tmpfs_is_an_error(handle, tmp_path):
             handle.sync_pwrite(content(2_000_000), str(tmp_path / "file"))
         assert handle.get_counts()["blocks"] < 2_000_000 / 65_536, "what came after the failure was not tried"
         (tmp_path / "file").unlink()
-        assert handle.write(content(100_000), str(tmp_path / "file"), True) == 1
+        assert handle.write(content(100_000), str(tmp_path / "file"), True) == 0
 
 
 @contextlib.contextmanager
@@ -385,14 +385,14 @@ def test_a_disk_that_is_full_or_breaks_is_an_error_and_the_handle_goes_on(handle
         with pytest.raises(OpError, match=r"writing .*/second at byte \d+ failed: No space left on device"):
             handle.sync_pwrite(data, str(folder / "second"))
         (folder / "second").unlink()
-        assert handle.write(data[:2_000_000], str(folder / "second"), True) == 1, "there is room again"
+        assert handle.write(data[:2_000_000], str(folder / "second"), True) == 0, "there is room again"
         os.sync()
         os.truncate(medium, 4 << 20)  # the rest of the medium is lost; what is read is not in the cache
         with pytest.raises(OpError, match=r"reading .*/first at byte \d+ failed: Input/output error"):
             handle.sync_pread(found, str(folder / "first"))
         assert handle.get_counts()["direct"] > 0
         os.truncate(medium, 10 << 20)
-    assert handle.write(data, str(tmp_path / "file"), True) == 1
+    assert handle.write(data, str(tmp_path / "file"), True) == 0
 
 
 def test_what_cannot_be_read_in_the_middle_is_an_error_and_the_rest_is_done(handle, tmp_path):

@@ -62,6 +62,8 @@ _EXPERT_GROUPS = (
     "_get_expert_data_parallel_rank _get_expert_data_parallel_world_size _get_max_expert_size "
     "_get_max_expert_size_name _get_max_expert_parallel_group"
 )
+_AIO = "loads the module ops.aio; failures are errors, and files of any length will do"
+_FILE_WRITERS = at("compat.file_writers", "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter")
 _COLLECTIVES = (
     "broadcast broadcast_object_list all_gather all_gather_object reduce_scatter_fn reduce_scatter_tensor "
     "all_gather_into_tensor allgather_fn all_to_all_single all_to_all send recv isend irecv batch_isend_irecv "
@@ -312,11 +314,12 @@ MODULES: Mapping[str, Names] = {
     "ops.lion.fused_lion": at("ops.lion", "FusedLion"),
     "ops.lamb": at("ops.lamb", "FusedLamb"),
     "ops.lamb.fused_lamb": at("ops.lamb", "FusedLamb"),
-    "ops.op_builder": at("ops.op_builder", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder AsyncIOBuilder")
-    | at("ops.op_builder", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder")
-    | at("ops.op_builder", "UtilsBuilder OpBuilder")
+    "ops.op_builder": at("compat.op_builders", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder")
+    | at("compat.op_builders", "AsyncIOBuilder", _AIO)
+    | at("compat.op_builders", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder UtilsBuilder OpBuilder")
+    | at("compat.op_builders", "PinMemoryBuilder", "compiles nothing")
     | at(
-        "ops.op_builder",
+        "compat.op_builders",
         "InferenceBuilder TransformerBuilder StochasticTransformerBuilder",
         "not compatible anywhere: their kernels are not in this release, and load says so",
     )
@@ -328,9 +331,12 @@ MODULES: Mapping[str, Names] = {
     | no("random layer dropping is not part of this library", "RandomLTDBuilder")
     | no("GPUDirect Storage is not in this release; ops.aio goes past the page cache", "GDSBuilder")
     | no("ranks of a machine share memory without an op: comm.shared_memory", "ShareMemCommBuilder CCLCommBuilder")
-    | no(INTERNAL, "PinMemoryBuilder NotImplementedBuilder"),
+    | no(INTERNAL, "NotImplementedBuilder"),
     "ops": renamed("compat.op_names", __compatible_ops__="compatible_ops"),
     "ops.op_builder.all_ops": at("compat.op_names", "ALL_OPS", "our ops, whatever the device"),
+    "ops.op_builder.builder": at("compat.op_builders", "OpBuilder"),
+    "ops.op_builder.async_io": at("compat.op_builders", "AsyncIOBuilder", _AIO),
+    "ops.aio": at("compat.op_builders", "AsyncIOBuilder", _AIO),
     # --- communication and machine ------------------------------------------------------------------------------------
     "comm": at("compat.comm", _COLLECTIVES)
     | at("comm", "is_initialized get_rank get_world_size get_local_rank destroy_process_group")
@@ -425,6 +431,10 @@ MODULES: Mapping[str, Names] = {
     "runtime.checkpoint_engine.checkpoint_engine": at(
         "compat.checkpoint_engine", "CheckpointEngine CheckpointCommitInfo", _FILES
     ),
+    "io": _FILE_WRITERS,
+    "io.fast_file_writer": at("compat.file_writers", "FastFileWriter FastFileWriterConfig"),
+    "io.py_file_writer": at("compat.file_writers", "PyFileWriter"),
+    "io.mock_file_writer": at("compat.file_writers", "MockFileWriter"),
     "profiling.flops_profiler": at("profiling", "FlopsProfiler get_model_profile"),
     "profiling.flops_profiler.profiler": at("profiling", "FlopsProfiler get_model_profile"),
 }

@@ -1,13 +1,11 @@
 """The ops: what each is made of (`spec`), how it is compiled (`toolchain`), when it is needed (`jit`) or into a wheel
-(`wheel`), and loading it under DeepSpeed's builder classes (`builder`).
+(`wheel`), and loading it (`builder`).
 
 Nothing else of the package is imported from here, and torch only where an op is loaded: setup.py (where nothing is
 installed), the library and env_report all read the one table.
 """
 
-from typing import Any
-
-from deepspeedlite.ops.op_builder.builder import BUILDERS, OpBuilder, load_ops
+from deepspeedlite.ops.op_builder.builder import load_ops
 from deepspeedlite.ops.op_builder.errors import OpBuildError
 from deepspeedlite.ops.op_builder.jit import CacheEntry, built, cache_entries, cache_folder, compiled, why_not
 from deepspeedlite.ops.op_builder.prebuilt import Record, installed_libraries, misfit, read_record
@@ -15,11 +13,9 @@ from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
 from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 __all__ = [
-    "BUILDERS",
     "OPS",
     "CacheEntry",
     "OpBuildError",
-    "OpBuilder",
     "OpSpec",
     "Record",
     "built",
@@ -33,9 +29,3 @@ __all__ = [
     "read_record",
     "why_not",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name in BUILDERS:
-        return BUILDERS[name]
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the builders are {', '.join(BUILDERS)}")

@@ -110,7 +110,7 @@ def _disk_rates(path: str) -> tuple[float, float, str]:
     if not Path(path).is_dir() or shutil.disk_usage(path).free < 2 * _DISK_BYTES:
         return 0, 0, f"{path} is no folder with {2 * _DISK_BYTES >> 20} MiB of room"
     try:
-        handle = aio_handle(queue_depth=16)
+        handle = aio_handle(queue_depth=16, overlap_events=True)
         memory = handle.new_cpu_locked_tensor(_DISK_BYTES, torch.empty(0, dtype=torch.uint8)).random_(0, 256)
         with tempfile.TemporaryDirectory(dir=path, prefix="deepspeedlite-fit-") as folder:
             file = str(Path(folder, "file").resolve())
