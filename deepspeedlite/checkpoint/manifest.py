@@ -224,7 +224,7 @@ def encode(value: Any, where: str, add_tensor: Callable[[torch.Tensor], list[str
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
         dtype = str(value.dtype).removeprefix("torch.")
         return {"$scalar": encode(value.item(), where, add_tensor), "dtype": dtype}
-    if isinstance(value, torch.Tensor):
+    if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         return {"$tensor": add_tensor(value)}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):
         items = [encode(item, f"{where}[{i}]", add_tensor) for i, item in enumerate(value)]
@@ -240,9 +240,10 @@ def encode(value: Any, where: str, add_tensor: Callable[[torch.Tensor], list[str
             return dict(items)
         return {"$dict": items}
     kind = f"{type(value).__module__}.{type(value).__qualname__}"
+    kind += f" of layout {value.layout}" if isinstance(value, torch.Tensor) else ""
     raise CheckpointError(
-        f"{where} is a {kind}: a checkpoint holds numbers, strings, lists, tuples, dicts and tensors, never pickled "
-        "objects; save its plain values instead"
+        f"{where} is a {kind}: a checkpoint holds numbers, strings, lists, tuples, dicts and dense tensors, never "
+        "pickled objects; save its plain values (a sparse tensor's to_dense()) instead"
     )
 
 

@@ -46,7 +46,8 @@ class DeepSpeedCPUAdagrad(OnePassOptimizer):
     """Adagrad for parameters on the CPU, under DeepSpeed's name and with its arguments.
 
     The state is torch's, name for name (`step`, `sum`), so that state dicts of torch.optim.Adagrad load here and the
-    other way round. `fp32_optimizer_states=False` keeps the sum in the parameters' dtype.
+    other way round. `fp32_optimizer_states=False` keeps the sum in the parameters' dtype. Of a sparse gradient (an
+    embedding's) only the elements that it has are stepped, weight decay included.
 
     Raises:
         UnsupportedError: `amsgrad`, which Adagrad has not.
@@ -74,22 +75,41 @@ class DeepSpeedCPUAdagrad(OnePassOptimizer):
                 "torch.optim.Adagrad, or a learning rate schedule"
             )
         for update in updates:
-            self._check(update, ("cpu",))
+            self._check(update._replace(grad=update.param) if update.grad.is_sparse else update, ("cpu",))
             state = self.state[update.param]
             if not state:
                 dtype = torch.float32 if group["fp32_optimizer_states"] else update.param.dtype
                 state["step"] = torch.zeros((), dtype=torch.float32)
                 state["sum"] = zeros_like(update.param, dtype)
             state["step"] += 1
+        for update in updates:
+            if update.grad.is_sparse:
+                self._apply_sparse(update, group, grad_scale)
+        for together in self._alike([update for update in updates if not update.grad.is_sparse]):
+            self._apply(together, self._states(together, "sum"), group, grad_scale)
+
+    def _apply_sparse(self, update: OnePassUpdate, group: dict[str, Any], grad_scale: float) -> None:
+        grad = update.grad.coalesce()
+        where = tuple(grad.indices())  # of an embedding: rows
+        total = self.state[update.param]["sum"]
+        param, sums = update.param[where], total[where]
+        copy = None if update.copy is None else update.copy[where]
+        self._apply([OnePassUpdate(param, grad.values(), copy)], [sums], group, grad_scale)
+        update.param[where], total[where] = param, sums
+        if update.copy is not None and copy is not None:
+            update.copy[where] = copy
+
+    def _apply(
+        self, updates: list[OnePassUpdate], sums: list[Tensor], group: dict[str, Any], grad_scale: float
+    ) -> None:
         apply = load("cpu_adagrad") if is_available("cpu_adagrad") else adagrad_in_torch
-        for together in self._alike(updates):
-            apply(
-                [update.param for update in together],
-                [update.grad for update in together],
-                self._states(together, "sum"),
-                [update.copy for update in together if update.copy is not None],
-                float(group["lr"]),
-                group["eps"],
-                group["weight_decay"],
-                grad_scale,
-            )
+        apply(
+            [update.param for update in updates],
+            [update.grad for update in updates],
+            sums,
+            [update.copy for update in updates if update.copy is not None],
+            float(group["lr"]),
+            group["eps"],
+            group["weight_decay"],
+            grad_scale,
+        )

@@ -12,7 +12,7 @@ and writes p into `copy` too, where one is given. Each tensor may be fp32, bf16 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +28,7 @@ from deepspeedlite.ops.one_pass import (
     put_back,
     zeros_like,
 )
+from deepspeedlite.runtime.errors import OptimizerError
 
 
 class Adam(NamedTuple):
@@ -154,6 +155,71 @@ class DeepSpeedCPUAdam(OnePassOptimizer):
         how = how._replace(decoupled=group["adamw_mode"], bias_correction=group["bias_correction"])
         apply = load("cpu_adam") if is_available("cpu_adam") else adam_in_torch
         apply(*_lists(self, updates, group["amsgrad"]), *how)
+
+    # --- one parameter after another, of which each is there for a while ------------------------------------------
+
+    def step_subgroup(self, subgroup_id: int, closure: Callable[[], float] | None = None) -> float | None:
+        """`step` with the state that `state[subgroup_id]` keeps, whichever tensor the parameter is at the moment.
+
+        Raises:
+            OptimizerError: more than one parameter has a gradient, which would share that state; see `step` too.
+        """
+        param = self._only_param(subgroup_id)
+        if param is None:
+            return self.step(closure)
+        own = self.state.pop(param, None)
+        self.state[param] = self.state.pop(subgroup_id, {})  # type: ignore[call-overload]
+        try:
+            return self.step(closure)
+        finally:
+            self.state[subgroup_id] = self.state.pop(param)  # type: ignore[index]
+            if own is not None:
+                self.state[param] = own
+
+    @torch.no_grad()
+    def rollback_subgroup(self, sub_group_id: int, closure: Callable[[], float] | None = None) -> float | None:
+        """Undo the last `step_subgroup` of that number, the parameter's gradient being what it was then.
+
+        Exact but for rounding: the formulas above, solved for what was there before.
+
+        Raises:
+            OptimizerError: it has made no step, keeps the largest second moments (amsgrad), which do not tell the ones
+                before, or more than one parameter has a gradient.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        param, state = self._only_param(sub_group_id), self.state.get(sub_group_id, {})  # type: ignore[call-overload]
+        if not state or float(state["step"]) <= 0 or "max_exp_avg_sq" in state:
+            why = "keeps the largest second moments (amsgrad)" if "max_exp_avg_sq" in state else "has made no step"
+            raise OptimizerError(f"DeepSpeedCPUAdam cannot undo a step of subgroup {sub_group_id}: it {why}")
+        if param is None or param.grad is None:
+            return loss
+        group = next(group for group in self.param_groups if any(each is param for each in group["params"]))
+        (beta1, beta2), step, decay = group["betas"], float(state["step"]), group["weight_decay"]
+        correction1 = 1 - beta1**step if group["bias_correction"] else 1.0
+        correction2 = (1 - beta2**step) ** 0.5 if group["bias_correction"] else 1.0
+        p, g, m, v = (each.double() for each in (param, param.grad, state["exp_avg"], state["exp_avg_sq"]))
+        p = p + group["lr"] / correction1 * m / (v.sqrt() / correction2 + group["eps"])
+        if group["adamw_mode"]:
+            p = p / (1 - group["lr"] * decay)
+        else:
+            g = g + decay * p
+        param.copy_(p)
+        state["exp_avg"].copy_((m - (1 - beta1) * g) / beta1)
+        state["exp_avg_sq"].copy_(((v - (1 - beta2) * g * g) / beta2).clamp_(min=0))
+        state["step"] -= 1
+        return loss
+
+    def _only_param(self, subgroup_id: int) -> Tensor | None:
+        with_grads = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        if len(with_grads) > 1:
+            raise OptimizerError(
+                f"DeepSpeedCPUAdam: subgroup {subgroup_id} is the state of one parameter, and {len(with_grads)} have "
+                "gradients"
+            )
+        return with_grads[0] if with_grads else None
 
 
 class FusedAdam(FusedOptimizer):

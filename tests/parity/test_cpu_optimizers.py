@@ -261,7 +261,7 @@ def test_what_they_are_not_made_for_is_refused():
     table = torch.nn.Embedding(5, 3, sparse=True)
     table(torch.tensor([1])).sum().backward()
     with pytest.raises(OptimizerError, match=r"shape \(5, 3\).*sparse"):
-        DeepSpeedCPUAdagrad(table.parameters()).step()
+        DeepSpeedCPULion(table.parameters()).step()
 
 
 # --- another kind of processor ----------------------------------------------------------------------------------------

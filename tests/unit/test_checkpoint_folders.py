@@ -25,6 +25,7 @@ from test_checkpoint_faults import raised
 
 import deepspeedlite
 from deepspeedlite.checkpoint.__main__ import main as command
+from deepspeedlite.checkpoint.manifest import encode
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.staging import SaveRecord
 from deepspeedlite.checkpoint.tag import read_latest
@@ -582,3 +583,12 @@ def test_what_is_no_file_is_not_opened(tmp_path):
                             assert command(["verify", str(folder)]) == 1
                 dist.barrier()
     assert read_latest(tmp_path) is None
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+def test_a_sparse_tensor_of_a_users_state_is_refused_with_its_key(layout):
+    client_state = {"step": 3, "of": [torch.eye(2), {"rows": torch.eye(2).to_sparse(layout=layout)}]}
+    with pytest.raises(
+        CheckpointError, match=rf"client_state\['of'\]\[1\]\['rows'\] is a .* of layout {layout}.*to_dense"
+    ):
+        encode(client_state, "client_state", lambda tensor: ["file", "tensor"])
