@@ -126,7 +126,7 @@ class MockFileWriter(FileWriter):
         """Count storages; their bytes, and those of their sizes where `save_size`."""
         total_bytes = 0
         for piece in _pieces(storage_obj_list, save_size):
-            total_bytes += self.write(memoryview(piece))
+            total_bytes += self.write(piece.data)
         self._stats["save_storage"] += len(storage_obj_list)
         self._stats["save_storage_bytes"] += total_bytes
         return total_bytes
@@ -204,7 +204,7 @@ class FastFileWriter(FileWriter):
             mine = piece[max(begin - position, 0) : max(end - position, 0)]
             position += len(piece)
             if len(mine):
-                self.write(memoryview(mine))
+                self.write(mine.data)
         self._stats["save_storage"] += len(storage_obj_list)
         self._stats["save_storage_bytes"] += end - begin
         return end - begin
@@ -267,4 +267,4 @@ def _pieces(storages: Storages, save_size: bool) -> Iterator[np.ndarray[Any, np.
     for storage, dtype in storages:
         if save_size:
             yield np.array([storage.nbytes() // dtype.itemsize], dtype=_SIZE).view(np.uint8)
-        yield torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy()  # type: ignore[arg-type]
+        yield torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage).cpu().numpy()
