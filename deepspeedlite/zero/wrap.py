@@ -188,6 +188,8 @@ def _homes(module: torch.nn.Module, leaves: set[torch.nn.Module]) -> Iterator[tu
 
 
 def _is_to_be_split(block: torch.nn.Module) -> bool:
+    if any(getattr(part, "unsharded_in_parts", False) for part in block.modules()):
+        return True  # a module that says so, wherever in the block
     numel = sum(_numel(param) for param in block.parameters())
     return numel > HUGE_BLOCK_NUMEL or (numel > LARGE_BLOCK_NUMEL and any(map(_holds_blocks, block.modules())))
 
