@@ -5,8 +5,9 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -16,13 +17,14 @@ from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weig
 from deepspeedlite.compat.engine_accessors import EngineAccessors
 from deepspeedlite.compat.helpers import set_log_level_from_string
 from deepspeedlite.compat.offload_states import OffloadedStates, states_of
-from deepspeedlite.compat.stage3_names import NamedOptimizer, describe_whole
+from deepspeedlite.compat.stage3_names import NamedOptimizer
+from deepspeedlite.compat.zero_params import describe
 from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.data.loader import DeepSpeedDataLoader
 from deepspeedlite.engine import EngineParts
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.parallel.pipe import engine as pipe
-from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, logger
 
 ROUTE_TRAIN = "train"
@@ -48,7 +50,7 @@ class DeepSpeedEngine(EngineAccessors):
         if (level := self.log_level()) is not None:
             set_log_level_from_string(level)
         if parts.plan.shard_params:
-            describe_whole(module.parameters(), parts.group)
+            describe(module.parameters(), parts.group)
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say.
@@ -83,6 +85,24 @@ class DeepSpeedEngine(EngineAccessors):
         if self._steps_at_every_call:  # the samples that were, not those of the batch that the configuration names
             more = self._passes_since_step - self._batch.accumulation
             self.global_samples += more * self._batch.micro * self.dp_world_size
+
+    @contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Backward passes in this context add up on every rank; leaving it averages their sum over the ranks, once.
+
+        One context is one step: `engine.step()` comes after it. Ranks may run different numbers of passes. Whole
+        gradients are kept meanwhile, also where they are sharded (stages 2 and 3). Left by an exception it averages
+        nothing: `engine.zero_grad()` then forgets what has added up.
+
+        Raises:
+            EngineStateError: it is nested, in itself or in `no_sync`; (of `step`) inside it.
+        """
+        self._check_alive("coalesce_grad_reduction")
+        with self.no_sync():
+            yield
+        # A pass that brings nothing, and averages what the others have left.
+        self._reducer.begin_backward(1.0, True, self.optimizer is not None and self.optimizer.needs_norm)
+        self._reducer.end_backward(is_shared=True)
 
     def compile(self, backend: str | None = None, compile_kwargs: dict[str, Any] | None = None) -> None:
         """Compile the module with `torch.compile`; at stage 3 in pieces, between the hooks that bring parameters."""
@@ -243,6 +263,14 @@ class DeepSpeedEngine(EngineAccessors):
 
 class PipelineEngine(DeepSpeedEngine, pipe.PipelineEngine):
     """The engine of a `PipelineModule`, under DeepSpeed's names."""
+
+    def coalesce_grad_reduction(self) -> NoReturn:
+        """Not of a pipeline: `train_batch` runs all passes of a batch, and averages once.
+
+        Raises:
+            UnsupportedError: always.
+        """
+        raise UnsupportedError("coalesce_grad_reduction of a pipeline: train_batch averages once for all its passes")
 
     step = pipe.PipelineEngine.step
 

@@ -1,4 +1,4 @@
-"""What clients of DeepSpeed look for at stage 3 on parameters that stay whole, and on the optimizer.
+"""What clients of DeepSpeed look for at stage 3 on the optimizer; on parameters see `zero_params`.
 
 TRL takes DeepSpeed's hooks off around a generation and puts them on again, by `optimizer.parameter_offload`. Here hooks
 may stay: inside `GatheredParameters` they find every value there, and do nothing.
@@ -6,15 +6,13 @@ may stay: inside `GatheredParameters` they find every value there, and do nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 
-from deepspeedlite.comm import Group
 from deepspeedlite.optim.step import ShardedOptimizer
-from deepspeedlite.zero.flat_params import describe_as_whole
 
 
 class ParameterOffload:
@@ -61,10 +59,3 @@ class _Coordinator:
 
     def _invalidate_trace(self) -> None:
         pass
-
-
-def describe_whole(parameters: Iterable[torch.Tensor], group: Group) -> None:
-    """Give parameters that are not sharded at stage 3 what the sharded ones have: clients ask all of them alike."""
-    for param in parameters:
-        if not hasattr(param, "ds_id"):
-            describe_as_whole(param, group)

@@ -502,7 +502,7 @@ def describe_as_sharded(param: torch.Tensor, slot: Slot, owner: FlatParams) -> N
 def describe_as_whole(param: torch.Tensor, group: Group) -> None:
     """The rest of one that is not sharded, or no longer; `group` are the ranks that hold it alike."""
     _describe(param, param.shape)
-    param.ds_process_group = group  # type: ignore[attr-defined]
+    param.ds_group = group  # type: ignore[attr-defined]
     param.ds_status = ZeroParamStatus.AVAILABLE  # type: ignore[attr-defined]
     param.partition_numel = param.numel  # type: ignore[attr-defined]
     param.__dict__.pop("ds_tensor", None)  # another owner's shard

@@ -135,7 +135,7 @@ class GatheredParameters:
             if reading.param.numel():
                 group.broadcast(reading.param.data, src=group.ranks.index(self._modifier or 0))
         for param in self._plain:
-            group = param.ds_process_group  # type: ignore[attr-defined]
+            group = param.ds_group  # type: ignore[attr-defined]
             if param.numel() and self._modifier in group.ranks:
                 values = param.data.contiguous()
                 group.broadcast(values, src=group.ranks.index(self._modifier))

@@ -36,6 +36,8 @@ _CONFIG = "settings and sections under the configuration's own names, and a doze
 _PIPELINE = "also takes schedule=; ties all parameters of a tied module; see docs/pipeline.md"
 _PIPELINE_ENGINE = "made by initialize; refuses stage 3; ends a batch that some rank has no data for on all ranks"
 _MPU = "an mpu may have data, tensor and pipeline parallel groups, no others; see docs/model-parallelism.md"
+_EXTERNAL = "returned parameters, and those read in a forward, are noticed without it"
+_TILED = at("compat.tiled_linear", "TiledLinear TiledLinearReturnBias")
 _INIT = "takes nothing of ZeRO++ (quantized weights, hierarchical groups), nor tensor_overrides"
 
 _SAFE = (
@@ -105,7 +107,6 @@ ABSENT_MODULES: Mapping[str, str] = {
     "runtime.weight_quantizer": _NO_INFERENCE,
     "runtime.sparse_tensor": "sparse gradients are not averaged; use nn.Embedding(sparse=False)",
     "runtime.zero.linear": INTERNAL,
-    "runtime.zero.tiling": "tiled layers are not in this release; a linear layer may be split in the model",
     "runtime.zero.muon": "Muon is not in this release; it needs whole matrices, which ZeRO shards",
     "checkpoint.ds_to_universal": _NO_UNIVERSAL,
     "checkpoint.universal_checkpoint": _NO_UNIVERSAL,
@@ -256,14 +257,16 @@ MODULES: Mapping[str, Names] = {
     )
     | at("parallel.pipe.topology", "PipelineParallelGrid", "takes a topology; its groups are those of all ranks"),
     # --- ZeRO ---------------------------------------------------------------------------------------------------------
-    "runtime.zero": at("zero", "GatheredParameters register_external_parameter ZeroParamStatus")
-    | at("zero", "Init", _INIT)
+    "runtime.zero": at("zero", "GatheredParameters ZeroParamStatus")
+    | at("compat.zero_params", "Init", _INIT)
+    | at("compat.zero_params", "register_external_parameter unregister_external_parameter", _EXTERNAL)
     | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
     | at("compat.zero", "ZeroParamType")
-    | no("tiled layers are not in this release", "TiledLinear TiledLinearReturnBias")
+    | _TILED
     | no(INTERNAL, "DeepSpeedZeRoOffload DeepSpeedTensorOverride"),
-    "runtime.zero.partition_parameters": at("zero", "GatheredParameters register_external_parameter ZeroParamStatus")
-    | at("zero", "Init", _INIT)
+    "runtime.zero.partition_parameters": at("zero", "GatheredParameters ZeroParamStatus")
+    | at("compat.zero_params", "Init", _INIT)
+    | at("compat.zero_params", "register_external_parameter unregister_external_parameter", _EXTERNAL)
     | at("compat.zero", "ZeroParamType")
     | at(
         "compat.zero",
@@ -271,8 +274,8 @@ MODULES: Mapping[str, Names] = {
         "replacing it changes nothing: zero.Init leaves torch's constructors alone",
     )
     | at("accelerator", "get_accelerator")
-    | no("register_external_parameter lasts as long as the module", "unregister_external_parameter")
     | no("zero.Init is a context: leave it", "shutdown_init_context restore_init_context"),
+    "runtime.zero.tiling": _TILED,
     "runtime.zero.config": renamed(
         "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroConfig="ZeroOptimization"
     )
