@@ -55,6 +55,7 @@ WIDE_SIGNATURES = {
     "comm.py:init_distributed",
     "loader.py:build_dataloader",
     "module.py:__init__",  # PipelineModule
+    "tiled_linear.py:__init__",
     "lamb.py:__init__",
     "adam.py:__init__",
     "init.py:__init__",
