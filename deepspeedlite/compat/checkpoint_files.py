@@ -2,22 +2,35 @@
 
 `python -m deepspeedlite.checkpoint export` writes that layout; the files of our own have a manifest instead. Nothing in
 the files is executed when they are read.
+
+Of a checkpoint of ours there are, for as long as the process runs, two small files that say what it is: the stage, the
+number of ranks, counters, schedule and the user's state. Lightning's conversion to fp32 looks these up in them; weights
+it takes from `get_fp32_state_dict_from_zero_checkpoint`, as everything should.
 """
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
+import shutil
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from deepspeedlite.checkpoint.formats.deepspeed.layout import model_file
-from deepspeedlite.checkpoint.formats.deepspeed.pickles import load_inert
+from deepspeedlite.checkpoint.foreign import Formats
+from deepspeedlite.checkpoint.formats import open_checkpoint
+from deepspeedlite.checkpoint.formats.deepspeed.layout import MODEL_STATES, model_file, optimizer_file
+from deepspeedlite.checkpoint.formats.deepspeed.pickles import load_inert, save_for_deepspeed
+from deepspeedlite.checkpoint.formats.deepspeed.writer import VERSION
+from deepspeedlite.checkpoint.tag import is_checkpoint
 from deepspeedlite.runtime.errors import CheckpointError
 
 _MODEL, _OPTIM = "_model_states.pt", "_optim_states.pt"
+
+_FP32_KEYS = {"single_partition_of_fp32_groups", "fp32_flat_groups"}
 
 
 class MissingFilesError(CheckpointError, FileNotFoundError):
@@ -43,6 +56,32 @@ def get_zero_ckpt_name_for_rank(base_folder: str, dp_rank: int, mp_rank: int) ->
     return os.path.join(base_folder, f"zero_pp_rank_{dp_rank}_mp_rank_{mp_rank:02d}{_OPTIM}")
 
 
+def is_ours(checkpoint_dir: str) -> bool:
+    """Whether a tag's folder is of a checkpoint of ours, whose files have a manifest."""
+    return is_checkpoint(Path(checkpoint_dir), Formats())
+
+
+def _described(checkpoint_dir: str) -> Path:
+    """A folder with the two files that say what a checkpoint of ours is; it goes when the process ends."""
+    folder = Path(tempfile.mkdtemp(prefix="deepspeedlite-checkpoint-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    with open_checkpoint(checkpoint_dir) as reader:
+        manifest, config = reader.manifest, reader.state("config") or {}
+        both = {"ds_config": config, "ds_version": VERSION}
+        optimizer = {"zero_stage": manifest.stage, "partition_count": manifest.world_size}
+        model = {
+            "lr_scheduler": reader.state("lr_scheduler"),
+            **{name: int(count) for name, count in (reader.state("engine") or {}).items()},
+            "dp_world_size": manifest.world_size // manifest.model_parallel,
+            "mp_world_size": manifest.model_parallel,
+            **both,
+            **(reader.state("client_state") or {}),
+        }
+    save_for_deepspeed({"optimizer_state_dict": optimizer, **both}, folder / optimizer_file(0, bf16=False))
+    save_for_deepspeed(model, folder / MODEL_STATES)
+    return folder
+
+
 def get_checkpoint_files(checkpoint_dir: str, glob_pattern: str) -> list[str]:
     """The files of a tag's folder that match, ranks in the order of their numbers.
 
@@ -59,12 +98,16 @@ def get_checkpoint_files(checkpoint_dir: str, glob_pattern: str) -> list[str]:
 
 
 def get_optim_files(checkpoint_dir: str) -> list[str]:
-    """The files of all ranks' parts of the optimizer. Raises `MissingFilesError`."""
+    """The files of all ranks' parts of the optimizer; see above. Raises `MissingFilesError`."""
+    if is_ours(checkpoint_dir):
+        return [str(_described(checkpoint_dir) / optimizer_file(0, bf16=False))]
     return get_checkpoint_files(checkpoint_dir, f"*{_OPTIM}")
 
 
 def get_model_state_files(checkpoint_dir: str) -> list[str]:
-    """The files of weights, buffers and counters. Raises `MissingFilesError`."""
+    """The files of weights, buffers and counters; see above. Raises `MissingFilesError`."""
+    if is_ours(checkpoint_dir):
+        return [str(_described(checkpoint_dir) / MODEL_STATES)]
     return get_checkpoint_files(checkpoint_dir, f"*{_MODEL}")
 
 
@@ -74,6 +117,8 @@ def get_model_state_file(checkpoint_dir: str, zero_stage: int) -> str:
     Raises:
         MissingFilesError: it is not there.
     """
+    if is_ours(checkpoint_dir):
+        return get_model_state_files(checkpoint_dir)[0]
     path = os.path.join(checkpoint_dir, model_file(0, zero_stage))
     if not os.path.exists(path):
         raise MissingFilesError(f"there is no {path}")
@@ -97,6 +142,12 @@ def parse_optim_states(files: Iterable[str], ds_checkpoint_dir: str) -> tuple[in
         if not isinstance(held, dict) or "zero_stage" not in held:
             raise FilesError(f"{name} is not of a sharded optimizer")
         states.append(held)
+    if not _FP32_KEYS & states[0].keys():
+        raise FilesError(
+            f"{ds_checkpoint_dir} is no checkpoint in DeepSpeed's layout, whose files hold what is asked for here; "
+            "`python -m deepspeedlite.checkpoint export` writes one; weights of this one are read by "
+            "get_fp32_state_dict_from_zero_checkpoint"
+        )
     stage, world_size = states[0]["zero_stage"], states[0]["partition_count"]
     # A count for each parameter group: all alike where there are no experts.
     world_size = max(world_size) if isinstance(world_size, list) else world_size
