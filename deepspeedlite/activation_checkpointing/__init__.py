@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint as torch_checkpoint
 
 from deepspeedlite.activation_checkpointing.rng import CudaRNGStatesTracker, Generators
-from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, Restored
+from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, PartBuffers, Restored
 from deepspeedlite.comm import Group
 from deepspeedlite.config import load_config
 from deepspeedlite.metrics.comms_logger import comms_logger
@@ -30,7 +30,7 @@ from deepspeedlite.metrics.memory import current_device
 from deepspeedlite.metrics.timers import Stopwatch
 from deepspeedlite.runtime.device import accelerator
 from deepspeedlite.runtime.errors import ConfigError
-from deepspeedlite.runtime.log import log_dist, log_once
+from deepspeedlite.runtime.log import log_dist
 
 __all__ = [
     "CudaRNGStatesTracker",
@@ -62,6 +62,7 @@ class _Settings:
     number: int | None = None
     synchronize: bool = False
     profile: bool = False
+    buffers: PartBuffers | None = None  # where `contiguous` puts the parts of inputs
 
 
 _settings = _Settings()
@@ -84,8 +85,9 @@ def configure(
         mpu_: a Megatron-style object with the model-parallel group, or None.
         deepspeed_config: a configuration, of which the section `activation_checkpointing` is read.
         partition_activations: each model-parallel rank keeps a part of every input; they are gathered in backward.
-        contiguous_checkpointing: needs the two around it, and changes nothing: the allocator keeps memory whole.
-        num_checkpoints: how many inputs are kept in a forward pass.
+        contiguous_checkpointing: these parts are put into one buffer for each size, with room for `num_checkpoints` of
+            them, instead of memory of their own; needs `partition_activations` and `num_checkpoints`.
+        num_checkpoints: how many checkpointed calls of a forward pass wait for their backward.
         checkpoint_in_cpu: inputs on a GPU are copied to page-locked CPU memory while the forward pass goes on, and
             back before backward needs them.
         synchronize: wait for the device at both ends of every checkpointed function.
@@ -114,8 +116,8 @@ def configure(
     settings = _Settings(configured=True, mpu=mpu_, group=_model_parallel_group(mpu_), **chosen)
     if settings.contiguous and not (settings.partition and settings.number):
         raise ConfigError("contiguous_checkpointing needs partition_activations and num_checkpoints")
-    if settings.contiguous:
-        log_once("contiguous_checkpointing changes nothing here: the allocator keeps freed memory for the next input")
+    if settings.contiguous and settings.number:
+        settings.buffers = PartBuffers(settings.number)
     vars(_settings).update(vars(settings))
 
 
@@ -133,7 +135,7 @@ def checkpoint(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return function(*args, **kwargs)
     leaves, spec = tree_flatten((args, kwargs))
-    saver = InputSaver(_settings.group if _settings.partition else None, _settings.on_host)
+    saver = InputSaver(_settings.group if _settings.partition else None, _settings.on_host, _settings.buffers)
     segment = _Segment(function, spec, {i: leaf for i, leaf in enumerate(leaves) if saver.moves(leaf)}, saver)
     there = [None if index in segment.moved else leaf for index, leaf in enumerate(leaves)]
     return torch_checkpoint(segment, *there, use_reentrant=False, preserve_rng_state=False)
@@ -194,12 +196,19 @@ def partition_activations_in_checkpoint(partition_activation: bool) -> None:
 
 
 def set_num_layers(nlayers: int) -> None:
-    """Say how many inputs are kept in a forward pass. Kept for scripts: nothing depends on it."""
+    """Say how many checkpointed calls of a forward pass wait for their backward: `num_checkpoints` of `configure`."""
     _settings.number = nlayers
+    if _settings.buffers is not None:
+        _settings.buffers = PartBuffers(nlayers)
 
 
 def reset() -> None:
-    """For scripts that call it between forward passes without backward: nothing is left over here."""
+    """Free the buffers of `contiguous_checkpointing`, where there are any; the next forward pass allocates them anew.
+
+    What a forward pass has kept and no backward pass has used keeps its memory as long as its graph lives.
+    """
+    if _settings.buffers is not None:
+        _settings.buffers = PartBuffers(_settings.number or 1)
 
 
 # --- random numbers ---------------------------------------------------------------------------------------------------

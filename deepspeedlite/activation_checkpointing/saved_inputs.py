@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.runtime.log import log_once
 
 
 class SavedInput(Protocol):
@@ -29,12 +30,50 @@ class SavedInput(Protocol):
         """A tensor with the values, on the input's device, without a graph."""
 
 
-class InputSaver:
-    """Decides how inputs are kept. `group`: the ranks to shard over, None: not; `on_host`: GPU inputs go to the CPU."""
+class PartBuffers:
+    """Memory for the parts of sharded inputs that does not fall into fragments while layers' own tensors come and go.
 
-    def __init__(self, group: Group | None, on_host: bool) -> None:
+    For each size of part, dtype and place there is one buffer with room for `count` of them, allocated when the first
+    such part is kept. What is kept beyond that, because more calls wait for their backward than was said, has memory of
+    its own.
+    """
+
+    def __init__(self, count: int) -> None:
+        self._count = count
+        self._buffers: dict[tuple[Any, ...], torch.Tensor] = {}  # [count, numel]
+        self._free: dict[tuple[Any, ...], list[int]] = {}  # rows that nobody has; a list, so that rows come back to it
+
+    def take(self, numel: int, like: torch.Tensor, holder: object, pinned: bool = False) -> torch.Tensor:
+        """A 1-D tensor of `like`'s dtype for as long as `holder` lives: on its device, or in page-locked CPU memory."""
+        place = {"dtype": like.dtype, "device": "cpu" if pinned else like.device, "pin_memory": pinned}
+        key = (numel, *place.values())
+        if key not in self._buffers:
+            self._buffers[key] = torch.empty((self._count, numel), **place)
+            self._free[key] = list(reversed(range(self._count)))
+        free = self._free[key]
+        if not free:
+            log_once(
+                f"more than {self._count} checkpointed inputs of {numel} elements a rank are kept at once: those "
+                "beyond have memory of their own; raise activation_checkpointing.number_checkpoints"
+            )
+            return torch.empty(numel, **place)
+        row = free.pop()
+        weakref.finalize(holder, free.append, row)
+        return self._buffers[key][row]
+
+
+class InputSaver:
+    """Decides how inputs are kept.
+
+    Args:
+        group: the ranks to shard over; None: not.
+        on_host: GPU inputs go to the CPU.
+        buffers: where the parts of sharded inputs are put; None: each has memory of its own.
+    """
+
+    def __init__(self, group: Group | None, on_host: bool, buffers: PartBuffers | None = None) -> None:
         self._group = group if group is not None and group.size > 1 else None
-        self._on_host = on_host
+        self._on_host, self._buffers = on_host, buffers
 
     def moves(self, leaf: Any) -> bool:
         """Whether an argument is kept elsewhere than in itself: floating-point tensors, where that saves memory."""
@@ -46,21 +85,24 @@ class InputSaver:
     def save(self, tensor: torch.Tensor) -> SavedInput:
         """Take a copy of the values, or of this rank's part of them."""
         if self._group is not None and tensor.numel() >= self._group.size:
-            return _Sharded(tensor, self._group, self._on_host)
+            return _Sharded(tensor, self._group, self._on_host, self._buffers)
         return _OnHost(tensor)
 
 
 class _Sharded:
     """This rank's part of the flattened tensor; the last rank's is padded."""
 
-    def __init__(self, tensor: torch.Tensor, group: Group, on_host: bool) -> None:
+    def __init__(self, tensor: torch.Tensor, group: Group, on_host: bool, buffers: PartBuffers | None) -> None:
         self.requires_grad = tensor.requires_grad
         self._shape, self._group = tensor.shape, group
         part_numel = -(-tensor.numel() // group.size)
         mine = tensor.detach().reshape(-1)[group.rank * part_numel : (group.rank + 1) * part_numel]
-        part = mine.new_zeros(part_numel)
+        goes_to_host = on_host and tensor.is_cuda
+        room = None if buffers is None else buffers.take(part_numel, mine, self, pinned=goes_to_host)
+        part = mine.new_empty(part_numel) if room is None or goes_to_host else room
         part[: mine.numel()] = mine
-        self._part: torch.Tensor | _OnHost = _OnHost(part) if on_host and part.is_cuda else part
+        part[mine.numel() :] = 0
+        self._part: torch.Tensor | _OnHost = _OnHost(part, room) if goes_to_host else part
 
     def fetch(self) -> torch.Tensor:
         part = self._part.fetch() if isinstance(self._part, _OnHost) else self._part
@@ -77,7 +119,7 @@ class _OnHost:
     _last: weakref.ref[_OnHost] | None = None  # kept most recently
     _streams: dict[torch.device, torch.cuda.Stream] = {}
 
-    def __init__(self, tensor: torch.Tensor) -> None:
+    def __init__(self, tensor: torch.Tensor, room: torch.Tensor | None = None) -> None:
         self.requires_grad = tensor.requires_grad
         self._device = tensor.device
         self._back: torch.Tensor | None = None
@@ -85,7 +127,7 @@ class _OnHost:
         stream = self._stream()
         stream.wait_stream(torch.cuda.current_stream(self._device))
         source = tensor.detach()
-        self._copy = torch.empty_like(source, device="cpu", pin_memory=True)
+        self._copy = torch.empty_like(source, device="cpu", pin_memory=True) if room is None else room
         with torch.cuda.stream(stream):
             self._copy.copy_(source, non_blocking=True)
         source.record_stream(stream)

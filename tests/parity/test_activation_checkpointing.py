@@ -16,6 +16,8 @@ from models import TiedTokenModel, tied_model, tokens
 
 import deepspeedlite
 from deepspeedlite import checkpointing
+from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, PartBuffers
+from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import ConfigError, EngineStateError
 
 
@@ -140,6 +142,68 @@ def test_memory():
     checkpointing.configure(Mpu(), partition_activations=True)
     sharded = held_bytes(checkpointing.checkpoint)
     assert kept < 0.6 * plain and sharded < 0.7 * kept, (plain >> 20, kept >> 20, sharded >> 20)
+
+
+def kept_parts(inputs: list[torch.Tensor], buffers: PartBuffers | None) -> tuple[list[Any], int, int]:
+    """Of layers' inputs the savers' parts; how many separate pieces of memory they lie in, and of how many bytes.
+
+    Between two of them a layer's own tensors come and go.
+    """
+    saver, kept = InputSaver(Group(), False, buffers), []
+    for x in inputs:
+        passing = torch.empty(x.numel() // 2)
+        kept.append(saver.save(x))
+        del passing
+    storages = {part._part.untyped_storage().data_ptr(): part._part.untyped_storage().nbytes() for part in kept}
+    return kept, len(storages), sum(storages.values())
+
+
+@distributed(2)
+def test_sharded_inputs_go_into_one_buffer():
+    """One piece of memory of the size of all parts, instead of as many; the same in every pass, and no byte more."""
+    inputs = [torch.full((1001,), float(number)) for number in range(LAYERS)]
+    apart, fragments, nbytes = kept_parts(inputs, None)
+    assert (fragments, nbytes) == (LAYERS, LAYERS * 501 * 4)
+    buffers = PartBuffers(LAYERS)
+    places = set()
+    for _ in range(3):
+        together, fragments, held = kept_parts(inputs, buffers)
+        assert (fragments, held) == (1, nbytes)
+        places.add(together[0]._part.untyped_storage().data_ptr())
+        assert all(torch.equal(part.fetch(), x) for part, x in zip(together, inputs))
+        assert len({part._part.data_ptr() for part in together}) == LAYERS
+        del together
+    assert len(places) == 1, "memory is given back and used again"
+    other, fragments, _ = kept_parts([*inputs, torch.ones(10), torch.ones(1001).bfloat16()], buffers)
+    assert fragments == 3, "a buffer for each size and dtype"
+    beyond, fragments, _ = kept_parts([torch.ones(1001)] * 2, buffers)
+    assert fragments == 2 and all(torch.equal(part.fetch(), torch.ones(1001)) for part in beyond)
+    del apart, other
+
+
+@distributed(2)
+def test_contiguous_checkpointing_gives_the_plain_gradients():
+    plain = gradients(plainly)
+    config = {
+        "train_batch_size": 1,
+        "activation_checkpointing": {
+            "partition_activations": True,
+            "contiguous_memory_optimization": True,
+            "number_checkpoints": 3,
+        },
+    }
+    checkpointing.configure(Mpu(), deepspeed_config=config)
+    buffers = checkpointing._settings.buffers
+    for run in (checkpointing.checkpoint, nested, checkpointing.checkpoint):
+        for ours, expected in zip(gradients(run), plain, strict=True):
+            assert torch.equal(ours, expected)
+    gc.collect()
+    assert buffers._buffers and all(len(free) == 3 for free in buffers._free.values()), "all rows came back"
+    checkpointing.reset()
+    assert not checkpointing._settings.buffers._buffers
+    checkpointing.set_num_layers(1)  # too few: the others have memory of their own
+    for ours, expected in zip(gradients(checkpointing.checkpoint), plain, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def checkpointed_model() -> TiedTokenModel:

@@ -34,10 +34,8 @@ class ActivationCheckpointing(Section):
     partition_activations: Flag = key(False, "Shard kept activations over model-parallel ranks.")
     cpu_checkpointing: Flag = key(False, "Keep checkpointed inputs in CPU memory.")
     contiguous_memory_optimization: Flag = key(
-        False,
-        "Keep sharded activations in one buffer.",
-        stands="hint: changes nothing: the allocator keeps memory whole",
+        False, "Keep sharded activations in one buffer for each size, allocated once."
     )
-    number_checkpoints: Int | None = key(None, "How many checkpoints that buffer holds.", ge=1)
+    number_checkpoints: Int | None = key(None, "How many such activations a buffer holds.", ge=1)
     synchronize_checkpoint_boundary: Flag = key(False, "Synchronize the device at every boundary.")
     profile: Flag = key(False, "Log the time of every checkpointed function.", may_differ=True)
