@@ -45,7 +45,9 @@ class PartBuffers:
 
     def take(self, numel: int, like: torch.Tensor, holder: object, pinned: bool = False) -> torch.Tensor:
         """A 1-D tensor of `like`'s dtype for as long as `holder` lives: on its device, or in page-locked CPU memory."""
-        place = {"dtype": like.dtype, "device": "cpu" if pinned else like.device, "pin_memory": pinned}
+        place: dict[str, Any] = {"dtype": like.dtype, "device": like.device, "pin_memory": pinned}
+        if pinned:
+            place["device"] = torch.device("cpu")
         key = (numel, *place.values())
         if key not in self._buffers:
             self._buffers[key] = torch.empty((self._count, numel), **place)
