@@ -49,7 +49,7 @@ demo:  ## train the CIFAR-10 tutorial on 2 local ranks, from a bare clone
 test:  ## run the whole test suite
 	$(TIMED) "make test" $(MAKE) --no-print-directory test-here MARKS=
 
-test-fast:  ## run the quick tests of every part, in about two and a half minutes
+test-fast:  ## run the quick tests of every part, in a few minutes
 	$(TIMED) "make test-fast" $(MAKE) --no-print-directory test-here MARKS='-m "not slow"'
 
 coverage:  ## run the whole test suite and print which statements and branches it reaches (PYTEST_ARGS: a part of it)
