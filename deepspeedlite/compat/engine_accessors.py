@@ -70,7 +70,7 @@ is_deepcompile_active is_deepcompile_enabled super_offload zero_nvme_offload_opt
 _HERE = "the schedule of gradients does it by itself"
 _ABSENT_BECAUSE = {
     f"gradients are averaged in the backward pass: {_HERE}": "allreduce_gradients allreduce_bucket allreduce_no_retain "
-    "allreduce_and_copy buffered_allreduce_fallback all_gather_scalar coalesce_grad_reduction",
+    "allreduce_and_copy buffered_allreduce_fallback all_gather_scalar",
     "gradients are reduced densely": "sparse_all_gather sparse_allreduce sparse_allreduce_bucket "
     "sparse_allreduce_no_retain",
     "it clips by itself; set gradient_clipping": "clip_fp32_gradients",

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 import deepspeedlite
 from deepspeedlite import zero
+from deepspeedlite.compat.zero_params import unregister_external_parameter
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero import ZeroParamStatus
 
@@ -234,8 +235,8 @@ def test_registering_and_its_end(world_size: int) -> None:
     weight = module[0].weight
     for _ in range(2):
         zero.register_external_parameter(module, weight)
-    zero.unregister_external_parameter(module, weight)
+    unregister_external_parameter(module, weight)
     with pytest.raises(EngineStateError, match=r"is not registered as an external parameter of this Sequential"):
-        zero.unregister_external_parameter(module, weight)
+        unregister_external_parameter(module, weight)
     with pytest.raises(EngineStateError, match=r"needs a torch.nn.Parameter, got Tensor"):
         zero.register_external_parameter(module, torch.ones(1))

@@ -259,7 +259,7 @@ MODULES: Mapping[str, Names] = {
     # --- ZeRO ---------------------------------------------------------------------------------------------------------
     "runtime.zero": at("zero", "GatheredParameters ZeroParamStatus")
     | at("compat.zero_params", "Init", _INIT)
-    | at("compat.zero_params", "register_external_parameter unregister_external_parameter", _EXTERNAL)
+    | at("compat.zero_params", "register_external_parameter", _EXTERNAL)
     | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
     | at("compat.zero", "ZeroParamType")
     | _TILED
