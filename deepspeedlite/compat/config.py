@@ -74,6 +74,12 @@ class DeepSpeedConfig:
         return attrgetter(_ATTRIBUTES.get(name, name))(self._checked)
 
 
+def get_zero_config(param_dict: Mapping[str, Any]) -> Any:
+    """The section `zero_optimization` of a configuration, checked; what else it holds is not looked at."""
+    given = {name: param_dict[name] for name in ("zero_optimization",) if name in param_dict}
+    return DeepSpeedConfig({"train_micro_batch_size_per_gpu": 1, **given}).zero_config
+
+
 class MonitorConfig(SimpleNamespace):
     """What `MonitorMaster` reads: the monitors' sections, by their names."""
 

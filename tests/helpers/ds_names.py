@@ -17,7 +17,7 @@ from deepspeed.launcher import runner
 from deepspeed.runtime import utils
 from deepspeed.runtime.checkpoint_engine import CheckpointCommitInfo, TorchCheckpointEngine
 from deepspeed.runtime.pipe import schedule
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig, ZeroStageEnum, get_zero_config
 from deepspeed.runtime.zero.leaf_module_config import DeepSpeedZeroLeafModuleConfig
 from deepspeed.runtime.zero.offload_config import DeepSpeedZeroOffloadOptimizerConfig, DeepSpeedZeroOffloadParamConfig
 from deepspeed.utils import zero_to_fp32
@@ -190,6 +190,8 @@ found["sections"] = [
     DeepSpeedZeroOffloadParamConfig().device,
     DeepSpeedZeroLeafModuleConfig(names=["a"]).names,
     DeepSpeedZeroConfig().stage == ZeroStageEnum.disabled,
+    int(get_zero_config({"zero_optimization": {"stage": 2}, "unknown": 1}).stage),
+    int(get_zero_config({}).stage),
 ]
 
 

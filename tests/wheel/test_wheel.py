@@ -92,6 +92,7 @@ def test_one_small_wheel_for_every_python(cuda_wheel):
     assert libraries == {f"lib/{spec.name}.so" for spec in HERE}
     sources = {f"csrc/{path.relative_to(ROOT / 'csrc')}" for path in (ROOT / "csrc").rglob("*.*")}
     assert sources | {"op_builder/spec.py"} <= names
+    assert "deepspeedlite/compat/drop_in/deepspeed_names.json" in names
     stand_in = "deepspeedlite/drop_in/stand_in/deepspeed"
     assert {f"{stand_in}/__init__.py", f"{stand_in}-{STAND_IN_VERSION}.dist-info/METADATA"} <= names
     commit = run("git", "rev-parse", "HEAD").strip() if (ROOT / ".git").exists() else "unknown"

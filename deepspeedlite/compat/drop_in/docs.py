@@ -42,6 +42,9 @@ so scripts run whose heads import what they never call. A name that is absent he
 `hasattr` is true, for all of them. What this page does not name is internal to DeepSpeed, and says so when it is used.
 The keys of the configuration have a [reference of their own](config.md).
 
+What public repositories import is counted: `tests/unit/client_names.txt` lists their names, each as one that works,
+one of a capability that is absent, or an internal of DeepSpeed, and a test asks all of them.
+
 Where a process has imported `deepspeed` and that is this library, three things in a configuration are taken as
 DeepSpeed takes them, and said once each; under our own name alone they are errors:
 

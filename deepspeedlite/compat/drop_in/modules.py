@@ -279,6 +279,7 @@ MODULES: Mapping[str, Names] = {
     "runtime.zero.config": renamed(
         "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroConfig="ZeroOptimization"
     )
+    | at("compat.config", "get_zero_config")
     | at("compat.zero", "ZeroStageEnum"),
     "runtime.zero.leaf_module_config": renamed(
         "config.sections.zero", "a section of DeepSpeedConfig", DeepSpeedZeroLeafModuleConfig="LeafModule"
