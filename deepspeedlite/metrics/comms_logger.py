@@ -18,12 +18,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, TextIO
 
 import torch
 import torch.distributed as dist
 
 from deepspeedlite.comm import Work
+from deepspeedlite.config.sections.monitors import CommsLogger as CommsLoggerSection
 from deepspeedlite.runtime.log import logger as text_log
 from deepspeedlite.runtime.text import columns, size_text
 
@@ -35,21 +36,6 @@ _BUS_FACTORS: Mapping[str, Callable[[int], float]] = {
     "all_gather_into_tensor": lambda n: (n - 1) / n,
     "reduce_scatter_tensor": lambda n: (n - 1) / n,
 }
-
-
-class CommsLoggerSettings(Protocol):
-    """The config section `comms_logger`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def verbose(self) -> bool: ...
-    @property
-    def prof_all(self) -> bool: ...
-    @property
-    def prof_ops(self) -> Sequence[str]: ...
-    @property
-    def debug(self) -> bool: ...
 
 
 @dataclass
@@ -108,7 +94,7 @@ class CommsLogger:
     stats: dict[tuple[str, int], OpStats] = field(default_factory=dict)
     _pending: list[_Pending] = field(default_factory=list)
 
-    def configure(self, settings: CommsLoggerSettings) -> None:
+    def configure(self, settings: CommsLoggerSection) -> None:
         """Take the settings of the config section `comms_logger`; what was measured so far is kept."""
         self.enabled, self.verbose, self.debug = settings.enabled, settings.verbose, settings.debug
         self.prof_all, self.prof_ops = settings.prof_all, tuple(settings.prof_ops)

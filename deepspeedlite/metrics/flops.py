@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode, flop_registry, sdpa_flop_count
 from torch.utils.hooks import RemovableHandle
 
-from deepspeedlite.metrics.flops_report import format_report, parent_name, si
+from deepspeedlite.metrics.flops_report import ModuleProfile, format_report, parent_name, si
 from deepspeedlite.metrics.timers import Stopwatch
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import ConfigError, EngineStateError
@@ -36,26 +36,6 @@ class EngineView(Protocol):
     @property
     def world_size(self) -> int: ...
     def train_micro_batch_size_per_gpu(self) -> int: ...
-
-
-@dataclass
-class ModuleProfile:
-    """One module's part of the forward pass, its children included."""
-
-    name: str
-    """Full name in the model; empty for the model itself."""
-    class_name: str
-    depth: int
-    """0 for the model itself."""
-    params_numel: int
-    flops: int = 0
-    latency_ms: float = 0.0
-    calls: int = 0
-
-    @property
-    def macs(self) -> int:
-        """Multiply-accumulates."""
-        return self.flops // 2
 
 
 @dataclass

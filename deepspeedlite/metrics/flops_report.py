@@ -6,30 +6,29 @@ Pure functions from figures to a string. Percentages are of the whole model's fi
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Mapping, Sequence
-from typing import Protocol
+from dataclasses import dataclass
 
 from deepspeedlite.runtime.text import columns
 
 
-class Profile(Protocol):
-    """One module's figures, its children included; see `flops.ModuleProfile`."""
+@dataclass
+class ModuleProfile:
+    """One module's part of the forward pass, its children included."""
+
+    name: str
+    """Full name in the model; empty for the model itself."""
+    class_name: str
+    depth: int
+    """0 for the model itself."""
+    params_numel: int
+    flops: int = 0
+    latency_ms: float = 0.0
+    calls: int = 0
 
     @property
-    def name(self) -> str: ...
-    @property
-    def class_name(self) -> str: ...
-    @property
-    def depth(self) -> int: ...
-    @property
-    def params_numel(self) -> int: ...
-    @property
-    def flops(self) -> int: ...
-    @property
-    def macs(self) -> int: ...
-    @property
-    def latency_ms(self) -> float: ...
-    @property
-    def calls(self) -> int: ...
+    def macs(self) -> int:
+        """Multiply-accumulates."""
+        return self.flops // 2
 
 
 def si(number: float) -> str:
@@ -51,7 +50,7 @@ def parent_name(name: str, known: Container[str]) -> str:
     return name
 
 
-_MEASURES: dict[str, tuple[Callable[[Profile], float], Callable[[float], str]]] = {
+_MEASURES: dict[str, tuple[Callable[[ModuleProfile], float], Callable[[float], str]]] = {
     "params": (lambda profile: profile.params_numel, lambda value: si(value).rstrip()),
     "MACs": (lambda profile: profile.macs, lambda value: si(value).rstrip()),
     "FLOPs": (lambda profile: profile.flops, lambda value: si(value).rstrip()),
@@ -60,7 +59,7 @@ _MEASURES: dict[str, tuple[Callable[[Profile], float], Callable[[float], str]]] 
 
 
 def format_report(
-    profiles: Sequence[Profile],
+    profiles: Sequence[ModuleProfile],
     title: str,
     module_depth: int,
     top_modules: int,
@@ -78,7 +77,7 @@ def format_report(
     return "\n".join(lines) + "\n"
 
 
-def _totals(model: Profile, backward_factor: float, step_times_ms: Mapping[str, float]) -> list[str]:
+def _totals(model: ModuleProfile, backward_factor: float, step_times_ms: Mapping[str, float]) -> list[str]:
     forward_ms = step_times_ms.get("forward") or model.latency_ms
     lines = [
         f"parameters  {si(model.params_numel)}",
@@ -101,7 +100,7 @@ def _pass_line(what: str, flops: float, time_ms: float) -> str:
     return f"{what:<10}  {si(flops)}FLOPs in {time_ms:.2f} ms{rate}"
 
 
-def _top(profiles: Sequence[Profile], module_depth: int, top_modules: int) -> list[str]:
+def _top(profiles: Sequence[ModuleProfile], module_depth: int, top_modules: int) -> list[str]:
     """Per measure, the module classes with the largest sums.
 
     At a depth, modules count whole. With depth -1 every module counts for what it does itself outside its children,
@@ -123,7 +122,7 @@ def _top(profiles: Sequence[Profile], module_depth: int, top_modules: int) -> li
     return lines
 
 
-def _own(profiles: Sequence[Profile], read: Callable[[Profile], float]) -> list[float]:
+def _own(profiles: Sequence[ModuleProfile], read: Callable[[ModuleProfile], float]) -> list[float]:
     """Each module's figure less its children's; not below zero where a child is shared with another module."""
     own = {profile.name: read(profile) for profile in profiles}
     for profile in profiles:
@@ -132,7 +131,7 @@ def _own(profiles: Sequence[Profile], read: Callable[[Profile], float]) -> list[
     return [max(value, 0) for value in own.values()]
 
 
-def _tree(profiles: Sequence[Profile], module_depth: int) -> list[str]:
+def _tree(profiles: Sequence[ModuleProfile], module_depth: int) -> list[str]:
     """A table with one row per module down to `module_depth`, indented by depth."""
     rows = [["module", *_MEASURES, "calls"]]
     totals = {measure: read(profiles[0]) for measure, (read, _) in _MEASURES.items()}

@@ -6,51 +6,24 @@ is as comet_ml finds it: COMET_API_KEY and its other variables, or ~/.comet.conf
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from deepspeedlite.config.sections.monitors import Comet
 from deepspeedlite.metrics.monitor.writer import Point, require
 from deepspeedlite.runtime.errors import ConfigError
 
 SECTION = "comet"
-
-
-class CometSection(Protocol):
-    """Config section `comet`."""
-
-    @property
-    def samples_log_interval(self) -> int: ...
-    @property
-    def project(self) -> str | None: ...
-    @property
-    def workspace(self) -> str | None: ...
-    @property
-    def api_key(self) -> str | None: ...
-    @property
-    def experiment_name(self) -> str | None: ...
-    @property
-    def experiment_key(self) -> str | None: ...
-    @property
-    def online(self) -> bool | None: ...
-    @property
-    def mode(self) -> str | None: ...
+# Keys of the section that are arguments of comet_ml.start.
+_STARTED_WITH = ("api_key", "project", "workspace", "experiment_key", "mode", "online")
 
 
 class CometWriter:
     """Needs the package `comet_ml`."""
 
-    def __init__(self, config: CometSection) -> None:
+    def __init__(self, config: Comet) -> None:
         comet_ml = require(SECTION, "comet_ml", "comet_ml")
         self._interval = config.samples_log_interval
         self._last: dict[str, int] = {}  # by tag, the samples at its last point
         try:
-            self.experiment = comet_ml.start(
-                api_key=config.api_key,
-                project=config.project,
-                workspace=config.workspace,
-                experiment_key=config.experiment_key,
-                mode=config.mode,
-                online=config.online,
-            )
+            self.experiment = comet_ml.start(**{name: getattr(config, name) for name in _STARTED_WITH})
         except (ValueError, RuntimeError) as error:
             raise ConfigError(
                 f"comet.enabled is true, but no experiment could be started: {error}. Set COMET_API_KEY or "

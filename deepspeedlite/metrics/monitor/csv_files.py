@@ -13,7 +13,8 @@ import re
 import zlib
 from typing import TextIO
 
-from deepspeedlite.metrics.monitor.writer import FileSection, Point, make_folder
+from deepspeedlite.config.sections.monitors import CsvMonitor
+from deepspeedlite.metrics.monitor.writer import Point, make_folder
 
 SECTION = "csv_monitor"
 MAX_OPEN_FILES = 64
@@ -29,7 +30,7 @@ def file_stem(tag: str) -> str:
 class CsvWriter:
     """Appends to cached files; the longest-open one is closed when there are too many tags."""
 
-    def __init__(self, config: FileSection) -> None:
+    def __init__(self, config: CsvMonitor) -> None:
         self._folder = make_folder(SECTION, config)
         self._paths: dict[str, str] = {}
         self._files: dict[str, TextIO] = {}

@@ -5,7 +5,8 @@ A resumed run adds a further event file to the folder; TensorBoard shows them as
 
 from __future__ import annotations
 
-from deepspeedlite.metrics.monitor.writer import FileSection, Point, make_folder, require
+from deepspeedlite.config.sections.monitors import TensorBoard
+from deepspeedlite.metrics.monitor.writer import Point, make_folder, require
 
 SECTION = "tensorboard"
 
@@ -13,7 +14,7 @@ SECTION = "tensorboard"
 class TensorBoardWriter:
     """Writes with torch's SummaryWriter, which needs the package `tensorboard`."""
 
-    def __init__(self, config: FileSection) -> None:
+    def __init__(self, config: TensorBoard) -> None:
         require(SECTION, "tensorboard", "tensorboard")
         module = require(SECTION, "torch.utils.tensorboard", "tensorboard")
         self._writer = module.SummaryWriter(log_dir=make_folder(SECTION, config))

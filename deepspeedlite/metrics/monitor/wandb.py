@@ -7,31 +7,18 @@ variables work as ever.
 from __future__ import annotations
 
 from itertools import groupby
-from typing import Protocol
 
+from deepspeedlite.config.sections.monitors import Wandb
 from deepspeedlite.metrics.monitor.writer import Point, require
 from deepspeedlite.runtime.errors import ConfigError
 
 SECTION = "wandb"
 
 
-class WandbSection(Protocol):
-    """Config section `wandb`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def group(self) -> str | None: ...
-    @property
-    def team(self) -> str | None: ...
-    @property
-    def project(self) -> str: ...
-
-
 class WandbWriter:
     """Needs the package `wandb`."""
 
-    def __init__(self, config: WandbSection) -> None:
+    def __init__(self, config: Wandb) -> None:
         wandb = require(SECTION, "wandb", "wandb")
         self._owned = wandb.run is None
         try:

@@ -1,7 +1,7 @@
 """What every monitor writer is: `write` a batch of numbers, `flush`, `close`.
 
-Also the pieces writers share: the shapes of the config sections they read, and the one error for a package that is
-not installed or a folder that cannot be made.
+Also the pieces writers share: their folder, and the one error for a package that is not installed or a folder that
+cannot be made.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Protocol, TypeAlias
 
 import torch
 
+from deepspeedlite.config.sections.monitors import TensorBoard
 from deepspeedlite.runtime.errors import ConfigError
 
 Event: TypeAlias = "tuple[str, float | int | torch.Tensor, int]"
@@ -20,17 +21,6 @@ Event: TypeAlias = "tuple[str, float | int | torch.Tensor, int]"
 
 Point: TypeAlias = "tuple[str, float, int]"
 """An event whose value has reached the host."""
-
-
-class FileSection(Protocol):
-    """Config section `tensorboard` or `csv_monitor`."""
-
-    @property
-    def enabled(self) -> bool: ...
-    @property
-    def output_path(self) -> str | None: ...
-    @property
-    def job_name(self) -> str: ...
 
 
 class Writer(Protocol):
@@ -61,7 +51,7 @@ def require(section: str, module: str, package: str) -> ModuleType:
         ) from error
 
 
-def make_folder(section: str, config: FileSection) -> str:
+def make_folder(section: str, config: TensorBoard) -> str:
     """Create `output_path/job_name` and return it; an empty output_path is the current directory.
 
     Raises:
