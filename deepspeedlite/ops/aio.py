@@ -243,8 +243,11 @@ class aio_handle(pin_handle):  # noqa: N801  (DeepSpeed's name)
     def _submit(self, buffer: Tensor, file: File, file_offset: int, is_read: bool, validate: bool = False) -> int:
         self._check_process()
         path = f"/proc/self/fd/{file}" if isinstance(file, int) else os.fspath(file)
-        if file_offset < 0:
-            raise OpError(f"async_io of {path}: the offset must not be negative, got {file_offset}")
+        if buffer.is_meta or file_offset < 0:
+            raise OpError(
+                f"async_io of {path}: the buffer must have memory and the offset not be negative; got one of shape "
+                f"{tuple(buffer.shape)} on {buffer.device} and {file_offset}"
+            )
         memory = buffer.detach()
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
             memory = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)

@@ -525,22 +525,12 @@ def test_what_the_kernel_leaves_undone_is_done_and_what_it_refuses_is_told(engin
         assert re.fullmatch(failure if is_failure else "True", told), (case, was_hit, told)
 
 
-def test_validation_sees_a_file_that_changed(handle, tmp_path):
-    file = str(tmp_path / "file")
-    handle.sync_pwrite(content(1000), file)
-    handle.async_pread(found := torch.empty(1000, dtype=torch.uint8), file)
-    handle.wait()
-    Path(file).write_bytes(b"y" * 1000)
-    with pytest.raises(OpError, match="is not what the buffer holds"):
-        handle._finish(found, file, True, 0)
-
-
 @pytest.mark.parametrize(
     ("buffer", "offset"),
-    [(torch.zeros(10, 10)[:, :5], 0), (torch.zeros(10), -1), (torch.zeros(10, device="meta"), 0)],
+    [(torch.zeros(10), -1), (torch.zeros(10, device="meta"), 0)],
 )
 def test_what_it_cannot_move_is_refused(handle, buffer, offset, tmp_path):
-    with pytest.raises(OpError, match="must be a contiguous tensor on the CPU and the offset not negative"):
+    with pytest.raises(OpError, match="must have memory and the offset not be negative"):
         handle.async_pread(buffer, str(tmp_path / "file"), offset)
 
 
