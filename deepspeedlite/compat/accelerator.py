@@ -24,6 +24,13 @@ from deepspeedlite.runtime.errors import DistributedError, UnsupportedError
 _KINDS = ("cuda", "rocm", "cpu")
 
 
+def _tensor_class(name: str) -> property:
+    return property(
+        lambda self: getattr(torch.cuda if self._on_gpu else torch, name),
+        doc="Torch's constructor of tensors of this type on the device.",
+    )
+
+
 class DeepSpeedAccelerator:
     """The device that this process computes on. `kind` is "cuda", "rocm" or "cpu"."""
 
@@ -320,43 +327,13 @@ class DeepSpeedAccelerator:
         """Whether a grouped product in Triton is the better one."""
         return False
 
-    def _tensor_class(self, name: str) -> Any:
-        return getattr(torch.cuda if self._on_gpu else torch, name)
-
-    @property
-    def BFloat16Tensor(self) -> Any:  # noqa: N802  DeepSpeed's name, as those below
-        """Torch's constructor of tensors of this type on the device."""
-        return self._tensor_class("BFloat16Tensor")
-
-    @property
-    def ByteTensor(self) -> Any:  # noqa: N802
-        """See `BFloat16Tensor`."""
-        return self._tensor_class("ByteTensor")
-
-    @property
-    def DoubleTensor(self) -> Any:  # noqa: N802
-        """See `BFloat16Tensor`."""
-        return self._tensor_class("DoubleTensor")
-
-    @property
-    def FloatTensor(self) -> Any:  # noqa: N802
-        """See `BFloat16Tensor`."""
-        return self._tensor_class("FloatTensor")
-
-    @property
-    def HalfTensor(self) -> Any:  # noqa: N802
-        """See `BFloat16Tensor`."""
-        return self._tensor_class("HalfTensor")
-
-    @property
-    def IntTensor(self) -> Any:  # noqa: N802
-        """See `BFloat16Tensor`."""
-        return self._tensor_class("IntTensor")
-
-    @property
-    def LongTensor(self) -> Any:  # noqa: N802
-        """See `BFloat16Tensor`."""
-        return self._tensor_class("LongTensor")
+    BFloat16Tensor = _tensor_class("BFloat16Tensor")
+    ByteTensor = _tensor_class("ByteTensor")
+    DoubleTensor = _tensor_class("DoubleTensor")
+    FloatTensor = _tensor_class("FloatTensor")
+    HalfTensor = _tensor_class("HalfTensor")
+    IntTensor = _tensor_class("IntTensor")
+    LongTensor = _tensor_class("LongTensor")
 
     # --- ops ----------------------------------------------------------------------------------------------------------
 

@@ -7,20 +7,11 @@ from collections.abc import Sequence
 import torch
 
 from deepspeedlite.runtime.errors import ConfigError
-from deepspeedlite.zero.leaf import is_leaf as z3_leaf_module
-from deepspeedlite.zero.leaf import leaf_modules as get_z3_leaf_modules
-from deepspeedlite.zero.leaf import mark_leaf as set_z3_leaf_module
-from deepspeedlite.zero.leaf import modules_ending, modules_named, modules_of
+from deepspeedlite.zero.leaf import is_leaf, leaf_modules, mark_leaf, modules_ending, modules_named, modules_of
 
-__all__ = [
-    "get_z3_leaf_modules",
-    "set_z3_leaf_module",
-    "set_z3_leaf_modules",
-    "set_z3_leaf_modules_by_name",
-    "set_z3_leaf_modules_by_suffix",
-    "unset_z3_leaf_modules",
-    "z3_leaf_module",
-]
+z3_leaf_module = is_leaf
+get_z3_leaf_modules = leaf_modules
+set_z3_leaf_module = mark_leaf
 
 
 def set_z3_leaf_modules(

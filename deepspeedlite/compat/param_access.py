@@ -179,6 +179,15 @@ def _readable(param: torch.Tensor) -> _Place | None:
     )
 
 
+def _read(param: torch.Tensor, value_in: Callable[[_Place], torch.Tensor | None]) -> torch.Tensor | None:
+    """What is found in the parameter's place while its states are there; None for a frozen one."""
+    place = _readable(param)
+    if place is None:
+        return None
+    with place.inside():
+        return value_in(place)
+
+
 def _writable(param: torch.Tensor) -> _Place:
     place = _readable(param)
     if place is None:
@@ -195,11 +204,7 @@ def _writable(param: torch.Tensor) -> _Place:
 @torch.no_grad()
 def safe_get_full_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     """The values that the optimizer updates, which a 16-bit model holds rounded."""
-    place = _readable(param)
-    if place is None:
-        return None
-    with place.inside():
-        return place.join(place.master.read())
+    return _read(param, lambda place: place.join(place.master.read()))
 
 
 @torch.no_grad()
@@ -245,12 +250,12 @@ def safe_update_full_grad_vectorized(
 @torch.no_grad()
 def safe_get_full_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
     """An optimizer state, such as AdamW's `exp_avg`; None before the first step."""
-    place = _readable(param)
-    if place is None:
-        return None
-    with place.inside():
+
+    def joined(place: _Place) -> torch.Tensor | None:
         state = place.state(optim_state_key, collective=True)
         return None if state is None else place.join(state.read())
+
+    return _read(param, joined)
 
 
 @torch.no_grad()
@@ -268,11 +273,7 @@ def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, opti
 @torch.no_grad()
 def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
     """The fragment of what `safe_get_full_fp32_param` reads."""
-    place = _readable(param)
-    if place is None:
-        return None
-    with place.inside():
-        return place.master.read()
+    return _read(param, lambda place: place.master.read())
 
 
 @torch.no_grad()
@@ -308,12 +309,12 @@ def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
 @torch.no_grad()
 def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
     """The fragment of an optimizer state; None before the first step, but empty where there is no fragment."""
-    place = _readable(param)
-    if place is None:
-        return None
-    with place.inside():
+
+    def fragment(place: _Place) -> torch.Tensor | None:
         state = place.state(optim_state_key)
         return None if state is None else state.read().to(place.dtype)
+
+    return _read(param, fragment)
 
 
 @torch.no_grad()

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from deepspeedlite.ops import is_available, load
-from deepspeedlite.ops.hyperparameters import check_hyperparameters
+from deepspeedlite.ops.hyperparameters import checked_defaults
 from deepspeedlite.ops.one_pass import OnePassOptimizer, OnePassUpdate, zeros_like
 from deepspeedlite.runtime.errors import UnsupportedError
 
@@ -64,8 +64,8 @@ class DeepSpeedCPUAdagrad(OnePassOptimizer):
     ) -> None:
         if amsgrad:
             raise UnsupportedError("Adagrad has no amsgrad: it never forgets a gradient; leave it out")
-        check_hyperparameters("Adagrad", lr, (0.0, 0.0), eps=eps, weight_decay=weight_decay)
-        defaults = {"lr": lr, "eps": eps, "weight_decay": weight_decay, "lr_decay": 0.0}  # torch's groups have the last
+        defaults = checked_defaults("Adagrad", lr, eps=eps, weight_decay=weight_decay)
+        defaults["lr_decay"] = 0.0  # torch's groups have it
         super().__init__(model_params, {**defaults, "fp32_optimizer_states": fp32_optimizer_states})
 
     def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from deepspeedlite.ops import is_available, load
-from deepspeedlite.ops.hyperparameters import check_hyperparameters
+from deepspeedlite.ops.hyperparameters import checked_defaults
 from deepspeedlite.ops.one_pass import (
     FusedOptimizer,
     OnDevice,
@@ -125,8 +125,7 @@ class DeepSpeedCPUAdam(OnePassOptimizer):
         adamw_mode: bool = True,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        check_hyperparameters("Adam", lr, betas, eps=eps, weight_decay=weight_decay)
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = checked_defaults("Adam", lr, betas, eps=eps, weight_decay=weight_decay)
         defaults |= {"bias_correction": bias_correction, "amsgrad": amsgrad, "adamw_mode": adamw_mode}
         super().__init__(model_params, {**defaults, "fp32_optimizer_states": fp32_optimizer_states})
 
@@ -241,8 +240,7 @@ class FusedAdam(FusedOptimizer):
         amsgrad: bool = False,
         set_grad_none: bool = True,
     ) -> None:
-        check_hyperparameters("FusedAdam", lr, betas, eps=eps, weight_decay=weight_decay)
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = checked_defaults("FusedAdam", lr, betas, eps=eps, weight_decay=weight_decay)
         defaults |= {"bias_correction": bias_correction, "amsgrad": amsgrad, "adam_w_mode": adam_w_mode}
         super().__init__(params, defaults)
         self.set_grad_none = set_grad_none

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from deepspeedlite.ops import load
 from deepspeedlite.ops.foreach import check_dense, moment
-from deepspeedlite.ops.hyperparameters import check_hyperparameters
+from deepspeedlite.ops.hyperparameters import checked_defaults
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassUpdate
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
@@ -123,19 +123,10 @@ class FusedLamb(FusedOptimizer):
                 f"max_grad_norm={max_grad_norm} is not a parameter of LAMB here: "
                 f'set "gradient_clipping": {max_grad_norm} at the top level of the configuration'
             )
-        check_hyperparameters("Lamb", lr, betas, eps=eps, weight_decay=weight_decay, min_coeff=min_coeff)
+        defaults = checked_defaults("Lamb", lr, betas, eps=eps, weight_decay=weight_decay, min_coeff=min_coeff)
         if max_coeff < min_coeff:
             raise OptimizerError(f"Lamb: max_coeff ({max_coeff}) must be at least min_coeff ({min_coeff})")
-        defaults = {
-            "lr": lr,
-            "bias_correction": bias_correction,
-            "betas": tuple(betas),
-            "eps": eps,
-            "eps_inside_sqrt": eps_inside_sqrt,
-            "weight_decay": weight_decay,
-            "max_coeff": max_coeff,
-            "min_coeff": min_coeff,
-        }
+        defaults |= {"bias_correction": bias_correction, "eps_inside_sqrt": eps_inside_sqrt, "max_coeff": max_coeff}
         self._segments: _Segments | None = None
         self._ratios: list[Tensor] = []
         super().__init__(params, defaults)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from deepspeedlite.ops import is_available, load
 from deepspeedlite.ops.foreach import check_dense, moment
-from deepspeedlite.ops.hyperparameters import check_hyperparameters
+from deepspeedlite.ops.hyperparameters import checked_defaults
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnDevice, OnePassOptimizer, OnePassUpdate, put_back, zeros_like
 
 
@@ -67,8 +67,7 @@ class FusedLion(FusedOptimizer):
         weight_decay: float = 0.0,
         set_grad_none: bool = True,
     ) -> None:
-        check_hyperparameters("Lion", lr, betas, weight_decay=weight_decay)
-        super().__init__(params, {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay})
+        super().__init__(params, checked_defaults("Lion", lr, betas, weight_decay=weight_decay))
         self.set_grad_none = set_grad_none
 
     def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:
@@ -107,8 +106,7 @@ class DeepSpeedCPULion(OnePassOptimizer):
         weight_decay: float = 0.0,
         fp32_optimizer_states: bool = True,
     ) -> None:
-        check_hyperparameters("Lion", lr, betas, weight_decay=weight_decay)
-        defaults = {"lr": lr, "betas": tuple(betas), "weight_decay": weight_decay}
+        defaults = checked_defaults("Lion", lr, betas, weight_decay=weight_decay)
         super().__init__(model_params, {**defaults, "fp32_optimizer_states": fp32_optimizer_states})
 
     def _update(self, updates: list[OnePassUpdate], group: dict[str, Any], grad_scale: float) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch.optim import Optimizer
 
 from deepspeedlite.ops.foreach import dense_gradients, moment
-from deepspeedlite.ops.hyperparameters import check_hyperparameters
+from deepspeedlite.ops.hyperparameters import checked_defaults
 
 
 class UncorrectedAdam(Optimizer):
@@ -28,8 +28,7 @@ class UncorrectedAdam(Optimizer):
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
     ) -> None:
-        check_hyperparameters("Adam", lr, betas, eps=eps, weight_decay=weight_decay)
-        defaults = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay}
+        defaults = checked_defaults("Adam", lr, betas, eps=eps, weight_decay=weight_decay)
         super().__init__(params, {**defaults, "adam_w_mode": adam_w_mode})
 
     @torch.no_grad()
