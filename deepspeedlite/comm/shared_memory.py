@@ -81,6 +81,25 @@ Ticket = tuple[int, int]
 """A tag and how often it has been used before: what ranks must agree on for their pieces to meet."""
 
 
+@dataclass(kw_only=True, eq=False)
+class Pieces:
+    """What a rank sends to every other rank of its group in an exchange, and what it gets of them. Lists by rank."""
+
+    outbox: Sequence[torch.Tensor]
+    """What each is sent: contiguous, and all of them empty, or none. This rank's own is only given to `then`."""
+    expect: Sequence[torch.Tensor]
+    """Tensors with the shapes and dtypes of what each sends."""
+    tag: int
+    then: Callable[[list[torch.Tensor]], None]
+    """Called with what every rank sent when it is waited for; the others' pieces are gone when it returns."""
+    in_place: bool = False
+    """What rank r sends may be received in `expect[r]` itself."""
+    final: bool = False
+    """`outbox` is not written again before every rank has read it, so need not be copied."""
+    what: str = ""
+    """What the exchange is for, as errors call it; the same on all ranks."""
+
+
 class _Block:
     """Memory of this rank that others read."""
 
@@ -161,34 +180,22 @@ class SharedMemoryLink:
         self._catch_up()
         return self._idle_block(nbytes).alloc_shared(nbytes)
 
-    def exchange(
-        self,
-        outbox: Sequence[torch.Tensor],
-        expect: Sequence[torch.Tensor],
-        tag: int,
-        then: Callable[[list[torch.Tensor]], None],
-        *,
-        in_place: bool = False,
-        final: bool = False,
-        what: str = "",
-    ) -> Work:
-        """Start sending `outbox[r]` (contiguous; all of them empty, or none) to every other rank r.
+    def exchange(self, pieces: Pieces) -> Work:
+        """Start sending every other rank its piece, which may be overwritten when this returns, unless it is final.
 
-        When waited for, `then` is called with what every rank sent here, in rank order and this rank's own piece in
-        its place; the others' are gone when it returns. `expect[r]` has the shape and dtype of what rank r sends.
-        `outbox` may be overwritten as soon as this returns, unless it is `final`: what of that lies in shared memory is
-        not copied, so must not change until all have read it (see `wait_for_readers`). Exchanges of one tag meet in
-        the order of their starts, and it is an error if they are not for the same: `what`. Nothing depends on
-        `in_place`: what comes is read where it lies.
+        What of final pieces lies in shared memory is not copied, so must not change until all have read it (see
+        `wait_for_readers`). Exchanges of one tag meet in the order of their starts, and it is an error if they are not
+        for the same. Nothing depends on `in_place`: what comes is read where it lies.
         """
         if self._out_of_step:
             raise DistributedError(self._out_of_step)
         self._catch_up()
+        tag, own, what = pieces.tag, pieces.outbox[self.rank], pieces.what
         self._tickets[tag] += 1
         ticket = (tag, self._tickets[tag])
-        exchange = _Exchange(self, outbox[self.rank], expect, ticket, then, what, _purpose(what))
-        if outbox[self.rank].numel():
-            self._send({rank: outbox[rank] for rank in self._peers}, exchange, final)
+        exchange = _Exchange(self, own, pieces.expect, ticket, pieces.then, what, _purpose(what))
+        if own.numel():
+            self._send({rank: pieces.outbox[rank] for rank in self._peers}, exchange, pieces.final)
             self._pending.append(exchange)
         return exchange
 
@@ -403,7 +410,7 @@ class SharedMemoryLink:
 
 @dataclass(eq=False)
 class _Exchange:
-    """Pieces on their way; the arguments of `SharedMemoryLink.exchange`."""
+    """Pieces on their way, but for those that were sent: their memory is free as soon as it was read or copied."""
 
     link: SharedMemoryLink
     own: torch.Tensor

@@ -26,7 +26,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm.desync import explained
 from deepspeedlite.comm.registry import registry
-from deepspeedlite.comm.shared_memory import SharedMemoryLink, connect
+from deepspeedlite.comm.shared_memory import Pieces, SharedMemoryLink, connect
 from deepspeedlite.comm.work import PendingWork, Work
 
 # torch 2.13 renamed both, and warns where the older names are used.
@@ -107,22 +107,8 @@ class TorchTransport:
 class Exchange(Protocol):
     """A way from every rank to every other."""
 
-    def exchange(
-        self,
-        outbox: Sequence[torch.Tensor],
-        expect: Sequence[torch.Tensor],
-        tag: int,
-        then: Callable[[list[torch.Tensor]], None],
-        *,
-        in_place: bool = False,
-        final: bool = False,
-        what: str = "",
-    ) -> Work:
-        """Send `outbox[r]` to every other rank r; what comes from it, shaped as `expect[r]`, is given to `then`.
-
-        All pieces are empty, or none is. `in_place`: what comes from r may be received in `expect[r]` itself. `final`:
-        what is sent is not written again before every rank has read it, so need not be copied.
-        """
+    def exchange(self, pieces: Pieces) -> Work:
+        """Send every other rank its piece, and take what comes."""
 
 
 class GlooMessages:
@@ -131,21 +117,12 @@ class GlooMessages:
     def __init__(self, group: Callable[[], dist.ProcessGroup | None], rank: int, size: int) -> None:
         self._group, self._rank, self._size = group, rank, size
 
-    def exchange(
-        self,
-        outbox: Sequence[torch.Tensor],
-        expect: Sequence[torch.Tensor],
-        tag: int,
-        then: Callable[[list[torch.Tensor]], None],
-        *,
-        in_place: bool = False,
-        final: bool = False,
-        what: str = "",
-    ) -> Work:
+    def exchange(self, pieces: Pieces) -> Work:
         """See `Exchange`."""
+        outbox, tag = pieces.outbox, pieces.tag
         inbox = [
-            outbox[rank] if rank == self._rank else piece if in_place else torch.empty_like(piece)
-            for rank, piece in enumerate(expect)
+            outbox[rank] if rank == self._rank else piece if pieces.in_place else torch.empty_like(piece)
+            for rank, piece in enumerate(pieces.expect)
         ]
         works: list[Any] = []
         if outbox[0].numel():
@@ -153,7 +130,7 @@ class GlooMessages:
             others = [(self._rank + step) % self._size for step in range(1, self._size)]
             works += [dist.irecv(inbox[rank], group=group, group_src=rank, tag=tag) for rank in others]
             works += [dist.isend(outbox[rank], group=group, group_dst=rank, tag=tag) for rank in others]
-        return PendingWork(works, partial(then, inbox))
+        return PendingWork(works, partial(pieces.then, inbox))
 
 
 class GlooTransport(TorchTransport):
@@ -187,7 +164,7 @@ class GlooTransport(TorchTransport):
         if op in _EXTREMES and not async_op and tensor.is_contiguous() and (link := self._link_on(tensor.device)):
             # What ranks agree on: by the link, where it is told from what others wait for.
             same, then = [tensor] * len(self._ranks), partial(_extreme_into, tensor, _EXTREMES[op])
-            return link.exchange(same, same, _AGREED, then, what=what)
+            return link.exchange(Pieces(outbox=same, expect=same, tag=_AGREED, then=then, what=what))
         if op == "sum" and self._is_better_split(tensor):
             return self._split_all_reduce(list(tensor.view(-1).tensor_split(len(self._ranks))), what)
         return super().all_reduce(tensor, op, async_op, what)
@@ -246,12 +223,16 @@ class GlooTransport(TorchTransport):
 
     def _gather(self, own: torch.Tensor, pieces: list[torch.Tensor], tag: int, final: bool, what: str) -> Work:
         outbox, then = [own] * len(pieces), partial(_copy_all, pieces)
-        return self._exchange_of(own).exchange(outbox, pieces, tag, then, in_place=True, final=final, what=what)
+        return self._exchange_of(own).exchange(
+            Pieces(outbox=outbox, expect=pieces, tag=tag, then=then, in_place=True, final=final, what=what)
+        )
 
     def _sum_pieces(self, pieces: list[torch.Tensor], out: torch.Tensor, tag: int, what: str) -> Work:
         """Send every rank its piece, for good; `out` becomes the sum of what all have sent here."""
         expect, then = [pieces[self._rank]] * len(pieces), partial(_sum_into, out)
-        return self._exchange_of(pieces[0]).exchange(pieces, expect, tag, then, final=True, what=what)
+        return self._exchange_of(pieces[0]).exchange(
+            Pieces(outbox=pieces, expect=expect, tag=tag, then=then, final=True, what=what)
+        )
 
 
 def make_transport(process_group: dist.ProcessGroup | None) -> Transport:
