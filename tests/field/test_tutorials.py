@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -388,6 +389,36 @@ def test_pipelines(tmp_path):
     found = launched(script, tmp_path, config)
     assert found["losses"][-1] < found["losses"][0] - 0.3 and found["evaluated"] < found["losses"][0]
     assert (found["steps"], found["stages"], found["first"]) == (40, 2, True)
+
+
+def documented() -> list[Any]:
+    """README's configuration, and those of the documentation's pages, each laid over it."""
+    blocks = re.compile(r"```json\n(.*?)```", re.DOTALL)
+    base = json.loads(blocks.findall((ROOT / "README.md").read_text())[0])
+    found = [pytest.param(base, id="README")]
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for number, text in enumerate(blocks.findall(page.read_text())):
+            found.append(pytest.param({**base, **json.loads(text)}, id=f"{page.stem}-{number}"))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", documented())
+def test_readmes_script_with_the_documentations_configurations(config, tmp_path):
+    """As printed; but for a disk that is here, and for monitors whose packages or accounts are not."""
+    script = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
+    (tmp_path / "train.py").write_text(script)
+    config = json.loads(json.dumps(config).replace("/local_nvme", str(tmp_path)))
+    for name in ("wandb", "comet"):
+        config.pop(name, None)
+    (tmp_path / "ds_config.json").write_text(json.dumps(config))
+    words = ["--num_gpus", "2", "train.py", "--deepspeed_config", "ds_config.json"]
+    environ = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "deepspeedlite.launcher", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\S+)", done.stdout)]
+    assert len(losses) == 10 and min(losses[-2:]) < max(losses[:2]) and "Traceback" not in done.stderr
 
 
 def test_published_files_of_configurations(tmp_path):
