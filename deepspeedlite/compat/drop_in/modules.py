@@ -42,9 +42,13 @@ _INIT = "takes nothing of ZeRO++ (quantized weights, hierarchical groups), nor t
 
 _SAFE = (
     "safe_get_full_fp32_param safe_get_full_grad safe_get_full_optimizer_state safe_set_full_fp32_param "
-    "safe_set_full_grad safe_set_full_optimizer_state safe_get_local_fp32_param safe_get_local_grad "
-    "safe_get_local_optimizer_state safe_set_local_fp32_param safe_set_local_grad safe_set_local_optimizer_state "
-    "safe_update_full_grad_vectorized"
+    "safe_set_full_grad safe_set_full_optimizer_state safe_update_full_grad_vectorized"
+)
+_LOCAL = at(
+    "utils",
+    "safe_get_local_fp32_param safe_get_local_grad safe_get_local_optimizer_state safe_set_local_fp32_param "
+    "safe_set_local_grad safe_set_local_optimizer_state",
+    "of the piece of a parameter that this rank steps, at any stage; DeepSpeed cuts each into equal, padded pieces",
 )
 _LEAVES = "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module"
 _LEAVES_BY_NAME = at("compat.leaf_modules", "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix")
@@ -373,6 +377,7 @@ MODULES: Mapping[str, Names] = {
     ),
     # --- utils --------------------------------------------------------------------------------------------------------
     "utils": at("utils", f"{_SAFE} {_LEAVES} logger log_dist RepeatingLoader OnDevice log_dist_once")
+    | _LOCAL
     | _LEAVES_BY_NAME
     | at("compat.groups", " ".join(name for name in _GROUPS.split() if not name.startswith("_")))
     | at("compat.helpers", "instrument_w_nvtx")
@@ -388,7 +393,7 @@ MODULES: Mapping[str, Names] = {
     "utils.timer": at("compat.timers", "SynchronizedWallClockTimer NoopTimer")
     | at("compat.timers", "CudaEventTimer trim_mean")
     | at("compat.timers", "ThroughputTimer", "times are of the device"),
-    "utils.tensor_fragment": at("utils", _SAFE),
+    "utils.tensor_fragment": at("utils", _SAFE) | _LOCAL,
     "utils.z3_leaf_module": at("utils", _LEAVES) | _LEAVES_BY_NAME,
     "utils.nvtx": at("compat.helpers", "instrument_w_nvtx"),
     "utils.init_on_device": at("utils", "OnDevice"),
