@@ -18,15 +18,9 @@ PACKAGE = Path(__file__).resolve().parents[1] / "deepspeedlite"
 STUB = PACKAGE / "comm" / "__init__.pyi"
 _HEAD = '''"""What `deepspeedlite.comm` has. Written by tools/comm_stub.py."""
 
-from collections.abc import Sequence
-from typing import Any
-
-import torch
 from torch.distributed import ProcessGroup as ProcessGroup
 from torch.distributed import ReduceOp as ReduceOp
 '''
-# What the decorator adds to the signature of a collective.
-_MORE = ast.parse('def f(*, prof: bool = False, log_name: str = "", debug: Any = None): ...').body[0]
 
 
 def stub() -> str:
@@ -40,14 +34,10 @@ def stub() -> str:
     for name, entry in modules()["comm"].items():  # from other files
         if entry.home not in ("", "comm", "compat.comm", "metrics.comms_logger"):
             names.setdefault(entry.home, []).append(name)
-    collectives = []
     for node in served.body:
-        if isinstance(node, ast.FunctionDef) and node.decorator_list:
-            collectives.append(_declared(node))
-        else:
-            names["compat.comm"] += [name for name in _defined(node) if not name.startswith("_")]
+        names["compat.comm"] += [name for name in _defined(node) if not name.startswith("_")]
     imports = [f"from deepspeedlite.{home} import {name} as {name}" for home in names for name in sorted(names[home])]
-    return "\n".join([_HEAD + "\n".join(sorted(imports)), *collectives]) + "\n"
+    return "\n".join([_HEAD, *sorted(imports)]) + "\n"
 
 
 def _defined(node: ast.stmt) -> Iterator[str]:
@@ -55,15 +45,6 @@ def _defined(node: ast.stmt) -> Iterator[str]:
         yield node.name
     elif isinstance(node, ast.Assign):
         yield from (target.id for target in node.targets if isinstance(target, ast.Name))
-
-
-def _declared(node: ast.FunctionDef) -> str:
-    """`def all_reduce(tensor: torch.Tensor, ...) -> Any: ...`, with its documentation."""
-    more = _MORE.args  # type: ignore[attr-defined]
-    node.args.kwonlyargs += more.kwonlyargs
-    node.args.kw_defaults += more.kw_defaults
-    result = ast.unparse(node.returns) if node.returns is not None else "None"
-    return f'\ndef {node.name}({ast.unparse(node.args)}) -> {result}:\n    """{ast.get_docstring(node)}"""'
 
 
 if __name__ == "__main__":

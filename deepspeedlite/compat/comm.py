@@ -18,7 +18,7 @@ import inspect
 import os
 from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -34,15 +34,31 @@ from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.metrics.stall_watch import watch_for_stalls
 from deepspeedlite.runtime.errors import ConfigError, DistributedError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _F = TypeVar("_F", bound=Callable[..., Any])
 _NAMES = {op: name for name, op in OPS.items()}
 
 
+class _Logging(TypedDict, total=False):
+    """The keywords of every function that are about measuring it."""
+
+    prof: bool
+    log_name: str
+    debug: Any
+
+
 def _collective(message: str = "tensor") -> Callable[[_F], _F]:
-    """Measure and explain a function; `message` is the argument whose size counts."""
+    """Measure and explain a function; `message` is the argument whose size counts.
+
+    What it declares as `logging` is taken here and does not reach it.
+    """
 
     def decorate(function: _F) -> _F:
-        name, signature = function.__name__, inspect.signature(function)
+        name, declared = function.__name__, inspect.signature(function)
+        parameters = [one for one in declared.parameters.values() if one.kind is not one.VAR_KEYWORD]
+        signature = declared.replace(parameters=parameters)
 
         @functools.wraps(function)
         def call(*args: Any, prof: bool = False, log_name: str = "", debug: Any = None, **kwargs: Any) -> Any:
@@ -60,7 +76,6 @@ def _collective(message: str = "tensor") -> Callable[[_F], _F]:
             with comms_logger.measure(log_name or name, moved, len(ranks), wanted=prof) as measured:
                 return measured.finish(_explained(function, args, kwargs, label, ranks))
 
-        parameters = list(signature.parameters.values())
         more = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default)
             for key, default in (("prof", False), ("log_name", ""), ("debug", None))
@@ -97,7 +112,11 @@ def _summed(tensor: torch.Tensor, op: Any, group: ProcessGroup | None) -> Any:
 
 @_collective()
 def all_reduce(
-    tensor: torch.Tensor, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
+    tensor: torch.Tensor,
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Reduce `tensor` over the ranks in place. `op` is a `ReduceOp`, or one of "sum", "avg", "max" and "min"."""
     name = op if isinstance(op, str) else _NAMES.get(op)
@@ -112,7 +131,7 @@ def inference_all_reduce(
     op: Any = ReduceOp.SUM,
     group: ProcessGroup | None = None,
     async_op: bool = False,
-    **logging: Any,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """The same as `all_reduce`."""
     return all_reduce(tensor, op, group, async_op, **logging)
@@ -120,7 +139,11 @@ def inference_all_reduce(
 
 @_collective("tensors")
 def all_reduce_coalesced(
-    tensors: Sequence[torch.Tensor], op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
+    tensors: Sequence[torch.Tensor],
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Reduce all `tensors` (of one dtype) as one message, in place."""
     flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
@@ -134,14 +157,24 @@ def all_reduce_coalesced(
 
 
 @_collective()
-def broadcast(tensor: torch.Tensor, src: int = 0, group: ProcessGroup | None = None, async_op: bool = False) -> Any:
+def broadcast(
+    tensor: torch.Tensor,
+    src: int = 0,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Unpack[_Logging],
+) -> Any:
     """Give every rank the values that `tensor` has on rank `src`."""
     return dist.broadcast(tensor, src, group, async_op)
 
 
 @_collective("")
 def broadcast_object_list(
-    object_list: list[Any], src: int = 0, group: ProcessGroup | None = None, device: torch.device | None = None
+    object_list: list[Any],
+    src: int = 0,
+    group: ProcessGroup | None = None,
+    device: torch.device | None = None,
+    **logging: Unpack[_Logging],
 ) -> None:
     """Replace the list's objects by rank `src`'s. They are pickled: between trusted ranks only."""
     dist.broadcast_object_list(object_list, src, group, device)
@@ -149,21 +182,31 @@ def broadcast_object_list(
 
 @_collective("tensor_list")
 def all_gather(
-    tensor_list: list[torch.Tensor], tensor: torch.Tensor, group: ProcessGroup | None = None, async_op: bool = False
+    tensor_list: list[torch.Tensor],
+    tensor: torch.Tensor,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Every rank's `tensor`, into the tensors of the list, in rank order."""
     return dist.all_gather(tensor_list, tensor, group, async_op)
 
 
 @_collective("")
-def all_gather_object(object_list: list[Any], obj: Any, group: ProcessGroup | None = None) -> None:
+def all_gather_object(
+    object_list: list[Any], obj: Any, group: ProcessGroup | None = None, **logging: Unpack[_Logging]
+) -> None:
     """Every rank's object, into the list, in rank order. They are pickled: between trusted ranks only."""
     dist.all_gather_object(object_list, obj, group)
 
 
 @_collective("output_tensor")
 def all_gather_into_tensor(
-    output_tensor: torch.Tensor, tensor: torch.Tensor, group: ProcessGroup | None = None, async_op: bool = False
+    output_tensor: torch.Tensor,
+    tensor: torch.Tensor,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Concatenate every rank's `tensor` in rank order into `output_tensor`."""
     return ALL_GATHER(output_tensor, tensor, group, async_op)
@@ -174,7 +217,7 @@ def allgather_fn(
     input_tensor: torch.Tensor,
     group: ProcessGroup | None = None,
     async_op: bool = False,
-    **logging: Any,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """The same as `all_gather_into_tensor`."""
     return all_gather_into_tensor(output_tensor, input_tensor, group, async_op, **logging)
@@ -186,6 +229,7 @@ def all_gather_coalesced(
     input_tensors: Sequence[torch.Tensor],
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """`all_gather_into_tensor` for each pair."""
     work = PendingWork([ALL_GATHER(out, shard, group, True) for out, shard in zip(output_tensors, input_tensors)])
@@ -199,6 +243,7 @@ def reduce_scatter_tensor(
     op: Any = ReduceOp.SUM,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Reduce `tensor` over the ranks; rank r gets part r in `output_tensor`. (An average on gloo divides `tensor`.)"""
     return REDUCE_SCATTER(output_tensor, tensor, _summed(tensor, op, group), group, async_op)
@@ -210,7 +255,7 @@ def reduce_scatter_fn(
     op: Any = ReduceOp.SUM,
     group: ProcessGroup | None = None,
     async_op: bool = False,
-    **logging: Any,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """The same as `reduce_scatter_tensor`."""
     return reduce_scatter_tensor(output_tensor, tensor, op, group, async_op, **logging)
@@ -223,6 +268,7 @@ def reduce_scatter(
     op: Any = ReduceOp.SUM,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Reduce the list's tensors over the ranks; rank r gets the r-th in `output`."""
     for tensor in input_list:
@@ -238,6 +284,7 @@ def all_to_all_single(
     input_split_sizes: list[int] | None = None,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Cut `tensor` along its first dimension, send rank r the r-th piece, and join what comes in `output`."""
     return dist.all_to_all_single(output, tensor, output_split_sizes, input_split_sizes, group, async_op)
@@ -249,6 +296,7 @@ def all_to_all(
     input_tensor_list: list[torch.Tensor],
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Send rank r the r-th tensor of one list; the other is filled in rank order. (gloo has none: sent one by one.)"""
     if "gloo" not in dist.get_backend(group):
@@ -264,7 +312,12 @@ def all_to_all(
 
 @_collective()
 def reduce(
-    tensor: torch.Tensor, dst: int, op: Any = ReduceOp.SUM, group: ProcessGroup | None = None, async_op: bool = False
+    tensor: torch.Tensor,
+    dst: int,
+    op: Any = ReduceOp.SUM,
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Reduce over the ranks into rank `dst`'s `tensor`; other ranks' are scratch afterwards."""
     return dist.reduce(tensor, dst, _summed(tensor, op, group), group, async_op)
@@ -277,6 +330,7 @@ def gather(
     dst: int = 0,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Every rank's `tensor`, into rank `dst`'s list; None on other ranks."""
     return dist.gather(tensor, gather_list, dst, group, async_op)
@@ -289,31 +343,48 @@ def scatter(
     src: int = 0,
     group: ProcessGroup | None = None,
     async_op: bool = False,
+    **logging: Unpack[_Logging],
 ) -> Any:
     """Rank r's `tensor` becomes the r-th of rank `src`'s list; None on other ranks."""
     return dist.scatter(tensor, scatter_list, src, group, async_op)
 
 
 @_collective()
-def send(tensor: torch.Tensor, dst: int, group: ProcessGroup | None = None, tag: int = 0) -> None:
+def send(
+    tensor: torch.Tensor, dst: int, group: ProcessGroup | None = None, tag: int = 0, **logging: Unpack[_Logging]
+) -> None:
     """Send `tensor` to rank `dst`; returns when it may be written again."""
     dist.send(tensor, dst, group, tag)
 
 
 @_collective()
-def recv(tensor: torch.Tensor, src: int | None = None, group: ProcessGroup | None = None, tag: int = 0) -> int:
+def recv(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: ProcessGroup | None = None,
+    tag: int = 0,
+    **logging: Unpack[_Logging],
+) -> int:
     """Receive into `tensor` from rank `src` (None: from any, on gloo), and return the sender's rank."""
     return dist.recv(tensor, src, group, tag)
 
 
 @_collective()
-def isend(tensor: torch.Tensor, dst: int, group: ProcessGroup | None = None, tag: int = 0) -> Any:
+def isend(
+    tensor: torch.Tensor, dst: int, group: ProcessGroup | None = None, tag: int = 0, **logging: Unpack[_Logging]
+) -> Any:
     """`send`, as a handle."""
     return dist.isend(tensor, dst, group, tag)
 
 
 @_collective()
-def irecv(tensor: torch.Tensor, src: int | None = None, group: ProcessGroup | None = None, tag: int = 0) -> Any:
+def irecv(
+    tensor: torch.Tensor,
+    src: int | None = None,
+    group: ProcessGroup | None = None,
+    tag: int = 0,
+    **logging: Unpack[_Logging],
+) -> Any:
     """`recv`, as a handle."""
     return dist.irecv(tensor, src, group, tag)
 
@@ -328,7 +399,7 @@ class P2POp:
 
 
 @_collective("")
-def batch_isend_irecv(p2p_op_list: list[Any]) -> list[Any]:
+def batch_isend_irecv(p2p_op_list: list[Any], **logging: Unpack[_Logging]) -> list[Any]:
     """Start all messages together; a handle for each (with NCCL possibly one for all)."""
     ours = {isend: dist.isend, irecv: dist.irecv}
     return dist.batch_isend_irecv(
@@ -337,7 +408,12 @@ def batch_isend_irecv(p2p_op_list: list[Any]) -> list[Any]:
 
 
 @_collective("")
-def barrier(group: ProcessGroup | None = None, async_op: bool = False, device_ids: list[int] | None = None) -> Any:
+def barrier(
+    group: ProcessGroup | None = None,
+    async_op: bool = False,
+    device_ids: list[int] | None = None,
+    **logging: Unpack[_Logging],
+) -> Any:
     """Return when every rank has come here."""
     if device_ids is None and "nccl" in dist.get_backend(group):
         device_ids = [torch.cuda.current_device()]
@@ -345,7 +421,9 @@ def barrier(group: ProcessGroup | None = None, async_op: bool = False, device_id
 
 
 @_collective("")
-def monitored_barrier(group: ProcessGroup | None = None, timeout: Any = None, wait_all_ranks: bool = False) -> None:
+def monitored_barrier(
+    group: ProcessGroup | None = None, timeout: Any = None, wait_all_ranks: bool = False, **logging: Unpack[_Logging]
+) -> None:
     """A barrier that names the ranks that did not come within `timeout`; on gloo alone."""
     dist.monitored_barrier(group, timeout, wait_all_ranks)
 

@@ -54,11 +54,13 @@ ranks: int = comm.get_world_size()
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mypy_reads_a_users_script(tmp_path):
-    """Strictly; and it finds a wrong argument and a name that is not there."""
+    """Strictly; and it finds a wrong argument, a name that is not there, and a keyword that there is not."""
     pytest.importorskip("mypy")
     good, bad = tmp_path / "good.py", tmp_path / "bad.py"
     good.write_text(SCRIPT)
-    bad.write_text("from deepspeedlite import comm\n\ncomm.all_reduce(3)\ncomm.all_reduced\n")
+    bad.write_text(
+        "from deepspeedlite import comm\n\ncomm.all_reduce(3)\ncomm.all_reduced\ncomm.barrier(profile=True)\n"
+    )
     ran = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(good), str(bad)],
         capture_output=True,
@@ -67,5 +69,5 @@ def test_mypy_reads_a_users_script(tmp_path):
         env={**os.environ, "MYPYPATH": str(ROOT)},
     )
     wrong = [line for line in ran.stdout.splitlines() if ": error: " in line]
-    assert len(wrong) == 2 and all(line.startswith("bad.py:") for line in wrong), ran.stdout + ran.stderr
-    assert "[arg-type]" in wrong[0] and "[attr-defined]" in wrong[1], ran.stdout
+    assert len(wrong) == 3 and all(line.startswith("bad.py:") for line in wrong), ran.stdout + ran.stderr
+    assert "[arg-type]" in wrong[0] and "[attr-defined]" in wrong[1] and "[call-arg]" in wrong[2], ran.stdout
