@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import enum
+import importlib
 import inspect
 import io
 import json
@@ -77,6 +78,27 @@ def each(owner: Any, names: str, *arguments: Any) -> dict[str, Any]:
         return found(*arguments) if callable(found) else found
 
     return {name: outcome(lambda name=name: ask(name)) for name in names.split()}
+
+
+# --- signatures -------------------------------------------------------------------------------------------------------
+
+
+@case
+def signatures() -> Any:
+    """Of the functions that names.json lists: what may be given by position, in order, and what may be left out."""
+    found = {}
+    for path, names in json.loads((Path(os.environ["SAME_FOLDER"]) / "names.json").read_text()).items():
+        module = importlib.import_module(f"deepspeed.{path}".rstrip("."))
+        for name in names:
+            value = getattr(module, name)
+            if not inspect.isfunction(value):
+                continue
+            given = inspect.signature(value).parameters.values()
+            if any(one.kind is one.VAR_POSITIONAL for one in given):
+                continue  # a wrapper, which does not tell
+            placed = [one for one in given if one.kind is one.POSITIONAL_OR_KEYWORD]
+            found[f"{path}:{name}"] = [one.name if one.default is one.empty else f"{one.name}=" for one in placed]
+    return found
 
 
 # --- engines ----------------------------------------------------------------------------------------------------------

@@ -124,3 +124,14 @@ def test_host_memory_of_the_accelerator():
     assert one.register_host_memory(0, 1) is False and one.unregister_host_memory(0) is None
     assert one.build_extension() is torch.utils.cpp_extension.BuildExtension
     assert one.prefer_triton_grouped_mm() is False
+
+
+def test_a_module_that_is_called_as_its_function_is():
+    """Importing `utils.z3_leaf_module` puts the module where `utils` has a function of that name; both answer."""
+    from deepspeedlite.utils.z3_leaf_module import z3_leaf_module
+
+    from deepspeedlite.utils import z3_leaf_module as function
+
+    layer = torch.nn.ReLU()
+    utils.set_z3_leaf_module(layer, True)
+    assert z3_leaf_module(layer) and function(layer) and utils.z3_leaf_module(layer)

@@ -394,7 +394,7 @@ MODULES: Mapping[str, Names] = {
     | at("compat.timers", "CudaEventTimer trim_mean")
     | at("compat.timers", "ThroughputTimer", "times are of the device"),
     "utils.tensor_fragment": at("utils", _SAFE) | _LOCAL,
-    "utils.z3_leaf_module": at("utils", _LEAVES) | _LEAVES_BY_NAME,
+    "utils.z3_leaf_module": at("compat.leaf_modules", _LEAVES) | _LEAVES_BY_NAME,
     "utils.nvtx": at("compat.helpers", "instrument_w_nvtx"),
     "utils.init_on_device": at("utils", "OnDevice"),
     "utils.comms_logging": at(
