@@ -37,7 +37,7 @@ TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-clients test-images test-wheels test-cluster fuzz lint format typecheck wheel bench ops report
+.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster fuzz lint format typecheck wheel bench ops report
 .PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
@@ -69,13 +69,22 @@ test-cluster:  ## run the tests on many hosts, which namespaces make (needs root
 test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT, TRL and Megatron core, in an environment of their own
 	$(TIMED) "make test-clients" $(MAKE) --no-print-directory clients-here VENV=$(VENV)-clients
 
+test-llamafactory:  ## train with LLaMA-Factory by its own configurations, in an environment of its own (2 GB)
+	$(TIMED) "make test-llamafactory" $(MAKE) --no-print-directory llamafactory-here VENV=$(VENV)-llamafactory
+
 fuzz:  ## train random small models under random configurations for an hour, each beside an unsharded loop (FUZZ_S, FUZZ_SEED)
 	$(TIMED) "make fuzz" env DSL_FUZZ_S=$(FUZZ_S) DSL_FUZZ_SEED=$(FUZZ_SEED) $(MAKE) --no-print-directory test-here \
 		PYTEST_ARGS="tests/field/test_fuzz.py -k for_a_while $(PYTEST_ARGS)"
 
-.PHONY: coverage demo-here test-here coverage-here clients-here
+.PHONY: coverage demo-here test-here coverage-here clients-here llamafactory-here
 clients-here: $(VENV)/.ready-clients
 	@$(BIN)/python -m pytest -p no:cacheprovider tests/clients $(PYTEST_ARGS)
+
+# Of torchvision and torchaudio, which it asks for, PyPI has builds for CUDA alone, and transformers fails on those.
+llamafactory-here: $(VENV)/.ready-llamafactory
+	@$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio
+	@DSL_LLAMAFACTORY_PYTHON=$(abspath $(BIN))/python $(BIN)/python -m pytest -p no:cacheprovider \
+		tests/clients/test_llamafactory.py $(PYTEST_ARGS)
 
 demo-here: venv-examples
 	@$(BIN)/deepspeedlite --num_gpus $(RANKS) examples/cifar10/train.py \
@@ -135,7 +144,7 @@ install-hosts:  ## install the wheel here and on the machines of HOSTFILE (needs
 	@./install.sh $(INSTALL_ARGS) -H "$(HOSTFILE)"
 
 clean:  ## remove what these commands made, the downloaded data excepted
-	@rm -rf "$(VENV)" "$(VENV)-clients" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache
+	@rm -rf "$(VENV)" "$(VENV)-clients" "$(VENV)-llamafactory" build dist *.egg-info deepspeedlite/ops/lib .pytest_cache .hypothesis .mypy_cache .ruff_cache
 	@find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 venv-examples: $(VENV)/.ready-examples

@@ -128,8 +128,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         ("zero_optimization.offload_optimizer.device", "zero_optimization.stage"),
         lambda c: c.zero_optimization.offload_optimizer.device != "none" and c.zero_optimization.stage < 1,
-        "the optimizer's state can be offloaded only when it is sharded",
-        "set zero_optimization.stage to 1, 2 or 3",
+        "changes nothing at stage 0, where the optimizer's state is not sharded",
     ),
     *(
         Rule(

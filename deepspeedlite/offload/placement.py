@@ -36,7 +36,7 @@ class Placement:
     @classmethod
     def from_config(cls, zero: ZeroOptimization) -> Placement:
         """What `offload_param` and `offload_optimizer` ask for. Gradients go where the CPU can read them."""
-        states = Tier(zero.offload_optimizer.device)
+        states = Tier(zero.offload_optimizer.device if zero.stage > 0 else "none")
         grads = Tier.DEVICE if states is Tier.DEVICE else Tier.CPU
         return cls(Tier(zero.offload_param.device if zero.stage == 3 else "none"), grads, states)
 

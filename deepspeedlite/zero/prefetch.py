@@ -202,11 +202,10 @@ class ParamPrefetcher:
         has imported the compiler, because to import it takes a second.
         """
         self._is_hidden = True
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for module in self._users:
-            self._attach(module)
+        for handle in self._handles:  # in place: users' hooks keep their order around ours
+            hooks = handle.hooks_dict_ref()
+            if hooks is not None and handle.id in hooks:
+                hooks[handle.id] = Hook(self._hidden(hooks[handle.id].func))
         self._watch_reads()
 
     def add_user(self, module: torch.nn.Module, param: torch.Tensor) -> None:

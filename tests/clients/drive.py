@@ -71,7 +71,7 @@ def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
     return [rank.poll() for rank in ranks]
 
 
-def run(client: str, engine: str, world: int = 2, **job: Any) -> dict[str, Any]:
+def run(client: str, engine: str, world: int = 2, python: str = sys.executable, **job: Any) -> dict[str, Any]:
     """Run `run_CLIENT.py` on `world` ranks; rank 0's report, with every rank's losses and the larger one's peak."""
     with tempfile.TemporaryDirectory() as out, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -87,7 +87,7 @@ def run(client: str, engine: str, world: int = 2, **job: Any) -> dict[str, Any]:
         logs = [Path(out, f"log{rank}") for rank in range(world)]
         ranks = [
             subprocess.Popen(
-                [sys.executable, str(HERE / f"run_{client}.py")],
+                [python, str(HERE / f"run_{client}.py")],
                 env=base | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
                 stdout=log.open("w"),
                 stderr=subprocess.STDOUT,

@@ -102,6 +102,11 @@ def test_0_and_1_are_false_and_true():
             {"zero_optimization": {"stage": 2, "offload_param": {"device": "nvme", "nvme_path": "/nowhere"}}},
             "zero_optimization.offload_param.device: changes nothing below stage 3",
         ),
+        # TRL gives a reference model the trained one's section, at stage 0.
+        (
+            {"zero_optimization": {"stage": 0, "offload_optimizer": {"device": "cpu"}}},
+            "zero_optimization.offload_optimizer.device: changes nothing at stage 0",
+        ),
         (
             {"zero_optimization": {"stage": 1, "offload_param": {"device": "nvme"}}},
             "zero_optimization.offload_param.device: changes nothing below stage 3",
