@@ -65,7 +65,9 @@ _ADAM = Known("Adam", switches={**ADAM_SWITCHES, "decoupled_weight_decay": True}
 _ADAGRAD = Known("Adagrad", switches={"fp32_optimizer_states": True})
 _LION = Known(ours="lion", switches={"fp32_optimizer_states": True})
 _LAMB = Known(ours="lamb")
+_OURS = [line.partition("(")[0] for line in _TABLE["signatures"]["deepspeedlite"]]
 OPTIMIZERS: Mapping[str, Known] = {
+    **{name: Known(ours=name) for name in _OURS},
     **dict.fromkeys(("adam", "fusedadam", "cpuadam", "deepspeedcpuadam"), _ADAM),
     "adamw": Known("AdamW", switches=ADAM_SWITCHES),
     **dict.fromkeys(("adagrad", "cpuadagrad", "deepspeedcpuadagrad"), _ADAGRAD),
@@ -147,7 +149,7 @@ def scheduler_faults(type: Any, params: Mapping[str, Any]) -> Faults:
 def unknown_optimizer(type: Any) -> str:
     """Why a name stands for no optimizer; "" if it does."""
     names = {name.lower(): name for name in _optimizer_names()}
-    offered = sorted({"Adam", "AdamW", "Adagrad", "Lion", "Lamb"} | {n for k, n in names.items() if k not in REFUSED})
+    offered = sorted({*(n.capitalize() for n in _OURS), *(n for k, n in names.items() if k not in REFUSED)})
     if not isinstance(type, str):
         return f"must be a name, got {type!r}; known: {', '.join(offered)}"
     if type.lower() in REFUSED or type.lower() in OPTIMIZERS or type.lower() in names:

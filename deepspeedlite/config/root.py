@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, PrivateAttr
 from deepspeedlite.config.base import AnyCase, Dtype, Flag, Int, Number, Section, key
 from deepspeedlite.config.batch import BatchSizes, solve_batch
 from deepspeedlite.config.keys import KeyInfo, inner_section, key_info
-from deepspeedlite.config.sections.monitors import Comet, CommsLogger, CsvMonitor, FlopsProfiler, TensorBoard, Wandb
+from deepspeedlite.config.sections.monitors import CommsLogger, FlopsProfiler, Monitors
 from deepspeedlite.config.sections.optim import Optimizer, Scheduler
 from deepspeedlite.config.sections.parallel import Pipeline
 from deepspeedlite.config.sections.precision import Bf16, DataTypes, Fp16, TorchAutocast
@@ -29,7 +29,7 @@ def _never(value: Any) -> Any:
 Steps = Annotated[Int | None, BeforeValidator(_never)]
 
 
-class DeepSpeedConfig(Section, beside=""):
+class DeepSpeedConfig(Monitors, beside=""):
     """A checked configuration. Frozen; every section is present, with defaults where the file says nothing."""
 
     _raw: dict[str, Any] = PrivateAttr(default_factory=dict)
@@ -79,10 +79,6 @@ class DeepSpeedConfig(Section, beside=""):
     wall_clock_breakdown: Flag = key(False, "Time forward, backward and step.", may_differ=True)
     memory_breakdown: Flag = key(False, "Log device memory around forward, backward and step.", may_differ=True)
     dump_state: Flag = key(False, "Log the engine's settings after initialisation.", may_differ=True)
-    tensorboard: TensorBoard = key(TensorBoard, "TensorBoard.")
-    wandb: Wandb = key(Wandb, "Weights & Biases.")
-    csv_monitor: CsvMonitor = key(CsvMonitor, "CSV files.")
-    comet: Comet = key(Comet, "Comet.")
     comms_logger: CommsLogger = key(CommsLogger, "Record of collectives.")
     flops_profiler: FlopsProfiler = key(FlopsProfiler, "FLOP counts.")
 
@@ -122,7 +118,7 @@ class DeepSpeedConfig(Section, beside=""):
 
 ALL_SECTIONS: dict[str, type[Section]] = {
     name: section
-    for name, field in DeepSpeedConfig.model_fields.items()
+    for name, field in sorted(DeepSpeedConfig.model_fields.items(), key=lambda item: item[0] in Monitors.model_fields)
     if (section := inner_section(field.annotation)) is not None
 }
 

@@ -61,7 +61,7 @@ _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
     {cls for name, cls in _TORCH_CLASSES.items() if name not in WHOLE_TENSOR}
-    | {FusedLion, FusedLamb, FusedAdam, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
+    | {*_OURS.values(), FusedAdam, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
 )
 
 

@@ -1,4 +1,4 @@
-"""What people watch: `tensorboard`, `wandb`, `csv_monitor`, `comet`, `comms_logger`, `flops_profiler`, `timers`."""
+"""What people watch: `tensorboard`, `wandb`, `csv_monitor`, `comet`, `comms_logger`, `flops_profiler`."""
 
 from typing import Literal
 
@@ -49,6 +49,15 @@ class Comet(Section):
     experiment_key: Text | None = key(None, "Key of the experiment to go on with, or of the one to create.")
     online: Flag | None = key(None, "False: write an archive on this machine instead of sending.")
     mode: Literal["get", "create", "get_or_create"] | None = key(None, "Continue an experiment or start one.")
+
+
+class Monitors(Section):
+    """The keys of the monitors, which `DeepSpeedConfig` has beside its own."""
+
+    tensorboard: TensorBoard = key(TensorBoard, "TensorBoard.")
+    wandb: Wandb = key(Wandb, "Weights & Biases.")
+    csv_monitor: CsvMonitor = key(CsvMonitor, "CSV files.")
+    comet: Comet = key(Comet, "Comet.")
 
 
 class CommsLogger(Section):
