@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from deepspeedlite.launcher.hostfile import numbers_in
 from deepspeedlite.launcher.options import LaunchOptions
@@ -210,25 +211,65 @@ def _cores(options: LaunchOptions, size: int) -> list[tuple[int, ...]]:
     return [tuple(cores[rank * share : (rank + 1) * share]) for rank in range(size)]
 
 
-def choose_port(asked: int | None) -> tuple[int, str]:
-    """A port of this machine for the ranks' meeting place, and a line to say when it is not the expected one.
+class Port(NamedTuple):
+    """The port of the ranks' meeting place on this machine."""
 
-    Between this check and rank 0's start another program could take the port; port 0 makes that unlikely, since a
-    port is picked that the system itself gives to nobody.
+    number: int
+    note: str  # to be said where it is not the expected one
+    claim: socket.socket | None  # keeps other launches from choosing it, until it is closed; None: no such thing here
+
+    def close(self) -> None:
+        """The ranks have ended."""
+        _release(self.claim)
+
+
+def choose_port(asked: int | None) -> Port:
+    """A port of this machine that a server can listen at, and that no other launch has chosen.
+
+    Seconds go by until rank 0 listens there. Another program could take the port meanwhile; port 0 makes that unlikely,
+    since a port is picked that the system itself gives to nobody.
 
     Raises:
         LaunchError: the port that was asked for cannot be used.
     """
     wanted = DEFAULT_PORT if asked is None else asked
-    fault = _port_fault(wanted) if wanted else ""
-    if wanted and not fault:
-        return wanted, ""
+    fault = ""
+    if wanted:
+        claim, is_taken = _claim(wanted)
+        fault = _port_fault(wanted)
+        if is_taken and asked is None:  # whoever asks for a port may know that the other's ranks do not use it
+            fault = fault or "has been chosen by another launch"
+        if not fault:
+            return Port(wanted, "", claim)
+        _release(claim)
     if asked:
         raise LaunchError(f"--master_port {asked} {fault}; name another port, or 0 to have a free one picked")
-    port = _free_port()
+    port, claim = _free_port()
     if asked == 0:
-        return port, f"--master_port 0: port {port} is free and used"
-    return port, f"the usual port {DEFAULT_PORT} {fault}: port {port} is used instead"
+        return Port(port, f"--master_port 0: port {port} is free and used", claim)
+    return Port(port, f"the usual port {DEFAULT_PORT} {fault}: port {port} is used instead", claim)
+
+
+def _claim(port: int) -> tuple[socket.socket | None, bool]:
+    """Keep a port from other launches: what holds it, if there is such a thing here, and whether another has it.
+
+    It is a name among Unix sockets that belong to no file: the kernel knows one of each in what has the same ports (a
+    network namespace), whoever the user is, and forgets it with the process.
+    """
+    if sys.platform != "linux":
+        return None, False
+    claim = socket.socket(socket.AF_UNIX)
+    try:
+        claim.bind(f"\0deepspeedlite/port/{port}")
+    except OSError as error:
+        claim.close()
+        return None, error.errno == errno.EADDRINUSE
+    return claim, False
+
+
+def _release(claim: socket.socket | None) -> None:
+    if claim is not None:
+        claim.close()
 
 
 def listen(port: int, backlog: int = 128) -> socket.socket:
@@ -238,7 +279,7 @@ def listen(port: int, backlog: int = 128) -> socket.socket:
     return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=backlog)
 
 
-def _free_port() -> int:
+def _free_port() -> tuple[int, socket.socket | None]:
     """One below those that connections and `bind(0)` get, where that can be: seconds go by until rank 0 uses it."""
     try:
         with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as given:
@@ -247,10 +288,13 @@ def _free_port() -> int:
         choice = 0
     for _ in range(20 if choice > 0 else 0):
         port = _LOWEST_PICKED + int.from_bytes(os.urandom(4), "big") % choice
-        if not _port_fault(port):
-            return port
+        claim, is_taken = _claim(port)
+        if not is_taken and not _port_fault(port):
+            return port, claim
+        _release(claim)
     with listen(0) as probe:
-        return int(probe.getsockname()[1])
+        port = int(probe.getsockname()[1])
+    return port, _claim(port)[0]
 
 
 def _port_fault(port: int) -> str:

@@ -19,7 +19,7 @@ from typing import Any
 from deepspeedlite.env_report.preflight import facts
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Agent
-from deepspeedlite.launcher.job import Assignment, build_job, choose_port, listen
+from deepspeedlite.launcher.job import Assignment, Port, build_job, choose_port, listen
 from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import WINDOW_BYTES, Screen
@@ -76,7 +76,8 @@ class AgentSession:
         self._own, self._own_screen = own, Screen(loop) if own is not None else None
         self._key, self._nonce = os.environ.get(KEY, ""), protocol.new_secret()
         self._is_known = False  # the launcher has shown that it is ours
-        self._listener: socket.socket | None = None  # holds the ranks' port until they start
+        self._port: Port | None = None  # of the ranks, where they meet on this node: this process keeps it
+        self._listener: socket.socket | None = None  # at that port until they start
         self._surface: RemoteSurface | None = None
         self._agent: Agent | None = None
         self._is_paused = False  # the launcher is stopped too, and its silence means nothing
@@ -159,12 +160,14 @@ class AgentSession:
     def _answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
         """`port`: find one on this machine and listen there. `reach`: which of these addresses answer."""
         if "port" in asked:
+            if self._port is not None:  # of an attempt before
+                self._port.close()
             try:
-                port, note = choose_port(asked["port"])
-                self._listener = listen(port)
+                self._port = choose_port(asked["port"])
+                self._listener = listen(self._port.number)
             except (LaunchError, OSError) as error:
                 return {"fault": str(error)}
-            return {"port": port, "note": note}
+            return {"port": self._port.number, "note": self._port.note}
 
         def reached(address: str) -> bool:
             try:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from deepspeedlite.launcher.agent import Agent
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
-from deepspeedlite.launcher.job import Assignment, Job, build_job, choose_port, shell_line
+from deepspeedlite.launcher.job import Assignment, Job, Port, build_job, choose_port, shell_line
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
@@ -38,7 +38,9 @@ def start(options: LaunchOptions) -> int:
     is_wide = options.force_multi or options.no_ssh or options.check
     if alone is not None and not is_wide and (not is_listed or is_here(alone)):
         if options.dry_run:
-            print("\n".join(map(shell_line, plan_here(options, hosts[alone], 0, os.environ).ranks)))
+            with contextlib.closing(choose_port(options.master_port)) as port:
+                job = plan_here(options, hosts[alone], 0, os.environ, port)
+            print("\n".join(map(shell_line, job.ranks)))
             return 0
         return _run_attempts(options, hosts, {}, _run_here)
     from deepspeedlite.launcher import multinode
@@ -81,29 +83,31 @@ def _run_attempts(options: LaunchOptions, hosts: Hosts, spares: Hosts, run: Atte
                 raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
 
 
-def plan_here(options: LaunchOptions, slots: Sequence[int] | None, restarts: int, environ: Mapping[str, str]) -> Job:
+def plan_here(
+    options: LaunchOptions, slots: Sequence[int] | None, restarts: int, environ: Mapping[str, str], port: Port
+) -> Job:
     """The job of a start on this machine alone."""
     environ = {**environ, **options.env}
     devices = find_devices(environ)
     count, note = choose_ranks(devices, options.num_gpus if not (slots and options.num_gpus is None) else len(slots))
-    port, port_note = choose_port(options.master_port)
     used = list(slots)[:count] if slots else list(range(count))
-    assignment = Assignment(used, count, options.master_addr or "127.0.0.1", port, restarts=restarts)
+    assignment = Assignment(used, count, options.master_addr or "127.0.0.1", port.number, restarts=restarts)
     job = build_job(options, assignment, environ, devices)
-    for text in filter(None, (note, port_note)):
+    for text in filter(None, (note, port.note)):
         logger.info(text, extra=EVERY_RANK)
     return job
 
 
 def _run_here(options: LaunchOptions, hosts: Hosts, attempt: int, loop: Loop, screen: Screen) -> Outcome:
     """On this machine alone: a cluster of one."""
-    job = plan_here(options, next(iter(hosts.values())), attempt, os.environ)
-    outcome = Outcome(len(job.ranks))
-    cluster = Cluster([Agent(job, screen, loop, outcome.hear)], loop, screen, outcome)
-    try:
-        return cluster.run()
-    finally:
-        cluster.close(0)
+    with contextlib.closing(choose_port(options.master_port)) as port:
+        job = plan_here(options, next(iter(hosts.values())), attempt, os.environ, port)
+        outcome = Outcome(len(job.ranks))
+        cluster = Cluster([Agent(job, screen, loop, outcome.hear)], loop, screen, outcome)
+        try:
+            return cluster.run()
+        finally:
+            cluster.close(0)
 
 
 def _conclude(outcome: Outcome, screen: Screen) -> None:

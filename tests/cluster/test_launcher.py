@@ -237,9 +237,43 @@ def test_a_busy_usual_port_is_replaced(monkeypatch: pytest.MonkeyPatch, busy_por
     from deepspeedlite.launcher import job
 
     monkeypatch.setattr(job, "DEFAULT_PORT", busy_port)
-    port, note = job.choose_port(None)
+    port, note, _ = job.choose_port(None)
     assert port != busy_port and f"the usual port {busy_port} is in use" in note and str(port) in note
-    assert job.choose_port(port) == (port, "")
+    assert job.choose_port(port)[:2] == (port, "")
+
+
+def test_a_port_that_another_launch_has_chosen_is_left_to_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from deepspeedlite.launcher import job
+
+    monkeypatch.setattr(job, "DEFAULT_PORT", job.choose_port(0).number)
+    first, second = job.choose_port(None), job.choose_port(None)
+    assert first.note == "" and second.number != first.number and "chosen by another launch" in second.note
+    assert job.choose_port(first.number).number == first.number, "who asks for a port gets it"
+    second.close()
+    first.close()
+    assert job.choose_port(None).number == first.number
+
+
+@pytest.mark.slow
+def test_launches_in_one_moment_do_not_meet(script: Script) -> None:
+    """Each rank finds those of its own launch, though none was given a port."""
+    path = script(
+        """
+        import torch
+        from deepspeedlite import comm
+        comm.init_distributed()
+        mine = torch.tensor([float(sys.argv[-1])])
+        comm.all_reduce(mine)
+        assert mine.item() == 2 * float(sys.argv[-1]), mine
+        """
+    )
+    command = [sys.executable, "-m", "deepspeedlite.launcher", "--num_gpus", "2", str(path)]
+    started = [
+        subprocess.Popen([*command, str(number)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for number in range(4)
+    ]
+    said = [each.communicate(timeout=200)[0] for each in started]
+    assert [each.returncode for each in started] == [0] * 4, "\n".join(said)
 
 
 def test_a_picked_port_is_none_that_the_system_gives_to_others() -> None:
@@ -247,7 +281,7 @@ def test_a_picked_port_is_none_that_the_system_gives_to_others() -> None:
     from deepspeedlite.launcher import job
 
     first_given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
-    picked = {job.choose_port(0)[0] for _ in range(50)}
+    picked = {job.choose_port(0).number for _ in range(50)}
     assert len(picked) > 40 and (first_given <= 10_000 or max(picked) < first_given)
 
 
