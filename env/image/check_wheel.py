@@ -21,7 +21,7 @@ import zipfile
 from pathlib import Path
 
 PACKAGE = "deepspeedlite/"
-KINDS = (".py", ".so", ".cpp", ".h", ".cu", ".cuh", ".json", ".typed")
+KINDS = (".py", ".pyi", ".so", ".cpp", ".h", ".cu", ".cuh", ".json", ".typed")
 
 
 def main() -> None:

@@ -40,7 +40,6 @@ KNOWN = {
     "signatures.comm:*_fn": "prof and debug are given by name",
     "signatures.comm:new_group": "the ranks may be left out, and are all",
     "groups.*": "answered without an mpu too, where DeepSpeed asserts that there is one",
-    "optimizers*": "steps are counted in a tensor, as torch counts them",
 }
 ON_TWO_RANKS = {
     "engine_stage_3*.local *": "the fragment that this rank steps; DeepSpeed cuts each parameter into padded pieces",

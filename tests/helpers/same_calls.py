@@ -642,21 +642,6 @@ def flops() -> Any:
 
 
 @case
-def optimizers() -> Any:
-    from deepspeed.ops.adam import DeepSpeedCPUAdam
-
-    param = torch.nn.Parameter(torch.linspace(-1, 1, 5))
-    optimizer = DeepSpeedCPUAdam([param], lr=0.1, weight_decay=0.01)
-    found = []
-    for _ in range(3):
-        param.grad = torch.linspace(0, 1, 5)
-        found.append([outcome(optimizer.step), plain(param)])
-    state = {name: plain(value) for name, value in optimizer.state[param].items()}
-    group = {name: plain(value) for name, value in optimizer.param_groups[0].items() if name != "params"}
-    return [found, state, group]
-
-
-@case
 def arguments() -> Any:
     import argparse
 

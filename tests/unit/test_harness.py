@@ -238,11 +238,12 @@ def test_sleeps(tmp_path):
 
 
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGKILL])
-def test_workers_end_with_pytest(sent: signal.Signals, tmp_path: Path) -> None:
+def test_workers_end_with_pytest(sent: signal.Signals, tmp_path_factory: pytest.TempPathFactory) -> None:
     """On Ctrl-C, and even when pytest has no chance to clean up."""
-    process = start_pytest(tmp_path, SLEEPS)
+    folder = tmp_path_factory.mktemp("ends")  # short: the workers' socket is below it, and its path has a limit
+    process = start_pytest(folder, SLEEPS)
     try:
-        ready = tmp_path / "tmp"
+        ready = folder / "tmp"
         wait_until(lambda: process.poll() is not None or len(list(ready.glob("ready-*"))) == 2, limit_s=60)
         assert process.poll() is None, process.communicate()[0]
         workers = psutil.Process(process.pid).children(recursive=True)
