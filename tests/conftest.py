@@ -8,7 +8,6 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import hypothesis
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "helpers"))
@@ -17,9 +16,14 @@ from paths import put_on_path
 put_on_path()
 pytest_plugins = ["sessions", "shared_fixtures"]
 
-# What takes 200 ms alone may take a second beside other sessions, or measured by `make coverage`.
-hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
-hypothesis.settings.load_profile("busy")
+try:
+    import hypothesis
+except ImportError:  # in the environments of clients, where no test needs it
+    pass
+else:
+    # What takes 200 ms alone may take a second beside other sessions, or measured by `make coverage`.
+    hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
+    hypothesis.settings.load_profile("busy")
 
 
 @pytest.hookimpl(tryfirst=True)  # before `-m` chooses

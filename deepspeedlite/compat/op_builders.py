@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, ClassVar
 
 from deepspeedlite.ops.op_builder import OPS, OpSpec, load_ops, why_not
+from deepspeedlite.runtime.errors import AbsentError
 from deepspeedlite.runtime.log import logger
 
 
@@ -88,9 +89,46 @@ class PinMemoryBuilder:
         return SimpleNamespace(pin_handle=pin_handle)
 
 
-BUILDERS: dict[str, type[OpBuilder]] = {
-    spec.builder: type(spec.builder, (OpBuilder,), {"spec": spec}) for spec in OPS.values()
-} | {"AsyncIOBuilder": AsyncIOBuilder}
+class AbsentBuilder:
+    """Of an op that is not here: compatible with nothing, as scripts ask before they use one."""
+
+    NAME, BUILD_VAR = "deepspeed_not_implemented", "DS_BUILD_NOT_IMPLEMENTED"
+    why: ClassVar[str]
+
+    def __init__(self, name: str | None = None) -> None:
+        self.name = name or self.NAME
+
+    def is_compatible(self, verbose: bool = False) -> bool:
+        """False; `verbose` logs why."""
+        if verbose:
+            logger.warning("%s: %s", type(self).__name__, self.why)
+        return False
+
+    def load(self, verbose: bool = True) -> Any:
+        """Nothing.
+
+        Raises:
+            AbsentError: always.
+        """
+        raise AbsentError(f"{type(self).__name__}: {self.why}")
+
+
+_ABSENT = {
+    "kernels of inference are not in this release": (
+        "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder RaggedUtilsBuilder SpatialInferenceBuilder"
+    ),
+    "kernels of transformers are not in this release": "FlashAttentionBuilder EvoformerAttnBuilder",
+    "quantized weights are not in this release": "QuantizerBuilder FPQuantizerBuilder",
+    "DeepCompile is not in this release; engine.compile uses torch.compile": "DeepCompileBuilder",
+    "random layer dropping is not part of this library": "RandomLTDBuilder",
+    "GPUDirect Storage is not in this release; ops.aio goes past the page cache": "GDSBuilder",
+    "ranks of a machine share memory without an op": "ShareMemCommBuilder CCLCommBuilder",
+}
+BUILDERS: dict[str, type[OpBuilder] | type[AbsentBuilder]] = {
+    **{spec.builder: type(spec.builder, (OpBuilder,), {"spec": spec}) for spec in OPS.values()},
+    **{name: type(name, (AbsentBuilder,), {"why": why}) for why, names in _ABSENT.items() for name in names.split()},
+    "AsyncIOBuilder": AsyncIOBuilder,
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -148,3 +148,14 @@ def test_the_schedule_is_the_one_that_trains() -> None:
             one.micro_batch % buffers for one in order
         ]
         assert len(list(schedule)) == len(list(schedule)) == len(order)  # it begins anew
+
+
+def test_builders_of_absent_ops_say_that_nothing_is_compatible():
+    """DeepNVMe's scripts ask `GDSBuilder().is_compatible()` before they use one."""
+    from deepspeedlite.compat.op_builders import BUILDERS
+    from deepspeedlite.runtime.errors import AbsentError
+
+    builder = BUILDERS["GDSBuilder"]()
+    assert builder.is_compatible() is False
+    with pytest.raises(AbsentError, match="GPUDirect Storage is not in this release"):
+        builder.load()

@@ -331,14 +331,13 @@ MODULES: Mapping[str, Names] = {
         "InferenceBuilder TransformerBuilder StochasticTransformerBuilder",
         "not compatible anywhere: their kernels are not in this release, and load says so",
     )
-    | no(_NO_INFERENCE, "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder")
-    | no(_NO_INFERENCE, "RaggedUtilsBuilder SpatialInferenceBuilder")
-    | no(_NO_KERNELS, "FlashAttentionBuilder EvoformerAttnBuilder")
-    | no("quantized weights are not in this release", "QuantizerBuilder FPQuantizerBuilder")
-    | no("DeepCompile is not in this release", "DeepCompileBuilder")
-    | no("random layer dropping is not part of this library", "RandomLTDBuilder")
-    | no("GPUDirect Storage is not in this release; ops.aio goes past the page cache", "GDSBuilder")
-    | no("ranks of a machine share memory without an op: comm.shared_memory", "ShareMemCommBuilder CCLCommBuilder")
+    | at(
+        "compat.op_builders",
+        "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder RaggedUtilsBuilder SpatialInferenceBuilder "
+        "FlashAttentionBuilder EvoformerAttnBuilder QuantizerBuilder FPQuantizerBuilder DeepCompileBuilder "
+        "RandomLTDBuilder GDSBuilder ShareMemCommBuilder CCLCommBuilder",
+        "not compatible anywhere: load says why",
+    )
     | no(INTERNAL, "NotImplementedBuilder"),
     "ops": renamed("compat.op_names", __compatible_ops__="compatible_ops"),
     "ops.op_builder.all_ops": at("compat.op_names", "ALL_OPS", "our ops, whatever the device"),
