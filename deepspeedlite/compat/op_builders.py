@@ -124,14 +124,15 @@ _ABSENT = {
     "GPUDirect Storage is not in this release; ops.aio goes past the page cache": "GDSBuilder",
     "ranks of a machine share memory without an op": "ShareMemCommBuilder CCLCommBuilder",
 }
-BUILDERS: dict[str, type[OpBuilder] | type[AbsentBuilder]] = {
-    **{spec.builder: type(spec.builder, (OpBuilder,), {"spec": spec}) for spec in OPS.values()},
-    **{name: type(name, (AbsentBuilder,), {"why": why}) for why, names in _ABSENT.items() for name in names.split()},
-    "AsyncIOBuilder": AsyncIOBuilder,
+BUILDERS: dict[str, type[OpBuilder]] = {
+    spec.builder: type(spec.builder, (OpBuilder,), {"spec": spec}) for spec in OPS.values()
+} | {"AsyncIOBuilder": AsyncIOBuilder}
+ABSENT_BUILDERS: dict[str, type[AbsentBuilder]] = {
+    name: type(name, (AbsentBuilder,), {"why": why}) for why, names in _ABSENT.items() for name in names.split()
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in BUILDERS:
-        return BUILDERS[name]
+    if name in BUILDERS or name in ABSENT_BUILDERS:
+        return BUILDERS.get(name) or ABSENT_BUILDERS[name]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}; the builders are {', '.join(BUILDERS)}")

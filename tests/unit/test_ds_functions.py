@@ -152,10 +152,10 @@ def test_the_schedule_is_the_one_that_trains() -> None:
 
 def test_builders_of_absent_ops_say_that_nothing_is_compatible():
     """DeepNVMe's scripts ask `GDSBuilder().is_compatible()` before they use one."""
-    from deepspeedlite.compat.op_builders import BUILDERS
+    from deepspeedlite.compat.op_builders import ABSENT_BUILDERS
     from deepspeedlite.runtime.errors import AbsentError
 
-    builder = BUILDERS["GDSBuilder"]()
+    builder = ABSENT_BUILDERS["GDSBuilder"]()
     assert builder.is_compatible() is False
     with pytest.raises(AbsentError, match="GPUDirect Storage is not in this release"):
         builder.load()
