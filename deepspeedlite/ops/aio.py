@@ -12,6 +12,7 @@ io_uring does it, or its older native AIO where that is not to be had, or thread
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import re
@@ -277,11 +278,8 @@ def aio_read(
     validate: bool,
 ) -> int:
     """One `aio_handle.read` by a handle of its own; 0."""
-    handle = aio_handle(block_size, queue_depth, single_submit, overlap_events)
-    try:
+    with contextlib.closing(aio_handle(block_size, queue_depth, single_submit, overlap_events)) as handle:
         return handle.read(buffer, filename, validate)
-    finally:
-        handle.close()
 
 
 def aio_write(
@@ -294,11 +292,8 @@ def aio_write(
     validate: bool,
 ) -> int:
     """One `aio_handle.write` by a handle of its own; 0."""
-    handle = aio_handle(block_size, queue_depth, single_submit, overlap_events)
-    try:
+    with contextlib.closing(aio_handle(block_size, queue_depth, single_submit, overlap_events)) as handle:
         return handle.write(buffer, filename, validate)
-    finally:
-        handle.close()
 
 
 def deepspeed_memcpy(dest: Tensor, src: Tensor) -> int:
