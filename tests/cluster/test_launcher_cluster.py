@@ -243,9 +243,9 @@ def test_ranks_of_other_machines_are_waited_for_and_end_early(cluster: Cluster, 
     notices = text.split(" WARNING: ")[1:]
     assert all(re.match(r"rank \d has waited \d+ s in all_reduce of 1 elements, at ", notice) for notice in notices)
     assert re.search(r"rank 1 has waited.*\n.*rank 0 is stopped \(process \d+ on worker-1", text), text
-    assert re.search(r"rank 3 has waited.*\n.*ranks 0-2 cannot be asked: the job's store, which rank 0 hosts", text), (
-        text
-    )
+    # Its first notice may come before the store has been silent for long, and the next once rank 2 is seen to stop.
+    silent = r"rank 3 has waited.*\n.*ranks 0-[12] cannot be asked: the job's store, which rank 0 hosts"
+    assert re.search(silent, text), text
     assert re.search(
         r"rank 0 has waited.*\n.*rank 2 is stopped \(process \d+ on worker-2.*\n.*ranks 1, 3 wait th", text
     ), text
