@@ -45,6 +45,10 @@ def momenta(param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
     return [group.get("betas", group.get("momentum", 0.0)) for group in param_groups]
 
 
+def _mean(losses: Sequence[torch.Tensor]) -> torch.Tensor:
+    return torch.stack([loss.reshape(()) for loss in losses]).float().mean()
+
+
 class TrainLog:
     """Timers, throughput, monitors and the FLOP profile of one engine, as its configuration asks.
 
@@ -73,7 +77,7 @@ class TrainLog:
         self.monitor = Monitor(rank=rank, **sections)
         # Taking a norm is a collective: all ranks take it, though rank 0 alone writes it down.
         self.writes_norm = any(section.enabled for section in sections.values())
-        self._losses: list[torch.Tensor] = []
+        self._losses: list[torch.Tensor] = []  # of the micro-batches since the last global step
         self._flops_config = config.flops_profiler
         profiles = self._flops_config.enabled and rank == 0
         recompute = self._flops_config.recompute_fwd_factor
@@ -117,8 +121,8 @@ class TrainLog:
         self.throughput.batch_size = batch_size
 
     def saw_loss(self, loss: torch.Tensor) -> None:
-        """Keep a micro-batch's loss for the monitors."""
-        if self.monitor.enabled:
+        """Keep a micro-batch's loss for the monitors and the progress line."""
+        if self.monitor.enabled or self._every is not None:
             self._losses.append(loss.detach())
 
     def end_micro_step(self, is_boundary: bool) -> None:
@@ -129,26 +133,26 @@ class TrainLog:
         """Print and write what is due after a global step."""
         if self._profiled:
             self._print_profile(report.global_steps)
+        losses, self._losses = self._losses, []
         if self.monitor.enabled:
-            self._write_events(report)
+            self._write_events(report, losses)
         if self._every is None or report.global_steps % self._every:
             return
         log_dist(
             f"step={report.global_steps}, skipped={report.skipped_steps}, lr={learning_rates(report.param_groups)}, "
-            f"mom={momenta(report.param_groups)}"
+            f"mom={momenta(report.param_groups)}" + (f", loss={_mean(losses).item():.4g}" if losses else "")
         )
         if self._wall_clock:
             log_dist(self.timers.report(PHASES, steps=self._every))
         if self._memory:
             log_dist(memory_breakdown(self._device))
 
-    def _write_events(self, report: StepReport) -> None:
+    def _write_events(self, report: StepReport, losses: Sequence[torch.Tensor]) -> None:
         at = report.global_samples
         rates = learning_rates(report.param_groups)
         events: list[tuple[str, Any, int]] = [("Train/Samples/lr", rates[0], at)] if rates else []
-        if self._losses:
-            events.append(("Train/Samples/train_loss", torch.stack(self._losses).float().mean(), at))
-            self._losses.clear()
+        if losses:
+            events.append(("Train/Samples/train_loss", _mean(losses), at))
         if report.loss_scale != 1.0:
             events.append(("Train/Samples/loss_scale", report.loss_scale, at))
         if report.grad_norm is not None:

@@ -39,11 +39,15 @@ def log_of_training(config: dict, steps: int) -> tuple[str, list[float]]:
 
 @distributed(world_size=2)
 def test_progress_lines_come_from_rank_0_every_few_steps():
-    log, _ = log_of_training({"steps_per_print": 2, "wall_clock_breakdown": True, "memory_breakdown": True}, steps=6)
+    log, losses = log_of_training(
+        {"steps_per_print": 2, "wall_clock_breakdown": True, "memory_breakdown": True}, steps=6
+    )
     if dist.get_rank() == 1:
         assert log == ""
         return
     assert re.findall(r"step=(\d+), skipped=0, lr=\[0.01\]", log) == ["2", "4", "6"]
+    said = [float(loss) for loss in re.findall(r"step=.*, loss=([\d.]+)", log)]  # the mean over a step's micro-batches
+    assert said == pytest.approx([(losses[2 * step] + losses[2 * step + 1]) / 2 for step in (1, 3, 5)], rel=1e-3)
     assert len(re.findall(r"SamplesPerSec=\d", log)) >= 2
     times = re.findall(r"time \(ms\) \| forward: ([\d.]+) \| backward: ([\d.]+) \| step: ([\d.]+)", log)
     assert len(times) == 3 and all(float(value) > 0 for line in times for value in line)
