@@ -269,3 +269,19 @@ def test_the_page_shows_what_the_command_prints():
     assert blocks
     for arguments, output in blocks:
         assert run(*shlex.split(arguments)).stdout == output
+
+
+def test_the_page_names_the_configuration_that_the_command_does(capsys):
+    """Each cell of its table, of 0.6 of a GPU's memory."""
+    head, _, *rows = re.search(r"\| billions of .*\n(?:\|.*\n)+", PAGE.read_text())[0].splitlines()
+    machines = re.findall(r"(\d+) x (\d+) x (\d+) GiB, host (\d+)", head)
+    assert len(rows) == 7 and len(machines) == 5
+    for row in rows:
+        model, *cells = (cell.strip() for cell in row.strip("|").split("|"))
+        params, largest = re.findall(r"[\d.]+", model)
+        for (nodes, gpus, gpu_gib, host_gib), cell in zip(machines, cells, strict=True):
+            sizes = ["--params", f"{params}e9", "--largest_layer", f"{largest}e9", "--gpus", gpus, "--nodes", nodes]
+            estimate.main([*sizes, "--gpu_memory", str(0.6 * int(gpu_gib)), "--host_memory", host_gib])
+            found = re.search(r"stage (\d), offload (\w+) \([^)]*\)\.$", capsys.readouterr().out.strip())
+            said = "-" if found is None else f"{found[1]}, {found[2]}".removesuffix(", none")
+            assert said == cell, f"{model} on {nodes} x {gpus} x {gpu_gib}"
