@@ -92,6 +92,12 @@ demo-here: venv-examples
 
 PYTEST = pytest -p no:cacheprovider --sessions $(SESSIONS) $(MARKS) $(PYTEST_ARGS)
 
+# Where the user wants no bytecode beside the sources it is kept in the environment: tests start a thousand interpreters.
+ifneq ($(PYTHONDONTWRITEBYTECODE),)
+export PYTHONDONTWRITEBYTECODE =
+export PYTHONPYCACHEPREFIX ?= $(abspath $(VENV))/bytecode
+endif
+
 test-here: venv-dev
 	@$(BIN)/python -m $(PYTEST)
 
