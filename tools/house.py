@@ -130,9 +130,10 @@ def room_of(path: Path, root: Path) -> str:
 def _read(path: Path, module: str, root: Path, modules: Mapping[str, Path]) -> Source:
     text = path.read_text()
     tree = ast.parse(text)
+    nodes = list(ast.walk(tree))  # once: it is what takes the time
     room = room_of(path, root)
-    code, comments = code_and_comments(text, tree)
-    annotations = list(_annotations(tree))
+    code, comments = code_and_comments(text, nodes)
+    annotations = list(_annotations(nodes))
     where = path.relative_to(root.parent).as_posix()
     return Source(
         path=path,
@@ -142,20 +143,20 @@ def _read(path: Path, module: str, root: Path, modules: Mapping[str, Path]) -> S
         code=code,
         comments=comments,
         imports=frozenset(_imports(tree, modules)) - {module},
-        stores=list(_foreign_stores(tree, where, room)),
-        attributes=frozenset(_class_attributes(tree)),
-        callables=frozenset(_callable_attributes(tree)),
+        stores=list(_foreign_stores(tree, nodes, where, room)),
+        attributes=frozenset(_class_attributes(nodes)),
+        callables=frozenset(_callable_attributes(nodes)),
         annotations=len(annotations),
         any_annotations=sum(_mentions_any(annotation) for annotation in annotations),
-        long_functions=list(_long_functions(tree, where)),
+        long_functions=list(_long_functions(nodes, where)),
         undocumented=list(_undocumented(tree, where)),
     )
 
 
-def code_and_comments(text: str, tree: ast.Module) -> tuple[int, int]:
+def code_and_comments(text: str, nodes: list[ast.AST]) -> tuple[int, int]:
     """Lines of code, and comments that are no directives to a tool."""
     documented: set[int] = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, (ast.Module, *_SCOPES)):
             # In a class, a string after an attribute documents it.
             for statement in node.body if isinstance(node, ast.ClassDef) else node.body[:1]:
@@ -191,8 +192,8 @@ def _imports(tree: ast.AST, modules: Mapping[str, Path]) -> Iterator[str]:
         yield from _imports(child, modules)
 
 
-def _foreign_stores(tree: ast.AST, where: str, room: str) -> Iterator[Store]:
-    for function, nodes in _functions(tree):
+def _foreign_stores(tree: ast.AST, all_nodes: list[ast.AST], where: str, room: str) -> Iterator[Store]:
+    for function, nodes in _functions(tree, all_nodes):
         own = {"self", "cls", *_made_here(function, nodes)}
         for node in nodes:
             if not isinstance(node, ast.Attribute) or isinstance(node.ctx, ast.Load):
@@ -201,9 +202,9 @@ def _foreign_stores(tree: ast.AST, where: str, room: str) -> Iterator[Store]:
                 yield Store(where=f"{where}:{node.lineno}", room=room, target=ast.unparse(node), attribute=node.attr)
 
 
-def _functions(tree: ast.AST) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
+def _functions(tree: ast.AST, all_nodes: list[ast.AST]) -> Iterator[tuple[ast.AST, list[ast.AST]]]:
     """Every function, and the file itself, with the nodes that are in it and in no function of its own."""
-    for scope in [tree, *(node for node in ast.walk(tree) if isinstance(node, _FUNCTIONS))]:
+    for scope in [tree, *(node for node in all_nodes if isinstance(node, _FUNCTIONS))]:
         found: list[ast.AST] = []
         waiting = list(ast.iter_child_nodes(scope))
         while waiting:
@@ -230,8 +231,8 @@ def _is_class(called: ast.expr) -> bool:
     return name in ("cls", "__new__") or name.lstrip("_")[:1].isupper()
 
 
-def _class_attributes(tree: ast.AST) -> Iterator[str]:
-    for cls in ast.walk(tree):
+def _class_attributes(nodes: list[ast.AST]) -> Iterator[str]:
+    for cls in nodes:
         if not isinstance(cls, ast.ClassDef):
             continue
         for statement in cls.body:
@@ -247,14 +248,14 @@ def _class_attributes(tree: ast.AST) -> Iterator[str]:
                 yield node.attr
 
 
-def _callable_attributes(tree: ast.AST) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _callable_attributes(nodes: list[ast.AST]) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, ast.AnnAssign) and "Callable[" in ast.unparse(node.annotation):
             yield node.target.attr if isinstance(node.target, ast.Attribute) else ast.unparse(node.target)
 
 
-def _annotations(tree: ast.AST) -> Iterator[ast.expr]:
-    for node in ast.walk(tree):
+def _annotations(nodes: list[ast.AST]) -> Iterator[ast.expr]:
+    for node in nodes:
         annotation = getattr(node, "returns", None) if isinstance(node, _FUNCTIONS) else None
         if isinstance(node, (ast.arg, ast.AnnAssign)):
             annotation = node.annotation
@@ -266,8 +267,8 @@ def _mentions_any(annotation: ast.expr) -> bool:
     return any(isinstance(node, ast.Name) and node.id == "Any" for node in ast.walk(annotation))
 
 
-def _long_functions(tree: ast.AST, where: str) -> Iterator[str]:
-    for node in ast.walk(tree):
+def _long_functions(nodes: list[ast.AST], where: str) -> Iterator[str]:
+    for node in nodes:
         if isinstance(node, _FUNCTIONS):
             length = (node.end_lineno or node.lineno) - node.lineno + 1
             length -= len((ast.get_docstring(node, clean=False) or "").splitlines())

@@ -73,6 +73,11 @@ def sized_files() -> list[Path]:
     return [*python_files(), *sorted((ROOT / "env").rglob("*.py"))]
 
 
+@cache
+def tree_of(file: Path) -> ast.Module:
+    return ast.parse(file.read_text())
+
+
 def layer_of(module: str) -> int:
     """`deepspeedlite.checkpoint.formats.x` -> the layer of `checkpoint.formats`; -1 where none is listed."""
     parts = module.split(".")[1:] or ["__init__"]
@@ -121,7 +126,7 @@ def test_imports_go_down():
         name = name_of(file)
         if name == "deepspeedlite":
             continue
-        for module, _ in imports_of(ast.parse(file.read_text())):
+        for module, _ in imports_of(tree_of(file)):
             if module.split(".")[0] != "deepspeedlite":
                 continue
             if module == "deepspeedlite":
@@ -182,7 +187,7 @@ def test_sizes():
         relative = file.relative_to(ROOT)
         if (lines := text.count("\n")) > MAX_FILE_LINES:
             wrong.append(f"{relative}: {lines} lines")
-        for node in ast.walk(ast.parse(text)):
+        for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.Global):
                 wrong.append(f"{relative}:{node.lineno}: global statement")
             if not isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
@@ -245,7 +250,7 @@ def test_public_names_resolve():
 
 def test_every_module_explains_itself():
     for file in sized_files():
-        assert ast.get_docstring(ast.parse(file.read_text())), f"{file} has no docstring"
+        assert ast.get_docstring(tree_of(file)), f"{file} has no docstring"
 
 
 # --- what users type and import ---------------------------------------------------------------------------------------
