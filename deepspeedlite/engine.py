@@ -16,7 +16,7 @@ scale are applied to the parameters' gradients as they arrive: the same result, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -91,6 +91,7 @@ class Engine(torch.nn.Module):
 
     optimizer_class = ShardedOptimizer
     checkpoint_formats = Formats()  # besides our own
+    savers: Mapping[str, type[Saver]] = {"deepspeedlite": Saver}  # by `checkpoint.format`
 
     @classmethod
     def mpu_of(cls, model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
@@ -136,7 +137,8 @@ class Engine(torch.nn.Module):
         self._clearing = ModuleClearing(module, self._reducer)
         self._attached = Attached(module)
         ranks = Ranks()  # one, whose meetings are counted, for saves and loads
-        self._saver = Saver(parts.config.checkpoint, ranks, self.checkpoint_formats)
+        checkpoint = parts.config.checkpoint
+        self._saver = self.savers[checkpoint.format](checkpoint, ranks, self.checkpoint_formats)
         self._loader = Loader(ranks, self.checkpoint_formats)
 
     def __getattr__(self, name: str) -> Any:

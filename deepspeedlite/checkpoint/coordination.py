@@ -32,7 +32,7 @@ class Ranks:
         self.rank, self.size = everyone.rank, everyone.size
         self._call = ""  # in which they meet: compared with what they do first
         # Made when the ranks first meet: an engine that neither saves nor loads needs none.
-        self._own: dist.ProcessGroup | None = None
+        self.process_group: dist.ProcessGroup | None = None
 
     def meet(self, what: str) -> None:
         """Return when every rank has come here.
@@ -53,8 +53,8 @@ class Ranks:
                     f"({f'of these, {ended} have ended' if ended else f'in {limit_s:g} s'}); take the call out of "
                     "`if rank == 0` (a rank that died shows above)"
                 )
-        if self._own is None:
-            self._own = dist.new_group(list(everyone), limit, backend="gloo")
+        if self.process_group is None:
+            self.process_group = dist.new_group(list(everyone), limit, backend="gloo")
 
     def each(self, what: str, action: Callable[[], _T]) -> list[_T]:
         """Do `action` on every rank; rank 0 gets all results, the others none.
@@ -97,13 +97,13 @@ class Ranks:
     def _send(self, obj: Any, rank: int) -> None:
         """Send an object; a rank that is gone is noticed where its answer is received."""
         with contextlib.suppress(RuntimeError):
-            dist.send_object_list([obj], rank, self._own)
+            dist.send_object_list([obj], rank, self.process_group)
 
     def _receive(self, rank: int) -> Any:
         """The object that a rank sends; None if it has gone."""
         held = [None]
         with contextlib.suppress(RuntimeError):
-            dist.recv_object_list(held, rank, self._own)
+            dist.recv_object_list(held, rank, self.process_group)
         return held[0]
 
 

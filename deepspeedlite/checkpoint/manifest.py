@@ -198,6 +198,11 @@ def _check_pieces(what: str, kind: str, pieces: list[Piece], numel: int, files: 
         raise CheckpointError(f"{what}: {cursor} of {numel} elements of its {kind} are here")
 
 
+def dtype_name(tensor: torch.Tensor) -> str:
+    """What a manifest calls a tensor's dtype."""
+    return str(tensor.dtype).removeprefix("torch.")
+
+
 # --- values: JSON-able data and tensors ---------------------------------------------------------------------------
 
 
@@ -222,8 +227,7 @@ def encode(value: Any, where: str, add_tensor: Callable[[torch.Tensor], list[str
         array = value.astype(np.int64) if value.dtype in (np.uint16, np.uint32) else value
         return {"$array": add_tensor(torch.from_numpy(np.array(array))), "dtype": str(value.dtype)}
     if isinstance(value, torch.Tensor) and value.dim() == 0 and not value.is_complex():
-        dtype = str(value.dtype).removeprefix("torch.")
-        return {"$scalar": encode(value.item(), where, add_tensor), "dtype": dtype}
+        return {"$scalar": encode(value.item(), where, add_tensor), "dtype": dtype_name(value)}
     if isinstance(value, torch.Tensor) and value.layout is torch.strided:
         return {"$tensor": add_tensor(value)}
     if isinstance(value, (list, tuple)) and type(value) in (list, tuple):

@@ -60,8 +60,7 @@ class RankPart:
     def add_flat(self, number: int, flat: Flat, rank: int, size: int) -> None:
         """This rank's slice of a flat: values, or masters from which they follow, and optimizer states."""
         start, stop = flat.slice_of(rank, size)
-        has_master = flat.master is not None and flat.master is not flat.values
-        kinds = {MASTER: flat.master} if flat.master is not None and has_master else {WEIGHT: flat.values}
+        kinds = {WEIGHT: flat.values} if flat.master is None or flat.master is flat.values else {MASTER: flat.master}
         scalars = {}
         for name, value in flat.state.items():
             if isinstance(value, DiskTensor) or (isinstance(value, torch.Tensor) and value.shape == (flat.numel,)):
@@ -94,7 +93,7 @@ class RankPart:
         self.pieces[name] = {WEIGHT: [piece] if piece.numel else []}
 
 
-def _describe_run(state: TrainState, part: RankPart) -> dict[str, Any]:
+def describe_run(state: TrainState, part: RankPart) -> dict[str, Any]:
     """Of the manifest, what no parameter has, and which rank 0 tells for all."""
     if state.reducer.has_grads:
         logger.warning("a checkpoint in the middle of a batch does not hold the gradients accumulated so far")
@@ -249,7 +248,7 @@ class Saver:
         def collect() -> None:
             _collect(state, exclude_frozen, part, decided)
             if self._ranks.rank == 0:
-                part.run = {**_describe_run(state, part), "tag": decided.tag, "frozen_excluded": exclude_frozen}
+                part.run = {**describe_run(state, part), "tag": decided.tag, "frozen_excluded": exclude_frozen}
             if self._background is not None:
                 self._snapshot(part)
 
@@ -341,7 +340,7 @@ class Saver:
         def commit() -> None:
             parts = [part for _, part in told]
             manifest = Manifest(
-                [_whole(entry, parts) for entry in entries],
+                [whole(entry, parts) for entry in entries],
                 {part.file: record for record, part in told},
                 world_size=ranks.size,
                 **part.run,
@@ -364,7 +363,7 @@ class Saver:
             self._has_read.set()
 
 
-def _whole(entry: Parameter, parts: Sequence[RankPart]) -> Parameter:
+def whole(entry: Parameter, parts: Sequence[RankPart]) -> Parameter:
     """A parameter with what the ranks wrote of it."""
     held = [part.pieces.get(entry.name, {}) for part in parts]
     pieces = {}

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from deepspeedlite.checkpoint.manifest import Parameter
+from deepspeedlite.checkpoint.manifest import Parameter, dtype_name
 from deepspeedlite.checkpoint.train_state import TrainState
 from deepspeedlite.offload.store import MASTER, STATE, VALUES, Store
 from deepspeedlite.offload.swap_file import DiskTensor
@@ -126,7 +126,7 @@ def parameters_of(state: TrainState, exclude_frozen: bool = False) -> tuple[list
     positions = state.optimizer.positions if state.optimizer is not None else {}
     for slot, param in ((slot, param) for unit in state.reducer.units for slot, param in unit.flat.slots):
         if known := names.of(slot, param):
-            entry = entries.get(known) or Parameter(known, slot.shape, _dtype_of(param), param.requires_grad)
+            entry = entries.get(known) or Parameter(known, slot.shape, dtype_name(param), param.requires_grad)
             entries[known] = replace(entry, group=slot.group, position=positions.get(slot.name))
     buffers: dict[str, torch.Tensor] = {}
     seen: dict[int, str] = {}
@@ -139,7 +139,7 @@ def parameters_of(state: TrainState, exclude_frozen: bool = False) -> tuple[list
                 entries[seen[id(buffer)]].tied.append(name)
                 continue
             seen[id(buffer)], buffers[name] = name, buffer
-            entries[name] = Parameter(name, tuple(buffer.shape), _dtype_of(buffer), trainable=False, buffer=True)
+            entries[name] = Parameter(name, tuple(buffer.shape), dtype_name(buffer), trainable=False, buffer=True)
     kept = [entry for entry in entries.values() if entry.trainable or entry.buffer or not exclude_frozen]
     return kept, buffers
 
@@ -153,12 +153,8 @@ def _parameters(state: TrainState) -> dict[str, Parameter]:
         if first.setdefault(id(param), name) != name:
             entries[first[id(param)]].tied.append(name)
         else:
-            entries[name] = Parameter(name, tuple(full_shape(param)), _dtype_of(param), param.requires_grad)
+            entries[name] = Parameter(name, tuple(full_shape(param)), dtype_name(param), param.requires_grad)
     return entries
-
-
-def _dtype_of(tensor: torch.Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
 
 
 def with_extra_state(state: TrainState) -> dict[str, torch.nn.Module | WholeTensors]:

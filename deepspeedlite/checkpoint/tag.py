@@ -119,12 +119,14 @@ def find_tag(load_dir: Path, tag: Any, formats: Formats) -> Path | None:
     Raises:
         CheckpointError: there is no such tag; or there are some, and nothing says which is meant.
     """
-    name = read_latest(load_dir) or _unnamed(load_dir) if tag is None else check_tag(tag)
+    name = read_latest(load_dir) or _unnamed(load_dir, formats) if tag is None else check_tag(tag)
+    if name is not None and (path := find_tag_dir(load_dir / name)).is_dir():
+        return path
     if name is None and is_checkpoint(load_dir, formats):
         raise CheckpointError(
             f"{load_dir} is a checkpoint itself: name the folder it lies in, and {load_dir.resolve().name!r} as tag"
         )
-    there = [] if name is not None and find_tag_dir(load_dir / name).is_dir() else tags_in(load_dir, formats)
+    there = tags_in(load_dir, formats)
     if name is None:
         if not there:
             return None
@@ -132,19 +134,16 @@ def find_tag(load_dir: Path, tag: Any, formats: Formats) -> Path | None:
             f"{load_dir} has no file {LATEST!r} that names a checkpoint, and has some: {in_words(there)}; pass one as "
             "tag, or name another folder to start anew"
         )
-    path = find_tag_dir(load_dir / name)
-    if path.is_dir():
-        return path
     says = f"there is no checkpoint {name} in {load_dir}"
     if tag is None:
         says = f"{load_dir / LATEST} names {name}, and there is no such checkpoint"
     raise CheckpointError(f"{says}; it has {f'{in_words(there)}: name one as tag' if there else 'none'}")
 
 
-def _unnamed(load_dir: Path) -> str | None:
+def _unnamed(load_dir: Path, formats: Formats) -> str | None:
     """The checkpoint of a first save that was killed before it could write `latest`."""
     saves = [save for _, save in stagings(load_dir) if save is not None and save.is_latest]
-    return next((save.tag for save in saves if is_ours(load_dir / save.tag)), None)
+    return next((save.tag for save in saves if is_checkpoint(load_dir / save.tag, formats)), None)
 
 
 def read_latest(save_dir: Path) -> str | None:

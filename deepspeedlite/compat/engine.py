@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NoReturn
@@ -13,6 +13,8 @@ import torch
 
 from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.formats import FORMATS
+from deepspeedlite.checkpoint.formats.deepspeed.saver import DeepSpeedSaver
+from deepspeedlite.checkpoint.save import Saver
 from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.compat.engine_accessors import EngineAccessors
 from deepspeedlite.compat.helpers import set_log_level_from_string
@@ -38,6 +40,7 @@ class DeepSpeedEngine(EngineAccessors):
 
     optimizer_class = NamedOptimizer
     checkpoint_formats = FORMATS
+    savers: Mapping[str, type[Saver]] = {**EngineAccessors.savers, "deepspeed": DeepSpeedSaver}
 
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__(module, parts)
@@ -51,6 +54,8 @@ class DeepSpeedEngine(EngineAccessors):
             set_log_level_from_string(level)
         if parts.plan.shard_params:
             describe(module.parameters(), parts.group)
+        if isinstance(self._saver, DeepSpeedSaver):
+            self._saver.check(self._train_state())
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say.

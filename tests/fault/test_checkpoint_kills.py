@@ -104,7 +104,8 @@ class Attacker:
         self.folder = folder
         self.library = ctypes.CDLL(os.environ["LD_PRELOAD"])
         self.library.faults_arm.argtypes = (ctypes.c_long, ctypes.c_int)
-        made = config(2, "bf16", checkpoint={"keep_last": 1, **settings})
+        self.is_direct = settings.get("format") == "deepspeed"  # whose checkpoints stay
+        made = config(2, "bf16", checkpoint=settings if self.is_direct else {"keep_last": 1, **settings})
         self.engine, self.probe = engine_of(tied_model(), made), engine_of(tied_model(seed=1), config(1, "bf16"))
         self.expected = {}
         for step in (1, 2):
@@ -130,6 +131,8 @@ class Attacker:
             steps.append(self.load(work))
             self.save(work, "c")
             others = UNKNOWN if prepare is _again_after_a_kill else ()
+            if self.is_direct:
+                others = {tag for tag in ("a", "b") if (work / tag).exists()}
             if prepare is _again_beside_others:
                 assert sorted(os.listdir(work / "a")) == ["README.md", "exported"], number
                 assert [(work / path).read_text() for path in THEIRS] == [*THEIRS], number
@@ -171,8 +174,8 @@ class Attacker:
         return self.probe.global_steps
 
 
-def _attack_all(folder: Path, how: int, use_async: bool, scenarios: list[str]) -> None:
-    attacker = Attacker(folder, async_save=use_async)
+def _attack_all(folder: Path, how: int, scenarios: list[str], **settings) -> None:
+    attacker = Attacker(folder, **settings)
     for prepare in (globals()[name] for name in scenarios):
         steps = attacker.attack(prepare, how)
         assert set(steps) == {0 if prepare is _first else 1, 2}, (prepare.__name__, steps)
@@ -192,10 +195,20 @@ PAIRS = covering({"how": HOW, "use_async": (False, True), "scenario": [each.__na
 def test_the_newest_checkpoint_loads_whatever_call_of_a_save_is_the_last(tmp_path, faults, how, use_async):
     """Of `how`, `use_async` and scenarios every two meet."""
     scenarios = [scenario for *case, scenario in PAIRS if case == [how, use_async]]
-    call = f"t._attack_all(pathlib.Path({str(tmp_path)!r}), {HOW[how]}, {use_async}, {scenarios})"
+    call = f"t._attack_all(pathlib.Path({str(tmp_path)!r}), {HOW[how]}, {scenarios}, async_save={use_async})"
     said = in_a_process_of_its_own(call, LD_PRELOAD=faults)
     print(said)
     assert said.count("calls, new from") == len(scenarios) > 0
+
+
+@pytest.mark.parametrize(
+    "how, scenarios", [("kill", ("_first", "_again")), ("crash", ("_next",)), ("error", ("_again",))]
+)
+def test_so_it_does_in_deepspeeds_layout(tmp_path, faults, how, scenarios):
+    call = f"t._attack_all(pathlib.Path({str(tmp_path)!r}), {HOW[how]}, {scenarios}, format='deepspeed')"
+    said = in_a_process_of_its_own(call, LD_PRELOAD=faults)
+    print(said)
+    assert said.count("calls, new from") == len(scenarios)
 
 
 def _crash_without_fsync(folder: Path) -> None:

@@ -73,6 +73,7 @@ Function* real(const char* name) {
 
 CHANGES(int, rename, (const char* from, const char* to), (from, to))
 CHANGES(int, renameat, (int a, const char* from, int b, const char* to), (a, from, b, to))
+CHANGES(int, renameat2, (int a, const char* from, int b, const char* to, unsigned flags), (a, from, b, to, flags))
 CHANGES(int, mkdir, (const char* path, mode_t mode), (path, mode))
 CHANGES(int, mkdirat, (int at, const char* path, mode_t mode), (at, path, mode))
 CHANGES(int, rmdir, (const char* path), (path))

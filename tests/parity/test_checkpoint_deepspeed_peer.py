@@ -6,6 +6,7 @@ In fp32 the losses of both agree to 1e-5 of their value, in 16 bit to 2e-3: grad
 from __future__ import annotations
 
 import os
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -196,6 +197,48 @@ def test_deepspeed_goes_on_from_what_is_exported(tmp_path):
                 assert_same(answers[f"{name}.alone"]["tensors"], tensors)
             for mine, theirs in zip(losses, answers[name]["more_losses"]):
                 assert theirs == pytest.approx(mine, rel=tolerance), name
+    dist.barrier()
+
+
+@distributed(world_size=2, timeout_s=580)
+def test_deepspeed_goes_on_from_what_is_saved_in_its_layout(tmp_path):
+    """By `checkpoint.format: deepspeed`; what its own functions then take out of the files is compared too."""
+    jobs, expected, masters = [], {}, {}
+    for dtype, stage, variant in KINDS:
+        name, config = name_of(dtype, stage, variant), configuration(stage, dtype)
+        engine = engine_of(variant, {**config, "checkpoint": {"format": "deepspeed"}}, seed=0)
+        train(engine, [0, 3])
+        engine.save_checkpoint(tmp_path / name, client_state=CLIENT_STATE)
+        tensors, losses = states_of(engine), [None, None]
+        dist.all_gather_object(losses, train(engine, [3, 6]))
+        engine.destroy()
+        expected[name] = (tensors, losses, TOLERANCE[dtype])
+        if stage > 0:
+            masters[name] = {key[7:]: value for key, value in tensors.items() if key.startswith("master ")}
+        jobs.append(Job(name, config, variant, str(tmp_path / name), None, [3, 3], [3, 6], seed=1))
+    if dist.get_rank() == 0:
+        for name, answer in run_peer(tmp_path / "peer", jobs).items():
+            tensors, losses, tolerance = expected[name]
+            assert answer["client_state"].keys() == CLIENT_STATE.keys()
+            assert_same(answer["tensors"], tensors)
+            for mine, theirs in zip(losses, answer["more_losses"]):
+                assert theirs == pytest.approx(mine, rel=tolerance), name
+        code = (
+            "import sys, torch\n"
+            "from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint as get\n"
+            "folder = sys.argv[1]\n"
+            "found = {name: get(f'{folder}/{name}') for name in sys.argv[2:]}\n"
+            "torch.save(found, f'{folder}/fp32.pt')"
+        )
+        python = os.environ["DSL_PEER_PYTHON"]
+        environment = {**os.environ, "DS_ACCELERATOR": "cpu"}
+        environment.pop("PYTHONPATH", None)
+        done = subprocess.run(
+            [python, "-c", code, str(tmp_path), *masters], env=environment, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        for name, weights in torch.load(tmp_path / "fp32.pt").items():
+            assert_same({key: weights[key] for key in masters[name]}, masters[name])
     dist.barrier()
 
 

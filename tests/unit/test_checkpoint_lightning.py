@@ -23,12 +23,13 @@ CLIENT_STATE = {"epoch": 3, "pytorch-lightning_version": "2.5", "loops": {"fit":
 CLIENTS = ROOT / ".venv-clients" / "bin" / "python"
 
 
-def trained(stage: int, folder: Any) -> nn.Module:
+def trained(stage: int, folder: Any, layout: str = "deepspeedlite") -> nn.Module:
     settings = {
         "train_micro_batch_size_per_gpu": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "bf16": {"enabled": True, "auto_cast": True},
+        "checkpoint": {"format": layout},
     }
     torch.manual_seed(0)
     engine, *_ = deepspeedlite.initialize(model=nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3)), config=settings)
@@ -79,11 +80,12 @@ print(all(value.dtype is torch.float32 for value in written["state_dict"].values
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("layout", ["deepspeedlite", "deepspeed"])
 @pytest.mark.parametrize("stage", [2, 3])
-def test_itself(stage: int, tmp_path: Path) -> None:
+def test_itself(stage: int, layout: str, tmp_path: Path) -> None:
     if not CLIENTS.exists():
         pytest.skip(f"needs Lightning in {CLIENTS}: make test-clients makes it")
-    save(stage=stage, tmp_path=tmp_path)
+    save(stage=stage, layout=layout, tmp_path=tmp_path)
     environ = with_stand_in({**os.environ, "PYTHONPATH": str(ROOT)})
     command = [str(CLIENTS), "-c", ITSELF, str(tmp_path), str(tmp_path / "file.pt")]
     done = subprocess.run(command, capture_output=True, text=True, env=environ)
@@ -93,5 +95,5 @@ def test_itself(stage: int, tmp_path: Path) -> None:
 
 
 @distributed(world_size=2)
-def save(stage: int, tmp_path: Path) -> None:
-    trained(stage, tmp_path)
+def save(stage: int, layout: str, tmp_path: Path) -> None:
+    trained(stage, tmp_path, layout)

@@ -23,6 +23,7 @@ class Checkpoint(Section, beside="checkpoint"):
     tag_validation: Annotated[Literal["ignore", "warn", "fail"], AnyCase] = key(
         "warn", "What to do when ranks save under different tags."
     )
+    format: Annotated[Literal["deepspeedlite", "deepspeed"], AnyCase] = key("deepspeedlite", "Whose layout is written.")
     async_save: Flag = key(False, "Write in the background, after a copy to host memory.")
     keep_last: Int | None = key(None, "Checkpoints to keep; older ones are removed after a save.", ge=1)
     fsync: Flag = key(True, "Flush files to the disk; without, a crash of the machine may damage the last checkpoints.")

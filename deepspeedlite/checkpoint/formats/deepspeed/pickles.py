@@ -137,9 +137,18 @@ class _Pickler(pickle._Pickler):
             super().save_global(obj, name)  # type: ignore[misc]
 
 
-def save_for_deepspeed(value: Any, path: Path) -> None:
-    """`torch.save` into a new file, flushed to the disk; stand-ins get the names of the classes they stand for."""
+def save_for_deepspeed(value: Any, path: Path, fsync: bool = True) -> None:
+    """`torch.save` into a new file, flushed to the disk if `fsync`.
+
+    Stand-ins get the names of the classes they stand for.
+    """
     with path.open("xb") as file:
-        torch.save(value, file, pickle_module=SimpleNamespace(__name__=__name__, Pickler=_Pickler))
+        try:
+            torch.save(value, file, pickle_module=SimpleNamespace(__name__=__name__, Pickler=_Pickler))
+        except RuntimeError as error:  # of closing the archive, which follows that of writing it
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
+            raise
         file.flush()
-        os.fsync(file.fileno())
+        if fsync:
+            os.fsync(file.fileno())

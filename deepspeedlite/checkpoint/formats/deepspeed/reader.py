@@ -37,7 +37,16 @@ from deepspeedlite.checkpoint.formats.deepspeed.states import (
     state_of,
     whole_states,
 )
-from deepspeedlite.checkpoint.manifest import EXTRA_STATE, MASTER, WEIGHT, Manifest, Parameter, Piece, encode
+from deepspeedlite.checkpoint.manifest import (
+    EXTRA_STATE,
+    MASTER,
+    WEIGHT,
+    Manifest,
+    Parameter,
+    Piece,
+    dtype_name,
+    encode,
+)
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tensors import FileRecord, TensorInfo
 from deepspeedlite.checkpoint.train_state import MACHINE_OPTIONS
@@ -175,8 +184,7 @@ class _Files:
             if name in aliases:
                 continue
             shape = tuple(int(extent) for extent in shapes.get(name, tensor.shape))
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            entries[name] = Parameter(name, shape, dtype, trainable=False, buffer=name in self._buffers)
+            entries[name] = Parameter(name, shape, dtype_name(tensor), trainable=False, buffer=name in self._buffers)
         for alias, name in aliases.items():
             if alias in model["module"]:
                 entries[name].tied.append(alias)

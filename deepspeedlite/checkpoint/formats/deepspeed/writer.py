@@ -82,7 +82,7 @@ def export_to_deepspeed(
             "tensor-parallel parameters is not in this release; to_fp32 gives each rank's weights by its own names"
         )
     stage = manifest.stage if stage is None else stage
-    export = _Export(reader, stage, manifest.world_size if world_size is None else world_size)
+    export = Files(reader, stage, manifest.world_size if world_size is None else world_size)
     files = list(export.files())
     tag = check_tag(manifest.tag)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -122,8 +122,8 @@ class _Group:
         return [kind for kind in found if kind not in (WEIGHT, MASTER)]
 
 
-class _Export:
-    """The files' contents."""
+class Files:
+    """The files' contents, of whatever the reader reads."""
 
     def __init__(self, reader: Reader, stage: int, world: int) -> None:
         self._reader, self._stage, self._world = reader, stage, world
@@ -171,7 +171,7 @@ class _Export:
         taken = sorted(RESERVED & client_state.keys())
         if taken:
             raise CheckpointError(f"client_state has {', '.join(taken)}, which DeepSpeed keeps for itself")
-        frozen = self._stage >= 2
+        frozen = self._stage >= 2 and not reader.manifest.frozen_excluded
         fragments = {p.name: self._frozen_fragment(p, rank) for p in self._frozen} if frozen else None
         return {
             "module": self._module(),
