@@ -145,26 +145,28 @@ def ops(probe: Probe) -> list[Row]:
         return [Row("ops", "all", "not looked at: torch is not installed")]
     rows = []
     for spec in builder.OPS.values():
-        reason, library = builder.why_not(spec), ready.get(spec.name)
+        library = ready.get(spec.name)
         if library is None:
-            rows.append(_not_compiled(spec, reason))
+            rows.append(_not_compiled(spec, builder.why_not(spec)))
             continue
-        where = "installed" if library == installed.get(spec.name) else "compiled"
+        from_wheel = library == installed.get(spec.name)
+        where = "installed" if from_wheel else "compiled"
         if failure := loads.get(str(library)):
-            remedy = f"delete {library}: it is compiled again when it is needed"
-            rows.append(Row("ops", spec.name, f"{where}, but does not load: {failure}", BAD, remedy))
+            error = builder.load_error(library, failure, from_wheel)
+            rows.append(Row("ops", spec.name, f"{where}, but {error.what}", BAD, error.remedy))
         else:
             works = "and loads" if str(library) in loads else "not tried"
             rows.append(Row("ops", spec.name, f"{where}, {works}", OK))
     return rows + _wheel_record(builder)
 
 
-def _not_compiled(spec: Any, reason: str | None) -> Row:
+def _not_compiled(spec: Any, reason: Any) -> Row:
     if spec.pending:
         return Row("ops", spec.name, spec.pending)
     if reason is None:
         return Row("ops", spec.name, "compiled when it is first needed", OK)
-    return Row("ops", spec.name, f"torch does its work: {reason}", WARN, "install a compiler, or a wheel with its ops")
+    remedy = reason.remedy or "install a wheel that has this op"
+    return Row("ops", spec.name, f"torch does its work: {reason.what}", WARN, remedy)
 
 
 def _wheel_record(builder: Any) -> list[Row]:

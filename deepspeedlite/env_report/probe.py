@@ -36,6 +36,8 @@ for path in sys.argv[1:]:
         torch.ops.load_library(path)
         say({"library": path, "failure": ""})
     except Exception as error:
+        while error.__cause__ or error.__context__:  # torch's own words name the file alone
+            error = error.__cause__ or error.__context__
         say({"library": path, "failure": (str(error).splitlines() or [type(error).__name__])[0]})
 """
 )

@@ -100,15 +100,21 @@ def cache() -> list[Row]:
     entries = builder.cache_entries()
     size_bytes = sum(entry.size_bytes for entry in entries)
     rows = [Row("cache", "compiled ops", f"{len(entries)}, {size_text(size_bytes)} in {builder.cache_folder()}")]
-    place = next(path for path in (builder.cache_folder(), *builder.cache_folder().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        remedy = "set TORCH_EXTENSIONS_DIR to a folder of your own"
-        rows.append(Row("cache", "folder", f"{place} cannot be written: no op is compiled", WARN, remedy))
+    first, *others = builder.places()
+    remedy = "set TORCH_EXTENSIONS_DIR to a folder of your own"
+    if first.obstacle and all(place.obstacle for place in others):
+        told = "; ".join(dict.fromkeys(place.obstacle for place in (first, *others)))
+        rows.append(Row("cache", "folder", f"{told}: no op is compiled", WARN, remedy))
+    elif first.obstacle:
+        rows.append(Row("cache", "folder", f"{first.obstacle}: {builder.cache_folder()} is used", WARN, remedy))
     for entry in entries:
         if entry.locked:
             rows.append(Row("cache", entry.library.name, "is being compiled now"))
         elif entry.library.suffix == ".tmp":
             rows.append(Row("cache", entry.library.name, "left by a killed build", WARN, f"rm -r {entry.library}"))
+        elif entry.wrong and not entry.stale:
+            remedy = f"nothing need be done: it is compiled again when it is needed, or rm {entry.library}"
+            rows.append(Row("cache", entry.library.name, entry.wrong, WARN, remedy))
     stale = [entry for entry in entries if entry.stale and entry.library.suffix != ".tmp"]
     if stale:
         value = (

@@ -35,6 +35,7 @@ from deepspeedlite.env_report import (
 from deepspeedlite.env_report import report as reporting
 from deepspeedlite.env_report.probe import Probe
 from deepspeedlite.env_report.rows import TorchFiles
+from deepspeedlite.ops.op_builder.library_file import write_sum
 
 
 def run(*arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
@@ -289,7 +290,13 @@ def test_an_op_that_does_not_load_is_broken_and_what_builds_left_is_named(
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     library = built(OPS["cpu_adam"])
     assert find(rows_of(run("--json", "--only", "ops")), "cpu_adam").value == "compiled, and loads"
-    library.write_bytes(b"no library")
+    content = library.read_bytes()
+    os.truncate(library, 5000)
+    done = run("--json", "--only", "cache")
+    damaged = find(rows_of(done), library.name)
+    assert damaged.value == f"has 5000 of {len(content)} bytes" and "compiled again when it is needed" in damaged.remedy
+    library.write_bytes(b"no library" * 99)
+    write_sum(library)
     (library.parent / "cpu_lion-0123.tmp").mkdir()
     (library.parent / "cpu_lion-4567.so").touch()
     done = run("--json", "--only", "ops", "--only", "cache")
@@ -310,6 +317,7 @@ def test_an_op_that_kills_its_process_is_blamed_and_torch_is_not(
     library.unlink()  # its name is what counts
     source = "__attribute__((constructor)) static void die(void) { __builtin_trap(); }"
     subprocess.run(["cc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(library)], input=source, text=True, check=True)
+    write_sum(library)
     done = run("--json", "--only", "torch", "--only", "ops")
     row = find(rows_of(done), "cpu_adam")
     assert done.returncode == 1 and row.status == BAD and "the process dies of it" in row.value

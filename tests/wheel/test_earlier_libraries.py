@@ -2,7 +2,8 @@
 
 `libraries_of_0_1/` has what that code wrote: the record of a wheel's libraries, and the name that it gave a cached
 library, both of the two small sources there. A change of the form of either would leave installed wheels and caches
-unused without a word. (Other flags are another name, rightly: then record the name anew.)
+unused without a word. (A cached one of then has no checksum and is compiled once more. Other flags are another name,
+rightly: then record the name anew.)
 """
 
 from __future__ import annotations
@@ -40,16 +41,20 @@ def its_world(tmp_path, monkeypatch):
     monkeypatch.delenv("DS_ACCELERATOR", raising=False)
 
 
-def test_a_library_that_was_cached_is_taken(tmp_path):
+def test_a_library_that_was_cached_is_found_and_compiled_once_more_for_its_checksum(tmp_path, monkeypatch):
     library = tmp_path / "cache" / "deepspeedlite" / (EARLIER / "cached").read_text().strip()
     library.parent.mkdir(parents=True)
     library.touch()
-    assert jit.built(SPEC) == jit.compiled(SPEC) == library
+    made = []
+    monkeypatch.setattr(jit, "build", lambda wanted, *_: made.append(wanted[0].library.write_bytes(b"new")))
+    assert jit.compiled(SPEC) is None
+    assert jit.built(SPEC) == jit.built(SPEC) == jit.compiled(SPEC) == library
+    assert len(made) == 1 and library.read_bytes() == b"new"
 
 
 def test_a_wheels_library_is_taken(tmp_path):
     shutil.copytree(EARLIER, tmp_path / "lib", ignore=shutil.ignore_patterns("csrc", "cached"))
-    (tmp_path / "lib" / "earlier.so").touch()
+    shutil.copy("/bin/true", tmp_path / "lib" / "earlier.so")
     assert jit.built(SPEC) == jit.compiled(SPEC) == tmp_path / "lib" / "earlier.so"
     record = prebuilt.read_record()
     assert record is not None and (record.accelerator, record.torch, record.archs) == ("cpu", "2.13.0+cpu", ())

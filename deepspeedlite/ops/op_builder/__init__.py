@@ -1,13 +1,15 @@
 """The ops: what each is made of (`spec`), how it is compiled (`toolchain`), when it is needed (`jit`) or into a wheel
 (`wheel`), and loading it (`builder`).
 
-Nothing else of the package is imported from here, and torch only where an op is loaded: setup.py (where nothing is
-installed), the library and env_report all read the one table.
+Of the rest of the package only `runtime/` is imported from here, and torch only where an op is loaded: setup.py (where
+nothing is installed), the library and env_report all read the one table.
 """
 
 from deepspeedlite.ops.op_builder.builder import load_ops
 from deepspeedlite.ops.op_builder.errors import OpBuildError
-from deepspeedlite.ops.op_builder.jit import CacheEntry, built, cache_entries, cache_folder, compiled, why_not
+from deepspeedlite.ops.op_builder.folders import cache_folder, places
+from deepspeedlite.ops.op_builder.jit import CacheEntry, built, cache_entries, compiled, why_not
+from deepspeedlite.ops.op_builder.library_file import load_error
 from deepspeedlite.ops.op_builder.prebuilt import Record, installed_libraries, misfit, read_record
 from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
 from deepspeedlite.ops.op_builder.torch_build import find_torch
@@ -24,8 +26,10 @@ __all__ = [
     "compiled",
     "find_torch",
     "installed_libraries",
+    "load_error",
     "load_ops",
     "misfit",
+    "places",
     "read_record",
     "why_not",
 ]

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 from deepspeedlite.ops.op_builder.errors import OpBuildError
 from deepspeedlite.ops.op_builder.jit import built
+from deepspeedlite.ops.op_builder.library_file import load_error, loaders_words
 from deepspeedlite.ops.op_builder.prebuilt import lib, misfit, read_record
 from deepspeedlite.ops.op_builder.spec import OpSpec
 
@@ -26,7 +27,7 @@ def load_ops(spec: OpSpec) -> SimpleNamespace:
     try:
         torch.ops.load_library(str(library))
     except OSError as error:
-        raise OpBuildError(f"{library} does not load: {error}") from error
+        raise load_error(library, loaders_words(error), library.parent == lib()) from error
     ops = {name: getattr(torch.ops.deepspeedlite, name) for name in spec.ops}
     for name, op in ops.items():
         # One that only writes into its arguments has nothing to do with fake ones; another's module registers its own.

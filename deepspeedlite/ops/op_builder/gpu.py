@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ from deepspeedlite.ops.op_builder.torch_build import TorchBuild
 
 # torch's names for generations, as in its own TORCH_CUDA_ARCH_LIST.
 _GENERATIONS = {
+    "Kepler": "3.5;3.7+PTX",
+    "Maxwell": "5.0;5.2+PTX",
     "Pascal": "6.0;6.1+PTX",
     "Volta": "7.0+PTX",
     "Turing": "7.5+PTX",
@@ -38,6 +41,7 @@ _USUAL_CUDA = {
 _USUAL_ROCM = {"gfx90a": 5, "gfx942": 6, "gfx1100": 6, "gfx1201": 7}  # with ROCm's first major that knows it
 # nvcc's parts on PyPI, of torch's CUDA version; they land beside torch.
 PYPI_NVCC = " ".join(f"nvidia-{part}" for part in ("cuda-nvcc", "nvvm", "cuda-crt", "cuda-cccl"))
+SKIP_CHECK = "set DS_SKIP_CUDA_CHECK=1 to try all the same"
 _CUDA_ARCH = re.compile(r"\d+\.\d[af]?(\+PTX)?")
 
 
@@ -62,14 +66,36 @@ class GpuCompiler:
         """The macro that tells bindings that there are GPU kernels."""
         return "-DDSL_CUDA" if self.kind == "cuda" else "-DDSL_HIP"
 
-    def command(self, source: Path, csrc: Path, host_compiler: Path, output: Path) -> list[str]:
-        """Compile one file; the output is the command's last argument."""
+    def check(self) -> None:
+        """Ask nvcc whether it knows what it is to compile for. (Of hipcc nothing is asked.)
+
+        Raises:
+            OpBuildError: it does not, with the oldest and the newest that it knows.
+        """
+        known = _known_archs(self.program) if self.kind == "cuda" else []
+        unknown = [arch for arch in self.archs if _numbers(arch) not in known]
+        if not known or not unknown:
+            return
+        listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+        whose = f"TORCH_CUDA_ARCH_LIST={listed}" if listed else "this machine's GPUs"
+        oldest, newest = ("{}.{}".format(*numbers) for numbers in (known[0], known[-1]))
+        too_new = _numbers(unknown[0]) > known[-1]
+        remedy = "a newer toolkit" if too_new else "an older toolkit"
+        other = f"name {newest}+PTX in TORCH_CUDA_ARCH_LIST" if too_new else f"leave out {', '.join(unknown)}"
+        raise OpBuildError(
+            f"{whose}: nvcc {self.version} does not know {', '.join(unknown)}; it compiles for {oldest} to {newest}",
+            f"{other}, or set CUDA_HOME to {remedy} (it is {self.home})",
+        )
+
+    def command(self, source: Path, csrc: Path, host: Sequence[str], output: Path) -> list[str]:
+        """Compile one file with a C++ compiler, and its options, for the host's side; the output is the last word."""
         files = ["-c", str(source), "-o", str(output)]
         if self.kind == "rocm":
             archs = [f"--offload-arch={arch}" for arch in self.archs]
             flags = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-D__HIP_PLATFORM_AMD__"]
             return [str(self.program), *archs, *flags, f"-I{csrc}", *files]
-        flags = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={host_compiler}"]
+        flags = ["-std=c++17", "-O3", f"-Xcompiler={','.join(['-fPIC', '-fvisibility=hidden', *host[1:]])}"]
+        flags.append(f"-ccbin={host[0]}")
         return [str(self.program), *flags, *gencode(self.archs), f"-I{csrc}", *files]
 
     def link_flags(self) -> list[str]:
@@ -77,7 +103,7 @@ class GpuCompiler:
         if self.kind == "rocm":
             return [f"-L{self.home / 'lib'}", "-lamdhip64"]
         folders = [self.home / "lib64", self.home / "lib", *self.home.glob("targets/*/lib")]
-        found = [f"-L{folder}" for folder in folders if (folder / "libcudart_static.a").exists()]
+        found = [f"-L{folder}" for folder in folders if os.path.exists(folder / "libcudart_static.a")]
         return [*found[:1], "-lcudart_static", "-Wl,--exclude-libs,ALL", "-ldl", "-lrt"]
 
     def identity(self) -> str:
@@ -100,14 +126,22 @@ def find_gpu_compiler(torch: TorchBuild) -> GpuCompiler:
 
 def _find_cuda(torch: TorchBuild) -> GpuCompiler:
     home = _cuda_home(torch)
-    version = _defined(home / "include" / "cuda.h", "CUDA_VERSION")
+    version = next(filter(None, (_defined(folder / "cuda.h", "CUDA_VERSION") for folder in _include(home))), None)
     if not version:
-        raise OpBuildError(f"{home} has no include/cuda.h; set CUDA_HOME to a CUDA toolkit")
+        raise OpBuildError(f"{home} has no include/cuda.h", "set CUDA_HOME to a CUDA toolkit, headers included")
     toolkit = int(version) // 1000, int(version) % 1000 // 10
     text = f"{toolkit[0]}.{toolkit[1]}"
     if reason := cuda_mismatch("the toolkit", text, torch.cuda):
-        raise OpBuildError(f"{reason}; or set CUDA_HOME to a toolkit {torch.cuda} (it is {home})")
+        raise OpBuildError(reason, f"set CUDA_HOME to a toolkit {torch.cuda} (it is {home}), or {SKIP_CHECK}")
     return GpuCompiler("cuda", home / "bin" / "nvcc", home, text, cuda_archs(toolkit))
+
+
+def _include(home: Path) -> list[Path]:
+    """Where a toolkit's headers may be; conda's, and those for another processor, are below targets/."""
+    return [
+        home / "include",
+        *(home / "targets" / f"{kind}-linux" / "include" for kind in (platform.machine(), "sbsa")),
+    ]
 
 
 def cuda_mismatch(what: str, cuda: str | None, torch_cuda: str | None) -> str | None:
@@ -116,10 +150,7 @@ def cuda_mismatch(what: str, cuda: str | None, torch_cuda: str | None) -> str | 
         return None
     if os.environ.get("DS_SKIP_CUDA_CHECK", "0") not in ("", "0"):
         return None
-    return (
-        f"{what} has CUDA {cuda}, but torch was built with CUDA {torch_cuda}: the major versions must be the same. "
-        "Set DS_SKIP_CUDA_CHECK=1 to try all the same"
-    )
+    return f"{what} has CUDA {cuda}, but torch was built with CUDA {torch_cuda}: the major versions must be the same"
 
 
 def _cuda_home(torch: TorchBuild) -> Path:
@@ -127,18 +158,31 @@ def _cuda_home(torch: TorchBuild) -> Path:
     named = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = shutil.which("nvcc")
     if named:
-        home = Path(named)
+        home = _named_home(named)
     elif nvcc is None:
         beside_torch = sorted(torch.home.parent.glob("nvidia/cu*/bin/nvcc"))
         home = beside_torch[-1].parent.parent if beside_torch else Path("/usr/local/cuda")
     else:
         home = Path(nvcc).resolve().parent.parent
-        if not (home / "include" / "cuda.h").exists():
+        if not any(os.path.exists(folder / "cuda.h") for folder in _include(home)):
             home = _home_by_asking(nvcc) or home
-    if not (home / "bin" / "nvcc").exists():
+    if not os.path.exists(home / "bin" / "nvcc"):
         where = f"CUDA_HOME={named} has no bin/nvcc" if named else "there is no nvcc on PATH or in /usr/local/cuda"
-        raise OpBuildError(f"{where}; install the CUDA toolkit and set CUDA_HOME to it, or pip install {PYPI_NVCC}")
+        raise OpBuildError(where, f"install the CUDA toolkit and set CUDA_HOME to it, or pip install {PYPI_NVCC}")
     return home
+
+
+def _named_home(named: str) -> Path:
+    """The toolkit that a variable means: its folder, its bin, its nvcc, or conda's targets/x86_64-linux.
+
+    Of a list such as ":/usr/local/cuda", which adding to an unset variable leaves, the first with an nvcc.
+    """
+    homes = []
+    for part in filter(None, map(str.strip, named.split(":"))):
+        home = Path(os.path.expanduser(part))
+        inside = 2 if home.name == "nvcc" or home.parent.name == "targets" else 1 if home.name == "bin" else 0
+        homes.append(home.parents[inside - 1] if inside and len(home.parents) >= inside else home)
+    return next((home for home in homes if os.path.exists(home / "bin" / "nvcc")), homes[0] if homes else Path(named))
 
 
 @cache
@@ -151,29 +195,54 @@ def _home_by_asking(nvcc: str) -> Path | None:
 def cuda_archs(toolkit: tuple[int, int]) -> tuple[str, ...]:
     """What `$TORCH_CUDA_ARCH_LIST` says; else the GPUs that are there; else a usual list for the toolkit.
 
-    It is a list of capabilities ("8.0;9.0+PTX"; PTX also serves later GPUs), generations ("Ampere") or "native".
+    Raises:
+        OpBuildError: it is no such list, or "native" where there is no GPU.
+    """
+    named = named_archs()
+    if named and named != ("native",):
+        return named
+    if found := _gpus_nvidia():
+        return found
+    if named:
+        raise OpBuildError("TORCH_CUDA_ARCH_LIST=native, but nvidia-smi shows no GPU here", "name the archs")
+    usual = [arch for arch, (first, end) in _USUAL_CUDA.items() if first <= toolkit < end]
+    return (*usual[:-1], f"{usual[-1]}+PTX")
+
+
+def named_archs() -> tuple[str, ...]:
+    """`$TORCH_CUDA_ARCH_LIST`: capabilities ("8.0;9.0+PTX"; PTX also serves later GPUs), generations ("Ampere") in
+    their place, or "native"; nothing where it is not set.
 
     Raises:
-        OpBuildError: it is something else, or "native" where there is no GPU.
+        OpBuildError: it is something else.
     """
     named = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
-    if not named or named.lower() == "native":
-        if found := _gpus_nvidia():
-            return found
-        if named:
-            raise OpBuildError("TORCH_CUDA_ARCH_LIST=native, but nvidia-smi shows no GPU here; name the archs")
-        usual = [arch for arch, (first, end) in _USUAL_CUDA.items() if first <= toolkit < end]
-        return (*usual[:-1], f"{usual[-1]}+PTX")
+    if named.lower() == "native":
+        return ("native",)
     archs = []
     for word in _words(named):
         for arch in _GENERATIONS.get(word.removesuffix("+PTX"), word).split(";"):
             if not _CUDA_ARCH.fullmatch(arch):
                 raise OpBuildError(
                     f"TORCH_CUDA_ARCH_LIST={named}: {word!r} is neither a capability such as 8.0 or 9.0+PTX, nor "
-                    f"native, nor one of {', '.join(_GENERATIONS)}"
+                    f"native, nor one of {', '.join(_GENERATIONS)}",
+                    "correct the list, or unset it",
                 )
             archs.append(arch)
     return tuple(dict.fromkeys(archs))
+
+
+@cache
+def _known_archs(nvcc: Path) -> list[tuple[int, int]]:
+    """What an nvcc compiles for, the oldest first; nothing where it does not say so (before CUDA 11)."""
+    numbers = sorted({int(number) for number in re.findall(r"compute_(\d+)", _output([str(nvcc), "--list-gpu-arch"]))})
+    return [divmod(number, 10) for number in numbers]
+
+
+def _numbers(arch: str) -> tuple[int, int]:
+    """`9.0a+PTX` -> (9, 0)."""
+    major, _, minor = arch.removesuffix("+PTX").rstrip("af").partition(".")
+    return int(major), int(minor)
 
 
 def gencode(archs: Sequence[str]) -> list[str]:
@@ -204,9 +273,9 @@ def _find_rocm() -> GpuCompiler:
     home = Path(named) if named else Path(hipcc).resolve().parent.parent if hipcc else Path("/opt/rocm")
     program = home / "bin" / "hipcc"
     header = home / "include" / "hip" / "hip_version.h"
-    if not program.exists() or not header.exists():
+    if not os.path.exists(program) or not os.path.exists(header):
         where = f"ROCM_HOME={named} has no bin/hipcc" if named else "there is no hipcc on PATH or in /opt/rocm"
-        raise OpBuildError(f"{where} with its headers; install ROCm's HIP and set ROCM_HOME to it")
+        raise OpBuildError(f"{where} with its headers", "install ROCm's HIP and set ROCM_HOME to it")
     major, minor = (_defined(header, f"HIP_VERSION_{part}") or "0" for part in ("MAJOR", "MINOR"))
     return GpuCompiler("rocm", program, home, f"{major}.{minor}", _rocm_archs(int(major)))
 

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from deepspeedlite.ops.op_builder.gpu import cuda_mismatch
+from deepspeedlite.ops.op_builder.gpu import SKIP_CHECK, cuda_mismatch
 from deepspeedlite.ops.op_builder.spec import OpSpec
 
 
@@ -60,7 +61,7 @@ def write_record(record: Record, folder: Path) -> None:
 def prebuilt(spec: OpSpec, accelerator: str) -> Path | None:
     """The op's installed library if it is of these sources and has kernels for `accelerator`, if the op has any."""
     library, record = lib() / f"{spec.name}.so", read_record()
-    if record is None or not library.exists() or record.ops.get(spec.name) != sources_hash(spec):
+    if record is None or not os.path.exists(library) or record.ops.get(spec.name) != sources_hash(spec):
         return None
     fits = not spec.gpu or accelerator in ("cpu", record.accelerator)
     return library if fits else None
@@ -84,7 +85,7 @@ def misfit(record: Record, torch_cuda: str | None, device_arch: str | None) -> s
     there is none: the CPU's implementations always can.
     """
     if reason := cuda_mismatch("this deepspeedlite wheel", record.cuda, torch_cuda):
-        return f"{reason}, or rebuild: {_rebuild(record, ())}"
+        return f"{reason}; {SKIP_CHECK}, or rebuild: {_rebuild(record, ())}"
     if device_arch is None or not record.archs or supports(record.archs, device_arch):
         return None
     return (

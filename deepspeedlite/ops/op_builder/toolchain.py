@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 from collections.abc import Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,13 +35,24 @@ _ISAS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": {"baseline": (), "avx2
 _ONE_ISA: dict[str, tuple[str, ...]] = {"baseline": ()}
 
 
+# Programs that are written before a compiler to call it.
+_WRAPPERS = ("ccache", "sccache", "distcc", "icecc", "env")
+
+
 @dataclass(frozen=True)
 class Toolchain:
-    """What an op is compiled with: a C++ compiler, torch, and a GPU's compiler if the op and torch call for one."""
+    """What an op is compiled with: a C++ compiler, torch, and a GPU's compiler if the op and torch call for one.
+
+    Attributes:
+        wrapper: what `$CXX` has before the compiler, such as ccache; it changes nothing that is made.
+        options: what it has after the compiler, such as -m64.
+    """
 
     compiler: Path
     torch: TorchBuild
     gpu: GpuCompiler | None = None
+    wrapper: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     @classmethod
     def find(cls, spec: OpSpec) -> Toolchain:
@@ -49,13 +62,36 @@ class Toolchain:
             OpBuildError: one of them is not there.
         """
         torch = find_torch()
-        named = os.environ.get("CXX")
-        found = next(filter(None, map(shutil.which, [named] if named else ["c++", "g++", "clang++"])), None)
+        named = os.environ.get("CXX", "").strip()
+        wrapper, program, options = _cxx(named)
+        found = next(filter(None, map(shutil.which, [program] if named else ["c++", "g++", "clang++"])), None)
         if found is None:
             where = f"CXX={named} is not a program" if named else "there is no c++, g++ or clang++ on PATH"
-            raise OpBuildError(f"{where}; install a C++17 compiler (Debian: apt-get install g++) or set CXX")
+            raise OpBuildError(where, "install a C++17 compiler (Debian: apt-get install g++) or set CXX")
+        if missing := [word for word in wrapper if "=" not in word and not shutil.which(word)]:
+            raise OpBuildError(f"CXX={named}: {missing[0]} is not a program", "install it or correct CXX")
         gpu = find_gpu_compiler(torch) if spec.gpu and torch.accelerator != "cpu" else None
-        return cls(Path(found), torch, gpu)  # the compiler's name as it is: clang++ and ccache go by it
+        # The compiler's name as it is: clang++ and ccache go by it.
+        return cls(Path(found), torch, gpu, wrapper, options)
+
+    @property
+    def cxx(self) -> list[str]:
+        """How the C++ compiler is called."""
+        return [*self.wrapper, str(self.compiler), *self.options]
+
+    def check(self) -> None:
+        """Ask the compilers, in some 0.1 s, whether they know what they will be told; once in a process.
+
+        Raises:
+            OpBuildError: one is too old, does not run, or does not know a GPU that is to be compiled for.
+        """
+        if self.gpu:
+            self.gpu.check()
+        if said := _refusal(tuple(self.cxx)):
+            raise OpBuildError(
+                f"{shlex.join(self.cxx)} does not compile what ops are made of: {said}",
+                "install a newer C++17 compiler (GCC 9 or newer, clang 10 or newer) and set CXX to it",
+            )
 
     def identity(self) -> str:
         """What changes when a compiler or torch does, found without running them."""
@@ -65,7 +101,7 @@ class Toolchain:
 
     def commands(self, spec: OpSpec, csrc: Path, objects: Path) -> list[list[str]]:
         """A command per object file, whose last argument is that file; those that take longest come first."""
-        first = [str(self.compiler), *_COMMON, f"-I{csrc}"]
+        first = [*self.cxx, *_COMMON, f"-I{csrc}"]
         torch = [f"-isystem{self.torch.home / 'include'}", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
         torch += [self.gpu.define] if self.gpu else []
 
@@ -77,7 +113,8 @@ class Toolchain:
         if self.gpu:
             for source in spec.gpu:
                 output = objects / f"{spec.name}.{Path(source).stem}.gpu.o"
-                found.append(self.gpu.command(csrc / source, csrc, self.compiler, output))
+                host = [str(self.compiler), *self.options]
+                found.append(self.gpu.command(csrc / source, csrc, host, output))
         found += [compile_with(source, "binding", [*_BINDING, *torch]) for source in spec.bindings]
         for isa, flags in _ISAS.get(platform.machine(), _ONE_ISA).items():
             found += [compile_with(source, isa, [*_KERNEL, *flags]) for source in spec.kernels]
@@ -88,7 +125,43 @@ class Toolchain:
         torch = [f"-L{self.torch.home / 'lib'}", "-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed"]
         gpu = self.gpu.link_flags() if self.gpu else []
         files = [*objects, *torch, "-ltorch_cpu", "-lc10", *gpu]
-        return [str(self.compiler), "-shared", "-pthread", "-s", *files, "-o", str(library)]
+        return [*self.cxx, "-shared", "-pthread", "-s", *files, "-o", str(library)]
+
+
+def _cxx(named: str) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """What `$CXX` says: what is called before the compiler, the compiler, its options."""
+    if shutil.which(named):  # a path may have blanks
+        return (), named, ()
+    try:
+        words = shlex.split(named)
+    except ValueError:  # quotes that do not end: no program, which is said of all of it
+        words = []
+    at = next((i for i, word in enumerate(words) if Path(word).name not in _WRAPPERS and "=" not in word), None)
+    return (tuple(words[:at]), words[at], tuple(words[at + 1 :])) if at is not None else ((), named, ())
+
+
+_TRIAL = "#include <optional>\n#if __cplusplus < 201703L\n#error this is no C++17\n#endif\nstd::optional<int> here;\n"
+
+
+@cache
+def _refusal(cxx: tuple[str, ...]) -> str:
+    """What a compiler says against C++17 and the flags that ops are compiled with; "" where it takes them."""
+    flags = {
+        flag: None for isa in _ISAS.get(platform.machine(), _ONE_ISA).values() for flag in (*_COMMON, *_KERNEL, *isa)
+    }
+    command = [*cxx, *flags, "-fsyntax-only", "-x", "c++", "-"]
+    try:
+        done = subprocess.run(
+            command, input=_TRIAL, capture_output=True, text=True, errors="replace", timeout=60, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return str(error)
+    return _first_error(done) if done.returncode else ""
+
+
+def _first_error(done: subprocess.CompletedProcess[str]) -> str:
+    lines = (done.stderr or done.stdout).splitlines() or [f"it said nothing, and ended with status {done.returncode}"]
+    return next((line for line in lines if "error" in line.lower()), lines[0]).strip()
 
 
 class Build(NamedTuple):
@@ -118,7 +191,7 @@ def build(wanted: Sequence[Build], csrc: Path, objects: Path, jobs: int | None =
         compile_commands = []
     with ThreadPoolExecutor(jobs) as pool:
         for stage in (compile_commands, link_commands):
-            running = [pool.submit(_run, name, command) for name, command in stage]
+            running = [pool.submit(_run, name, command, objects) for name, command in stage]
             wait(running, return_when=FIRST_EXCEPTION)
             for future in running:
                 future.cancel()
@@ -135,8 +208,8 @@ def _run_in_ninja(commands: Sequence[Sequence[str]], objects: Path, jobs: int) -
         lines += [f"build {output.replace(' ', '$ ')}: compile", f"  command = {text}"]
     (objects / "build.ninja").write_text("\n".join(lines) + "\n")
     if shutil.which("ninja") is None:
-        raise OpBuildError("DS_ENABLE_NINJA=1, but there is no ninja on PATH; install it or unset the variable")
-    _run("an op", ["ninja", "--quiet", "-C", str(objects), f"-j{jobs}"])
+        raise OpBuildError("DS_ENABLE_NINJA=1, but there is no ninja on PATH", "install it or unset the variable")
+    _run("an op", ["ninja", "--quiet", "-C", str(objects), f"-j{jobs}"], objects)
 
 
 def max_jobs() -> int:
@@ -149,14 +222,19 @@ def max_jobs() -> int:
     if not named:
         return len(os.sched_getaffinity(0))
     if not named.isdecimal() or int(named) < 1:
-        raise OpBuildError(f"MAX_JOBS={named} is no number of compilers; set it to 1 or more, or unset it")
+        raise OpBuildError(f"MAX_JOBS={named} is no number of compilers", "set it to 1 or more, or unset it")
     return int(named)
 
 
-def _run(name: str, command: list[str]) -> None:
-    environment = {**os.environ, "HIP_PLATFORM": "amd"}  # hipcc takes the nvcc on PATH otherwise
+def _run(name: str, command: list[str], objects: Path) -> None:
+    # hipcc takes the nvcc on PATH otherwise. What compilers put aside goes where there was found to be room.
+    environment = {**os.environ, "HIP_PLATFORM": "amd", "TMPDIR": str(objects)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
-    if done.returncode:
-        lines = (done.stderr or done.stdout).splitlines() or ["it said nothing"]
-        first = next((line for line in lines if "error" in line.lower()), lines[0])
-        raise OpBuildError(f"{name} does not compile: {first.strip()}\n  {shlex.join(command)}")
+    if not done.returncode:
+        return
+    if full := re.search(r"No space left on device|Disk quota exceeded", done.stderr + done.stdout):
+        raise OpBuildError(
+            f"{name} does not compile: {full[0]}, in {objects.parent}",
+            "make room there, or set TORCH_EXTENSIONS_DIR to a folder on another disk",
+        )
+    raise OpBuildError(f"{name} does not compile: {_first_error(done)}\n  {shlex.join(command)}")

@@ -49,11 +49,11 @@ def find_torch() -> TorchBuild:
     found = [Path(spec.origin).parent] if spec is not None and spec.origin else []
     folders = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), site.getusersitepackages()]
     for home in [*found, *(Path(folder) / "torch" for folder in folders)]:
-        if (home / "version.py").is_file():
+        if os.path.isfile(home / "version.py"):  # False, too, where a home may not be entered
             return _read(home)
     raise OpBuildError(
-        f"torch is not installed for {sys.executable}; install it first, and where the build is isolated from it "
-        "(uv, build) pass --no-build-isolation"
+        f"torch is not installed for {sys.executable}",
+        "install it first, and where the build is isolated from it (uv, build) pass --no-build-isolation",
     )
 
 

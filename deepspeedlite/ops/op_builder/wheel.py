@@ -7,6 +7,7 @@ compiled that can be, and the reason is printed for the rest; what its own varia
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -24,6 +25,9 @@ from deepspeedlite.ops.op_builder.toolchain import Build, Toolchain, build
 from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 _FOLDER = Path("deepspeedlite", "ops", "lib")
+# What PEP 440 lets follow a release: pre, post, dev, local.
+_LOCAL = r"\+[a-z0-9]+([._-][a-z0-9]+)*"
+_AFTER_VERSION = re.compile(rf"((a|b|rc)\d+)?(\.post\d+)?(\.dev\d+)?({_LOCAL})?", re.IGNORECASE)
 _NO_OPS = ("DS_BUILD_OPS", "DS_BUILD_STRING", "DS_BUILD_HOSTNAME")
 
 
@@ -51,8 +55,18 @@ def asked_for(environ: Mapping[str, str]) -> dict[str, bool]:
 
 
 def version(base: str, environ: Mapping[str, str]) -> str:
-    """The package's version with `$DS_BUILD_STRING` after it, such as ".dev20260101" or "+cu130"."""
-    return base + environ.get("DS_BUILD_STRING", "").strip()
+    """The package's version with `$DS_BUILD_STRING` after it, such as ".dev20260101" or "+cu130".
+
+    Raises:
+        OpBuildError: nothing of the kind may follow a version (PEP 440).
+    """
+    text = environ.get("DS_BUILD_STRING", "").strip()
+    if not _AFTER_VERSION.fullmatch(text):
+        raise OpBuildError(
+            f"DS_BUILD_STRING={text}: {base}{text} is no version",
+            "write + and letters, digits, single dots (+mine, +cu130.2), or .dev or .post and a number (.dev20260101)",
+        )
+    return base + text
 
 
 class BuildOps(build_ext):
@@ -71,13 +85,13 @@ class BuildOps(build_ext):
         folder = self.lib_folder()
         folder.mkdir(parents=True, exist_ok=True)
         for spec in OPS.values():
-            reason = why_not_compile(spec)
+            reason = str(why_not_compile(spec) or "") if spec.name in asked else ""
             if spec.name not in asked:
                 reason = spec.pending or f"not asked for ({spec.flag}=1 does)"
             if reason and asked.get(spec.name):
                 raise OpBuildError(f"{spec.flag}=1, but {spec.name} cannot be compiled: {reason}")
             said[spec.name] = reason or "compiled"
-            if reason is None:
+            if not reason:
                 wanted.append(Build(spec, Toolchain.find(spec), folder / f"{spec.name}.so"))
         for old in set(folder.glob("*.so")) - {one.library for one in wanted}:
             old.unlink()
