@@ -87,7 +87,7 @@ class Rank:
         return {"call_s": self._slowest(call_s), "whole_s": self._slowest(time.perf_counter() - start_s)}
 
     def _wait(self) -> None:
-        self.engine._saver.wait()
+        self.engine._checkpoints.wait()
 
     def load(self, folder: str) -> dict[str, float]:
         """Load; the memory that this rank's process grew by at its worst, the larger of the ranks', comes with it."""

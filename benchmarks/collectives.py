@@ -61,7 +61,7 @@ def worker(rank: int, args: argparse.Namespace, store_path: str) -> None:
 def collectives() -> dict[str, dict[str, Start]]:
     """How each way starts each collective on one unit."""
     from deepspeedlite.comm import Group
-    from deepspeedlite.comm.shared_memory import SWITCH
+    from deepspeedlite.transports.shared_memory import SWITCH
 
     groups = {SHARED: Group(), TCP: Group(dist.new_group())}
     for name, group in groups.items():

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from deepspeedlite._version import __version__
 from deepspeedlite.compat.drop_in.finder import name_of, serve
+from deepspeedlite.runtime.plugins import plugins
 
 if TYPE_CHECKING:
     from deepspeedlite.compat.comm import init_distributed
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 _OWN = ("config", "errors")
 _LAZY = {"add_tuning_arguments": "compat.tuning_arguments"}
 
+plugins.add("saver", "deepspeed", "deepspeedlite.checkpoint.formats.deepspeed.saver:DeepSpeedSaver")
+plugins.add("transport", "gloo", "deepspeedlite.transports.gloo:GlooTransport")
 serve()  # DeepSpeed's module paths, such as deepspeedlite.runtime.lr_schedules: see drop_in
 
 __all__ = [

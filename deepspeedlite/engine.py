@@ -16,18 +16,16 @@ scale are applied to the parameters' gradients as they arrive: the same result, 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.coordination import Ranks
+from deepspeedlite.checkpoint.checkpoints import Checkpoints
 from deepspeedlite.checkpoint.foreign import Formats
-from deepspeedlite.checkpoint.load import Loader, LoadOptions
-from deepspeedlite.checkpoint.save import Saver
-from deepspeedlite.checkpoint.train_state import COUNTERS, TrainState
+from deepspeedlite.checkpoint.train_state import COUNTERS, LoadOptions, TrainState
 from deepspeedlite.comm import Group
 from deepspeedlite.config import BatchSizes, DeepSpeedConfig
 from deepspeedlite.data.loader import LoaderOptions
@@ -91,7 +89,6 @@ class Engine(torch.nn.Module):
 
     optimizer_class = ShardedOptimizer
     checkpoint_formats = Formats()  # besides our own
-    savers: Mapping[str, type[Saver]] = {"deepspeedlite": Saver}  # by `checkpoint.format`
 
     @classmethod
     def mpu_of(cls, model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
@@ -136,10 +133,9 @@ class Engine(torch.nn.Module):
         parts.lease.held_by(self)
         self._clearing = ModuleClearing(module, self._reducer)
         self._attached = Attached(module)
-        ranks = Ranks()  # one, whose meetings are counted, for saves and loads
-        checkpoint = parts.config.checkpoint
-        self._saver = self.savers[checkpoint.format](checkpoint, ranks, self.checkpoint_formats)
-        self._loader = Loader(ranks, self.checkpoint_formats)
+        self._checkpoints = Checkpoints(parts.config.checkpoint, self.checkpoint_formats)
+        # What of the model and the last loaded checkpoint did not fit, with `load_module_strict=False`.
+        self.load_mismatches: list[str] = []
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -391,7 +387,7 @@ class Engine(torch.nn.Module):
         """
         self._check_alive("save_checkpoint")
         state = self._train_state(client_sd if client_state is None else client_state)
-        self._saver.save(state, save_dir, tag, save_latest, exclude_frozen_parameters)
+        self._checkpoints.save(state, save_dir, tag, save_latest, exclude_frozen_parameters)
         return True
 
     def load_checkpoint(
@@ -410,7 +406,6 @@ class Engine(torch.nn.Module):
         `custom_load_fn(src=state_dict, dst=module)` loads the weights itself. Raises `CheckpointError`.
         """
         self._check_alive("load_checkpoint")
-        self._saver.wait()
         options = LoadOptions(
             strict=load_module_strict,
             optimizer_states=load_optimizer_states,
@@ -419,7 +414,8 @@ class Engine(torch.nn.Module):
             custom_load_fn=custom_load_fn,
         )
         state = self._train_state()
-        path = self._loader.load(state, load_dir, tag, options)
+        path = self._checkpoints.load(state, load_dir, tag, options)
+        self.load_mismatches = state.mismatches
         if path is not None and not load_module_only:
             vars(self).update(state.counters, _window_steps=0)
         return path, state.client_state
@@ -444,11 +440,6 @@ class Engine(torch.nn.Module):
             client_state=client_state or {},
         )
 
-    @property
-    def load_mismatches(self) -> list[str]:
-        """What of the model and the last loaded checkpoint did not fit, with `load_module_strict=False`."""
-        return self._loader.mismatches
-
     # --- life cycle -------------------------------------------------------------------------------------------------
 
     def _check_alive(self, what: str) -> None:
@@ -470,7 +461,7 @@ class Engine(torch.nn.Module):
         """
         if self._destroyed:
             return
-        self._saver.close()
+        self._checkpoints.close()
         self._destroyed = True
         self._parts.lease.close()
         self._parts.offload.close()

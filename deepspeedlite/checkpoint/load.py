@@ -6,7 +6,6 @@ Files are verified, each by one rank, and the model is compared with the manifes
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +19,7 @@ from deepspeedlite.checkpoint.reader import Reader, open_tag
 from deepspeedlite.checkpoint.rng import restore_rng
 from deepspeedlite.checkpoint.state_map import Flat, flats_of, parameters_of, with_extra_state
 from deepspeedlite.checkpoint.tag import find_tag
-from deepspeedlite.checkpoint.train_state import COUNTERS, MACHINE_OPTIONS, TrainState
+from deepspeedlite.checkpoint.train_state import COUNTERS, MACHINE_OPTIONS, LoadOptions, TrainState
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 
@@ -32,59 +31,41 @@ _ALIKE = (
 )
 
 
-@dataclass(kw_only=True)
-class LoadOptions:
-    """What of a checkpoint is wanted."""
+def load(
+    state: TrainState, load_dir: str | Path, tag: Any, options: LoadOptions, ranks: Ranks, formats: Formats
+) -> str | None:
+    """Load a checkpoint into `state`'s parts, and what it says that they have not into `state`. Collective.
 
-    strict: bool = True  # that what does not fit is an error
-    optimizer_states: bool = True
-    lr_scheduler_states: bool = True
-    module_only: bool = False
-    custom_load_fn: Callable[..., Any] | None = None  # loads the weights itself: (src=state dict, dst=module)
+    Returns:
+        its path; None where there was none.
 
-
-class Loader:
-    """Loads into the states of one engine. `mismatches` lists what of model and checkpoint did not fit, at the last."""
-
-    def __init__(self, ranks: Ranks, formats: Formats) -> None:
-        self._ranks, self._formats = ranks, formats
-        self.mismatches: list[str] = []
-
-    def load(self, state: TrainState, load_dir: str | Path, tag: Any, options: LoadOptions) -> str | None:
-        """Load a checkpoint into `state`'s parts, and its counters and client state into `state`. Collective.
-
-        Returns:
-            its path; None where there was none.
-
-        Raises:
-            CheckpointError: on every rank the same. Unless it says that the rank failed while it changed its state,
-                nothing has changed.
-        """
-        ranks = self._ranks
-        ranks.meet("load_checkpoint")
-        path = ranks.first(
-            f"loading from {load_dir}", lambda: find_tag(check_folder(load_dir, "load_checkpoint"), tag, self._formats)
-        )
-        if path is None:
-            logger.warning("no checkpoint in %s: nothing was loaded", load_dir)
-            return None
-        what = f"loading checkpoint {path}"
-        opened: list[Reader] = []
-        try:
-            ranks.each(what, lambda: opened.append(open_tag(path, self._formats, param_groups_of(state))))
-            files = list(opened[0].manifest.files)
-            ranks.each(what, lambda: opened[0].verify(files[ranks.rank :: ranks.size]))
-            load = _Load(state, opened[0], options, ranks)
-            told = ranks.each(what, load.match)
-            foreign = ranks.first(what, lambda: load.foreign_to(set().union(*told)))
-            self.mismatches = load.mismatches
-            ranks.each(what, lambda: load.check(foreign))
-            ranks.each(what, load.restore)
-            state.client_state = opened[0].state("client_state") or {}
-        finally:
-            for reader in opened:
-                reader.close()
-        return str(path)
+    Raises:
+        CheckpointError: on every rank the same. Unless it says that the rank failed while it changed its state, nothing
+            has changed.
+    """
+    ranks.meet("load_checkpoint")
+    path = ranks.first(
+        f"loading from {load_dir}", lambda: find_tag(check_folder(load_dir, "load_checkpoint"), tag, formats)
+    )
+    if path is None:
+        logger.warning("no checkpoint in %s: nothing was loaded", load_dir)
+        return None
+    what = f"loading checkpoint {path}"
+    opened: list[Reader] = []
+    try:
+        ranks.each(what, lambda: opened.append(open_tag(path, formats, param_groups_of(state))))
+        files = list(opened[0].manifest.files)
+        ranks.each(what, lambda: opened[0].verify(files[ranks.rank :: ranks.size]))
+        load = _Load(state, opened[0], options, ranks)
+        told = ranks.each(what, load.match)
+        foreign = ranks.first(what, lambda: load.foreign_to(set().union(*told)))
+        ranks.each(what, lambda: load.check(foreign))
+        ranks.each(what, load.restore)
+        state.client_state = opened[0].state("client_state") or {}
+    finally:
+        for reader in opened:
+            reader.close()
+    return str(path)
 
 
 def param_groups_of(state: TrainState) -> Groups:
@@ -103,7 +84,6 @@ class _Load:
         self._state, self._reader, self._options, self._ranks = state, reader, options, ranks
         self._entries, self._buffers = parameters_of(state)
         self._saved: dict[str, Parameter] = {}  # what of the checkpoint is loaded, by this rank's names for it
-        self.mismatches: list[str] = []
 
     # --- before anything is changed -------------------------------------------------------------------------------
 
@@ -123,9 +103,9 @@ class _Load:
             found = next((known[name] for name in (entry.name, *entry.tied) if name in known), None)
             if found is None:
                 if not (manifest.frozen_excluded and not entry.trainable):
-                    self.mismatches.append(f"{entry.name} is in the model and not in the checkpoint")
+                    self._state.mismatches.append(f"{entry.name} is in the model and not in the checkpoint")
             elif found.shape != entry.shape:
-                self.mismatches.append(f"{entry.name} has shape {entry.shape}, in the checkpoint {found.shape}")
+                self._state.mismatches.append(f"{entry.name} has shape {entry.shape}, in the checkpoint {found.shape}")
             else:
                 self._saved[entry.name] = found
         if state.group.rank != 0:
@@ -138,9 +118,9 @@ class _Load:
 
     def check(self, foreign: list[str]) -> None:
         """Raise where the checkpoint does not fit; `foreign` is what of it no rank has."""
-        self.mismatches += [f"{name} is in the checkpoint and not in the model" for name in foreign]
-        if self.mismatches:
-            listed = "\n  ".join(self.mismatches)
+        self._state.mismatches += [f"{name} is in the checkpoint and not in the model" for name in foreign]
+        if self._state.mismatches:
+            listed = "\n  ".join(self._state.mismatches)
             if self._options.strict and self._options.custom_load_fn is None:
                 raise CheckpointError(
                     f"the model is not the one saved:\n  {listed}\n(load_module_strict=False loads the rest)"

@@ -32,7 +32,6 @@ FILE_NAME = "manifest.json"
 FORMAT, VERSION = "deepspeedlite", 1
 MOST_NBYTES = 1 << 28  # of a manifest: far more than a model of half a million parameters needs
 WEIGHT, MASTER = "weight", "master"
-EXTRA_STATE = "_extra_state"  # what torch calls a module's extra state in a state dict
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in CODES.values()}
 
 

@@ -206,6 +206,9 @@ class Saver:
         # Of the disk that offloading uses: cleared while a save in the background reads what is there.
         self._has_read = threading.Event()
 
+    def check(self, state: TrainState) -> None:
+        """Raise where `state` cannot be saved, before hours of training."""
+
     def save(
         self,
         state: TrainState,

@@ -22,7 +22,7 @@ _MOST_NBYTES = 1 << 24
 class SaveRecord(BaseModel):
     """What one save does, for those that come after it was killed."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
     format: Literal["deepspeedlite-save"] = "deepspeedlite-save"
     owner: ProcessRecord

@@ -5,7 +5,7 @@ An engine builds one for each call, of the parts it has then: users exchange sch
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,14 +18,26 @@ from deepspeedlite.parallel.replica import Replica
 from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.grad_reducer import GradReducer
 
+EXTRA_STATE = "_extra_state"  # what torch calls a module's extra state in a state dict
 COUNTERS = ("micro_steps", "global_steps", "global_samples", "skipped_steps")
 # Of param groups: how a step is computed on this machine, which is not the run's business.
 MACHINE_OPTIONS = {"params", "fused", "foreach", "capturable", "differentiable"}
 
 
 @dataclass(kw_only=True)
+class LoadOptions:
+    """What of a checkpoint is wanted."""
+
+    strict: bool = True  # that what does not fit is an error
+    optimizer_states: bool = True
+    lr_scheduler_states: bool = True
+    module_only: bool = False
+    custom_load_fn: Callable[..., Any] | None = None  # loads the weights itself: (src=state dict, dst=module)
+
+
+@dataclass(kw_only=True)
 class TrainState:
-    """A model in training on this rank. Saving reads it; loading writes into its parts, and replaces `counters`."""
+    """A model in training on this rank. Saving reads it; loading writes into its parts, and into the last three."""
 
     module: torch.nn.Module
     reducer: GradReducer  # has the units of trained values, and gradients, which no checkpoint holds
@@ -41,6 +53,7 @@ class TrainState:
     config: Mapping[str, Any]
     counters: dict[str, int] = field(default_factory=dict)  # by the names in COUNTERS
     client_state: dict[str, Any] = field(default_factory=dict)
+    mismatches: list[str] = field(default_factory=list)  # what of model and checkpoint did not fit
 
     @property
     def owners(self) -> list[FlatParams]:

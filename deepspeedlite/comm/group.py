@@ -22,9 +22,10 @@ import torch.distributed as dist
 from deepspeedlite.comm.desync import LabelledWork
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.comm.roll_call import LEFT_ALONE_S, absent_ranks
-from deepspeedlite.comm.transport import OPS, TorchTransport, Transport, copy_unless_same, make_transport
+from deepspeedlite.comm.transport import OPS, TorchTransport, Transport, copy_unless_same
 from deepspeedlite.comm.work import Work
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.plugins import plugins
 
 _T = TypeVar("_T")
 
@@ -67,7 +68,7 @@ class Group:
                 )
             self.ranks = dist.get_process_group_ranks(process_group)
             self.backend = dist.get_backend(process_group)
-            self.transport = registry.transport(process_group, make_transport)
+            self.transport = registry.transport(process_group, _make_transport)
         elif process_group is not None:
             raise DistributedError(
                 "a process group was given, but torch.distributed is not initialised; call "
@@ -247,3 +248,10 @@ class Group:
             tensor.div_(self.size)
             return "sum"
         return op
+
+
+def _make_transport(process_group: dist.ProcessGroup | None) -> Transport:
+    """The transport for a process group's backend; None is the world."""
+    is_one = dist.get_world_size(process_group) == 1
+    make = None if is_one else plugins.find("transport", dist.get_backend(process_group))
+    return TorchTransport(process_group) if make is None else make(process_group)

@@ -100,10 +100,11 @@ def _leave() -> None:
     [Note: gloo's threads and the interpreter's end]
     A gloo thread drops a finished collective, and with it tensors that Python owns, a moment after `wait` has returned.
     If Python (before 3.14) is being finalised by then, the thread cannot take the interpreter's lock, is unwound
-    through C++ that does not expect it, and the process aborts after a training that went well. `GlooTransport`
-    has the last collectives kept, so that the thread's reference is not the last one. For those that users start by
-    torch itself, the lock is given up here for long enough, and after a clean run destroying the group joins the
-    threads where nothing in torch holds on to it. After an exception that could wait for ranks that wait for this one.
+    through C++ that does not expect it, and the process aborts after a training that went well. A transport over gloo
+    keeps the last collectives (`Registry.kept`), so that the thread's reference is not the last one. For those that
+    users start by torch itself, the lock is given up here for long enough, and after a clean run destroying the group
+    joins the threads where nothing in torch holds on to it. After an exception that could wait for ranks that wait for
+    this one.
     """
     if registry.watch is not None:
         registry.watch.leave()

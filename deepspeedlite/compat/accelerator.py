@@ -15,9 +15,9 @@ import os
 from collections.abc import Callable
 from typing import Any
 
-import psutil
 import torch
 
+from deepspeedlite.metrics.memory import host_bytes, host_rss_bytes
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import DistributedError, UnsupportedError
 
@@ -218,7 +218,7 @@ class DeepSpeedAccelerator:
         """Bytes that tensors use; on a CPU those of this process (RSS)."""
         if self._on_gpu:
             return torch.cuda.memory_allocated(device_index)
-        rss_bytes = int(psutil.Process().memory_info().rss)
+        rss_bytes = host_rss_bytes()
         self._peak_bytes = max(self._peak_bytes, rss_bytes)
         return rss_bytes
 
@@ -260,11 +260,11 @@ class DeepSpeedAccelerator:
         if self._on_gpu:
             index = torch.cuda.current_device() if device_index is None else device_index
             return int(torch.cuda.get_device_properties(index).total_memory)
-        return int(psutil.virtual_memory().total)
+        return host_bytes()[0]
 
     def available_memory(self, device_index: Any = None) -> int:
         """Bytes that are free."""
-        return torch.cuda.mem_get_info(device_index)[0] if self._on_gpu else int(psutil.virtual_memory().available)
+        return torch.cuda.mem_get_info(device_index)[0] if self._on_gpu else host_bytes()[1]
 
     def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True) -> torch.Tensor:
         """A page-locked copy, which GPUs read without waiting; the tensor itself on a CPU."""

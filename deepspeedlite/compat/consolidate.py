@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.checkpoint.manifest import EXTRA_STATE
+from deepspeedlite.checkpoint.train_state import EXTRA_STATE
 from deepspeedlite.comm import Group
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 

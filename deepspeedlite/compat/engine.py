@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import os
-import time
-from collections.abc import Callable, Container, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
 from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.formats import FORMATS
-from deepspeedlite.checkpoint.formats.deepspeed.saver import DeepSpeedSaver
-from deepspeedlite.checkpoint.save import Saver
 from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.compat.engine_accessors import EngineAccessors
-from deepspeedlite.compat.helpers import set_log_level_from_string
 from deepspeedlite.compat.offload_states import OffloadedStates, states_of
 from deepspeedlite.compat.stage3_names import NamedOptimizer
 from deepspeedlite.compat.zero_params import describe
-from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.data.loader import DeepSpeedDataLoader
 from deepspeedlite.engine import EngineParts
 from deepspeedlite.optim.step import ShardedOptimizer
-from deepspeedlite.parallel.pipe import engine as pipe
-from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError, UnsupportedError
-from deepspeedlite.runtime.log import log_dist, logger
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, EngineStateError
+from deepspeedlite.runtime.log import logger
 
 ROUTE_TRAIN = "train"
 
@@ -40,7 +34,6 @@ class DeepSpeedEngine(EngineAccessors):
 
     optimizer_class = NamedOptimizer
     checkpoint_formats = FORMATS
-    savers: Mapping[str, type[Saver]] = {**EngineAccessors.savers, "deepspeed": DeepSpeedSaver}
 
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__(module, parts)
@@ -51,11 +44,12 @@ class DeepSpeedEngine(EngineAccessors):
         if self._steps_at_every_call:
             self._forced_boundary = False
         if (level := self.log_level()) is not None:
+            from deepspeedlite.compat.helpers import set_log_level_from_string  # with much that few ask for
+
             set_log_level_from_string(level)
         if parts.plan.shard_params:
             describe(module.parameters(), parts.group)
-        if isinstance(self._saver, DeepSpeedSaver):
-            self._saver.check(self._train_state())
+        self._checkpoints.check(self._train_state())
 
     def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
         """Decide from outside whether the coming micro-steps are boundaries; None gives the count back its say.
@@ -185,7 +179,7 @@ class DeepSpeedEngine(EngineAccessors):
     def destroy(self) -> None:
         """Bring back states that are away, remove the engine's hooks and close its monitors; see `Engine.destroy`."""
         if not self._destroyed:
-            self._saver.wait()
+            self._checkpoints.wait()
             self.reload_states()
         super().destroy()
 
@@ -264,48 +258,3 @@ class DeepSpeedEngine(EngineAccessors):
         if any(problems):
             raise EngineStateError(f"save_16bit_model could not write {next(filter(None, problems))}")
         return True
-
-
-class PipelineEngine(DeepSpeedEngine, pipe.PipelineEngine):
-    """The engine of a `PipelineModule`, under DeepSpeed's names."""
-
-    def coalesce_grad_reduction(self) -> NoReturn:
-        """Not of a pipeline: `train_batch` runs all passes of a batch, and averages once.
-
-        Raises:
-            UnsupportedError: always.
-        """
-        raise UnsupportedError("coalesce_grad_reduction of a pipeline: train_batch averages once for all its passes")
-
-    step = pipe.PipelineEngine.step
-
-    @classmethod
-    def prepare(cls, model: torch.nn.Module, config: DeepSpeedConfig) -> None:
-        """See `Engine.prepare`.
-
-        Raises:
-            ConfigError: the accumulation is the script's, which in a pipeline `train_batch` sees to.
-        """
-        if not config.managed_gradient_accumulation:
-            raise ConfigError("managed_gradient_accumulation: false does not go with a pipeline; leave the key out")
-        super().prepare(model, config)
-
-    def __init__(self, module: Any, parts: EngineParts) -> None:
-        super().__init__(module, parts)
-        self._batches_s = 0.0  # since the last line that `train_batch` has logged
-
-    def train_batch(self, data_iter: Iterator[Any] | None = None) -> torch.Tensor:
-        """See `parallel.pipe.engine`; every `steps_per_print` steps it logs loss, seconds and samples per second."""
-        started_s = time.perf_counter()
-        loss = super().train_batch(data_iter)
-        every = self.steps_per_print()
-        due = every is not None and self.global_steps % every == 0
-        shown = float(loss) if due else 0.0  # which waits for the device
-        self._batches_s += time.perf_counter() - started_s
-        if due:
-            batch_s, self._batches_s = self._batches_s / every, 0.0
-            speed = self.train_batch_size() / batch_s
-            log_dist(
-                f"steps: {self.global_steps} loss: {shown:.4f} iter time (s): {batch_s:.3f} samples/sec: {speed:.3f}"
-            )
-        return loss

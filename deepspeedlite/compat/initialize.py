@@ -11,9 +11,9 @@ import torch
 
 from deepspeedlite.compat import groups
 from deepspeedlite.compat.comm import init_distributed
-from deepspeedlite.compat.engine import DeepSpeedEngine, PipelineEngine
+from deepspeedlite.compat.engine import DeepSpeedEngine
 from deepspeedlite.factory import Given, Parameters, build_engine
-from deepspeedlite.parallel.pipe.module import PipelineModule
+from deepspeedlite.parallel.pipe import Pipeline
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist_once
 
@@ -82,11 +82,18 @@ def initialize(
         training_data=training_data,
         collate_fn=collate_fn,
     )
-    engine_class: type[DeepSpeedEngine] = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
-    engine = build_engine(engine_class, model, source, given)
+    engine = build_engine(_engine_class(model), model, source, given)
     if engine.mpu is not None:
         groups.initialize(mpu=engine.mpu)  # what `utils.groups` answers from
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _engine_class(model: torch.nn.Module) -> type[DeepSpeedEngine]:
+    if not isinstance(model, Pipeline):
+        return DeepSpeedEngine
+    from deepspeedlite.compat.pipeline_engine import PipelineEngine  # 10 ms, which other models need not wait for
+
+    return PipelineEngine
 
 
 def add_config_arguments(parser: ArgumentParser) -> ArgumentParser:

@@ -41,10 +41,8 @@ def memory_breakdown(device: Device | None = None) -> str:
             for kind in ("allocated", "reserved")
         )
         parts.append(f"device {allocated}, {reserved}")
-    import psutil  # 7 ms, which only those who look need wait for
-
-    host = psutil.virtual_memory()
-    parts.append(f"host RSS {_gib(_rss_bytes())}, available {_gib(host.available)} of {_gib(host.total)}")
+    total, available = host_bytes()
+    parts.append(f"host RSS {_gib(host_rss_bytes())}, available {_gib(available)} of {_gib(total)}")
     return " | ".join(parts)
 
 
@@ -70,12 +68,21 @@ def throughput_memory(device: Device) -> str:
     """The memory part of a throughput line: the device's tensors, or on the CPU the process."""
     stats = device.memory_stats()
     if not stats:
-        return f"HostRSS={_gib(_rss_bytes())}GiB"
+        return f"HostRSS={_gib(host_rss_bytes())}GiB"
     allocated, peak = stats["allocated_bytes"], stats["peak_allocated_bytes"]
     return f"MemAllocated={_gib(allocated)}GiB, MaxMemAllocated={_gib(peak)}GiB"
 
 
-def _rss_bytes() -> int:
+def host_bytes() -> tuple[int, int]:
+    """The host's memory, and what of it can be had."""
+    import psutil  # 7 ms, which only those who look need wait for
+
+    host = psutil.virtual_memory()
+    return int(host.total), int(host.available)
+
+
+def host_rss_bytes() -> int:
+    """What this process has in memory."""
     import psutil
 
     return int(psutil.Process().memory_info().rss)

@@ -9,17 +9,19 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from deepspeedlite.config import DeepSpeedConfig
-from deepspeedlite.metrics.flops import FlopsProfiler
 from deepspeedlite.metrics.memory import memory_breakdown
 from deepspeedlite.metrics.monitor.registry import Monitor, monitor_sections
 from deepspeedlite.metrics.timers import ThroughputTimer, Timers
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.log import log_dist
+
+if TYPE_CHECKING:
+    from deepspeedlite.metrics.flops import FlopsProfiler
 
 PHASES = ("forward", "backward", "step")
 
@@ -47,6 +49,12 @@ def momenta(param_groups: Sequence[Mapping[str, Any]]) -> list[Any]:
 
 def _mean(losses: Sequence[torch.Tensor]) -> torch.Tensor:
     return torch.stack([loss.reshape(()) for loss in losses]).float().mean()
+
+
+def _profiler(module: torch.nn.Module, config: DeepSpeedConfig) -> FlopsProfiler:
+    from deepspeedlite.metrics.flops import FlopsProfiler  # 5 ms, which a training that counts none need not wait for
+
+    return FlopsProfiler(module, recompute_fwd_factor=config.flops_profiler.recompute_fwd_factor)
 
 
 class TrainLog:
@@ -79,9 +87,7 @@ class TrainLog:
         self.writes_norm = any(section.enabled for section in sections.values())
         self._losses: list[torch.Tensor] = []  # of the micro-batches since the last global step
         self._flops_config = config.flops_profiler
-        profiles = self._flops_config.enabled and rank == 0
-        recompute = self._flops_config.recompute_fwd_factor
-        self._profiler = FlopsProfiler(module, recompute_fwd_factor=recompute) if profiles else None
+        self._profiler = _profiler(module, config) if self._flops_config.enabled and rank == 0 else None
         self._profiled = False
 
     @contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops
 from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.runtime.log import log_once
 
@@ -21,6 +20,8 @@ def load(name: str, device_type: str = "cpu") -> Any:
         OpError: there is none of that name, or it cannot be compiled or loaded here, or not for that device; the
             message says why.
     """
+    from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops  # 6 ms, for who loads none
+
     spec = next((spec for spec in OPS.values() if name in spec.ops), None)
     if spec is None:
         raise OpError(f"there is no op {name}; the ops are {', '.join(op for spec in OPS.values() for op in spec.ops)}")

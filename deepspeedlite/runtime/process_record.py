@@ -18,7 +18,7 @@ _MOST_GENERATIONS = 64  # of parents that are looked at
 class ProcessRecord(BaseModel):
     """A process, so that it can be told from any other at any time; empty or 0 where the system does not say."""
 
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", defer_build=True)
 
     host: str
     boot: str  # of the machine: changes when it starts anew

@@ -179,7 +179,7 @@ def test_an_io_error_in_the_middle_fails_on_every_rank_and_loses_nothing(tmp_pat
 
     def save():
         engine.save_checkpoint(tmp_path, tag="second")
-        engine._saver.wait()
+        engine._checkpoints.wait()
 
     message = raised(save)
     if dist.get_rank() == 1:

@@ -116,7 +116,7 @@ class Attacker:
 
     def save(self, folder: Path, tag: str) -> None:
         self.engine.save_checkpoint(folder, tag=tag)
-        self.engine._saver.wait()
+        self.engine._checkpoints.wait()
 
     def attack(self, prepare, how: int) -> list[int]:
         """Save with a fault at each call in turn; the step that could be loaded after each (0: none)."""
@@ -242,14 +242,14 @@ def _one_of_four(folder: Path, rank: int, victim: int, step: str, use_async: boo
     train(engine, range(1))
     engine.save_checkpoint(folder / "ckpt")
     train(engine, range(1, 2))
-    engine._saver.wait()
+    engine._checkpoints.wait()
     dist.barrier()
     if rank == victim:
         setattr(TagWriter, step, lambda *arguments, **more: os.kill(os.getpid(), signal.SIGKILL))
     started_s = time.monotonic()
     try:
         engine.save_checkpoint(folder / "ckpt")
-        engine._saver.wait()
+        engine._checkpoints.wait()
     except CheckpointError as error:
         (folder / f"told{rank}").write_text(f"{time.monotonic() - started_s}\n{error}")
     while len(list(folder.glob("told*"))) < WORLD - 1:  # nobody hears of it because another has ended

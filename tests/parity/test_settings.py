@@ -93,7 +93,7 @@ def test_every_step_is_a_boundary_where_accumulation_is_the_scripts(stage):
 
 
 def test_a_pipeline_counts_by_itself():
-    from deepspeedlite.compat.engine import PipelineEngine
+    from deepspeedlite.compat.pipeline_engine import PipelineEngine
     from deepspeedlite.config import load_config
 
     config = load_config({"train_batch_size": 1, "managed_gradient_accumulation": False})

@@ -15,6 +15,7 @@ from pairwise import covering
 from torch import nn
 
 import deepspeedlite
+from deepspeedlite.checkpoint.checkpoints import OWN, Checkpoints
 from deepspeedlite.checkpoint.formats import open_checkpoint
 from deepspeedlite.checkpoint.formats.deepspeed import exchange, saver
 from deepspeedlite.checkpoint.formats.deepspeed.live import Holding
@@ -56,10 +57,10 @@ def same(one: Any, other: Any) -> bool:
 
 def assert_as_exported(engine: Any, tag: Path, ours: Path, **more: Any) -> None:
     """Save once more in our own layout, export that, and compare every file."""
-    mine = engine._saver
-    engine._saver = deepspeedlite.engine.Saver(mine._settings, mine._ranks, engine.checkpoint_formats)
+    mine = engine._checkpoints
+    engine._checkpoints = Checkpoints(mine._settings.model_copy(update={"format": OWN}), engine.checkpoint_formats)
     engine.save_checkpoint(ours, tag=tag.name, **more)
-    engine._saver = mine
+    engine._checkpoints = mine
     if dist.get_rank() == 0:
         with open_checkpoint(ours) as reader:
             expected = export_to_deepspeed(reader, ours.with_name("exported"))

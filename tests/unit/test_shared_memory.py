@@ -17,9 +17,10 @@ import torch.distributed as dist
 from harness import distributed
 from paths import ROOT
 
-from deepspeedlite.comm import Group, shared_memory
-from deepspeedlite.comm.shared_memory import SWITCH, SharedMemoryLink
+from deepspeedlite.comm import Group
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.transports import shared_memory
+from deepspeedlite.transports.shared_memory import SWITCH, SharedMemoryLink
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "memfd_create"), reason="needs memfd_create (Linux)")
 

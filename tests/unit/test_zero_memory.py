@@ -29,11 +29,11 @@ from torch.autograd.profiler import profile, record_function
 
 import deepspeedlite
 from deepspeedlite.comm import Group
-from deepspeedlite.comm.shared_memory import SharedMemoryLink
 from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
 from deepspeedlite.tools.memory_plan.fit import Training, fit_all
 from deepspeedlite.tools.memory_plan.machine import Machine
 from deepspeedlite.tools.memory_plan.states import model_states_bytes, ways_of
+from deepspeedlite.transports.shared_memory import SharedMemoryLink
 from deepspeedlite.zero import building
 from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.layout import FlatLayout

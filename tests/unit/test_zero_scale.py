@@ -15,7 +15,7 @@ import torch.distributed as dist
 from harness import distributed
 from paths import ROOT
 
-from deepspeedlite.comm.shared_memory import SWITCH
+from deepspeedlite.transports.shared_memory import SWITCH
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import zero_scale

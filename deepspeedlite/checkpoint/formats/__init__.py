@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.checkpoint.formats.deepspeed import DeepSpeedFormat
-from deepspeedlite.checkpoint.reader import Reader, open_tag
-from deepspeedlite.checkpoint.tag import find_tag, is_checkpoint
 from deepspeedlite.runtime.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from deepspeedlite.checkpoint.reader import Reader
 
 FORMATS = Formats((DeepSpeedFormat(),), companion=Path(__file__).parent / "deepspeed" / "zero_to_fp32.py")
 
@@ -21,6 +22,9 @@ def open_checkpoint(folder: str | Path, tag: Any = None) -> Reader:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
+    from deepspeedlite.checkpoint.reader import open_tag  # no training's start waits for these
+    from deepspeedlite.checkpoint.tag import find_tag, is_checkpoint
+
     folder = check_folder(folder, "reading")
     if tag is None and is_checkpoint(folder, FORMATS):
         return open_tag(folder, FORMATS)

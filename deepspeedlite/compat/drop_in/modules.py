@@ -157,7 +157,7 @@ MODULES: Mapping[str, Names] = {
     | no(_NO_INFERENCE, "replace_transformer_layer DeepSpeedHybridEngine")
     | no(_NO_TENSOR, "tp_model_init set_autotp_mode")
     | at("pipe", "PipelineModule", _PIPELINE)
-    | at("compat.engine", "PipelineEngine", _PIPELINE_ENGINE)
+    | at("compat.pipeline_engine", "PipelineEngine", _PIPELINE_ENGINE)
     | no(_NO_DUALPIPE, "DualPipeVModule DualPipeVEngine")
     | no(_NO_KERNELS, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig")
     | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
@@ -246,7 +246,7 @@ MODULES: Mapping[str, Names] = {
     "runtime.pipe.module": at("pipe", "LayerSpec TiedLayerSpec")
     | at("pipe", "PipelineModule", _PIPELINE)
     | at("runtime.errors", "PipelineError"),
-    "runtime.pipe.engine": at("compat.engine", "PipelineEngine", _PIPELINE_ENGINE),
+    "runtime.pipe.engine": at("compat.pipeline_engine", "PipelineEngine", _PIPELINE_ENGINE),
     "runtime.pipe.schedule": at(
         "compat.pipe_schedule", "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule", _VIEW
     )

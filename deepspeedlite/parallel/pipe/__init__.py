@@ -7,5 +7,13 @@
 
 `topology.py` says which rank is which stage of which replica, `partition.py` where the list is cut, `module.py` builds
 this rank's layers, `schedule.py` is the order of forward and backward passes, `stage_comm.py` moves what passes between
-stages, and `engine.py` runs it all.
+stages, and `engine.py` runs it all. Nothing of that is imported here.
 """
+
+from __future__ import annotations
+
+import torch
+
+
+class Pipeline(torch.nn.Module):
+    """What every `PipelineModule` is: whoever has another model need not import that to know it."""

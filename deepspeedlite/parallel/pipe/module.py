@@ -18,6 +18,7 @@ from deepspeedlite import comm
 from deepspeedlite.activation_checkpointing import checkpoint
 from deepspeedlite.comm import Group
 from deepspeedlite.metrics.comms_logger import comms_logger
+from deepspeedlite.parallel.pipe import Pipeline
 from deepspeedlite.parallel.pipe.partition import check_no_empty_stage, partition_balanced, partition_uniform
 from deepspeedlite.parallel.pipe.schedule import SCHEDULES
 from deepspeedlite.parallel.pipe.specs import Layer, LayerSpec, TiedLayerSpec, layer_numel, name_of_layer
@@ -30,7 +31,7 @@ from deepspeedlite.runtime.log import log_dist
 __all__ = ["LayerSpec", "PipelineModule", "TiedLayerSpec"]
 
 
-class PipelineModule(torch.nn.Module):
+class PipelineModule(Pipeline):
     """A sequence of layers, divided into stages.
 
     The output of a layer is the input of the next: one tensor or a tuple of tensors, given as one argument.

@@ -38,7 +38,6 @@ from deepspeedlite.checkpoint.formats.deepspeed.states import (
     whole_states,
 )
 from deepspeedlite.checkpoint.manifest import (
-    EXTRA_STATE,
     MASTER,
     WEIGHT,
     Manifest,
@@ -49,7 +48,7 @@ from deepspeedlite.checkpoint.manifest import (
 )
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tensors import FileRecord, TensorInfo
-from deepspeedlite.checkpoint.train_state import MACHINE_OPTIONS
+from deepspeedlite.checkpoint.train_state import EXTRA_STATE, MACHINE_OPTIONS
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 

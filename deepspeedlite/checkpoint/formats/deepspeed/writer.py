@@ -31,9 +31,10 @@ from deepspeedlite.checkpoint.formats.deepspeed.layout import (
 )
 from deepspeedlite.checkpoint.formats.deepspeed.pickles import DynamicLossScaler, LossScaler, save_for_deepspeed
 from deepspeedlite.checkpoint.formats.deepspeed.reader import RESERVED
-from deepspeedlite.checkpoint.manifest import DTYPES, EXTRA_STATE, MASTER, WEIGHT, Parameter
+from deepspeedlite.checkpoint.manifest import DTYPES, MASTER, WEIGHT, Parameter
 from deepspeedlite.checkpoint.reader import Reader
 from deepspeedlite.checkpoint.tag import LATEST, check_tag
+from deepspeedlite.checkpoint.train_state import EXTRA_STATE
 from deepspeedlite.runtime.errors import CheckpointError
 
 VERSION = "0.19.8"  # DeepSpeed's whose layout this is
