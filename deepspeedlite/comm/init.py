@@ -18,6 +18,7 @@ import socket
 import sys
 import time
 from datetime import timedelta
+from pathlib import Path
 from urllib.parse import urlparse
 
 import torch.distributed as dist
@@ -32,6 +33,8 @@ from deepspeedlite.runtime.log import log_dist
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
 _DEFAULT_TIMEOUT_MIN = 10.0
 _THREADS_FINISH_S = 0.05
+_LOOKS_AT_THREADS = 100
+_RUNNING_GLOO = "(pt_gloo_runloop) R"  # or would if a processor were free; nothing is found where there is no /proc
 _MPI_SOURCES = ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
 
 
@@ -102,15 +105,16 @@ def _leave() -> None:
     If Python (before 3.14) is being finalised by then, the thread cannot take the interpreter's lock, is unwound
     through C++ that does not expect it, and the process aborts after a training that went well. A transport over gloo
     keeps the last collectives (`Registry.kept`), so that the thread's reference is not the last one. For those that
-    users start by torch itself, the lock is given up here for long enough, and after a clean run destroying the group
-    joins the threads where nothing in torch holds on to it. After an exception that could wait for ranks that wait for
-    this one.
+    users start by torch itself, the lock is given up here until the threads have nothing to do, and after a clean run
+    destroying the group joins them where nothing in torch holds on to it. After an exception that could wait for ranks
+    that wait for this one. A group that the user has destroyed may have left its threads behind too.
     """
-    if registry.watch is not None:
-        registry.watch.leave()
-    is_up, is_clean = dist.is_initialized(), getattr(sys, "last_value", None) is None
-    if is_up:
+    for _ in range(_LOOKS_AT_THREADS):
         time.sleep(_THREADS_FINISH_S)
+        with contextlib.suppress(OSError):  # of a thread that has just ended
+            if not any(_RUNNING_GLOO in stat.read_text() for stat in Path("/proc/self/task").glob("*/stat")):
+                break
+    is_up, is_clean = dist.is_initialized(), getattr(sys, "last_value", None) is None
     if is_clean:
         registry.close()
     if is_up and is_clean:
@@ -173,10 +177,8 @@ def _address(world: World) -> str:
 def _with_master(world: World, default_port: int) -> World:
     """The world with rank 0's address and port filled in."""
     port = world.master_port or default_port
-    if world.master_addr is not None:
-        return dataclasses.replace(world, master_port=port)
-    if world.world_size == 1:
-        return dataclasses.replace(world, master_addr="127.0.0.1", master_port=port)
+    if world.master_addr is not None or world.world_size == 1:
+        return dataclasses.replace(world, master_addr=world.master_addr or "127.0.0.1", master_port=port)
     if world.source not in _MPI_SOURCES:
         raise DistributedError(
             f"rank {world.rank} of {world.world_size} was found by {world.source}, but MASTER_ADDR is not set; set it "
@@ -235,20 +237,13 @@ def _check_backend(backend: str, device: Device) -> None:
             f"backend nccl needs a GPU, but this process runs on {device.name} "
             f"(DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR', 'unset')}); use gloo"
         )
-    lacks = [
-        name
-        for name, available in (("nccl", dist.is_nccl_available), ("gloo", dist.is_gloo_available), ("mpi", _has_mpi))
-        if name in backend and not available()
-    ]
+    known = {"nccl": dist.is_nccl_available, "gloo": dist.is_gloo_available, "mpi": dist.is_mpi_available}
+    lacks = [name for name, is_available in known.items() if name in backend and not is_available()]
     if lacks:
         raise DistributedError(f"this torch was built without the backend {lacks[0]}; use {device.backend}")
     if ":" not in backend and backend.lower() not in dist.Backend.backend_list:
-        known = ", ".join(name for name in dist.Backend.backend_list if name != "undefined")
-        raise DistributedError(f"backend {backend!r} is not known to this torch, which has {known}")
-
-
-def _has_mpi() -> bool:
-    return bool(dist.is_mpi_available())
+        names = ", ".join(name for name in dist.Backend.backend_list if name != "undefined")
+        raise DistributedError(f"backend {backend!r} is not known to this torch, which has {names}")
 
 
 def _export(world: World) -> None:

@@ -35,9 +35,6 @@ class Watch(Protocol):
     def seen(self, rank: int) -> str:
         """Where a rank is, if that is known without asking; else empty."""
 
-    def leave(self) -> None:
-        """The process ends: stop looking, while the interpreter still runs, and let others know."""
-
     def close(self) -> None:
         """Stop looking."""
 

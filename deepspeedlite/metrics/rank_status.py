@@ -28,7 +28,6 @@ from deepspeedlite.runtime.process_record import ProcessRecord
 _ASKED = "asked"
 _LEFT = b"left"
 _SILENT_ROUNDS = 3  # without a new word, and an answer is no longer taken for where a rank is now
-_FAREWELL_S = 0.5
 _ALL_KNOWN = 64
 _FIRST_ROUND_S = 0.5  # after which all ranks have said which processes they are
 
@@ -110,7 +109,6 @@ class StatusBoard(threading.Thread):
         """Stop, and let others know that this rank has ended."""
         self._is_left = True
         self._over.set()
-        self.join(_FAREWELL_S)
 
     def _round(self) -> None:
         asks, answers = self._prefix("asks"), self._prefix("at")

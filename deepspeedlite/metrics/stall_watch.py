@@ -10,6 +10,7 @@ a device that does not come to its end while nothing new is given to it. Trainin
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -35,7 +36,7 @@ _QUESTION = 2  # of these looks without progress, and the other ranks are asked 
 _AGAIN = 2  # times that time to the next notice
 _IDLE = 1e-3  # of a processor's time: what a thread that stands still may use
 _NAMED_RANKS = 16
-_FAREWELL_S = 0.5
+_FAREWELL_S = 10.0  # a question to a store on a busy host takes a while; on one that is stopped, for good
 _TOO = "there too"
 _OF_MANY = {"waits": "wait", "has": "have", "is": "are"}
 _C10D = os.path.join("torch", "distributed", "distributed_c10d.py")
@@ -57,6 +58,7 @@ def watch_for_stalls() -> None:
     with contextlib.suppress(RuntimeError, AttributeError):  # a world without a store of its own
         watch = StallWatch(world, dist.distributed_c10d._get_default_store(), notice_s)
         registry.use_watch(watch)
+        atexit.register(watch.leave)
         watch.start()
 
 
@@ -105,19 +107,23 @@ class StallWatch(threading.Thread):
 
     def leave(self) -> None:
         """Let other ranks know that this one ends, and stop."""
-        if self.board.is_alive():
-            self.board.leave()
+        self.board.leave()
         self.close()
 
     def close(self) -> None:
-        """Stop both threads: one that is in torch's code when the interpreter is finalised would abort the process."""
-        if self._over.is_set():
+        """Stop both threads, and wait for them: one that comes back from torch's code, such as a question to the store,
+        while the interpreter is finalised ends by an exception that this code may not let through, and with it the
+        process is aborted ("terminate called without an active exception").
+        """
+        if self._over.is_set() or self.pid != os.getpid():
             return
+        atexit.unregister(self.leave)
         self._over.set()
         self.board.end()
-        for thread in (self.board, self):
+        end_s = time.monotonic() + _FAREWELL_S
+        for thread in (self, self.board):  # in this order: the one starts the other
             if thread.is_alive():
-                thread.join(_FAREWELL_S)
+                thread.join(max(end_s - time.monotonic(), 0.0))
 
     def lasts(self) -> bool:
         """Whether the world that it watches is the one there is; not so in a child of its process."""
