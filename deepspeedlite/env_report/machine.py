@@ -15,10 +15,12 @@ import socket
 import tempfile
 from pathlib import Path
 
+from deepspeedlite.env_report.preflight import OWN_NAME_REMEDY, own_name, own_name_fault
 from deepspeedlite.env_report.probe import op_builder
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text
+from deepspeedlite.launcher.gpus import find_devices
+from deepspeedlite.runtime.cores import cpu_quota, usable_cores
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.gpus import find_devices
 from deepspeedlite.runtime.text import GIB, size_text
 
 _ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
@@ -40,7 +42,7 @@ def gpus() -> list[Row]:
         hidden = gpu_vendor() != "cpu"
         value = "none: this machine's GPUs are hidden by variables" if hidden else "none: ranks train on the CPU"
         return [Row("gpus", "visible", value)]
-    source = f" by {devices.variable}" if devices.from_variable else ""
+    source = f" by {devices.variable}" if devices.value is not None else ""
     rows = [Row("gpus", "visible", f"{len(devices.ids)} {devices.vendor} ({','.join(devices.ids)}){source}", OK)]
     if devices.vendor == "nvidia":
         query = "--query-gpu=index,name,memory.total,compute_cap,driver_version"
@@ -68,11 +70,12 @@ def cpu_and_memory() -> list[Row]:
     flags = re.search(r"^(?:flags|Features)\s*:\s*(.*)", info, re.MULTILINE)
     present = set(flags[1].split()) if flags else set()
     known = [flag for flag in (*_ISA_FLAGS, *_ISA_FLAGS_ARM) if flag in present]
-    usable = len(os.sched_getaffinity(0))
+    quota = cpu_quota()
+    capped = f", {quota:.3g} by the control group's quota" if quota is not None else ""
     rows = [
         Row("machine", "cpu", model[1] if model else platform.machine()),
         Row("machine", "instruction sets", " ".join(known) or "none known"),
-        Row("machine", "cores", f"{usable} usable of {os.cpu_count()}{_cpu_quota()}"),
+        Row("machine", "cores", f"{usable_cores()} usable of {os.cpu_count()}{capped}"),
     ]
     memory = {
         key: int(value) << 10 for key, value in re.findall(r"^(\w+):\s+(\d+) kB", read_text("/proc/meminfo"), re.M)
@@ -87,11 +90,6 @@ def cpu_and_memory() -> list[Row]:
         Row("machine", "memory", f"{size_text(memory.get('MemAvailable', 0))} free of {size_text(total)}{capped}")
     )
     return [*rows, _numa(), _shared_memory(), *_limits()]
-
-
-def _cpu_quota() -> str:
-    quota, _, period = read_text("/sys/fs/cgroup/cpu.max").strip().partition(" ")
-    return f", capped at {int(quota) / int(period):.1f}" if quota.isdigit() and period.isdigit() else ""
 
 
 def _shared_memory() -> Row:
@@ -214,9 +212,6 @@ def network() -> list[Row]:
 
 
 def _own_name() -> Row:
-    name = socket.gethostname()
-    try:
-        return Row("network", "own name", f"{name} is {socket.gethostbyname(name)}", OK)
-    except OSError as error:
-        remedy = f"add {name} to /etc/hosts: ranks look their own address up"
-        return Row("network", "own name", f"{name} has no address: {error}", WARN, remedy)
+    name, address = own_name()
+    fault = own_name_fault(name, address)
+    return Row("network", "own name", fault or f"{name} is {address}", *((WARN, OWN_NAME_REMEDY) if fault else (OK,)))

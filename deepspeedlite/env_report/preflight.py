@@ -8,26 +8,44 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import resource
+import shutil
 import socket
 import sys
 import time
 import zlib
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from deepspeedlite._version import __version__
-from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, torch_files
-from deepspeedlite.runtime.gpus import find_devices
-from deepspeedlite.runtime.text import columns
+from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text, torch_files
+from deepspeedlite.launcher.gpus import Devices, find_devices
+from deepspeedlite.runtime.cores import usable_cores
+from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.text import GIB, MIB, columns, size_text
 
 _SKEW_S = 2.0  # logs and file times of the nodes stop making sense together
+_LOOKUP_S = 1.0  # a name server that is slower delays every start by it
+_SHM_BYTES, _OPS_BYTES = GIB, 512 * MIB  # less of it free is too little for loaders' workers, and to compile ops
+OWN_NAME_REMEDY = (
+    "give it the network's address in /etc/hosts; ranks of the launcher do without (GLOO_SOCKET_IFNAME), torchrun's not"
+)
+_REMEDIES = {
+    "start": (BAD, "every node needs the same files at the same paths, and variables that fit its own devices"),
+    "own name": (WARN, OWN_NAME_REMEDY),
+    "cores": (WARN, "start fewer ranks there: they wait for each other"),
+    "/dev/shm": (WARN, "give a container more: docker run --shm-size=8g (or --ipc=host); delete old files in it"),
+    "open files": (WARN, "raise it there: ulimit -n 65536, LimitNOFILE= of sshd, docker run --ulimit nofile=65536"),
+    "ops' folder": (WARN, "make room, or name another by TORCH_EXTENSIONS_DIR; a wheel with compiled ops needs none"),
+}
 _ALIKE = {
     "python": "every node runs the same Python; `install.sh` installs one wheel on all of them",
     "torch": "install the same torch on every node: pip install torch==VERSION",
     "deepspeedlite": "install the same wheel on every node: install.sh --hostfile FILE",
 }
+_COLUMNS = ("reached", *_ALIKE, "clock", "GPUs", "master")  # of the table; what else is odd is counted in the last one
 
 
 @dataclass
@@ -40,27 +58,72 @@ class Found:
     error: str = ""  # why it said nothing
     skew_s: float = 0.0  # its clock, less the launcher's
     reached: bool | None = None  # whether it reaches the master; None: not tried
+    unreached: str = ""  # why not
+
+    @property
+    def devices(self) -> Devices:
+        """What its ranks may use."""
+        return Devices(**self.facts["devices"])
 
 
-def facts() -> dict[str, Any]:
-    """What this machine is, as JSON."""
+def names() -> list[str]:
+    """What this machine is called."""
+    named = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname(), socket.gethostname().split(".")[0]]
+    return [name for name in dict.fromkeys(named) if name]
+
+
+def addresses() -> list[str]:
+    """Where this machine can be reached."""
     import psutil
 
-    devices = find_devices(os.environ)
-    torch = torch_files()
-    named = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname(), socket.gethostname().split(".")[0]]
     found = [a.address for each in psutil.net_if_addrs().values() for a in each if a.family == socket.AF_INET]
+    return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+
+
+def own_name() -> tuple[str, str]:
+    """This machine's name and the address that it finds under it; "" for none."""
+    name = socket.gethostname()
+    if shutil.which("getent") is not None:  # which, unlike a call, can be given up
+        return name, output_of(["getent", "ahostsv4", name], _LOOKUP_S).partition(" ")[0]
+    try:
+        return name, socket.gethostbyname(name)
+    except OSError:
+        return name, ""
+
+
+def own_name_fault(name: str, address: str) -> str:
+    """Why ranks that look their own address up would not be found by others; "" where they would."""
+    if not address:
+        return f"{name} has no address"
+    return f"{name} is {address}, which only this machine reaches" if address.startswith("127.") else ""
+
+
+def facts(environ: Mapping[str, str]) -> dict[str, Any]:
+    """What this machine is for ranks with this environment, as JSON. `fault`: why none can start here."""
+    from deepspeedlite.ops.op_builder.jit import cache_folder
+
+    devices, fault = Devices("cpu"), ""
+    try:
+        devices = find_devices(environ)
+    except LaunchError as error:
+        fault = str(error)
+    torch, cache = torch_files(), cache_folder()
+    cache = next(path for path in (cache, *cache.parents) if path.exists())
     return {
-        "names": [name for name in dict.fromkeys(named) if name],
-        "addresses": [address for address in dict.fromkeys(found) if not address.startswith("127.")],
+        "addresses": addresses(),
+        "machine": f"{read_text('/proc/sys/kernel/random/boot_id').strip()} {os.stat('/proc/self/ns/net').st_ino}",
+        "own_name": own_name_fault(*own_name()),
+        "cores": usable_cores(),
+        "files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "shm_bytes": shutil.disk_usage("/dev/shm").free if os.path.isdir("/dev/shm") else 0,
+        "cache": [str(cache), os.access(cache, os.W_OK), shutil.disk_usage(cache).free],
         "python": platform.python_version(),
         "executable": sys.executable,
         "torch": torch.version if torch else "none",
         "deepspeedlite": f"{__version__} {_wheel_mark()}".strip(),
+        "devices": asdict(devices),
+        "fault": fault,
         "time": time.time(),
-        "gpus": len(devices.ids),
-        "vendor": devices.vendor,
-        "visible": f"{devices.variable}={','.join(devices.ids)}" if devices.from_variable else "",
     }
 
 
@@ -77,6 +140,8 @@ def _wheel_mark() -> str:
 def check(nodes: Sequence[Found], master: str = "") -> list[Row]:
     """A row per node and thing that was looked at; the bad ones keep a training from starting."""
     said = [node for node in nodes if node.facts]
+    ranks = sum(len(node.slots or ()) for node in said)
+    first_name: dict[str, str] = {}  # of each machine
     usual = {key: Counter(node.facts[key] for node in said).most_common(1)[0][0] for key in _ALIKE if said}
     rows = []
     for node in nodes:
@@ -95,40 +160,71 @@ def check(nodes: Sequence[Found], master: str = "") -> list[Row]:
         skewed = abs(node.skew_s) > _SKEW_S
         remedy = "run an NTP client (chrony, systemd-timesyncd) on every node" if skewed else ""
         rows.append(Row(node.host, "clock", f"{node.skew_s:+.1f} s", WARN if skewed else OK, remedy))
-        rows.append(_gpus(node))
+        rows += [_gpus(node), *_short_of(node, ranks)]
+        other = first_name.setdefault(node.facts["machine"], node.host)
+        if other != node.host:
+            remedy = f"name it once, with all of its slots: remove {node.host} or {other}"
+            rows.append(Row(node.host, "machine", f"is {other} under another name", BAD, remedy))
         if node.reached is not None:
             remedy = "open the port between the nodes (firewall), or name another address with --master_addr"
-            value = f"reaches {master}" if node.reached else f"cannot reach {master}"
+            value = f"reaches {master}" if node.reached else f"cannot reach {master}: {node.unreached}"
             rows.append(Row(node.host, "master", value, OK if node.reached else BAD, "" if node.reached else remedy))
     return rows
 
 
+def _short_of(node: Found, ranks: int) -> Iterator[Row]:
+    """What of this node will stop or slow a training of so many ranks in all."""
+    facts, slots = node.facts, len(node.slots or ())
+    limit, files = facts["files"], 256 + 8 * slots + 4 * ranks  # each rank is connected to each, some twice
+    folder, is_writable, free_bytes = facts["cache"]
+    room = f"{size_text(free_bytes)} free in {folder}" if free_bytes < _OPS_BYTES else ""
+    shm_bytes = facts["shm_bytes"]
+    faults = {
+        "start": facts["fault"],
+        "own name": facts["own_name"],
+        "cores": f"{facts['cores']} for {slots} ranks" if slots > facts["cores"] else "",
+        "/dev/shm": f"{size_text(shm_bytes)} free" if shm_bytes < _SHM_BYTES else "",
+        "open files": f"{limit}, and {slots} of {ranks} ranks may take {files}" if 0 <= limit < files else "",
+        "ops' folder": room if is_writable else f"{folder} cannot be written",
+    }
+    return (Row(node.host, name, value, *_REMEDIES[name]) for name, value in faults.items() if value)
+
+
 def _gpus(node: Found) -> Row:
-    count, vendor = node.facts["gpus"], node.facts["vendor"]
-    has = f"{count} {vendor}" if count else "none, CPU ranks"
+    devices = node.devices
+    count = len(devices.ids)
+    has = f"{count} {devices.vendor}" if count else "none, CPU ranks"
     if count and node.slots and max(node.slots) >= count:
-        remedy = f"correct the slots of {node.host} in the hostfile, or its CUDA_VISIBLE_DEVICES"
+        remedy = f"{devices.source}: correct the slots of {node.host} in the hostfile, or the variable"
         return Row(node.host, "GPUs", f"{has}; slot {max(node.slots)} is asked for", BAD, remedy)
     return Row(node.host, "GPUs", has, OK)
 
 
 def table(rows: Sequence[Row], colour: bool) -> str:
-    """One line per node, and below it the remedies of what is not well."""
-    names = list(dict.fromkeys(row.name for row in rows))
+    """One line per node, and below it what is not well, with its remedy."""
     hosts = list(dict.fromkeys(row.section for row in rows))
+    shown = list(dict.fromkeys(row.name for row in rows if row.name in _COLUMNS))
     cells = {(row.section, row.name): row for row in rows}
     marks = {OK: "", WARN: "! ", BAD: "X "}
     paint = {OK: "32", WARN: "33", BAD: "1;31"}
 
-    def text(host: str, name: str) -> str:
-        row = cells.get((host, name))
-        if row is None:
-            return ""
-        shown = marks[row.status] + (row.value if len(row.value) <= 28 else row.value[:27] + "…")
-        return f"\x1b[{paint[row.status]}m{shown}\x1b[0m" if colour else shown
+    def text(status: str, value: str) -> str:
+        value = marks[status] + (value if len(value) <= 28 else value[:27] + "…")
+        return f"\x1b[{paint[status]}m{value}\x1b[0m" if colour else value
 
-    lines = columns([["node", *names], *([host, *(text(host, name) for name in names)] for host in hosts)])
+    def line(host: str) -> Iterator[str]:
+        yield host
+        for row in (cells.get((host, name)) for name in shown):
+            yield text(row.status, row.value) if row else ""
+        more = [row for row in rows if row.section == host and row.name not in _COLUMNS]
+        worst = BAD if any(row.status == BAD for row in more) else WARN
+        yield text(worst, f"{len(more)} below") if more else ""
+
+    lines = columns([["node", *shown, ""], *map(list, map(line, hosts))])
+    alike: dict[tuple[str, str, str], list[str]] = {}
     for row in rows:
         if row.remedy:
-            lines.append(f"{row.section}: {row.name}: {row.value}\n    {row.remedy}")
+            alike.setdefault((row.name, row.value, row.remedy), []).append(row.section)
+    for (name, value, remedy), where in alike.items():
+        lines.append(f"{', '.join(where)}: {name}: {value}\n    {remedy}")
     return "\n".join(lines)

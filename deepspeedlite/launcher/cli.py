@@ -26,6 +26,14 @@ _ABSENT = {
     ),
     "--autotuning": "",
 }
+# Other launchers' options -> ours.
+_THEIRS = {
+    **dict.fromkeys(("--num_processes", "--nproc_per_node", "--nproc-per-node"), "--num_gpus (ranks per machine)"),
+    **dict.fromkeys(("--num_machines", "--nnodes"), "--num_nodes"),
+    **dict.fromkeys(("--machine_rank", "--node-rank"), "--node_rank"),
+    **dict.fromkeys(("--main_process_ip", "--master-addr"), "--master_addr"),
+    **dict.fromkeys(("--main_process_port", "--master-port"), "--master_port"),
+}
 
 
 class _Parser(argparse.ArgumentParser):
@@ -75,17 +83,20 @@ def _split(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     takes_value = {"--version": False, "-h": False, "--help": False}
     for option in LaunchOptions.on_command_line().values():
         takes_value.update(dict.fromkeys(_flags(option), bool(option.metadata["value"])))
-    index = 0
+    index, ours = 0, []
     while index < len(argv) and argv[index].startswith("-") and argv[index] not in ("-", "--"):
         name, has_value, _ = argv[index].partition("=")
         if name in _ABSENT:
             raise LaunchError(f"{name} is not in this release{_ABSENT[name]}")
         if name not in takes_value:
             hint = did_you_mean(name, takes_value, otherwise="see deepspeedlite --help.")
+            hint = f"here it is {_THEIRS[name]}." if name in _THEIRS else hint
             raise LaunchError(f"unknown option {name}; {hint} Options of the script itself go after its name.")
-        index += 1 + (takes_value[name] and not has_value)
+        words = argv[index : index + 1 + (takes_value[name] and not has_value)]
+        ours.append("=".join(words))  # a value may begin with a dash
+        index += len(words)
     rest = list(argv[index:])
-    return list(argv[:index]), rest[1:] if rest[:1] == ["--"] else rest
+    return ours, rest[1:] if rest[:1] == ["--"] else rest
 
 
 def parse(argv: Sequence[str]) -> LaunchOptions:

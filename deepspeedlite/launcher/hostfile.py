@@ -30,8 +30,7 @@ def read_hostfile(path: str | os.PathLike[str], slots_needed: bool = True) -> di
         LaunchError: it cannot be read, names nobody, or has lines that are wrong: each is listed with its number.
     """
     try:
-        # Bytes that are not UTF-8 do no harm in a comment, and are refused in a name.
-        lines = Path(path).read_text(encoding="utf-8-sig", errors="replace").split("\n")
+        lines = lines_of(path)
     except OSError as error:
         raise LaunchError(f"hostfile {path} cannot be read: {error.strerror}") from error
     hosts: dict[str, int] = {}
@@ -55,6 +54,20 @@ def read_hostfile(path: str | os.PathLike[str], slots_needed: bool = True) -> di
     if not hosts:
         raise LaunchError(f"hostfile {path} names no host; write one per line, such as: worker-1 slots=4")
     return hosts
+
+
+def lines_of(path: str | os.PathLike[str]) -> list[str]:
+    """A file's lines. Bytes that are not UTF-8 do no harm in a comment or a value, and are refused in a name.
+
+    Raises:
+        OSError: it cannot be read.
+        LaunchError: it is no UTF-8.
+    """
+    data = Path(path).read_bytes()
+    if b"\0" in data:  # whatever is in it, every other byte of a Latin letter
+        remedy = f"iconv -f UTF-16 -t UTF-8 {path} (PowerShell's `>` writes so; there: Out-File -Encoding utf8)"
+        raise LaunchError(f"{path} is written in UTF-16, not UTF-8; convert it: {remedy}")
+    return data.decode("utf-8-sig", "surrogateescape").split("\n")
 
 
 def _fault(words: list[str], slots_needed: bool) -> str | None:

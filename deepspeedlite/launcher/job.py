@@ -6,30 +6,29 @@ Everything that can be wrong there is found before a process starts.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shlex
 import shutil
 import socket
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from deepspeedlite.launcher.gpus import Devices, find_devices
 from deepspeedlite.launcher.hostfile import numbers_in
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.plan import EVERY_RANK
-from deepspeedlite.launcher.stand_in import with_stand_in
+from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.gpus import Devices, find_devices
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import nearest
 
 DEFAULT_PORT = 29500
 _LOWEST_PICKED = 10_000
-_VENV_TIMEOUT_S = 60.0
 
 
 @dataclass(frozen=True)
@@ -75,31 +74,32 @@ def build_job(
     devices: Devices | None = None,
     keyboard: bool = True,
 ) -> Job:
-    """The processes of one node.
+    """The processes of one node. `environ`: what they inherit (`ranks_environ`).
 
     Raises:
         LaunchError: naming what is wrong on this node and how to mend it.
     """
-    environ = {**_sourced(options.venv_script, {**environ, **options.env}), **options.env}
-    environ = with_stand_in(environ) if options.as_deepspeed else environ
     devices = find_devices(environ) if devices is None else devices
     size = len(assignment.slots)
     python = sys.executable if options.venv_script is None else shutil.which("python", path=environ.get("PATH"))
     if python is None:
         raise LaunchError(f"--venv_script {options.venv_script}: there is no `python` on PATH after it")
-    _check_script(options, environ)
+    check_script(options, environ)
     log_dir = None if options.dry_run else options.enable_each_rank_log
     if log_dir is not None:
         _make_log_dir(log_dir)
     cores = _cores(options, size)
     filled = {"PYTHONUNBUFFERED": "1"}  # a rank that dies must not take its last lines with it
     if not devices.ids or cores[0]:
-        share = len(cores[0]) or max(1, len(os.sched_getaffinity(0)) // size)
+        share = len(cores[0]) or max(1, usable_cores() // size)
         filled["OMP_NUM_THREADS"] = str(share)  # else each rank takes every core
-    filled = {name: value for name, value in filled.items() if name not in environ}
+    if assignment.num_nodes > 1:  # else gloo asks for the machine's own name, which often is a loopback address
+        filled["GLOO_SOCKET_IFNAME"] = _interface_towards(assignment.master_addr)
+    filled = {name: value for name, value in filled.items() if value and name not in environ}
     for name, value in filled.items():
         logger.debug("%s=%s for each rank; set it yourself to change it", name, value, extra=EVERY_RANK)
-    shared = {**devices.pick(assignment.slots), **filled}
+    asked = f"--num_gpus {options.num_gpus}" if options.num_gpus else options.include and f"--include {options.include}"
+    shared = {**devices.pick(assignment.slots, asked or options.hostfile or "the hostfile"), **filled}
     tag = f"{assignment.host}:" if assignment.host else ""
     clock = time.strftime("%Y%m%d%H%M%S")
 
@@ -117,7 +117,20 @@ def build_job(
     return Job(tuple(map(command, range(size))), environ, keyboard)
 
 
-def rank_argv(options: LaunchOptions, local_rank: int, python: str) -> tuple[str, ...]:
+def _interface_towards(address: str) -> str:
+    """The network interface by which this machine reaches an address, maybe its own; "" where that cannot be told."""
+    import psutil
+
+    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
+        probe.connect((address, 1))  # sends nothing
+        own = probe.getsockname()[0]
+        interfaces = psutil.net_if_addrs().items()
+        names = [name for name, found in interfaces if any(each.address == own for each in found)]
+        return names[0] if names and not own.startswith("127.") else ""
+    return ""
+
+
+def rank_argv(options: LaunchOptions, local_rank: int | str, python: str) -> tuple[str, ...]:
     """The command line of one rank; the script's own arguments follow untouched."""
     start = [options.script] if options.no_python else [python, *["-m"] * options.module, options.script]
     if not options.no_local_rank:
@@ -148,32 +161,22 @@ def shell_line(command: RankCommand) -> str:
     return " ".join([*variables, shlex.join(command.argv)])
 
 
-def _sourced(script: str | None, environ: Mapping[str, str]) -> Mapping[str, str]:
-    """The environment after a shell has sourced `script`."""
-    if script is None:
-        return environ
-    command = ["bash", "-c", '. "$1" >/dev/null && env -0', "bash", os.path.abspath(script)]
-    try:
-        done = subprocess.run(
-            command, env=dict(environ), stdin=subprocess.DEVNULL, capture_output=True, timeout=_VENV_TIMEOUT_S
-        )
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise LaunchError(f"--venv_script {script} cannot be sourced: {error}") from error
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip() or f"status {done.returncode}"
-        raise LaunchError(f"--venv_script {script} cannot be sourced: {said}")
-    pairs = [pair.partition(b"=") for pair in done.stdout.split(b"\0") if pair]
-    return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
-
-
-def _check_script(options: LaunchOptions, environ: Mapping[str, str]) -> None:
+def check_script(options: LaunchOptions, environ: Mapping[str, str]) -> None:
+    """Raises LaunchError where it could not be run, saying why."""
     script = options.script
     if options.module:
         return  # Python finds it, or says what it did not find
     if options.no_python:
         if shutil.which(script, path=environ.get("PATH")) is None:
-            here = f"; write ./{script} for the one in this directory" if os.path.isfile(script) else ""
-            raise LaunchError(f"program {script} is not on PATH or not executable{here} (chmod +x makes it so)")
+            is_path, is_here = os.sep in script, os.path.isfile(script)
+            fault = "does not exist" if is_path else "is not on PATH"
+            remedy = (
+                f"chmod +x {script} makes it executable"
+                if is_path
+                else f"write ./{script} for the one in this directory"
+            )
+            fault = "is not executable" if is_path and is_here else fault
+            raise LaunchError(f"program {script} {fault}" + f"; {remedy}" * is_here)
     elif os.path.isdir(script) and not os.path.isfile(os.path.join(script, "__main__.py")):
         raise LaunchError(f"{script} is a directory without a __main__.py; name the script inside it")
     elif not os.path.exists(script):  # anything that opens is for Python to judge: zip files, pipes

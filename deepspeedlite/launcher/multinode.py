@@ -22,12 +22,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from deepspeedlite.env_report.preflight import Found, check, facts, table
-from deepspeedlite.env_report.rows import BAD
+from deepspeedlite.env_report.preflight import Found, addresses, check, table
+from deepspeedlite.env_report.rows import BAD, WARN
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import Launch, Reach, find_backend
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
-from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen
+from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen, rank_argv
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.node import KEY, AgentSession, connect
 from deepspeedlite.launcher.options import LaunchOptions
@@ -37,7 +37,7 @@ from deepspeedlite.launcher.report import CLOSED, Outcome, RankEnd
 from deepspeedlite.launcher.ssh import HostProcess
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
-from deepspeedlite.runtime.text import columns
+from deepspeedlite.runtime.text import columns, counted
 
 _KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
 
@@ -45,8 +45,11 @@ _KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by 
 class RemoteNode:
     """A machine whose agent is at the other end of a link. `slots`: None for as many as it has devices."""
 
-    def __init__(self, host: str, slots: Sequence[int] | None, screen: Screen, outcome: Outcome) -> None:
+    def __init__(
+        self, host: str, slots: Sequence[int] | None, options: LaunchOptions, screen: Screen, outcome: Outcome
+    ) -> None:
         self.host, self.found = host, Found(host, slots)  # all that is known of it
+        self._options = options  # of all ranks
         self.link: protocol.Link | None = None  # None until its agent has shown that it is ours
         self.told: dict[str, Any] | None = None  # the answer to the last question
         self.lost = ""  # why nothing more will come
@@ -62,11 +65,15 @@ class RemoteNode:
         """Whether nothing more will come from it."""
         return self._is_closed or bool(self.lost) or time.monotonic() > self._give_up_s
 
-    def join(self, link: protocol.Link, facts: dict[str, Any]) -> None:
-        """Its agent is at the other end of this link, and has said what machine it is."""
-        slots = range(facts["gpus"] or 1) if self.found.slots is None else self.found.slots
-        self.found = replace(self.found, slots=slots, facts=facts, skew_s=facts["time"] - time.time())
+    def join(self, link: protocol.Link) -> None:
+        """Its agent is at the other end of this link: what is that machine, for these options?"""
         self.link = link
+        self.send(protocol.ASK, {"options": asdict(self._options)})
+
+    def _take(self, facts: dict[str, Any]) -> None:
+        self.found = replace(self.found, facts=facts, skew_s=facts["time"] - time.time())
+        if self.found.slots is None:
+            self.found = replace(self.found, slots=range(len(self.found.devices.ids) or 1))
 
     def send(self, kind: bytes, value: Any = None) -> None:
         """Tell its agent something, if there is one."""
@@ -98,6 +105,8 @@ class RemoteNode:
                 theirs_s, sent_s = value
                 now_s = time.monotonic()
                 self._clock = min(self._clock, (now_s - sent_s, theirs_s - (now_s + sent_s) / 2))
+            elif kind == protocol.TELL and not self.found.facts:
+                self._take(value)
             elif kind == protocol.TELL:
                 self.told = value
             elif kind == protocol.ERROR:
@@ -148,14 +157,23 @@ class RemoteCluster(Cluster):
     """A cluster whose nodes are reached over links.
 
     Args:
+        options: what all ranks get.
         hosts: each node's name and slots.
         key: what agents that connect must know; "" with ssh, whose pipes are theirs alone.
         listener: where they connect; None with ssh.
     """
 
-    def __init__(self, hosts: Hosts, key: str, listener: socket.socket | None, loop: Loop, screen: Screen) -> None:
+    def __init__(
+        self,
+        options: LaunchOptions,
+        hosts: Hosts,
+        key: str,
+        listener: socket.socket | None,
+        loop: Loop,
+        screen: Screen,
+    ) -> None:
         outcome = Outcome(0)
-        self.nodes = [RemoteNode(host, slots, screen, outcome) for host, slots in hosts.items()]
+        self.nodes = [RemoteNode(host, slots, options, screen, outcome) for host, slots in hosts.items()]
         super().__init__(self.nodes, loop, screen, outcome)
         self._key, self._listener = key, listener
         self._starters: list[tuple[int | None, HostProcess]] = []  # with the one node whose link it is
@@ -224,7 +242,7 @@ class RemoteCluster(Cluster):
         node = self._recognise(hello, self._links[link])
         if hello is not None and node is not None:
             link.send(protocol.WELCOME, protocol.proof(self._key, hello["nonce"], "launcher"))
-            node.join(link, hello)
+            node.join(link)
         elif hello is not None or link.closed:
             del self._links[link]
             link.close()
@@ -254,8 +272,11 @@ class RemoteCluster(Cluster):
         answers = self._ask(self.nodes, {"reach": told["port"], "addresses": candidates})
         best = max(candidates, key=lambda name: sum(name in answer["reached"] for answer in answers))
         for node, answer in zip(self.nodes, answers):
-            node.found = replace(node.found, reached=best in answer["reached"])
-        return best, told["port"], told["note"]
+            why = answer["failed"].get(best, "")
+            node.found = replace(node.found, reached=best in answer["reached"], unreached=why)
+        # The address that the others have found under a name: on the first node it may be a loopback one.
+        seen = {answer["reached"].get(best) for answer in answers[1:]} & set(first.found.facts["addresses"])
+        return seen.pop() if len(seen) == 1 else best, told["port"], told["note"]
 
     def _ask(self, nodes: Sequence[RemoteNode], question: dict[str, Any]) -> list[dict[str, Any]]:
         for node in nodes:
@@ -273,11 +294,11 @@ class RemoteCluster(Cluster):
 
     # Working
 
-    def assign(self, options: LaunchOptions, assignments: Sequence[Assignment]) -> None:
+    def assign(self, assignments: Sequence[Assignment]) -> None:
         """Hand out the jobs."""
         self.outcome.begin(assignments[0].world_size)
         terminals = {stream: size.hex() for stream, size in self._screen.terminals.items()}
-        job = {"options": asdict(options), "terminals": terminals, "colour": self._screen.has_colour}
+        job = {"terminals": terminals, "colour": self._screen.has_colour}
         for node, assignment in zip(self.nodes, assignments):
             node.send(protocol.JOB, {**job, "assignment": asdict(assignment)})
 
@@ -309,7 +330,7 @@ def run(options: LaunchOptions, hosts: Hosts, attempt: int, loop: Loop, screen: 
         NotReadyError: it did not start.
     """
     launches, key, listener = _way_in(options, hosts)
-    cluster, status = RemoteCluster(hosts, key, listener, loop, screen), 1
+    cluster, status = RemoteCluster(replace(options, cwd=os.getcwd()), hosts, key, listener, loop, screen), 1
     try:
         cluster.gather(launches, options.start_timeout)
         is_to_run = _is_ready(cluster, options, attempt, screen)
@@ -341,18 +362,22 @@ def _is_ready(cluster: RemoteCluster, options: LaunchOptions, attempt: int, scre
         skip = "" if any(row.name == "reached" for row in bad) else "; --no_check starts all the same"
         raise LaunchError(f"{names}: not ready, nothing was started (see the table above{skip})")
     if options.check:
-        logger.info("all %d machines are ready", len(found), extra=EVERY_RANK)
+        logger.info(
+            "%s ready", f"all {len(found)} machines are" if len(found) > 1 else "the machine is", extra=EVERY_RANK
+        )
         return False
     assignments = assign_ranks(found, address, port, attempt)
     if note:
         logger.info(note, extra=EVERY_RANK)
+    for row in rows:
+        if row.status == WARN:
+            logger.warning("%s: %s: %s; %s", row.section, row.name, row.value, row.remedy, extra=EVERY_RANK)
     for node in found:
-        if node.facts["visible"]:
-            text = "%s: %s is respected: slots index into it"
-            logger.info(text, node.host, node.facts["visible"], extra=EVERY_RANK)
-    text = "%d ranks on %d machines, which meet at %s:%d"
-    logger.info(text, assignments[0].world_size, len(found), address, port, extra=EVERY_RANK)
-    cluster.assign(replace(options, cwd=os.getcwd()), assignments)
+        if node.devices.ids and node.devices.value is not None:
+            logger.info("%s: %s", node.host, node.devices.used(node.slots or ()), extra=EVERY_RANK)
+    ranks, machines = counted(assignments[0].world_size, "rank"), counted(len(found), "machine")
+    logger.info("%s on %s, meeting at %s:%d", ranks, machines, address, port, extra=EVERY_RANK)
+    cluster.assign(assignments)
     return True
 
 
@@ -372,8 +397,8 @@ def _way_in(options: LaunchOptions, hosts: Hosts) -> tuple[list[Launch], str, so
     if find_backend(options.launcher).by_pipes:
         return _launches(options, hosts, "", ""), "", None
     key, listener = protocol.new_secret(), listen(0, backlog=1024)
-    addresses = ",".join([*facts()["addresses"], "127.0.0.1"])
-    return _launches(options, hosts, f"{addresses}:{listener.getsockname()[1]}", key), key, listener
+    own = ",".join([*addresses(), "127.0.0.1"])
+    return _launches(options, hosts, f"{own}:{listener.getsockname()[1]}", key), key, listener
 
 
 def _launches(options: LaunchOptions, hosts: Hosts, connect_to: str, key: str) -> list[Launch]:
@@ -428,7 +453,7 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
     is_piped = options.no_ssh or find_backend(options.launcher).by_pipes
     launches = _launches(options, hosts, "ADDRESS:PORT", "" if is_piped else "KEY")
     lines += [shlex.join(launch.argv) for launch in launches]
-    script = ["python", *["-m"] * options.module, options.script, *options.script_args]
+    script = rank_argv(options, "N", "python")
     names_only = " ".join(sorted(options.env)) or "none"
     return "\n".join(
         [*lines, f"each rank: {shlex.join(script)}", f"variables handed on (values not shown): {names_only}"]

@@ -16,13 +16,14 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deepspeedlite.env_report.preflight import facts
+from deepspeedlite.env_report.preflight import facts, names
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Agent
-from deepspeedlite.launcher.job import Assignment, Port, build_job, choose_port, listen
+from deepspeedlite.launcher.job import Assignment, Port, build_job, check_script, choose_port, listen
 from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import WINDOW_BYTES, Screen
+from deepspeedlite.launcher.plan import ranks_environ
 from deepspeedlite.runtime.errors import LaunchError
 
 KEY = "DSL_LAUNCHER_KEY"
@@ -61,7 +62,7 @@ class AgentSession:
     Args:
         fds: the link's.
         index: which node this is, and `is_told`, whether the launcher said so (or only a scheduler's numbering).
-        own: what to run and show here, instead of what the launcher tells: without ssh every node was given it.
+        own: what to run, and show here, instead of what the launcher tells: without ssh every node was given it.
     """
 
     def __init__(
@@ -73,7 +74,8 @@ class AgentSession:
         is_told: bool = True,
     ) -> None:
         self._loop, self._index, self._is_told = loop, index, is_told
-        self._own, self._own_screen = own, Screen(loop) if own is not None else None
+        self._options, self._own_screen = own, Screen(loop) if own is not None else None
+        self._environ: Mapping[str, str] = {}  # of the ranks
         self._key, self._nonce = os.environ.get(KEY, ""), protocol.new_secret()
         self._is_known = False  # the launcher has shown that it is ours
         self._port: Port | None = None  # of the ranks, where they meet on this node: this process keeps it
@@ -134,7 +136,7 @@ class AgentSession:
         if kind == protocol.BEAT:
             link.send(protocol.BEAT, [time.monotonic(), value])
         elif kind == protocol.CHALLENGE:
-            hello = {**facts(), "index": self._index, "is_told": self._is_told, "nonce": self._nonce}
+            hello = {"names": names(), "index": self._index, "is_told": self._is_told, "nonce": self._nonce}
             link.send(protocol.HELLO, {**hello, "proof": protocol.proof(self._key, value, "node")})
         elif kind == protocol.WELCOME:
             self._is_known = value == protocol.proof(self._key, self._nonce, "launcher")
@@ -158,7 +160,12 @@ class AgentSession:
             self._status = value
 
     def _answer(self, asked: Mapping[str, Any]) -> dict[str, Any]:
-        """`port`: find one on this machine and listen there. `reach`: which of these addresses answer."""
+        """`options`: what is this machine, for them? `port`: find one here and listen there.
+
+        `reach`: which of these addresses answer, from which address, and why not.
+        """
+        if "options" in asked:
+            return self._look_at_own(self._options or LaunchOptions(**asked["options"]))
         if "port" in asked:
             if self._port is not None:  # of an attempt before
                 self._port.close()
@@ -169,25 +176,40 @@ class AgentSession:
                 return {"fault": str(error)}
             return {"port": self._port.number, "note": self._port.note}
 
-        def reached(address: str) -> bool:
+        reached, failed = {}, {}
+
+        def reach(address: str) -> None:
             try:
-                socket.create_connection((address, asked["reach"]), timeout=_CONNECT_S).close()
-            except OSError:
-                return False
-            return True
+                with socket.create_connection((address, asked["reach"]), timeout=_CONNECT_S) as found:
+                    reached[address] = found.getpeername()[0]
+            except OSError as error:
+                failed[address] = error.strerror or str(error)
 
         with ThreadPoolExecutor(len(asked["addresses"])) as pool:
-            return {"reached": [a for a, ok in zip(asked["addresses"], pool.map(reached, asked["addresses"])) if ok]}
+            list(pool.map(reach, asked["addresses"]))
+        return {"reached": reached, "failed": failed}
+
+    def _look_at_own(self, options: LaunchOptions) -> dict[str, Any]:
+        self._options, fault = options, ""
+        self._environ = environment(os.environ)
+        try:
+            if options.cwd:
+                os.chdir(options.cwd)
+            self._environ = ranks_environ(options, self._environ)
+            if options.script:
+                check_script(options, self._environ)
+        except (LaunchError, OSError) as error:
+            fault = str(error)
+        said = facts(self._environ)
+        return {**said, "fault": fault or said["fault"]}
 
     def _start(self, told: Mapping[str, Any]) -> None:
         if self._listener is not None:
             self._listener.close()
-        options = self._own or LaunchOptions(**told["options"])
+        assert self._options is not None, "the launcher asks what this machine is before it gives a job"
         self._surface = RemoteSurface(self._link, told["terminals"], told["colour"])
         try:
-            if options.cwd:
-                os.chdir(options.cwd)
-            job = build_job(options, Assignment(**told["assignment"]), environment(os.environ), keyboard=False)
+            job = build_job(self._options, Assignment(**told["assignment"]), self._environ, keyboard=False)
         except (LaunchError, OSError) as error:
             self._link.send(protocol.ERROR, str(error))
             return

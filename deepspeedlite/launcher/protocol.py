@@ -22,9 +22,9 @@ from typing import Any
 from deepspeedlite.launcher.loop import Loop
 
 MAGIC = b"\0deepspeedlite-launcher-1\n"
-# From the launcher: CHALLENGE nonce, WELCOME proof, ASK {port | reach}, JOB, ACK bytes, BEAT time, SIGNAL,
+# From the launcher: CHALLENGE nonce, WELCOME proof, ASK {options | port | reach}, JOB, ACK bytes, BEAT time, SIGNAL,
 # END [signal, grace] of the ranks, CLOSE status of all.
-# From the agent: HELLO {facts, nonce, proof}, TELL, ERROR text, OUTPUT, BEAT [its time, ours], SIGNAL that it got
+# From the agent: HELLO {names, nonce, proof}, TELL, ERROR text, OUTPUT, BEAT [its time, ours], SIGNAL that it got
 # itself, and what the ranks do: RAISED, ENDED, CLOSED (report.py).
 CHALLENGE, HELLO, WELCOME, ASK, TELL, JOB, ERROR = b"C", b"H", b"W", b"A", b"T", b"J", b"E"
 OUTPUT, ACK, BEAT, SIGNAL, END, CLOSE = b"O", b"K", b"B", b"S", b"X", b"L"

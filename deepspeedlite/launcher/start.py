@@ -12,15 +12,16 @@ from pathlib import Path
 
 from deepspeedlite.launcher.agent import Agent
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
+from deepspeedlite.launcher.gpus import find_devices
 from deepspeedlite.launcher.job import Assignment, Job, Port, build_job, choose_port, shell_line
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
-from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, choose_hosts, exported, is_here
+from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, choose_hosts, exported, is_here, ranks_environ
 from deepspeedlite.launcher.report import Outcome, duration
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.gpus import choose_ranks, find_devices
 from deepspeedlite.runtime.log import logger
+from deepspeedlite.runtime.text import counted
 
 # One start of a training, the so-manieth: how it went, or None if it was only to be checked, and is well.
 Attempt = Callable[[LaunchOptions, Hosts, int, Loop, Screen], "Outcome | None"]
@@ -32,8 +33,8 @@ def start(options: LaunchOptions) -> int:
     Raises:
         LaunchError: it could not be started.
     """
-    hosts, spares, is_listed = choose_hosts(options, os.environ)
     options = replace(options, env=exported(options, os.environ))
+    hosts, spares, is_listed = choose_hosts(options, os.environ)
     alone = next(iter(hosts)) if len(hosts) == 1 else None
     is_wide = options.force_multi or options.no_ssh or options.check
     if alone is not None and not is_wide and (not is_listed or is_here(alone)):
@@ -80,20 +81,19 @@ def _run_attempts(options: LaunchOptions, hosts: Hosts, spares: Hosts, run: Atte
                 gone = error.gone  # a machine to spare does not answer either: try those that are left
             pool = {host: slots for host, slots in pool.items() if host not in gone}
             if gone and len(pool) < least:
-                raise LaunchError(f"{len(pool)} machines are left, and {least} are needed (--min_nodes)")
+                raise LaunchError(f"{counted(len(pool), 'machine')} left, and {least} needed (--min_nodes)")
 
 
 def plan_here(
     options: LaunchOptions, slots: Sequence[int] | None, restarts: int, environ: Mapping[str, str], port: Port
 ) -> Job:
     """The job of a start on this machine alone."""
-    environ = {**environ, **options.env}
+    environ = ranks_environ(options, environ)
     devices = find_devices(environ)
-    count, note = choose_ranks(devices, options.num_gpus if not (slots and options.num_gpus is None) else len(slots))
-    used = list(slots)[:count] if slots else list(range(count))
-    assignment = Assignment(used, count, options.master_addr or "127.0.0.1", port.number, restarts=restarts)
+    slots = slots or range(len(devices.ids) or 1)
+    assignment = Assignment(slots, len(slots), options.master_addr or "127.0.0.1", port.number, restarts=restarts)
     job = build_job(options, assignment, environ, devices)
-    for text in filter(None, (note, port.note)):
+    for text in filter(None, (devices.used(slots), port.note)):
         logger.info(text, extra=EVERY_RANK)
     return job
 
@@ -122,7 +122,7 @@ def _conclude(outcome: Outcome, screen: Screen) -> None:
     if outcome.failures and outcome.interrupted_by is None:
         screen.write(f"deepspeedlite: FAILED after {after}, exit status {outcome.exit_status}\n{outcome.report()}\n")
         return
-    ranks = f"{outcome.num_ranks} rank{'s' * (outcome.num_ranks > 1)} ended"
+    ranks = f"{counted(outcome.num_ranks, 'rank')} ended"
     if outcome.interrupted_by is None:
         text = f"{ranks} well after {after}"
     elif outcome.interrupted_by == signal.SIGPIPE:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from deepspeedlite.runtime.errors import DistributedError
-from deepspeedlite.runtime.gpus import named_accelerator
 
 
 @dataclass(frozen=True)
@@ -100,7 +99,7 @@ def pick_device(local_rank: int = 0) -> Device:
     Raises:
         DistributedError: there are GPUs, but fewer than this local rank needs.
     """
-    wanted = named_accelerator(os.environ)
+    wanted = os.environ.get("DS_ACCELERATOR", "").strip().lower()
     if wanted not in ("", "cpu", "cuda", "rocm"):
         raise DistributedError(f"DS_ACCELERATOR={wanted!r} is not known; use cuda, rocm or cpu")
     count = 0 if wanted == "cpu" else torch.cuda.device_count()

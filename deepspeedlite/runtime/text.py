@@ -34,6 +34,11 @@ def parse_size(text: str) -> int:
     return int(match[1]) * _UNITS[match[2].upper()]
 
 
+def counted(count: int, what: str) -> str:
+    """`1 rank`, `2 ranks`."""
+    return f"{count} {what}{'s' * (count != 1)}"
+
+
 def time_text(time_us: float) -> str:
     """`12.3 us`, `4.56 ms`, `5 s`."""
     value, unit = (time_us, "us") if time_us < 1e3 else (time_us / 1e3, "ms") if time_us < 1e6 else (time_us / 1e6, "s")

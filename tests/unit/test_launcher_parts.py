@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from deepspeedlite.launcher.cli import parse
+from deepspeedlite.launcher.gpus import find_devices, parse_visible
 from deepspeedlite.launcher.job import rank_argv
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import RankStream, Screen
 from deepspeedlite.launcher.report import ErrorTail, RankEnd, extract_traceback, failure_report, first_failure
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.gpus import choose_ranks, find_devices, parse_visible
 
 # Devices
 
@@ -47,23 +47,29 @@ def test_gpus_are_counted_from_the_drivers_files(tmp_path: Path) -> None:
 def test_visible_devices_are_narrowed_never_widened(tmp_path: Path) -> None:
     machine = fake_machine(tmp_path / "n", nvidia=8)
     devices = find_devices({"CUDA_VISIBLE_DEVICES": "5, 3,GPU-8a"}, machine)
-    assert choose_ranks(devices, None)[0] == 3
-    assert devices.pick(range(3)) == {"CUDA_VISIBLE_DEVICES": "5,3,GPU-8a"}
-    assert devices.pick(range(2)) == {"CUDA_VISIBLE_DEVICES": "5,3"}
-    assert "CUDA_VISIBLE_DEVICES=5,3,GPU-8a is respected" in choose_ranks(devices, 2)[1]
-    with pytest.raises(LaunchError, match=r"asks for 4 GPUs, but CUDA_VISIBLE_DEVICES=5,3,GPU-8a leaves 3 visible"):
-        choose_ranks(devices, 4)
-    with pytest.raises(LaunchError, match="asks for 9 GPUs, but this machine has 8"):
-        choose_ranks(find_devices({}, machine), 9)
+    assert devices.pick(range(3), "") == {"CUDA_VISIBLE_DEVICES": "5,3,GPU-8a"}
+    assert devices.pick([1, 2], "") == {"CUDA_VISIBLE_DEVICES": "3,GPU-8a"}
+    assert devices.used([0, 1]) == "CUDA_VISIBLE_DEVICES=5, 3,GPU-8a is respected: ranks use 5,3"
+    assert devices.used([1, 2]).endswith("ranks use 3,GPU-8a, its entries 1,2 from 0")
+    left = r"asks for slot 3, but CUDA_VISIBLE_DEVICES=5, 3,GPU-8a leaves 3 \(slots 0 to 2 are its entries\)"
+    with pytest.raises(LaunchError, match="hosts " + left):
+        devices.pick(range(4), "hosts")
+    with pytest.raises(LaunchError, match=r"asks for slot 8, but this machine has 8 \(slots 0 to 7\)"):
+        find_devices({}, machine).pick(range(9), "--num_gpus 9")
+    assert find_devices({}, machine).used([2, 5]) == "2 of 8 GPUs are used (2,5)"
     assert find_devices({"CUDA_VISIBLE_DEVICES": ""}, machine).vendor == "cpu"
     rocm = find_devices({"HIP_VISIBLE_DEVICES": "1", "CUDA_VISIBLE_DEVICES": "0"}, fake_machine(tmp_path / "a", amd=2))
-    assert rocm.pick([0]) == {"HIP_VISIBLE_DEVICES": "1"}
-    assert find_devices({}, machine).pick([0, 1]) == {"CUDA_VISIBLE_DEVICES": "0,1"}
-    assert find_devices({}, fake_machine(tmp_path / "none")).pick([0, 1]) == {}
+    assert rocm.pick([0], "") == {"HIP_VISIBLE_DEVICES": "1"}
+    assert find_devices({}, machine).pick([0, 1], "") == {"CUDA_VISIBLE_DEVICES": "0,1"}
+    assert find_devices({}, fake_machine(tmp_path / "none")).pick([0, 1], "") == {}
 
 
 def test_faulty_visible_devices_are_named() -> None:
     assert parse_visible("CUDA_VISIBLE_DEVICES", "0,-1,1", 4) == ("0",)
+    assert parse_visible("CUDA_VISIBLE_DEVICES", "NoDevFiles", 4) == parse_visible("x", "none", 4) == ()
+    for word in ("all", "0-3", "void", "cuda:0"):
+        with pytest.raises(LaunchError, match="is no device, and hides all of them; write numbers"):
+            parse_visible("CUDA_VISIBLE_DEVICES", word, 4)
     with pytest.raises(LaunchError, match="names device 1 twice"):
         parse_visible("CUDA_VISIBLE_DEVICES", "1,1", 4)
     with pytest.raises(LaunchError, match=r"names device 4, but this machine has 4 \(devices 0 to 3\)"):

@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,14 @@ from deepspeedlite.env_report.rows import BAD, WARN
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
 from deepspeedlite.launcher.cli import parse
+from deepspeedlite.launcher.gpus import Devices
 from deepspeedlite.launcher.hostfile import numbers_in, select
 from deepspeedlite.launcher.job import Assignment, build_job
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.multinode import assign_ranks, dry_run
 from deepspeedlite.launcher.options import LaunchOptions
-from deepspeedlite.launcher.plan import choose_hosts
+from deepspeedlite.launcher.plan import choose_hosts, exported, ranks_environ
+from deepspeedlite.runtime.cores import cpu_quota, usable_cores
 from deepspeedlite.runtime.errors import LaunchError
 
 # --include and --exclude
@@ -109,6 +111,8 @@ def test_hosts_are_counted_cut_and_spared(tmp_path: Path) -> None:
     assert choose_hosts(options, {}) == ({"a": [0, 1], "b": [0, 1]}, {"c": [0, 1]}, True)
     with pytest.raises(LaunchError, match="--num_gpus 3: b has 2 slots"):
         choose_hosts(replace(options, num_gpus=3), {})
+    with pytest.raises(LaunchError, match="neither --hostfile FILE nor a Slurm allocation"):
+        choose_hosts(parse(["--launcher", "pdsh", "t.py"]), {})
     slurm = parse(["--launcher", "slurm", "t.py"])
     assert choose_hosts(slurm, {"SLURM_JOB_NODELIST": "n[1-2]"}) == ({"n1": None, "n2": None}, {}, True)
 
@@ -143,15 +147,18 @@ def test_a_dry_run_of_a_hundred_hosts(tmp_path: Path) -> None:
 
 
 def test_the_check_of_a_hundred_hosts_shows_each_and_names_the_odd_ones() -> None:
-    own = facts()
-    found = [Found(f"node-{index}", [0], dict(own), reached=True) for index in range(100)]
+    own = {**facts({"DS_ACCELERATOR": "cpu"}), "files": -1, "own_name": "", "shm_bytes": 8 << 30, "cores": 8}
+    own["cache"] = ["/c", True, 8 << 30]
+    found = [Found(f"node-{index}", [0], {**own, "machine": str(index)}, reached=True) for index in range(100)]
     assert not [row for row in check(found, "node-0") if row.status in (BAD, WARN)]
-    found[7].facts = {**own, "torch": "1.0"}
-    found[8].facts = {**own, "python": "3.10.1", "gpus": 2, "vendor": "nvidia"}
+    found[7].facts |= {"torch": "1.0"}
+    found[8].facts |= {"python": "3.10.1", "devices": asdict(Devices("nvidia", ["0", "1"]))}
     found[8].slots = [0, 1, 2]
     found[9] = Found("node-9", [0], error="ssh: connect to host node-9 port 22: Connection timed out")
     found[10].skew_s = -7.0
     found[11].reached = False
+    found[12].facts |= {"files": 64, "cores": 0, "shm_bytes": 64 << 20, "cache": ["/c", True, 1 << 20]}
+    found[13].facts |= {"machine": "3", "fault": "script no.py does not exist"}
     rows = check(found, "node-0")
     bad = {(row.section, row.name) for row in rows if row.status == BAD}
     wanted = {
@@ -160,8 +167,12 @@ def test_the_check_of_a_hundred_hosts_shows_each_and_names_the_odd_ones() -> Non
         ("node-8", "GPUs"),
         ("node-9", "reached"),
         ("node-11", "master"),
+        ("node-13", "machine"),
+        ("node-13", "start"),
     }
-    assert bad == wanted and [row.section for row in rows if row.status == WARN] == ["node-10"]
+    assert bad == wanted
+    odd = {(row.section, row.name) for row in rows if row.status == WARN}
+    assert odd == {("node-10", "clock")} | {("node-12", n) for n in ("open files", "cores", "/dev/shm", "ops' folder")}
     text = table(rows, colour=False)
     assert len(re.findall(r"^node-\d+ ", text, re.MULTILINE)) == 100
     assert all(f"{host}: {name}: " in text for host, name in wanted) and "\x1b" not in text
@@ -212,6 +223,50 @@ def test_cores_are_shared_out_evenly() -> None:
             replace(assignment, slots=range(999)),
             {"DS_ACCELERATOR": "cpu"},
         )
+
+
+def test_a_quota_of_any_control_group_above_counts(tmp_path: Path) -> None:
+    """Both versions, seen from within a container (whose own group is the top) and from outside."""
+    for number, files in enumerate(
+        (
+            {"proc/self/cgroup": "0::/\n", "sys/fs/cgroup/cpu.max": "150000 100000\n"},
+            {
+                "proc/self/cgroup": "0::/a.slice/b\n",
+                "sys/fs/cgroup/a.slice/cpu.max": "150000 100000\n",
+                "sys/fs/cgroup/a.slice/b/cpu.max": "max 100000\n",
+            },
+            {
+                "proc/self/cgroup": "5:memory:/m\n4:cpu,cpuacct:/docker/7\n0::/\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_quota_us": "150000\n",
+                "sys/fs/cgroup/cpu,cpuacct/cpu.cfs_period_us": "100000\n",
+            },
+        )
+    ):
+        root = tmp_path / str(number)
+        for name, text in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text(text)
+        assert cpu_quota(root) == 1.5 and usable_cores(root) == 1
+    assert cpu_quota(tmp_path / "none") is None
+
+
+# Variables
+
+
+def test_a_variables_file_is_read_as_users_write_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written on Windows, with blanks, quotes and names of variables that each machine has its own of."""
+    text = "\ufeffexport A = 1 2 \r\n# no\nB=/x:$LD:${LD}\nC='$LD'\nD=\\$LD \\\\ \\n\nE=\"$B\"\nF=$5$(x)\nG=$NONE.\n"
+    (tmp_path / "vars").write_bytes(text.encode())
+    environ = {"DS_ENV_FILE": str(tmp_path / "vars"), "NCCL_X": "$LD\\$", "H": "$LD"}
+    monkeypatch.chdir(tmp_path)
+    options = parse(["--export_env", "H", "--export_env", "I='$LD'", "t.py"])
+    options = replace(options, env=exported(options, environ))
+    wanted = {"A": "1 2", "B": "/x:/l:/l", "C": "$LD", "D": "$LD \\ \\n", "E": "/x:/l:/l", "F": "$5$(x)", "G": "."}
+    wanted |= {"H": "$LD", "I": "'$LD'", "NCCL_X": "$LD\\$", "LD": "/l"}
+    assert ranks_environ(options, {"LD": "/l"}) == wanted
+    (tmp_path / "vars").write_bytes("A=1\n".encode("utf-16"))
+    with pytest.raises(LaunchError, match="is written in UTF-16, not UTF-8; convert it: iconv"):
+        exported(options, environ)
 
 
 # The protocol
@@ -310,7 +365,8 @@ def test_an_agent_runs_nothing_for_one_who_does_not_know_its_key(tmp_path: Path)
         link.send(protocol.WELCOME, protocol.proof("theirs", hello["nonce"], "launcher"))
         options = {"script": "touch", "script_args": [str(tmp_path / "ran")], "no_python": True, "no_local_rank": True}
         assignment = {"slots": [0], "world_size": 1, "master_addr": "x", "master_port": 1}
-        link.send(protocol.JOB, {"options": options, "assignment": assignment, "terminals": {}})
+        link.send(protocol.ASK, {"options": options})
+        link.send(protocol.JOB, {"assignment": assignment, "terminals": {}})
         assert "is not the one that started it" in agent.communicate(timeout=20)[1]
         assert agent.returncode == 0 and not (tmp_path / "ran").exists()
         link.close()

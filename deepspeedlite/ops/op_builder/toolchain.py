@@ -22,6 +22,7 @@ from deepspeedlite.ops.op_builder.errors import OpBuildError
 from deepspeedlite.ops.op_builder.gpu import GpuCompiler, find_gpu_compiler
 from deepspeedlite.ops.op_builder.spec import OpSpec
 from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
+from deepspeedlite.runtime.cores import usable_cores
 
 OLDEST_TORCH = 0x020A000000000000  # TORCH_TARGET_VERSION: 2.10
 _COMMON = ("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden")
@@ -213,14 +214,14 @@ def _run_in_ninja(commands: Sequence[Sequence[str]], objects: Path, jobs: int) -
 
 
 def max_jobs() -> int:
-    """`$MAX_JOBS`, or as many as there are processors to run on.
+    """`$MAX_JOBS`, or as many as there are processors that it may use.
 
     Raises:
         OpBuildError: it is no number of compilers.
     """
     named = os.environ.get("MAX_JOBS", "").strip()
     if not named:
-        return len(os.sched_getaffinity(0))
+        return usable_cores()
     if not named.isdecimal() or int(named) < 1:
         raise OpBuildError(f"MAX_JOBS={named} is no number of compilers", "set it to 1 or more, or unset it")
     return int(named)

@@ -16,6 +16,8 @@ from pathlib import Path
 from deepspeedlite.runtime.errors import LaunchError
 
 _SMI_TIMEOUT_S = 5.0
+_DEVICE = re.compile(r"\d+|(GPU|MIG)-[\w./-]+")
+_NONE = ("nodevfiles", "none")  # the first is Slurm's, where a job has no GPU
 _VARIABLES = {
     "nvidia": ("CUDA_VISIBLE_DEVICES",),
     # ROCm reads all three: ROCR_ filters below HIP, and HIP takes CUDA_'s name as a synonym of its own.
@@ -28,40 +30,55 @@ class Devices:
     """The devices that ranks may use, as the values their visible-devices variable takes."""
 
     vendor: str  # "nvidia", "amd" or "cpu"
-    ids: tuple[str, ...] = ()
+    ids: Sequence[str] = ()
     variable: str = "CUDA_VISIBLE_DEVICES"
-    from_variable: bool = False
+    value: str | None = None  # what the variable holds; None: it is not what decided
 
-    def pick(self, slots: Sequence[int]) -> dict[str, str]:
+    def pick(self, slots: Sequence[int], asked: str) -> dict[str, str]:
         """The variable that shows a rank these devices, by their place in `ids`; nothing where there are no devices.
 
         Raises:
-            LaunchError: a slot beyond the devices there are.
+            LaunchError: what was `asked` (an option, a file) names a slot beyond the devices there are.
         """
         if not self.ids:
             return {}
         if beyond := [slot for slot in slots if slot >= len(self.ids)]:
-            source = f"{self.variable}={','.join(self.ids)} leaves" if self.from_variable else "this machine has"
             raise LaunchError(
-                f"slot {beyond[0]} is asked for, and {source} {len(self.ids)} GPUs ({_span(len(self.ids))}); ask for "
-                "fewer slots, or set DS_ACCELERATOR=cpu for CPU ranks"
+                f"{asked} asks for slot {beyond[0]}, but {self.source}; ask for fewer, or set DS_ACCELERATOR=cpu for "
+                "CPU ranks"
             )
         return {self.variable: ",".join(self.ids[slot] for slot in slots)}
 
+    @property
+    def source(self) -> str:
+        """Where they come from, and how many slots that makes."""
+        count = len(self.ids)
+        slots = f"slot{'s 0 to' * (count > 1)} {count - 1}"
+        if self.value is None:
+            return f"this machine has {count} ({slots})" if count else "this machine has no GPU"
+        return f"{self.variable}={self.value} leaves {count}" + (f" ({slots} are its entries)" if count else "")
 
-def named_accelerator(environ: Mapping[str, str]) -> str:
-    """What `DS_ACCELERATOR` says, in lower case; "" where it says nothing."""
-    return environ.get("DS_ACCELERATOR", "").strip().lower()
+    def used(self, slots: Sequence[int]) -> str:
+        """One line: what ranks with these slots run on."""
+        count = len(slots)
+        ranks = f"starting {count} CPU rank{'s' * (count > 1)}" + " (--num_gpus N starts N of them)" * (count == 1)
+        if not self.ids:
+            return f"{'no GPU is visible' if self.value is None else f'{self.variable}={self.value}'}: {ranks}"
+        names = ",".join(self.ids[slot] for slot in slots)
+        if self.value is None:
+            return f"{count} of {len(self.ids)} GPUs are used ({names})"
+        places = "" if list(slots) == list(range(count)) else f", its entries {','.join(map(str, slots))} from 0"
+        return f"{self.variable}={self.value} is respected: ranks use {names}{places}"
 
 
 def find_devices(environ: Mapping[str, str], root: Path = Path("/")) -> Devices:
-    """Every device that this user's variables leave visible. No devices: vendor "cpu".
+    """Every device that a rank with this environment would see. No devices: vendor "cpu".
 
     Raises:
-        LaunchError: a visible-devices variable names a device twice or one that is not there.
+        LaunchError: a visible-devices variable names a device twice, one that is not there, or what is no device.
     """
-    if named_accelerator(environ) == "cpu":
-        return Devices("cpu")
+    if environ.get("DS_ACCELERATOR", "").strip().lower() == "cpu":
+        return Devices("cpu", variable="DS_ACCELERATOR", value="cpu")
     vendor, count = "nvidia", _count_nvidia(environ, root)
     if not count:
         vendor, count = "amd", _count_amd(root)
@@ -70,7 +87,7 @@ def find_devices(environ: Mapping[str, str], root: Path = Path("/")) -> Devices:
     for variable in _VARIABLES[vendor]:
         if variable in environ:
             ids = parse_visible(variable, environ[variable], count)
-            return Devices(vendor if ids else "cpu", ids, variable, from_variable=True)
+            return Devices(vendor if ids else "cpu", ids, variable, environ[variable])
     return Devices(vendor, tuple(str(index) for index in range(count)))
 
 
@@ -78,49 +95,29 @@ def parse_visible(variable: str, text: str, count: int) -> tuple[str, ...]:
     """The list a visible-devices variable holds. As in CUDA, `-1` or an empty entry ends it.
 
     Raises:
-        LaunchError: a device twice (CUDA would then show none), or an index beyond the `count` devices present.
+        LaunchError: a device twice (CUDA would then show none), an index beyond the `count` devices present, or a word
+            in which CUDA sees no device.
     """
     ids: list[str] = []
+    if text.strip().lower() in _NONE:
+        return ()
     for entry in (part.strip() for part in text.split(",")):
         if not entry or entry.startswith("-"):
             break
         if entry in ids:
             raise LaunchError(f"{variable}={text} names device {entry} twice; list each device once")
-        if entry.isdigit() and int(entry) >= count:
+        if entry.isdecimal() and int(entry) >= count:
+            known = f"device{'s 0 to' * (count > 1)} {count - 1}"
             raise LaunchError(
-                f"{variable}={text} names device {entry}, but this machine has {count} ({_span(count)}); "
-                "correct or unset it"
+                f"{variable}={text} names device {entry}, but this machine has {count} ({known}); correct or unset it"
+            )
+        if not _DEVICE.fullmatch(entry):
+            raise LaunchError(
+                f"{variable}={text}: {entry!r} is no device, and hides all of them; write numbers (0,1,2) or UUIDs "
+                "(GPU-..., MIG-...), nothing for none, and unset it for all"
             )
         ids.append(entry)
     return tuple(ids)
-
-
-def choose_ranks(devices: Devices, num_gpus: int | None) -> tuple[int, str]:
-    """How many ranks to start here, and one line that says on what.
-
-    Raises:
-        LaunchError: more GPUs were asked for than there are.
-    """
-    available = len(devices.ids)
-    if not available:
-        count = num_gpus or 1
-        more = "" if num_gpus else " (--num_gpus N starts N of them)"
-        return count, f"no GPU is visible: starting {count} CPU rank{'s' * (count > 1)}{more}"
-    count = available if num_gpus is None else num_gpus
-    source = f"{devices.variable}={','.join(devices.ids)}"
-    if count > available:
-        where = f"{source} leaves {available} visible" if devices.from_variable else f"this machine has {available}"
-        raise LaunchError(
-            f"--num_gpus {count} asks for {count} GPUs, but {where}; "
-            f"ask for at most {available}, or set DS_ACCELERATOR=cpu for CPU ranks"
-        )
-    if devices.from_variable:
-        return count, f"{source} is respected: ranks use {','.join(devices.ids[:count])}"
-    return count, f"{count} of {available} GPUs are used ({_span(count)})"
-
-
-def _span(count: int) -> str:
-    return "device 0" if count == 1 else f"devices 0 to {count - 1}"
 
 
 def _count_nvidia(environ: Mapping[str, str], root: Path) -> int:
