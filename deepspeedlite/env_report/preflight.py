@@ -100,7 +100,7 @@ def own_name_fault(name: str, address: str) -> str:
 
 def facts(environ: Mapping[str, str]) -> dict[str, Any]:
     """What this machine is for ranks with this environment, as JSON. `fault`: why none can start here."""
-    from deepspeedlite.ops.op_builder.jit import cache_folder
+    from deepspeedlite.ops.op_builder.folders import cache_folder
 
     devices, fault = Devices("cpu"), ""
     try:
@@ -108,7 +108,7 @@ def facts(environ: Mapping[str, str]) -> dict[str, Any]:
     except LaunchError as error:
         fault = str(error)
     torch, cache = torch_files(), cache_folder()
-    cache = next(path for path in (cache, *cache.parents) if path.exists())
+    cache = next(path for path in (cache, *cache.parents) if os.path.exists(path))
     return {
         "addresses": addresses(),
         "machine": f"{read_text('/proc/sys/kernel/random/boot_id').strip()} {os.stat('/proc/self/ns/net').st_ino}",

@@ -115,9 +115,10 @@ def exported(options: LaunchOptions, environ: Mapping[str, str]) -> dict[str, st
     """
     found = {name: _literal(value) for name, value in environ.items() if name.startswith(tuple(EXPORT_ENVS))}
     name = environ.get("DS_ENV_FILE", ".deepspeed_env")
-    files = [path for path in dict.fromkeys((Path.home() / name, Path.cwd() / name)) if path.is_file()]
+    home = os.path.expanduser("~")  # as it stands where nobody has one
+    files = [path for path in dict.fromkeys((Path(home, name), Path(os.path.abspath(name)))) if os.path.isfile(path)]
     if not files and "DS_ENV_FILE" in environ:
-        raise LaunchError(f"DS_ENV_FILE={name}: there is no such file here or in {Path.home()}")
+        raise LaunchError(f"DS_ENV_FILE={name}: there is no such file here or in {home}")
     lines = [(f"{path}, line {n}", line.strip(" \t\r")) for path in files for n, line in enumerate(lines_of(path), 1)]
     for where, line in [*lines, *(("--export_env", line) for line in options.export_env)]:
         name, equals, value = line.removeprefix("export ").lstrip().partition("=")
