@@ -50,7 +50,8 @@ test:  ## run the whole test suite
 	$(TIMED) "make test" $(MAKE) --no-print-directory test-here MARKS=
 
 test-fast:  ## run the quick tests of every part, in a few minutes
-	$(TIMED) "make test-fast" $(MAKE) --no-print-directory test-here MARKS='-m "not slow"'
+	$(TIMED) "make test-fast" $(MAKE) --no-print-directory test-here MARKS='-m "not slow"' \
+		SESSIONS=$(if $(filter file,$(origin SESSIONS)),3,$(SESSIONS)) # quick tests wait little: three keep two cores busy
 
 coverage:  ## run the whole test suite and print which statements and branches it reaches (PYTEST_ARGS: a part of it)
 	$(TIMED) "make coverage" $(MAKE) --no-print-directory coverage-here MARKS=

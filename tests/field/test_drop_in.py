@@ -83,7 +83,7 @@ def test_the_import_is_light():
     assert not loaded & {"torch", "numpy", "pydantic", "rich"}
 
 
-@pytest.mark.slow_unless(method="spawn")
+@pytest.mark.slow_unless(method="fork")
 @pytest.mark.parametrize("method", ["spawn", "fork", "forkserver"])
 def test_children_have_the_name(method, tmp_path):
     script = tmp_path / "main.py"
@@ -106,6 +106,7 @@ if __name__ == "__main__":
     assert done.stdout.split() == ["True", "LRRangeTest"], done.stderr
 
 
+@pytest.mark.slow
 def test_modules_are_reached_from_their_parents_without_an_import():
     """As clients do, which DeepSpeed's own imports allow: `deepspeed.utils.logging.logger` after `import deepspeed`."""
     paths = sorted(path for path in MODULES if path)  # and all others, below
@@ -273,6 +274,7 @@ print(count)
     assert int(run(code)) > 9000
 
 
+@pytest.mark.slow
 def test_scripts_import_what_they_never_call():
     """As DeepSpeed's CIFAR example and DeepSpeed-Chat do at their heads; names from elsewhere are the same objects."""
     code = """

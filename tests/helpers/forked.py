@@ -9,16 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import pytest
-from harness import context
-from paths import HELPERS
+from harness import context, origins_environment
 
 
 def start(code: str, *arguments: object, stdout: Path, stderr: Path) -> Any:
     """`python -c CODE ARGUMENTS...`, in a moment: a multiprocessing Process. What it writes goes into the files."""
     process = context().Process(target=_run, args=(code, [*map(str, arguments)], str(stdout), str(stderr), os.getcwd()))
-    with pytest.MonkeyPatch.context() as environ:  # where this starts what it is forked from
-        environ.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")])))
+    with origins_environment():
         process.start()
     return process
 

@@ -28,8 +28,9 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -159,6 +160,22 @@ def context() -> Any:
     return forked
 
 
+@contextlib.contextmanager
+def origins_environment() -> Iterator[None]:
+    """What ranks, and the process they are forked from, are started in."""
+    with pytest.MonkeyPatch.context() as environ:
+        environ.setenv("OMP_NUM_THREADS", "1")
+        environ.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")])))
+        yield
+
+
+def start_origin() -> None:
+    """Have the process that ranks are forked from begin its imports now, if there is to be one."""
+    if context().get_start_method() == "forkserver":
+        with origins_environment():
+            forkserver.ensure_running()
+
+
 class _Worker:
     """One rank's process as pytest sees it: a pipe for jobs and reports, a log file for its output."""
 
@@ -170,11 +187,7 @@ class _Worker:
         how = context()
         self.pipe, theirs = how.Pipe()
         self.process = how.Process(target=_worker_main, args=(theirs, str(self.log_path)))
-        # That of the process they are forked from too, which the first one starts.
-        path = os.pathsep.join(filter(None, [str(HELPERS), os.environ.get("PYTHONPATH")]))
-        with pytest.MonkeyPatch.context() as environ:
-            environ.setenv("OMP_NUM_THREADS", "1")
-            environ.setenv("PYTHONPATH", path)
+        with origins_environment():
             self.process.start()
         theirs.close()
 

@@ -1,15 +1,17 @@
 """`pytest --sessions 4`: the files of tests are run by so many pytests beside each other, as each gets done with one.
 
 Tests wait much of the time: for compilers, containers, hosts, the ends of processes, and each other's ranks. The
-first session collects, starts the others and is told by them: one summary, one exit status, durations and `-x`
-included. A file is one session's: whoever makes the file of its number in the queue's folder has taken it. An
-interrupt reaches the other sessions as well; they end with the first one, however that ends.
+first session starts the others, collects, and is told by them: one summary, one exit status, durations and `-x`
+included. While it collects they import what tests need. A file is one session's: whoever makes the file of its number
+in the queue's folder has taken it. An interrupt reaches the other sessions as well; they end with the first one,
+however that ends.
 """
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import importlib
 import itertools
 import json
 import os
@@ -24,16 +26,22 @@ from typing import Any
 
 import pytest
 from children import hear_signals
+from harness import start_origin
 
 LAST_WORDS_CHARS = 4000
 END_WAIT_S = 60.0  # what an interrupted session may take to remove its containers and hosts
 POLL_S = 0.2
-# The files that take more than a minute, longest first: what is begun last should be short.
+# The files that take longest, in that order: what is begun last should be short. After the first two rows, which have
+# more than a minute each, those that have 5 s in `make test-fast`.
 LONGEST = (
-    "cluster/test_launcher_cluster", "image/test_images", "fault/test_checkpoint_kills", "wheel/test_wheel",
+    "image/test_images", "cluster/test_launcher_cluster", "fault/test_checkpoint_kills", "wheel/test_wheel",
     "parity/test_checkpoint_deepspeed_peer", "fault/test_offload_faults", "parity/test_checkpoint_elastic",
     "fault/test_checkpoint_faults", "parity/test_pipe_peer", "cluster/test_install", "field/test_examples",
     "parity/test_zero_models", "cluster/test_launcher", "cluster/test_ssh", "parity/test_mpu_peer",
+    "field/test_drop_in", "field/test_env_report", "parity/test_pipe", "parity/test_ops", "field/test_tutorials",
+    "unit/test_structure", "unit/test_aio", "parity/test_parity", "unit/test_zero_keys", "unit/test_engine_lifecycle",
+    "parity/test_zero_adapters", "unit/test_zero_inspect", "parity/test_offload", "parity/test_mpu", "unit/test_comm",
+    "unit/test_zero_scale", "unit/test_config", "parity/test_lamb_sharded", "unit/test_zero_use_order",
 )  # fmt: skip
 
 
@@ -50,34 +58,53 @@ def pytest_configure(config: pytest.Config) -> None:
         if sys.platform == "linux":  # as if interrupted, so that it tidies up
             ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGINT)
         config.pluginmanager.register(_OtherSession(config))
+    elif config.getoption("--sessions") > 1 and not config.option.collectonly:
+        config.pluginmanager.register(_FirstSession(config))
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    """In the first session."""
-    config = session.config
-    groups = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
-    count = min(config.getoption("--sessions"), len(groups))
-    if count < 2 or session.testsfailed or config.option.collectonly:
-        return None
-    groups.sort(key=_turn)
-    with tempfile.TemporaryDirectory(prefix="dsl-sessions-") as folder:
-        queue = _Queue(Path(folder), "1")
-        queue.write([[item.nodeid for item in items] for items in groups])
-        others = [_Other(session, queue, groups, str(number)) for number in range(2, count + 1)]
-        try:
-            for number in queue.take():
-                _run(session, groups[number])
-                for other in others:
-                    other.follow()
-            while sum(other.follow() for other in others):
-                time.sleep(POLL_S)
-        finally:
-            for other in others:
-                other.interrupt()
-            for other in others:
-                other.end()
-    return True
+class _FirstSession:
+    """Collects, hands the files out, and passes on what the others report."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="dsl-sessions-")
+        self.queue = _Queue(Path(self.folder.name), "1")
+        self.count = config.getoption("--sessions")
+        self.others: list[_Other] = []
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionstart(self, session: pytest.Session) -> None:
+        if all(Path(argument).is_dir() for argument in session.config.args):  # else there may be one file for all
+            self._start_others(session, self.count)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtestloop(self, session: pytest.Session) -> bool | None:
+        groups = [list(items) for _, items in itertools.groupby(session.items, lambda item: item.path)]
+        if len(groups) < 2 or session.testsfailed:
+            return None
+        groups.sort(key=_turn)
+        self._start_others(session, min(self.count, len(groups)))
+        for other in self.others:
+            other.groups = groups
+        self.queue.claim(0)  # before the others hear of it: the longest file begins here, at once
+        self.queue.write([[item.nodeid for item in items] for items in groups])
+        for number in self.queue.take():
+            _run(session, groups[number])
+            for other in self.others:
+                other.follow()
+        while sum(other.follow() for other in self.others):
+            time.sleep(POLL_S)
+        return True
+
+    def _start_others(self, session: pytest.Session, count: int) -> None:
+        for number in range(len(self.others) + 2, count + 1):
+            self.others.append(_Other(session, self.queue, str(number)))
+
+    def pytest_sessionfinish(self) -> None:
+        for other in self.others:
+            other.interrupt()
+        for other in self.others:
+            other.end()
+        self.folder.cleanup()
 
 
 def _turn(items: list[pytest.Item]) -> int:
@@ -102,21 +129,31 @@ class _Queue:
         self.folder, self.me = folder, me
 
     def write(self, groups: Sequence[Sequence[str]]) -> None:
-        (self.folder / "groups").write_text(json.dumps(groups))
+        partial = self.folder / "groups.part"
+        partial.write_text(json.dumps(groups))
+        partial.rename(self.folder / "groups")
 
     def read(self) -> list[list[str]]:
+        """Once they are written."""
+        while not (self.folder / "groups").exists():
+            time.sleep(POLL_S)
         groups: list[list[str]] = json.loads((self.folder / "groups").read_text())
         return groups
 
     def take(self) -> Iterator[int]:
         """Numbers that are this session's, until none is left."""
         for number in range(len(self.read())):
-            try:
-                with (self.folder / str(number)).open("x") as file:
-                    file.write(self.me)
-            except FileExistsError:
-                continue
-            yield number
+            if self.claim(number) or self.owner(number) == self.me:
+                yield number
+
+    def claim(self, number: int) -> bool:
+        """Whether it had no owner yet."""
+        try:
+            with (self.folder / str(number)).open("x") as file:
+                file.write(self.me)
+        except FileExistsError:
+            return False
+        return True
 
     def owner(self, number: int) -> str | None:
         file = self.folder / str(number)
@@ -136,6 +173,8 @@ class _OtherSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
+        start_origin()
+        importlib.import_module("torch")
         groups = self.queue.read()
         for number in self.queue.take():
             _run(session, session.perform_collect(groups[number]))
@@ -150,8 +189,9 @@ class _OtherSession:
 class _Other:
     """Another session, as the first sees it."""
 
-    def __init__(self, session: pytest.Session, queue: _Queue, groups: list[list[pytest.Item]], number: str) -> None:
-        self.session, self.queue, self.groups, self.number = session, queue, groups, number
+    def __init__(self, session: pytest.Session, queue: _Queue, number: str) -> None:
+        self.session, self.queue, self.number = session, queue, number
+        self.groups: list[list[pytest.Item]] = []  # what there is to take, once it is known
         self.log, reports = queue.folder / f"log{number}", queue.folder / f"reports{number}"
         self.ended: set[str] = set()  # the tests that it has reported to the end
         reports.touch()

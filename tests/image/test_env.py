@@ -112,6 +112,7 @@ def test_a_python_without_what_the_tool_needs_is_told_where_to_get_it():
     assert done.returncode == 1 and re.search(r"has no (yaml|pydantic): make venv-dev, then \. \.venv", done.stderr)
 
 
+@pytest.mark.slow
 def test_what_the_matrix_is_told_of_one_environment_names_it():
     for option in ("--base", "--run-base", "--archs"):
         for wrong in ("8.0", "cpu=", "no-such=9.0"):

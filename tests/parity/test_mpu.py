@@ -113,7 +113,7 @@ def everywhere(value: object) -> list:
     return values
 
 
-@pytest.mark.slow_unless(stage=(0, 3), dtype=("fp32", "fp16"))
+@pytest.mark.slow_unless(stage=(0, 3), dtype=("fp32", "fp16"), accumulation=2)
 @pytest.mark.parametrize("accumulation", [1, 2])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])

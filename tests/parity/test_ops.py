@@ -66,7 +66,7 @@ def check_against_float64(how: Adam, grad: torch.dtype, state: torch.dtype, copy
         assert torch.equal(copied, ours[0].to(copy))
 
 
-@pytest.mark.slow_unless(state=torch.float32)
+@pytest.mark.slow_unless(state=torch.float32, amsgrad=True)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("grad", DTYPES)

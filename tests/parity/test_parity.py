@@ -120,7 +120,7 @@ def check_against_reference(weights, losses, dtype, accumulation, clip, world_si
     assert expected_losses[-1] != expected_losses[0]
 
 
-@pytest.mark.slow_unless(world_size=2, accumulation=3, clip=True)
+@pytest.mark.slow_unless(world_size=2, accumulation=3, clip=True, stage=(2, 3))
 @each_pair(  # and every three
     3,
     always=[(stage, dtype, 3, True, 2) for stage in range(4) for dtype in DTYPES],
@@ -151,6 +151,7 @@ def check_against_reference_on_rank_0(engine, losses, dtype, accumulation, clip,
     assert torch.equal(mine, theirs), "the ranks' weights have drifted apart"
 
 
+@pytest.mark.slow_unless(accumulation=3)
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 @distributed(world_size=2)
@@ -160,6 +161,7 @@ def test_plain_loss_backward_follows_the_same_path(dtype, accumulation):
     check_against_reference_on_rank_0(engine, losses, dtype, accumulation, True, 2)
 
 
+@pytest.mark.slow_unless(how=("no overlap", "prescale", "bf16 on the wire"))
 @pytest.mark.parametrize(
     "how", ["no overlap", "one bucket", "fp32 gradients", "predivide", "prescale", "bf16 on the wire"]
 )

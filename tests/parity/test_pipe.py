@@ -85,6 +85,7 @@ def test_training_equals_the_sequential_model(stages, stage, micro_batches, sche
     assert engine.global_steps == 3 and engine.micro_steps == 3 * micro_batches
 
 
+@pytest.mark.slow_unless(stage=1)
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("stage", [0, 1])
 @distributed(2)
@@ -117,6 +118,7 @@ def test_an_overflow_on_one_stage_skips_the_step_on_all():
     assert engine.was_step_applied() and not torch.equal(before[-1], list(engine.module.parameters())[-1])
 
 
+@pytest.mark.slow_unless(interval=2)
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 @pytest.mark.parametrize("interval", [1, 2])
 @distributed(2)

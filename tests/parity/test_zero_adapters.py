@@ -188,6 +188,7 @@ def test_parameters_built_sharded_are_used_whatever_is_frozen(what, at_init, sta
     engine.destroy()
 
 
+@pytest.mark.slow_unless(stage=(0, 3))
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
 def test_small_parameters_thawed_later_although_they_were_built_sharded(stage):
@@ -221,6 +222,7 @@ def test_small_parameters_thawed_later_although_they_were_built_sharded(stage):
     engine.destroy()
 
 
+@pytest.mark.slow_unless(first=3, second=0)
 @pytest.mark.parametrize("first, second", [(3, 3), (3, 0), (0, 0), (0, 3)])
 @distributed(world_size=2)
 def test_a_model_that_another_engine_has_sharded(first, second, tmp_path):

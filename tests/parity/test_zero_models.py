@@ -384,6 +384,7 @@ def test_containers_of_outputs(stage):
         follow(Case(partial(zoo.Containing, kind)), stage, steps=3)
 
 
+@pytest.mark.slow_unless(stage="3 tight")
 @pytest.mark.parametrize("use, part", [(call_part, zoo.Hiding), (penalty_inside, zoo.linear)])
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
@@ -393,7 +394,7 @@ def test_what_may_be_refused(stage, use, part):
         follow(Case(between(use, part=part)), stage)
 
 
-@pytest.mark.slow_unless(stage="3 tight")
+@pytest.mark.slow
 @cases(
     "lora",
     "sometimes and never used",
@@ -410,6 +411,7 @@ def test_three_ranks(stage, name):
     follow(CASES[name], stage)
 
 
+@pytest.mark.slow_unless(stage=2, world_size=2)
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @distributed(world_size=[2, 3])
 def test_a_parameter_that_only_some_ranks_use(stage):
@@ -478,6 +480,7 @@ def test_evaluation_between_steps(stage, name):
     follower.check()
 
 
+@pytest.mark.slow_unless(stage=(0, "3 tight"))
 @pytest.mark.parametrize("stage", STAGES)
 @distributed(world_size=2)
 def test_evaluation_between_forward_and_backward(stage):

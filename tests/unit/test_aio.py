@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
@@ -222,9 +223,8 @@ REFUSED = {  # numbers of system calls on x86-64, the engine that is taken, and 
 def test_where_a_filter_refuses_an_engine_the_next_one_is_taken_and_the_reason_told(tmp_path):
     if reason := refusal("io_uring") or refusal("aio"):
         pytest.skip(f"an engine is not to be had even without a filter: {reason}")
-    command = [sys.executable, "-c", FILTERED, str(tmp_path / "file"), *REFUSED]
-    environ = {name: value for name, value in os.environ.items() if name != "DSL_AIO_ENGINE"}
-    done = subprocess.run(command, env=environ, capture_output=True, text=True, timeout=100)
+    script = f"import os; os.environ.pop('DSL_AIO_ENGINE', None)\n{FILTERED}"
+    done = forked.run(script, tmp_path / "file", *REFUSED, folder=tmp_path, timeout_s=100)
     assert done.returncode == 0, done.stderr
     for numbers, (taken, call) in REFUSED.items():
         assert f"{numbers} {taken}\n" in done.stdout
@@ -333,7 +333,7 @@ for handle in handles:
     except OpError as error:
         print(error)
 """
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=100)
+    done = forked.run(script, folder=tmp_path, timeout_s=100)
     lines = done.stdout.splitlines()
     assert len(lines) == len(engines()) and done.returncode == 0, done.stderr
     assert all("writing" in line and "at byte 200000 failed: File too large" in line for line in lines), lines

@@ -282,6 +282,7 @@ assert torch.equal(torch.load(file)["t"], t)
 """
 
 
+@pytest.mark.slow
 def test_scripts_run_under_the_name_deepspeed(tmp_path):
     environ = with_stand_in({**os.environ, "PYTHONPATH": str(ROOT)})
     done = subprocess.run([sys.executable, "-c", SCRIPT, str(tmp_path)], capture_output=True, text=True, env=environ)

@@ -338,6 +338,7 @@ def run_script(tmp_path: Path) -> Callable[..., tuple[list[str], str]]:
 TWO_RANKS = ["rank 0 of 2, local 0, average 1.5, RANK 0", "rank 1 of 2, local 1, average 1.5, RANK 1"]
 
 
+@pytest.mark.slow
 def test_a_plain_python_process(run_script: Callable[..., tuple[list[str], str]]) -> None:
     """No variables, no ports: a world of one, which leaves the environment alone."""
     lines, log = run_script()

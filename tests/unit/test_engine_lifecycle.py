@@ -91,6 +91,7 @@ def test_a_reference_engine_lives_on_while_another_trains(stage):
         reference.backward(reference(batch()).sum())
 
 
+@pytest.mark.slow_unless(stage=3)
 @every_stage
 @distributed(world_size=2)
 def test_a_reference_engine_may_come_second(stage, tmp_path):
@@ -123,6 +124,7 @@ def test_engines_of_different_parameters_leave_each_other_alone(stage=1):
     torch.testing.assert_close(value(engines[0]), alone(batch(0)).detach())
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [0, 3])
 @distributed(world_size=2)
 def test_a_shared_submodule_is_named(stage):
@@ -164,7 +166,7 @@ def test_a_model_is_initialised_again(stage, way):
     assert whole.shape == (6, 4)
 
 
-@pytest.mark.slow_unless(before=(0, 3))
+@pytest.mark.slow_unless(before=0)
 @pytest.mark.parametrize(("before", "after"), [(0, 3), (3, 0), (2, 3), (3, 1)])
 @distributed(world_size=2)
 def test_a_model_is_initialised_again_at_another_stage(before, after):

@@ -195,7 +195,7 @@ def check_reading(engine, reference: Reference, dtype: str, steps: int = 3) -> N
     engine.destroy()
 
 
-@pytest.mark.slow_unless(dtype="bf16")
+@pytest.mark.slow_unless(dtype="bf16", stage=(1, 3))
 @on_all_stages
 @distributed(world_size=2)
 def test_what_is_read_follows_torch(stage, dtype):
@@ -209,12 +209,14 @@ def test_the_loss_scale_is_taken_out_on_three_ranks(stage):
     check_reading(engine_of(net(), stage, "fp16"), Reference("fp16"), "fp16")
 
 
+@pytest.mark.slow_unless(stage=3)
 @pytest.mark.parametrize("stage", [0, 3])
 @distributed(world_size=2)
 def test_states_of_lamb(stage):
     check_reading(engine_of(net(), stage, optimizer="Lamb"), Reference(optimizer="Lamb"), "fp32")
 
 
+@pytest.mark.slow_unless(stage=(1, 3))
 @pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @distributed(world_size=2)
@@ -244,6 +246,7 @@ def test_what_was_written_is_read(stage, dtype):
     engine.destroy()
 
 
+@pytest.mark.slow_unless(stage=(1, 3))
 @on_all_stages
 @distributed(world_size=2)
 def test_fragments_written_are_read(stage, dtype):
@@ -267,6 +270,7 @@ def test_fragments_written_are_read(stage, dtype):
     engine.destroy()
 
 
+@pytest.mark.slow_unless(stage=(1, 3))
 @on_all_stages
 @distributed(world_size=2)
 def test_training_goes_on_from_what_was_written(stage, dtype):

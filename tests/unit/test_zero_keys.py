@@ -188,6 +188,7 @@ def test_stage_3_gathers_and_reduces_in_every_micro_batch():
         assert counts(events, "reduce") == dict.fromkeys(UNITS, 1)
 
 
+@pytest.mark.slow_unless(prefetch=(0, 64))
 @pytest.mark.parametrize("prefetch", [0, 64, 1_000_000_000])
 @distributed(world_size=2)
 def test_evaluation_gathers_each_unit_once_and_reduces_nothing(prefetch):
@@ -281,6 +282,7 @@ def test_overlap_comm_lets_sharded_gradients_reduce_two_at_a_time(stage, overlap
 # --- sizes ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow_unless(stage=(0, 2))
 @pytest.mark.parametrize("stage", [0, 1, 2])
 @pytest.mark.parametrize("bucket, units", [(1, 4 + 6 * BLOCKS), (BLOCK_NUMEL, None), (EVERYTHING, 1), (None, 1)])
 @distributed(world_size=2)
@@ -295,6 +297,7 @@ def test_reduce_bucket_size_is_elements_per_reduction(stage, bucket, units):
     assert sum(counts(third_step(engine, tape), reduce).values()) == len(sizes)
 
 
+@pytest.mark.slow_unless(stage=(1, 3))
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=2)
 def test_sub_group_size_is_elements_per_call_of_the_optimizer(stage):
@@ -312,6 +315,7 @@ def test_sub_group_size_is_elements_per_call_of_the_optimizer(stage):
     assert 1 < len(calls) < len(engine._reducer.units)
 
 
+@pytest.mark.slow_unless(stage=2)
 @pytest.mark.parametrize("stage", [1, 2])
 @distributed(world_size=2)
 def test_allgather_bucket_size_is_elements_of_updated_values_under_way(stage):
