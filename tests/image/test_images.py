@@ -15,7 +15,8 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -184,6 +185,72 @@ def test_any_other_command_is_run_and_its_exit_status_is_kept(image):
     assert list(json.loads(image.run("--json", "--only", "disk", docker=("--shm-size=2g",)))["rows"][0])
     done = subprocess.run(["docker", "run", "--rm", image.tag, "trian", "x.py"], capture_output=True, text=True)
     assert done.returncode == 127 and "no mode and no command trian: see docker run IMAGE --help" in done.stderr
+
+
+# As clusters run containers. Pairs of what can differ; the commands' own checks say what is missing.
+NARROW = ("--network", "none", "--cpus", "1", "--memory", "2g", "--memory-swap", "2g")
+READ_ONLY = ("--read-only", "--tmpfs", "/tmp:size=64m")
+SOMEBODY = ("--user", "12345:12345")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [(*SOMEBODY, *READ_ONLY, *NARROW), (*READ_ONLY, "--init", "--cap-drop", "ALL", "--shm-size=1g")],
+    ids=["somebody, read-only, narrow", "read-only, no capabilities"],
+)
+def test_it_reports_checks_itself_and_trains_as_clusters_run_it(image, options):
+    """An arbitrary uid, a read-only root with a small /tmp, no network, 64 MB of /dev/shm, one CPU and 2 GiB."""
+    report = json.JSONDecoder().raw_decode(image.run("report", "--json", docker=options))[0]  # before what stderr has
+    assert not [row for row in report["rows"] if row["status"] == "bad"], report
+    said = image.run("selftest", docker=options)
+    assert "FAILED" not in said and re.search(r"^ok +training .* 20 steps on 2 ranks \(cpu\)", said, re.MULTILINE), said
+
+
+RUNS_ON = """
+import os, torch, deepspeedlite
+model = torch.nn.Linear(256, 256)
+config = {"train_micro_batch_size_per_gpu": 4, "optimizer": {"type": "Adam"}}
+config |= {"zero_optimization": {"stage": 2}, "checkpoint": {"keep_last": 2}}
+engine, *_ = deepspeedlite.initialize(model=model, config=config)
+while True:
+    engine.backward(engine(torch.randn(4, 256)).square().mean())
+    engine.step()
+    engine.save_checkpoint("/kept/ckpt")
+"""
+
+
+@pytest.mark.parametrize("options", [("--init",), ()], ids=["init", "no init"])
+def test_sigterm_to_the_container_ends_the_ranks_and_leaves_a_whole_checkpoint(image, tmp_path, options):
+    """`docker stop`, as a cluster's preemption does it."""
+    (tmp_path / "train.py").write_text(RUNS_ON)
+    tmp_path.chmod(0o777)
+    kept = ("-v", f"{tmp_path}:/kept", *SOMEBODY)
+    command = ["docker", "run", "-d", *options, *kept, image.tag, "train", "--num_gpus", "2", "/kept/train.py"]
+    name = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    try:
+        latest = tmp_path / "ckpt" / "latest"
+        assert until(lambda: latest.exists() and latest.read_text() not in ("", "global_step1"), 120), logs(name)
+        started_s = time.monotonic()
+        subprocess.run(["docker", "stop", "-t", "60", name], capture_output=True, check=True)
+        assert time.monotonic() - started_s < 30, "it was not the signal that ended it"
+        state = image.client.containers.get(name).attrs["State"]
+        assert state["ExitCode"] in (130, 143) and not state["OOMKilled"], (state, logs(name))
+    finally:
+        subprocess.run(["docker", "rm", "--force", name], capture_output=True)
+    image.run("python", "-m", "deepspeedlite.checkpoint", "verify", "/kept/ckpt", docker=kept)
+
+
+def until(holds: Callable[[], bool], within_s: float) -> bool:
+    """Whether it comes to hold in that time."""
+    end_s = time.monotonic() + within_s
+    while not (found := holds()) and time.monotonic() < end_s:
+        time.sleep(0.2)
+    return found
+
+
+def logs(name: str) -> str:
+    done = subprocess.run(["docker", "logs", name], capture_output=True, text=True)
+    return done.stdout + done.stderr
 
 
 NVIDIA_SMI = """#!/bin/sh
