@@ -3,7 +3,8 @@
     python tools/house.py [CHECKOUT]               a table of every room, and what is counted over all of them
     python tools/house.py --svg FILE [CHECKOUT]    a drawing of the rooms, by who imports whom
 
-A room is a folder or file of `deepspeedlite/`; `checkpoint/formats` and `parallel/replica` are rooms of their own.
+A room is a folder or file of `deepspeedlite/`; `checkpoint/formats`, `comm/guard` and `parallel/replica`
+are rooms of their own.
 Lines of code are those that hold something else than a comment or a docstring. Only the standard library is needed.
 
 What counts as what:
@@ -33,7 +34,7 @@ from pathlib import Path
 PACKAGE = "deepspeedlite"
 CORE = ("engine", "factory", "passes", "config", "runtime", "comm", "zero", "offload", "optim")
 CORE += ("parallel/replica", "checkpoint")
-OWN_ROOMS = ("checkpoint/formats", "parallel/replica")
+OWN_ROOMS = ("checkpoint/formats", "comm/guard", "parallel/replica")
 MAX_FUNCTION_LINES = 60
 # What the drawing says under a room's name; the lowest first.
 NOTES = {
@@ -42,6 +43,7 @@ NOTES = {
     "launcher": "starts ranks on hosts",
     "env_report": "what a machine has",
     "comm": "groups and transports",
+    "comm/guard": "keeps strangers out",
     "ops": "compiled ops and oracles",
     "parallel/replica": "a model over several ranks",
     "offload": "device, host or disk",

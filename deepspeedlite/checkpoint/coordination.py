@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, TypeVar
 
 import torch.distributed as dist
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group, whereabouts
+from deepspeedlite.comm.guard import objects
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.comm.roll_call import absent_ranks
 from deepspeedlite.runtime.errors import CheckpointError
@@ -31,18 +32,19 @@ class Ranks:
         everyone = Group()
         self.rank, self.size = everyone.rank, everyone.size
         self._call = ""  # in which they meet: compared with what they do first
+        self._records: Collection[type] = ()  # of what they tell each other in it
         # Made when the ranks first meet: an engine that neither saves nor loads needs none.
         self.process_group: dist.ProcessGroup | None = None
 
-    def meet(self, what: str) -> None:
-        """Return when every rank has come here.
+    def meet(self, what: str, records: Collection[type] = ()) -> None:
+        """Return when every rank has come here. They will tell each other plain data, and objects of `records`' classes.
 
         Raises:
             CheckpointError: after `DEEPSPEED_TIMEOUT`, naming the ranks that did not come.
         """
         if self.size == 1:
             return
-        limit, self._call = comm.default_timeout(), what
+        limit, self._call, self._records = comm.default_timeout(), what, records
         with whereabouts(f"waits in {what}, which every rank must call"):
             limit_s, everyone = limit.total_seconds(), range(self.size)
             missing = absent_ranks(everyone, what, "checkpoint", sys.maxsize, limit_s, _NOTICE_S)
@@ -96,15 +98,17 @@ class Ranks:
 
     def _send(self, obj: Any, rank: int) -> None:
         """Send an object; a rank that is gone is noticed where its answer is received."""
+        data = objects.to_bytes(obj)
         with contextlib.suppress(RuntimeError):
-            dist.send_object_list([obj], rank, self.process_group)
+            objects.send_bytes(data, rank, self.process_group)
 
     def _receive(self, rank: int) -> Any:
         """The object that a rank sends; None if it has gone."""
-        held = [None]
-        with contextlib.suppress(RuntimeError):
-            dist.recv_object_list(held, rank, self.process_group)
-        return held[0]
+        try:
+            data = objects.receive_bytes(rank, self.process_group)
+        except RuntimeError:
+            return None
+        return objects.from_bytes(data, self._records)
 
 
 def _outcome(action: Callable[[], _T]) -> tuple[_T | None, str | None]:

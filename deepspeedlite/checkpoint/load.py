@@ -44,12 +44,16 @@ def load(
             has changed.
     """
     ranks.meet("load_checkpoint")
-    path = ranks.first(
-        f"loading from {load_dir}", lambda: find_tag(check_folder(load_dir, "load_checkpoint"), tag, formats)
-    )
-    if path is None:
+
+    def find() -> str:
+        found = find_tag(check_folder(load_dir, "load_checkpoint"), tag, formats)
+        return "" if found is None else str(found)
+
+    where = ranks.first(f"loading from {load_dir}", find)
+    if not where:
         logger.warning("no checkpoint in %s: nothing was loaded", load_dir)
         return None
+    path = Path(where)
     what = f"loading checkpoint {path}"
     opened: list[Reader] = []
     try:

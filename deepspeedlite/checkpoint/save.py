@@ -197,6 +197,15 @@ class _Background:
 class Saver:
     """Saves the states of one engine, one after the other."""
 
+    records: tuple[type, ...] = (
+        Holding,
+        Parameter,
+        Piece,
+        FileRecord,
+        RankPart,
+        _Decided,
+    )  # that ranks tell each other
+
     def __init__(self, settings: Checkpoint, ranks: Ranks, formats: Formats) -> None:
         self._settings, self._ranks, self._formats = settings, ranks, formats
         self._background = _Background() if settings.async_save else None
@@ -230,7 +239,7 @@ class Saver:
             CheckpointError: on every rank the same; what was saved before is as it was.
         """
         self.wait()
-        self._ranks.meet("save_checkpoint")
+        self._ranks.meet("save_checkpoint", self.records)
         entries: list[Parameter] = []  # of the whole model, on rank 0
 
         def tell() -> tuple[str, Holding | None]:

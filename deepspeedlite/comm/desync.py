@@ -86,7 +86,7 @@ def _waiting(wait: Wait) -> Iterator[None]:
 
 
 def _notes() -> Any:
-    return dist.PrefixStore("deepspeedlite/stalled", dist.distributed_c10d._get_default_store())
+    return dist.PrefixStore("deepspeedlite/stalled", registry.store)
 
 
 def _explained(wait: Wait, error: Exception) -> DistributedError:

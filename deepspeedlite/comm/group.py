@@ -14,12 +14,13 @@ place, as torch's DistributedDataParallel does; the results of the two differ by
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 
 from deepspeedlite.comm.desync import LabelledWork
+from deepspeedlite.comm.guard import objects
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.comm.roll_call import LEFT_ALONE_S, absent_ranks
 from deepspeedlite.comm.transport import OPS, TorchTransport, Transport, copy_unless_same
@@ -181,28 +182,17 @@ class Group:
         self.transport.wait_for_readers(tensor)
 
     def all_gather_objects(self, obj: _T) -> list[_T]:
-        """Every rank's object, in rank order. Objects are pickled: trusted ranks and small objects only."""
-        if self.size == 1:
-            return [obj]
-        gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, obj, self.process_group)
-        return gathered
+        """Every rank's object, in rank order: plain data and tensors, which come as CPU ones (`comm.guard.objects`)."""
+        return [obj] if self.size == 1 else objects.all_gather(obj, self.process_group, self.device)
 
     def gather_objects(self, obj: _T, dst: int = 0) -> list[_T]:
         """Every rank's object, in rank order, on rank `dst` of this group; an empty list elsewhere."""
-        if self.size == 1:
-            return [obj]
-        gathered: list[Any] | None = [None] * self.size if self.rank == dst else None
-        dist.gather_object(obj, gathered, group=self.process_group, group_dst=dst)
-        return gathered or []
+        return [obj] if self.size == 1 else objects.gather(obj, dst, self.process_group, self.device)
 
     def broadcast_object(self, obj: _T, src: int = 0) -> _T:
         """The object that rank `src` of this group passed; what other ranks pass is ignored."""
-        if self.size == 1:
-            return obj
-        box: list[Any] = [obj if self.rank == src else None]
-        dist.broadcast_object_list(box, group=self.process_group, group_src=src)
-        return box[0]
+        received: _T = obj if self.size == 1 else objects.broadcast(obj, src, self.process_group, self.device)
+        return received
 
     def roll_call(self, call: str, key: str, weight: int = 0) -> str:
         """Wait a few seconds until every rank has made the same call, before it communicates; see `comm.roll_call`.

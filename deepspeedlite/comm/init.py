@@ -24,6 +24,8 @@ from urllib.parse import urlparse
 import torch.distributed as dist
 
 from deepspeedlite.comm import rendezvous
+from deepspeedlite.comm.guard.signed_store import for_backend
+from deepspeedlite.comm.guard.tcp_store import address_of, tcp_store
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.env import World, discover_world
@@ -85,12 +87,13 @@ def init_process_group(
             store = rendezvous.join(store, address, world.rank, world.world_size, limit.total_seconds())
         dist.init_process_group(
             backend,
-            store=store,
+            store=for_backend(store, backend),
             rank=world.rank,
             world_size=world.world_size,
             timeout=limit,
             device_id=device.torch_device if backend == "nccl" else None,
         )
+        registry.use_store(store)
     _export(world)
     if verbose:
         where = f", rank 0 at {_address(world)}" if world.master_addr else ""
@@ -167,7 +170,7 @@ def _open_store(
         return dist.HashStore(), world
     world = _with_master(world, default_port)
     assert world.master_addr is not None and world.master_port is not None, "_with_master sets both"
-    return rendezvous.tcp_store(world.master_addr, world.master_port, world.rank, timeout_s), world
+    return tcp_store(world.master_addr, world.master_port, world.rank, timeout_s), world
 
 
 def _address(world: World) -> str:
@@ -178,7 +181,7 @@ def _with_master(world: World, default_port: int) -> World:
     """The world with rank 0's address and port filled in."""
     port = world.master_port or default_port
     if world.master_addr is not None or world.world_size == 1:
-        return dataclasses.replace(world, master_addr=world.master_addr or "127.0.0.1", master_port=port)
+        return dataclasses.replace(world, master_addr=address_of(world), master_port=port)
     if world.source not in _MPI_SOURCES:
         raise DistributedError(
             f"rank {world.rank} of {world.world_size} was found by {world.source}, but MASTER_ADDR is not set; set it "

@@ -54,7 +54,8 @@ class Registry:
         # meet the keys of the one before it.
         self.stores: dict[tuple[str, int, int, bool, float], dist.Store] = {}
         self.starts: defaultdict[str, itertools.count[int]] = defaultdict(itertools.count)  # by the store's address
-        # Weak keys: a process group that torch has destroyed takes its transport along.
+        # Weak keys: a process group that torch has destroyed takes its transport along, and a world its store.
+        self._worlds: weakref.WeakKeyDictionary[dist.ProcessGroup, dist.Store] = weakref.WeakKeyDictionary()
         self._transports: weakref.WeakKeyDictionary[dist.ProcessGroup, Transport] = weakref.WeakKeyDictionary()
 
     def transport(
@@ -65,6 +66,16 @@ class Registry:
         if key not in self._transports:
             self._transports[key] = make(process_group)
         return self._transports[key]
+
+    def use_store(self, store: dist.Store) -> None:
+        """Have this one for the world that has begun."""
+        self._worlds[dist.distributed_c10d._get_default_group()] = store
+
+    @property
+    def store(self) -> dist.Store:
+        """Where the world's ranks leave words for each other."""
+        own = self._worlds.get(dist.distributed_c10d._get_default_group())
+        return dist.distributed_c10d._get_default_store() if own is None else own
 
     def use_watch(self, watch: Watch) -> None:
         """Ask this one from now on."""

@@ -10,7 +10,6 @@ Waiting costs rank 0 one request per missing rank and round, and the others a si
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import socket
@@ -22,13 +21,13 @@ from typing import Any
 
 import torch.distributed as dist
 
+from deepspeedlite.comm.guard.tcp_store import first_line
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import logger
 
 _POLL_S = 0.05
 _STILL_WAITING_EVERY_S = 30.0
-_CONNECT_TRY_S = 2.0
 _FAREWELL_S = 2.0  # how long rank 0 keeps the store open for others to read why the start failed
 _VERDICT_MARGIN_S = 3.0  # ranks other than 0 wait this much longer, so that rank 0's verdict comes first
 _NAMED_RANKS = 16
@@ -56,69 +55,11 @@ def join(store: dist.Store, address: str, rank: int, world_size: int, timeout_s:
     except RuntimeError as error:  # torch's store errors
         raise DistributedError(
             f"rank {rank} of {world_size} lost the connection to rank 0's store while waiting for the other ranks; "
-            f"rank 0 has probably ended, see its output ({_first_line(error)})"
+            f"rank 0 has probably ended, see its output ({first_line(error)})"
         ) from error
     if verdict:
         raise DistributedError(f"rank {rank}: {verdict}")
     return dist.PrefixStore(f"deepspeedlite/{attempt}/group", store)
-
-
-def tcp_store(host: str, port: int, rank: int, timeout_s: float) -> dist.Store:
-    """The store at rank 0's address; rank 0 hosts it, unless torchrun's agent already does.
-
-    It stays open until the process ends, so that a later start-up can use it again.
-
-    Raises:
-        DistributedError: rank 0 cannot listen there, or another rank cannot reach it within `timeout_s`.
-    """
-    hosts_it = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    key = (host, port, rank, hosts_it, timeout_s)
-    if key not in registry.stores:
-        registry.stores[key] = _open_store(host, port, rank, hosts_it, timeout_s)
-    return registry.stores[key]
-
-
-def _open_store(host: str, port: int, rank: int, hosts_it: bool, timeout_s: float) -> dist.Store:
-    deadline = time.monotonic() + timeout_s
-    if not hosts_it:
-        _await_listener(host, port, rank, deadline, timeout_s)
-    left = timedelta(seconds=max(1.0, deadline - time.monotonic()))
-    try:
-        store = dist.TCPStore(host, port, is_master=hosts_it, timeout=left, wait_for_workers=False, multi_tenant=True)
-        store.set_timeout(timedelta(seconds=timeout_s))
-        return store
-    except RuntimeError as error:
-        if not hosts_it:
-            raise DistributedError(
-                f"rank {rank} reached {host}:{port}, but what listens there is not rank 0's store; another program "
-                f"may hold the port: choose a free MASTER_PORT ({_first_line(error)})"
-            ) from error
-        raise DistributedError(
-            f"rank 0 cannot listen on port {port} (MASTER_PORT): another job or program holds it, or two processes "
-            f"both claim rank 0; choose a free port, or check RANK on each process ({_first_line(error)})"
-        ) from error
-
-
-def _await_listener(host: str, port: int, rank: int, deadline: float, timeout_s: float) -> None:
-    """Try until something accepts connections at rank 0's address; the last reason is what is reported."""
-    while True:
-        try:
-            with socket.create_connection((host, port), timeout=_CONNECT_TRY_S):
-                return
-        except OSError as error:
-            reason = error
-        if time.monotonic() >= deadline:
-            break
-        time.sleep(min(_POLL_S * 4, max(0.0, deadline - time.monotonic())))
-    if isinstance(reason, socket.gaierror):
-        hint = f"the name {host!r} cannot be resolved on this host; set MASTER_ADDR to an address that all hosts know"
-    elif isinstance(reason, ConnectionRefusedError):
-        hint = "nothing listens there: rank 0 did not start, ended early (see its output), or MASTER_PORT differs"
-    else:
-        hint = "the host does not answer: check MASTER_ADDR, the network between the hosts and their firewalls"
-    raise DistributedError(
-        f"rank {rank} could not reach rank 0 at {host}:{port} within {timeout_s:g} s ({reason}); {hint}"
-    ) from reason
 
 
 def _check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float) -> str:
@@ -220,10 +161,3 @@ def _named(who: Mapping[str, Any]) -> str:
 
 def _text(value: bytes | str) -> str:
     return value if isinstance(value, str) else value.decode()
-
-
-def _first_line(error: BaseException) -> str:
-    text = ""
-    with contextlib.suppress(IndexError):
-        text = str(error).strip().splitlines()[0]
-    return text[:200]

@@ -81,9 +81,9 @@ class _RollCall:
         self._size, self._me, self._call, self._position = len(ranks), dist.get_rank(), call, position
         self._patience_s, self._notice_s = patience_s, notice_s
         self._others = [rank for rank in ranks if rank != self._me]
-        store = dist.distributed_c10d._get_default_store()
-        self._store: Any = dist.PrefixStore(f"deepspeedlite/roll_call/{position[1]}", store)
-        self._positions: Any = dist.PrefixStore(f"deepspeedlite/roll_call/{position[1].split('/')[0]}/at", store)
+        group = position[1].split("/")[0]
+        self._store: Any = dist.PrefixStore(f"deepspeedlite/roll_call/{position[1]}", registry.store)
+        self._positions: Any = dist.PrefixStore(f"deepspeedlite/roll_call/{group}/at", registry.store)
 
     def join(self) -> list[int]:
         """See `absent_ranks`."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from deepspeedlite.launcher.gpus import Devices, find_devices
 from deepspeedlite.launcher.hostfile import numbers_in
-from deepspeedlite.launcher.options import LaunchOptions
+from deepspeedlite.launcher.options import JOB_SECRET, LaunchOptions
 from deepspeedlite.launcher.plan import EVERY_RANK
 from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import LaunchError
@@ -44,6 +44,7 @@ class Assignment:
     node_rank: int = 0
     num_nodes: int = 1
     restarts: int = 0
+    secret: str = ""  # the ranks'; see `JOB_SECRET`
 
 
 @dataclass(frozen=True)
@@ -151,6 +152,7 @@ def rank_environment(assignment: Assignment, local_rank: int) -> dict[str, str]:
         "MASTER_ADDR": assignment.master_addr,
         "MASTER_PORT": assignment.master_port,
         **({"TORCHELASTIC_RESTART_COUNT": assignment.restarts} if assignment.restarts else {}),
+        **({JOB_SECRET: assignment.secret} if assignment.secret else {}),
     }
     return {name: str(value) for name, value in values.items()}
 

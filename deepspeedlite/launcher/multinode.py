@@ -298,9 +298,10 @@ class RemoteCluster(Cluster):
         """Hand out the jobs."""
         self.outcome.begin(assignments[0].world_size)
         terminals = {stream: size.hex() for stream, size in self._screen.terminals.items()}
-        job = {"terminals": terminals, "colour": self._screen.has_colour}
+        job = {"terminals": terminals, "colour": self._screen.has_colour, "salt": protocol.new_secret()}
         for node, assignment in zip(self.nodes, assignments):
-            node.send(protocol.JOB, {**job, "assignment": asdict(assignment)})
+            told = {name: value for name, value in asdict(assignment).items() if name != "secret"}
+            node.send(protocol.JOB, {**job, "assignment": told})
 
     def close(self, status: int) -> None:
         """Let the agents go, and kill what started them if it stays."""

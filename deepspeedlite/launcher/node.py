@@ -209,7 +209,11 @@ class AgentSession:
         assert self._options is not None, "the launcher asks what this machine is before it gives a job"
         self._surface = RemoteSurface(self._link, told["terminals"], told["colour"])
         try:
-            job = build_job(self._options, Assignment(**told["assignment"]), self._environ, keyboard=False)
+            # Of the key, which does not travel where others might listen: where there is none, all goes through ssh.
+            secret = protocol.proof(self._key, told["salt"], "job")
+            job = build_job(
+                self._options, Assignment(**told["assignment"], secret=secret), self._environ, keyboard=False
+            )
         except (LaunchError, OSError) as error:
             self._link.send(protocol.ERROR, str(error))
             return

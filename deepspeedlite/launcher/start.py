@@ -91,7 +91,9 @@ def plan_here(
     environ = ranks_environ(options, environ)
     devices = find_devices(environ)
     slots = slots or range(len(devices.ids) or 1)
-    assignment = Assignment(slots, len(slots), options.master_addr or "127.0.0.1", port.number, restarts=restarts)
+    secret = "" if options.dry_run else os.urandom(16).hex()  # a dry run shows every variable
+    where = (options.master_addr or "127.0.0.1", port.number)
+    assignment = Assignment(slots, len(slots), *where, restarts=restarts, secret=secret)
     job = build_job(options, assignment, environ, devices)
     for text in filter(None, (devices.used(slots), port.note)):
         logger.info(text, extra=EVERY_RANK)

@@ -23,7 +23,7 @@ from typing import Any, TextIO
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm import Work
+from deepspeedlite.comm import Group, Work
 from deepspeedlite.config.sections.monitors import CommsLogger as CommsLoggerSection
 from deepspeedlite.runtime.log import logger as text_log
 from deepspeedlite.runtime.text import columns, size_text
@@ -167,10 +167,7 @@ class CommsLogger:
         distributed = dist.is_initialized()
         if show_straggler:
             totals = {key: one.total_ms for key, one in self.stats.items()}
-            by_rank: list[Any] = [totals] * (dist.get_world_size() if distributed else 1)
-            if distributed:
-                dist.all_gather_object(by_rank, totals)
-            text += "\n\n" + _straggler_table(by_rank)
+            text += "\n\n" + _straggler_table(Group().all_gather_objects(totals))
         if not distributed or dist.get_rank() == 0:
             stream = sys.stdout if file is None else file
             stream.write(text + "\n")

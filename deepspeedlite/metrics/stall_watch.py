@@ -56,7 +56,7 @@ def watch_for_stalls() -> None:
     if world is None or registry.watch is not None or dist.get_world_size() == 1 or not notice_s:
         return
     with contextlib.suppress(RuntimeError, AttributeError):  # a world without a store of its own
-        watch = StallWatch(world, dist.distributed_c10d._get_default_store(), notice_s)
+        watch = StallWatch(world, registry.store, notice_s)
         registry.use_watch(watch)
         atexit.register(watch.leave)
         watch.start()

@@ -55,6 +55,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from deepspeedlite.comm.guard import objects
 from deepspeedlite.comm.work import Work
 from deepspeedlite.runtime.errors import DistributedError
 
@@ -439,8 +440,7 @@ def _purpose(what: str) -> int:
 def connect(process_group: dist.ProcessGroup | None, rank: int, size: int) -> SharedMemoryLink | None:
     """The link of a gloo process group; None, on all ranks alike, where they cannot share memory. Collective."""
     listener, card = _listen(size)
-    cards: list[Any] = [None] * size
-    dist.all_gather_object(cards, card, process_group)
+    cards = objects.all_gather(card, process_group, torch.device("cpu"))
     peers: dict[int, socket.socket] = {}
     reached = listener is not None and all(other is not None and other[0] == cards[0][0] for other in cards)
     if reached:
@@ -450,9 +450,7 @@ def connect(process_group: dist.ProcessGroup | None, rank: int, size: int) -> Sh
                 peers[other] = _call(address, password, rank)
         except OSError:  # the same kernel, but not the same network namespace
             reached = False
-    everyone: list[Any] = [None] * size
-    dist.all_gather_object(everyone, reached, process_group)
-    if not all(everyone):
+    if not all(objects.all_gather(reached, process_group, torch.device("cpu"))):
         for peer in (*peers.values(), *([listener] if listener else [])):
             peer.close()
         return None

@@ -92,8 +92,8 @@ class Faults:
             self._raise()
 
     def _raise(self) -> NoReturn:
-        told = self._grid.everyone.all_gather_objects(self._fault)
-        faults = sorted(fault for fault in told if fault is not None)
+        told = self._grid.everyone.all_gather_objects(None if self._fault is None else list(self._fault))
+        faults = sorted(_Fault._make(fault) for fault in told if fault is not None)
         raise PipelineError(f"{faults[0]}\nNothing of this batch was kept; another one may follow.") from self._error
 
 

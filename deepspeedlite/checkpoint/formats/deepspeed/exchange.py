@@ -6,13 +6,14 @@ goes the other way in batches of a fixed size. So nobody ever holds more than wh
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+
+from deepspeedlite.comm.guard import objects
 
 _BATCH_NBYTES = 1 << 25
 _ALIGNMENT = 16  # of each range in a batch: more than any dtype needs
@@ -85,7 +86,7 @@ def exchange(
 
 def _swap(group: dist.ProcessGroup, mine: list[Range], source: int, target: int) -> list[Range]:
     """Tell `source` what is wanted of it; what `target` wants."""
-    told = torch.frombuffer(bytearray(pickle.dumps([tuple(asked) for asked in mine])), dtype=torch.uint8)
+    told = torch.frombuffer(bytearray(objects.to_bytes(mine)), dtype=torch.uint8)
     nbytes = torch.tensor([told.numel()])
     sending = [dist.isend(nbytes, source, group), dist.isend(told, source, group)]
     coming = torch.zeros_like(nbytes)
@@ -95,7 +96,7 @@ def _swap(group: dist.ProcessGroup, mine: list[Range], source: int, target: int)
     for work in sending:
         if work is not None:
             work.wait()
-    return [Range(*asked) for asked in pickle.loads(answer.numpy().tobytes())]
+    return list(objects.from_bytes(answer.numpy().tobytes(), [Range]))
 
 
 def _cut(want: Want) -> Iterator[Want]:

@@ -22,12 +22,14 @@ from deepspeedlite.checkpoint.files import check_folder, kind_of
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.checkpoint.formats.deepspeed.exchange import exchange
 from deepspeedlite.checkpoint.formats.deepspeed.layout import model_file, optimizer_file
-from deepspeedlite.checkpoint.formats.deepspeed.live import Described, Holding, LiveReader, describe
+from deepspeedlite.checkpoint.formats.deepspeed.live import Described, Holding, LiveReader, Told, describe
 from deepspeedlite.checkpoint.formats.deepspeed.pickles import save_for_deepspeed
 from deepspeedlite.checkpoint.formats.deepspeed.reader import RESERVED
 from deepspeedlite.checkpoint.formats.deepspeed.writer import Files
+from deepspeedlite.checkpoint.manifest import Manifest
 from deepspeedlite.checkpoint.save import Saver
 from deepspeedlite.checkpoint.tag import check_new_tag, in_words, is_ours, read_latest
+from deepspeedlite.checkpoint.tensors import TensorInfo
 from deepspeedlite.checkpoint.train_state import TrainState
 from deepspeedlite.checkpoint.writer import TagWriter, survey
 from deepspeedlite.config.sections.storage import Checkpoint
@@ -47,6 +49,8 @@ class DeepSpeedSaver(Saver):
     Raises:
         ConfigError: the section has keys that do not go with this layout.
     """
+
+    records = (*Saver.records, Told, TensorInfo, Described, Manifest)
 
     def __init__(self, settings: Checkpoint, ranks: Ranks, formats: Formats) -> None:
         if settings.async_save or settings.keep_last is not None:
@@ -84,7 +88,7 @@ class DeepSpeedSaver(Saver):
     ) -> None:
         """See `Saver.save`."""
         ranks = self._ranks
-        ranks.meet("save_checkpoint")
+        ranks.meet("save_checkpoint", self.records)
 
         def tell() -> str:
             self.check(state)

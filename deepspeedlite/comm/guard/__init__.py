@@ -1,0 +1,1 @@
+"""What keeps strangers out of a job: see docs/security.md."""
