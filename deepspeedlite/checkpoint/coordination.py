@@ -37,7 +37,7 @@ class Ranks:
         self.process_group: dist.ProcessGroup | None = None
 
     def meet(self, what: str, records: Collection[type] = ()) -> None:
-        """Return when every rank has come here. They will tell each other plain data, and objects of `records`' classes.
+        """Return when every rank has come here. They then tell each other plain data and `records`.
 
         Raises:
             CheckpointError: after `DEEPSPEED_TIMEOUT`, naming the ranks that did not come.
