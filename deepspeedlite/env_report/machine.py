@@ -13,6 +13,7 @@ import resource
 import shutil
 import socket
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 from deepspeedlite.env_report.preflight import OWN_NAME_REMEDY, own_name, own_name_fault
@@ -21,9 +22,10 @@ from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_te
 from deepspeedlite.launcher.gpus import find_devices
 from deepspeedlite.runtime.cores import cpu_quota, usable_cores
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.text import GIB, size_text
+from deepspeedlite.runtime.text import GIB, MIB, size_text
 
 _ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
+_LEAST_TEMPORARY_BYTES = 16 << 20
 _ISA_FLAGS_ARM = ("asimd", "bf16", "sve", "sve2")
 
 
@@ -89,7 +91,40 @@ def cpu_and_memory() -> list[Row]:
     rows.append(
         Row("machine", "memory", f"{size_text(memory.get('MemAvailable', 0))} free of {size_text(total)}{capped}")
     )
-    return [*rows, _numa(), _shared_memory(), *_limits()]
+    return [*rows, *_control_groups(), _numa(), _shared_memory(), _temporary(), *_root(), *_limits()]
+
+
+def _control_groups() -> list[Row]:
+    if os.path.isdir("/sys/fs/cgroup") and os.listdir("/sys/fs/cgroup"):
+        return []
+    value = "/sys/fs/cgroup is not there: limits on processors and memory are not known"
+    remedy = (
+        "mount it (docker run -v /sys/fs/cgroup:/sys/fs/cgroup:ro), or set OMP_NUM_THREADS and MAX_JOBS to the limit"
+    )
+    return [Row("machine", "control groups", value, WARN, remedy)]
+
+
+def _temporary() -> Row:
+    """Where Python, torch and compilers put files for a while."""
+    try:
+        folder = tempfile.gettempdir()
+    except FileNotFoundError:
+        remedy = "mount a writable folder there (docker run --tmpfs /tmp), or set TMPDIR to one"
+        return Row("machine", "temporary files", "/tmp and the current folder cannot be written", BAD, remedy)
+    free_bytes = shutil.disk_usage(folder).free
+    value = f"{size_text(free_bytes)} free in {folder}"
+    if free_bytes < _LEAST_TEMPORARY_BYTES:
+        return Row("machine", "temporary files", value, WARN, f"make room in {folder}, or set TMPDIR to another folder")
+    return Row("machine", "temporary files", value, OK)
+
+
+def _root() -> list[Row]:
+    if not os.statvfs("/").f_flag & os.ST_RDONLY:
+        return []
+    remedy = (
+        "mount writable folders for checkpoints and temporary files, and set TMPDIR and TORCH_EXTENSIONS_DIR to such"
+    )
+    return [Row("machine", "root", "the root file system is mounted read-only", WARN, remedy)]
 
 
 def _shared_memory() -> Row:
@@ -125,15 +160,28 @@ def _numa() -> Row:
     return Row("machine", "NUMA", "; ".join(lists) or "not told by the kernel")
 
 
-def disk(path: str) -> list[Row]:
-    """The disk under `path`: room, and how files can be read and written beside the program there."""
+def disk(paths: Sequence[str]) -> list[Row]:
+    """The disks under `paths`: room, and how files can be read and written beside the program there."""
+    rows = []
+    for path in paths:
+        rows += _disk(path, f" in {path}" if len(paths) > 1 else "")
+    return [*rows, _io_uring(), _libaio()]
+
+
+def _disk(path: str, where: str) -> list[Row]:
     if not os.path.isdir(path):
         return [Row("disk", path, "is no folder", BAD, "name a folder that is there: --path DIR")]
     usage = shutil.disk_usage(path)
     value = f"{size_text(usage.free)} free of {size_text(usage.total)}, {_file_system(path)}"
-    full = usage.free < 5 * GIB
-    rows = [Row("disk", path, value, WARN if full else OK, "make room for checkpoints" if full else "")]
-    return [*rows, _direct_io(path), _io_uring(), _libaio()]
+    status, remedy = OK, ""
+    if usage.free < 5 * GIB:
+        status, remedy = WARN, f"make room in {path}: checkpoints and what is offloaded there may not fit"
+    if usage.free < 16 * MIB or not os.statvfs(path).f_favail:
+        status, value = BAD, f"full: {value}, {os.statvfs(path).f_favail} files may be made"
+    if not os.access(path, os.W_OK):
+        status, value, remedy = WARN, f"cannot be written; {value}", "name a folder of your own: --path DIR"
+    rows = [Row("disk", path, value, status, remedy)]
+    return rows if status == BAD else [*rows, _direct_io(path, f"O_DIRECT{where}")]
 
 
 def _file_system(path: str) -> str:
@@ -147,7 +195,7 @@ def _file_system(path: str) -> str:
     return kind
 
 
-def _direct_io(path: str) -> Row:
+def _direct_io(path: str, name: str) -> Row:
     try:
         with tempfile.NamedTemporaryFile(dir=path) as file:
             descriptor = os.open(file.name, os.O_WRONLY | os.O_DIRECT)
@@ -157,11 +205,11 @@ def _direct_io(path: str) -> Row:
             finally:
                 os.close(descriptor)
     except PermissionError:
-        return Row("disk", "O_DIRECT", f"{path} cannot be written", WARN, "name a folder of your own: --path DIR")
+        return Row("disk", name, f"{path} cannot be written", WARN, "name a folder of your own: --path DIR")
     except OSError as error:
         remedy = "offload to a disk with ext4 or xfs: here everything goes through the page cache"
-        return Row("disk", "O_DIRECT", f"not to be had: {error.strerror}", WARN, remedy)
-    return Row("disk", "O_DIRECT", "works", OK)
+        return Row("disk", name, f"not to be had: {error.strerror}", WARN, remedy)
+    return Row("disk", name, "works", OK)
 
 
 def _io_uring() -> Row:
@@ -172,8 +220,14 @@ def _io_uring() -> Row:
     if descriptor >= 0:
         os.close(descriptor)
         return Row("disk", name, "works")
-    reason = "not in this kernel" if ctypes.get_errno() == errno.ENOSYS else os.strerror(ctypes.get_errno())
-    return Row("disk", name, f"blocked: {reason}; async_io does without")
+    reason = os.strerror(ctypes.get_errno())
+    if ctypes.get_errno() == errno.ENOSYS:
+        return Row("disk", name, "not in this kernel; async_io does without")
+    remedy = (
+        "let the container's seccomp profile allow io_uring_setup, io_uring_enter and io_uring_register (docker run "
+    )
+    remedy += "--security-opt seccomp=FILE), or set the system's kernel.io_uring_disabled to 0"
+    return Row("disk", name, f"blocked: {reason}; async_io does without, more slowly", WARN, remedy)
 
 
 def _libaio() -> Row:

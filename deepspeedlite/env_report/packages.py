@@ -67,12 +67,20 @@ def software() -> list[Row]:
         rows.append(Row("software", "python", python, BAD, f"use Python {wanted} or newer"))
     system = re.search(r'^PRETTY_NAME="?([^"\n]*)', read_text("/etc/os-release"), re.MULTILINE)
     rows.append(Row("software", "platform", f"{platform.platform()}{f', {system[1]}' if system else ''}"))
-    rows.append(Row("software", "container", _container()))
+    rows += [Row("software", "container", _container()), _locale()]
     rows += [_required(name, least) for name, least in REQUIRED.items()]
     for name, use in OPTIONAL.items():
         found = installed_version(name)
         rows.append(Row("software", name, found or f"not installed (only for {use})", OK if found else INFO))
     return rows
+
+
+def _locale() -> Row:
+    encoding = sys.getfilesystemencoding()
+    if encoding.lower().replace("-", "") == "utf8":
+        return Row("software", "locale", encoding, OK)
+    value = f"{encoding}: names of files and text beyond ASCII are not understood"
+    return Row("software", "locale", value, WARN, "export LC_ALL=C.UTF-8, or PYTHONUTF8=1")
 
 
 def _required(name: str, least: str) -> Row:
@@ -180,13 +188,27 @@ def _wheel_record(builder: Any) -> list[Row]:
     return [Row("ops", "wheel", f"{built}, git {record.git or 'unknown'}", OK)]
 
 
+def _fault_of(name: str) -> tuple[str, str]:
+    """The verdict on a variable of which it is known what it may hold, and the remedy."""
+    builder = op_builder()
+    try:
+        if name == "TORCH_CUDA_ARCH_LIST":
+            builder.named_archs()
+        elif name == "MAX_JOBS":
+            builder.max_jobs()
+    except builder.OpBuildError as error:
+        return WARN, str(error)
+    return INFO, ""
+
+
 def variables() -> list[Row]:
     """The variables that steer training, and whether those that place this process agree."""
     rows = []
     for name in sorted(os.environ):
         if name in _NAMES or name.startswith(_PREFIXES + _PREFIXES_GPU + _PREFIXES_OWN):
             value = "(hidden)" if _SECRET_NAME.search(name) else _SECRET_IN_URL.sub("(hidden)", os.environ[name])
-            rows.append(Row("variables", name, value.encode("unicode_escape", "backslashreplace").decode()))
+            shown = value.encode("unicode_escape", "backslashreplace").decode()
+            rows.append(Row("variables", name, shown, *_fault_of(name)))
     try:
         world = discover_world(os.environ)
     except DistributedError as error:

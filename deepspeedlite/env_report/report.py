@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import sys
@@ -38,23 +39,23 @@ SECTIONS: Mapping[str, Callable[..., list[Row]]] = {
 _ASK_TORCH = ("torch", "ops")
 
 
-def collect(names: Sequence[str] = tuple(SECTIONS), path: str = ".") -> list[Row]:
-    """The rows of these sections, in the table's order. `path` is the folder whose disk is looked at."""
+def collect(names: Sequence[str] = tuple(SECTIONS), paths: Sequence[str] = (".",)) -> list[Row]:
+    """The rows of these sections, in the table's order. `paths` are folders whose disks are looked at."""
     wanted = {name: section for name, section in SECTIONS.items() if name in names}
     if not set(wanted) & set(_ASK_TORCH):
-        return run({name: _bound(section, name, None, path) for name, section in wanted.items()})
+        return run({name: _bound(section, name, None, paths) for name, section in wanted.items()})
     probe = Probe(list(compiled_libraries().values()) if "ops" in wanted else [])
-    others = run({name: _bound(s, name, None, path) for name, s in wanted.items() if name not in _ASK_TORCH})
+    others = run({name: _bound(s, name, None, paths) for name, s in wanted.items() if name not in _ASK_TORCH})
     probe.end()  # which took as long as the others, or longer
-    asked = run({name: _bound(s, name, probe, path) for name, s in wanted.items() if name in _ASK_TORCH})
+    asked = run({name: _bound(s, name, probe, paths) for name, s in wanted.items() if name in _ASK_TORCH})
     order = list(SECTIONS)
     return sorted([*others, *asked], key=lambda row: order.index(row.section) if row.section in order else 0)
 
 
-def _bound(section: Callable[..., list[Row]], name: str, probe: Probe | None, path: str) -> Section:
+def _bound(section: Callable[..., list[Row]], name: str, probe: Probe | None, paths: Sequence[str]) -> Section:
     if name in _ASK_TORCH:
         return lambda: section(probe)
-    return (lambda: section(path)) if name == "disk" else section
+    return (lambda: section(paths)) if name == "disk" else section
 
 
 def run(sections: Mapping[str, Section]) -> list[Row]:
@@ -109,9 +110,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = did_you_mean(name, SECTIONS, form=" (did you mean {}?)")
             parser.error(f"--only {name}: there is no such section{hint}; they are {', '.join(SECTIONS)}")
     try:
-        rows = _of_nodes(args) if args.hostfile else collect(args.only or tuple(SECTIONS), args.path)
+        rows = _of_nodes(args) if args.hostfile else collect(args.only or tuple(SECTIONS), args.path or (".",))
     except LaunchError as error:
         parser.error(str(error))
+    if isinstance(sys.stdout, io.TextIOWrapper):  # in the C locale not every folder's name can be shown
+        sys.stdout.reconfigure(errors="backslashreplace")
     if args.json:
         print(json.dumps({"rows": [asdict(row) for row in rows], "verdict": verdict(rows)}, indent=1))
     else:
@@ -124,7 +127,7 @@ def _of_nodes(args: argparse.Namespace) -> list[Row]:
     hosts = list(read_hostfile(args.hostfile, slots_needed=False))
     if sys.stderr.isatty():
         print(f"asking {len(hosts)} nodes, {nodes.NODE_TIMEOUT_S:.0f} s at most", file=sys.stderr)
-    found = nodes.reports(hosts, args.ssh, [*only, "--path", args.path])
+    found = nodes.reports(hosts, args.ssh, [*only, *(word for path in args.path or () for word in ("--path", path))])
     return [*nodes.broken(found), *nodes.differences(found)]
 
 
@@ -136,7 +139,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--json", action="store_true", help="print the rows as JSON")
     parser.add_argument("--only", action="append", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; repeatable")
-    parser.add_argument("--path", default=".", metavar="DIR", help="the folder whose disk is looked at (.)")
+    told = "a folder whose disk is looked at, such as that of checkpoints or offload (.); repeatable"
+    parser.add_argument("--path", action="append", metavar="DIR", help=told)
     parser.add_argument(
         "--hostfile", metavar="FILE", help="every node's report, by ssh, and what differs between the nodes"
     )

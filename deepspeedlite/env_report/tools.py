@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from pathlib import Path
+from typing import Any
 
 from deepspeedlite.env_report.probe import op_builder
 from deepspeedlite.env_report.rows import (
@@ -23,8 +25,7 @@ from deepspeedlite.runtime.text import size_text
 
 def compilers() -> list[Row]:
     """What ops can be compiled with. Nothing here is needed to train."""
-    cxx = os.environ.get("CXX", "c++")
-    rows = [_tool("c++", [*cxx.split(), "--version"], "install one to compile ops: apt-get install g++", WARN)]
+    rows = [_cxx()]
     rows.append(_tool("ninja", ["ninja", "--version"], "", INFO))
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     nvcc = os.path.join(home, "bin", "nvcc") if home else "nvcc"
@@ -39,6 +40,16 @@ def compilers() -> list[Row]:
         rows[-1] = Row("compilers", "nvcc", f"no working {nvcc}", WARN, "correct CUDA_HOME, or unset it")
     rows.append(_tool("hipcc", ["hipcc", "--version"], "", INFO))
     return rows
+
+
+def _cxx() -> Row:
+    builder = op_builder()
+    try:
+        wrapper, compiler, options = builder.find_cxx()
+        builder.check_cxx([*wrapper, str(compiler), *options])
+    except builder.OpBuildError as error:
+        return Row("compilers", "c++", error.what, WARN, error.remedy)
+    return _tool("c++", [*wrapper, str(compiler), *options, "--version"], "", INFO)
 
 
 def _tool(name: str, command: list[str], remedy: str, if_missing: str) -> Row:
@@ -94,6 +105,17 @@ def mpi() -> list[Row]:
     return rows
 
 
+def _room(builder: Any) -> list[Row]:
+    """What is wrong with the disk that ops are compiled on."""
+    folder = builder.cache_folder()
+    near = next((path for path in (folder, *folder.parents) if os.path.isdir(path)), Path("/"))
+    free_bytes = shutil.disk_usage(near).free
+    if free_bytes >= builder.LEAST_BYTES:
+        return []
+    value = f"{size_text(free_bytes)} free in {near}, and compiling takes {size_text(builder.LEAST_BYTES)}"
+    return [Row("cache", "room", value, WARN, "make room there, or set TORCH_EXTENSIONS_DIR to a folder elsewhere")]
+
+
 def cache() -> list[Row]:
     """Ops compiled on this machine, and what builds have left."""
     builder = op_builder()
@@ -107,14 +129,19 @@ def cache() -> list[Row]:
         rows.append(Row("cache", "folder", f"{told}: no op is compiled", WARN, remedy))
     elif first.obstacle:
         rows.append(Row("cache", "folder", f"{first.obstacle}: {builder.cache_folder()} is used", WARN, remedy))
+    rows += _room(builder)
     for entry in entries:
         if entry.locked:
             rows.append(Row("cache", entry.library.name, "is being compiled now"))
         elif entry.library.suffix == ".tmp":
             rows.append(Row("cache", entry.library.name, "left by a killed build", WARN, f"rm -r {entry.library}"))
-        elif entry.wrong and not entry.stale:
+        elif entry.wrong and not entry.stale and entry.wrong != builder.NO_SUM:
             remedy = f"nothing need be done: it is compiled again when it is needed, or rm {entry.library}"
             rows.append(Row("cache", entry.library.name, entry.wrong, WARN, remedy))
+    if unsummed := sum(entry.wrong == builder.NO_SUM and not entry.stale for entry in entries):
+        rows.append(
+            Row("cache", "without checksum", f"{unsummed}, of an earlier version: compiled once more when needed")
+        )
     stale = [entry for entry in entries if entry.stale and entry.library.suffix != ".tmp"]
     if stale:
         value = (

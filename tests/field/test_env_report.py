@@ -247,7 +247,7 @@ def test_only_some_sections_and_unknown_ones_are_refused() -> None:
 def test_a_path_that_is_not_there_is_broken_and_one_that_is_tells_its_disk(tmp_path: Path) -> None:
     done = run("--only", "disk", "--path", str(tmp_path / "none"))
     assert done.returncode == 1 and "--path DIR" in done.stdout
-    found = machine.disk(str(tmp_path))
+    found = machine.disk([str(tmp_path)])
     assert "free of" in found[0].value and find(found, "O_DIRECT").status in (OK, WARN)
     assert not list(tmp_path.iterdir()), "nothing is left there"
 

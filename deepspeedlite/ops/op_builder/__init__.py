@@ -8,13 +8,17 @@ nothing is installed), the library and env_report all read the one table.
 from deepspeedlite.ops.op_builder.builder import load_ops
 from deepspeedlite.ops.op_builder.errors import OpBuildError
 from deepspeedlite.ops.op_builder.folders import cache_folder, places
-from deepspeedlite.ops.op_builder.jit import CacheEntry, built, cache_entries, compiled, why_not
-from deepspeedlite.ops.op_builder.library_file import load_error
+from deepspeedlite.ops.op_builder.gpu import named_archs
+from deepspeedlite.ops.op_builder.jit import LEAST_BYTES, CacheEntry, built, cache_entries, compiled, why_not
+from deepspeedlite.ops.op_builder.library_file import NO_SUM, load_error
 from deepspeedlite.ops.op_builder.prebuilt import Record, installed_libraries, misfit, read_record
 from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
+from deepspeedlite.ops.op_builder.toolchain import check_cxx, find_cxx, max_jobs
 from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 __all__ = [
+    "LEAST_BYTES",
+    "NO_SUM",
     "OPS",
     "CacheEntry",
     "OpBuildError",
@@ -23,12 +27,16 @@ __all__ = [
     "built",
     "cache_entries",
     "cache_folder",
+    "check_cxx",
     "compiled",
+    "find_cxx",
     "find_torch",
     "installed_libraries",
     "load_error",
     "load_ops",
+    "max_jobs",
     "misfit",
+    "named_archs",
     "places",
     "read_record",
     "why_not",

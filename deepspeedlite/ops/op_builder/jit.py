@@ -35,7 +35,7 @@ from deepspeedlite.runtime.text import size_text
 
 _logger = logging.getLogger("deepspeedlite")
 _MOST_BESIDE = 4  # builders that hang, before nobody tries any longer
-_LEAST_BYTES = 16 << 20  # of room, for the object files and what compilers put aside meanwhile
+LEAST_BYTES = 16 << 20  # of room, for the object files and what compilers put aside meanwhile
 
 
 def built(spec: OpSpec) -> Path:
@@ -195,8 +195,8 @@ def _compile(spec: OpSpec, toolchain: Toolchain, library: Path) -> None:
     _logger.info("compiling %s, once for this machine", spec.name)
     for left in folder.glob(f"{library.stem}.*.tmp"):  # by builds that were killed: this one holds the lock
         shutil.rmtree(left, ignore_errors=True)
-    if (free_bytes := shutil.disk_usage(folder).free) < _LEAST_BYTES:
-        told = f"{size_text(free_bytes)} free in {folder}, and compiling {spec.name} takes {size_text(_LEAST_BYTES)}"
+    if (free_bytes := shutil.disk_usage(folder).free) < LEAST_BYTES:
+        told = f"{size_text(free_bytes)} free in {folder}, and compiling {spec.name} takes {size_text(LEAST_BYTES)}"
         raise OpBuildError(told, f"make room there, or {CHOOSE}")
     # A name of its own: compilers that outlived a killed build may still write into that one's.
     scratch = Path(tempfile.mkdtemp(".tmp", f"{library.stem}.", folder))

@@ -63,17 +63,9 @@ class Toolchain:
             OpBuildError: one of them is not there.
         """
         torch = find_torch()
-        named = os.environ.get("CXX", "").strip()
-        wrapper, program, options = _cxx(named)
-        found = next(filter(None, map(shutil.which, [program] if named else ["c++", "g++", "clang++"])), None)
-        if found is None:
-            where = f"CXX={named} is not a program" if named else "there is no c++, g++ or clang++ on PATH"
-            raise OpBuildError(where, "install a C++17 compiler (Debian: apt-get install g++) or set CXX")
-        if missing := [word for word in wrapper if "=" not in word and not shutil.which(word)]:
-            raise OpBuildError(f"CXX={named}: {missing[0]} is not a program", "install it or correct CXX")
+        wrapper, compiler, options = find_cxx()
         gpu = find_gpu_compiler(torch) if spec.gpu and torch.accelerator != "cpu" else None
-        # The compiler's name as it is: clang++ and ccache go by it.
-        return cls(Path(found), torch, gpu, wrapper, options)
+        return cls(compiler, torch, gpu, wrapper, options)
 
     @property
     def cxx(self) -> list[str]:
@@ -88,11 +80,7 @@ class Toolchain:
         """
         if self.gpu:
             self.gpu.check()
-        if said := _refusal(tuple(self.cxx)):
-            raise OpBuildError(
-                f"{shlex.join(self.cxx)} does not compile what ops are made of: {said}",
-                "install a newer C++17 compiler (GCC 9 or newer, clang 10 or newer) and set CXX to it",
-            )
+        check_cxx(self.cxx)
 
     def identity(self) -> str:
         """What changes when a compiler or torch does, found without running them."""
@@ -129,8 +117,38 @@ class Toolchain:
         return [*self.cxx, "-shared", "-pthread", "-s", *files, "-o", str(library)]
 
 
-def _cxx(named: str) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
-    """What `$CXX` says: what is called before the compiler, the compiler, its options."""
+def find_cxx() -> tuple[tuple[str, ...], Path, tuple[str, ...]]:
+    """What is called before the C++ compiler, the compiler, and its options, by `$CXX` or PATH.
+
+    Raises:
+        OpBuildError: there is none.
+    """
+    named = os.environ.get("CXX", "").strip()
+    wrapper, program, options = _parts(named)
+    found = next(filter(None, map(shutil.which, [program] if named else ["c++", "g++", "clang++"])), None)
+    if found is None:
+        where = f"CXX={named} is not a program" if named else "there is no c++, g++ or clang++ on PATH"
+        raise OpBuildError(where, "install a C++17 compiler (Debian: apt-get install g++) or set CXX")
+    if missing := [word for word in wrapper if "=" not in word and not shutil.which(word)]:
+        raise OpBuildError(f"CXX={named}: {missing[0]} is not a program", "install it or correct CXX")
+    return wrapper, Path(found), options  # the compiler's name as it is: clang++ and ccache go by it
+
+
+def check_cxx(cxx: Sequence[str]) -> None:
+    """Have a compiler read a few lines with the flags that ops are compiled with; once in a process.
+
+    Raises:
+        OpBuildError: it is too old for them, or does not run.
+    """
+    if said := _refusal(tuple(cxx)):
+        raise OpBuildError(
+            f"{shlex.join(cxx)} does not compile what ops are made of: {said}",
+            "install a newer C++17 compiler (GCC 9 or newer, clang 10 or newer) and set CXX to it",
+        )
+
+
+def _parts(named: str) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
+    """What `$CXX` has before the compiler, the compiler, and what it has behind it."""
     if shutil.which(named):  # a path may have blanks
         return (), named, ()
     try:
