@@ -133,8 +133,9 @@ def inference_all_reduce(
     async_op: bool = False,
     **logging: Unpack[_Logging],
 ) -> Any:
-    """The same as `all_reduce`."""
-    return all_reduce(tensor, op, group, async_op, **logging)
+    """The same as `all_reduce`; returns the tensor, or a handle with `async_op`."""
+    work = all_reduce(tensor, op, group, async_op, **logging)
+    return work if async_op else tensor
 
 
 @_collective("tensors")

@@ -1,12 +1,18 @@
 """Reading and writing what training keeps of a parameter: its fp32 values, its gradient, its optimizer states.
 
 The names and signatures are DeepSpeed's. `full` functions speak of whole tensors of the parameter's shape, `local` ones
-of this rank's fragment: the 1-D piece of the flattened parameter that this rank's optimizer updates, empty where it
-updates none of it. At stage 0 the fragment is everything.
+of this rank's part, flattened. At stage 3 that is DeepSpeed's: the ranks' parts are equal, and the last ones are padded
+with zeros. At stages 1 and 2, where DeepSpeed has none, it is the fragment that this rank's optimizer updates, empty
+where it updates none of the parameter; at stage 0 everything.
+
+[Note: parts of stage 3] A rank's optimizer updates other elements here than the rank's part has, since flat buffers of
+many parameters are cut, and not each parameter. So at stage 3 the local functions are collective too: each rank sends
+what the parts of others have of its fragment, and nothing twice. In DeepSpeed they are not, and one that is called on a
+single rank waits here for the others.
 
 - What is read is a copy, in fp32 (fp64 for fp64 parameters). Of a frozen parameter None is read.
 - Full readers are collective at stages 1 to 3: every rank of the group calls them, and each gets the whole tensor. Full
-  writers are given the same tensor on every rank. Only `safe_set_local_fp32_param` is a collective writer, at times.
+  writers are given the same tensor on every rank. Below stage 3 `safe_set_local_fp32_param` is the only such writer.
 - A gradient is there between the backward pass and the step: the average over the ranks, without the loss scale, as
   `param.grad` would be, with zeros where no gradient came. Before the pass that averages (stages 0 and 1 average at the
   end of an accumulation window, 2 and 3 in every pass) the full functions speak of what this rank has accumulated.
@@ -25,6 +31,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TypeVar
 
 import torch
+import torch.distributed as dist
 
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
 from deepspeedlite.zero.flat_params import ParamState, full_shape
@@ -72,6 +79,8 @@ class _Place:
         self.in_slot, self.in_shard = unit.grads.own_part(self.slot)
         start, stop = self.slot.start + self.in_slot.start, self.slot.start + self.in_slot.stop
         self.numel, self._stepper = stop - start, stepper
+        self.is_cut_alone = self.is_split and hasattr(param, "ds_id")  # at stage 3: see [Note: parts of stage 3]
+        self.part_numel = -(-self.slot.numel // unit.flat.group.size) if self.is_cut_alone else self.numel
         self._runs = [
             (run, values, master, store)
             for (run, values, _), master, store in zip(unit.runs(), unit.masters, unit.run_stores)
@@ -141,6 +150,39 @@ class _Place:
             self.unit.flat.group.all_reduce(whole.view(torch.int64 if self.dtype is torch.float64 else torch.int32))
         return whole.view(self.slot.shape)
 
+    def part_of(self, fragment: torch.Tensor) -> torch.Tensor:
+        """This rank's part, from all ranks' fragments. Collective at stage 3."""
+        if not self.is_cut_alone:
+            return fragment
+        part = torch.zeros(self.part_numel, dtype=self.dtype, device=self.unit.flat.device)
+        sent, received = self._shared()
+        self._exchange(part[: sum(received)], fragment.to(self.dtype).contiguous(), received, sent)
+        return part
+
+    def fragment_of(self, part: torch.Tensor) -> torch.Tensor:
+        """This rank's fragment, from all ranks' parts. Collective at stage 3."""
+        if not self.is_cut_alone:
+            return part
+        fragment = torch.empty(self.numel, dtype=self.dtype, device=self.unit.flat.device)
+        received, sent = self._shared()
+        self._exchange(fragment, part[: sum(sent)], received, sent)
+        return fragment
+
+    def _shared(self) -> tuple[list[int], list[int]]:
+        """Elements of this rank's fragment in each rank's part, and of this rank's part in each rank's fragment.
+
+        Fragments and parts both lie in the order of the ranks, so that what is exchanged is in order too.
+        """
+        ranks = range(self.unit.flat.group.size)
+        parts = [(rank * self.part_numel, min((rank + 1) * self.part_numel, self.slot.numel)) for rank in ranks]
+        shards = [self.unit.layout.shard(rank) for rank in ranks]
+        fragments = [(first - self.slot.start, last - self.slot.start) for first, last in shards]
+        mine, own = self.unit.flat.group.rank, (self.in_slot.start, self.in_slot.stop)
+        return [_common(own, part) for part in parts], [_common(parts[mine], other) for other in fragments]
+
+    def _exchange(self, into: torch.Tensor, out_of: torch.Tensor, received: list[int], sent: list[int]) -> None:
+        dist.all_to_all_single(into, out_of, received, sent, group=self.unit.flat.group.process_group)
+
     def checked(self, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """A value that is to be written, flat and precise."""
         if not isinstance(value, torch.Tensor) or value.shape != torch.Size(shape):
@@ -163,6 +205,11 @@ class _Place:
         if self.unit.flat.state is ParamState.UNSHARDED:
             everything = self.join(fragment).flatten() if whole is None else whole
             self.unit.flat.values[self.slot.start : self.slot.stop] = everything
+
+
+def _common(one: tuple[int, int], other: tuple[int, int]) -> int:
+    """How many elements two ranges share."""
+    return max(0, min(one[1], other[1]) - max(one[0], other[0]))
 
 
 def _readable(param: torch.Tensor) -> _Place | None:
@@ -267,63 +314,59 @@ def safe_set_full_optimizer_state(param: torch.Tensor, value: torch.Tensor, opti
         place.existing(place.state(optim_state_key), _NO_STATE).write(whole[place.in_slot])
 
 
-# --- this rank's fragments --------------------------------------------------------------------------------------------
+# --- this rank's parts -----------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def safe_get_local_fp32_param(param: torch.Tensor) -> torch.Tensor | None:
-    """The fragment of what `safe_get_full_fp32_param` reads."""
-    return _read(param, lambda place: place.master.read())
+    """This rank's part of what `safe_get_full_fp32_param` reads."""
+    return _read(param, lambda place: place.part_of(place.master.read()))
 
 
 @torch.no_grad()
 def safe_set_local_fp32_param(param: torch.Tensor, value: torch.Tensor) -> None:
-    """Write the fragment.
-
-    Collective where the model's values are whole, which then stay equal on all ranks: at stages 1 and 2, for small
-    parameters at stage 3, and inside GatheredParameters.
-    """
+    """Write this rank's part. Collective at stages 1 to 3: the model's values stay equal on all ranks."""
     place = _writable(param)
-    fragment = place.checked(value, (place.numel,))
+    fragment = place.fragment_of(place.checked(value, (place.part_numel,)))
     with place.inside(write=True):
         place.store(fragment, None)
 
 
 @torch.no_grad()
 def safe_get_local_grad(param: torch.Tensor) -> torch.Tensor | None:
-    """The fragment of the averaged gradient, or None where it is not averaged at this time."""
+    """This rank's part of the averaged gradient, or None where it is not averaged at this time."""
     place = _readable(param)
     grad = None if place is None else place.local_grad()
-    return None if place is None or grad is None else grad.to(place.dtype) / place.loss_scale
+    return None if place is None or grad is None else place.part_of(grad.to(place.dtype) / place.loss_scale)
 
 
 @torch.no_grad()
 def safe_set_local_grad(param: torch.Tensor, value: torch.Tensor) -> None:
-    """Write the fragment of the averaged gradient."""
+    """Write this rank's part of the averaged gradient."""
     place = _writable(param)
-    fragment = place.checked(value, (place.numel,)) * place.loss_scale
+    fragment = place.fragment_of(place.checked(value, (place.part_numel,))) * place.loss_scale
     place.existing(place.local_grad(), _NO_GRAD).copy_(fragment)
     place.unit.grads.forget_norm()
 
 
 @torch.no_grad()
 def safe_get_local_optimizer_state(param: torch.Tensor, optim_state_key: str) -> torch.Tensor | None:
-    """The fragment of an optimizer state; None before the first step, but empty where there is no fragment."""
+    """This rank's part of an optimizer state; None before the first step (below stage 3 empty, where it has none)."""
 
-    def fragment(place: _Place) -> torch.Tensor | None:
-        state = place.state(optim_state_key)
-        return None if state is None else state.read().to(place.dtype)
+    def part(place: _Place) -> torch.Tensor | None:
+        state = place.state(optim_state_key, collective=place.is_cut_alone)
+        return None if state is None else place.part_of(state.read().to(place.dtype))
 
-    return _read(param, fragment)
+    return _read(param, part)
 
 
 @torch.no_grad()
 def safe_set_local_optimizer_state(param: torch.Tensor, value: torch.Tensor, optim_state_key: str) -> None:
-    """Write the fragment of an optimizer state."""
+    """Write this rank's part of an optimizer state."""
     place = _writable(param)
-    fragment = place.checked(value, (place.numel,))
+    fragment = place.fragment_of(place.checked(value, (place.part_numel,)))
     with place.inside(write=True):
-        place.existing(place.state(optim_state_key), _NO_STATE).write(fragment)
+        place.existing(place.state(optim_state_key, collective=place.is_cut_alone), _NO_STATE).write(fragment)
 
 
 _NO_GRAD = "averaged gradient to write to: there is one between the backward pass and the step"

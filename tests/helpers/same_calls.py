@@ -152,6 +152,12 @@ get_global_grad_norm log_level
 """
 
 
+def part(param: Any, local: torch.Tensor) -> Any:
+    """The part of a parameter that this rank has, and its size with the padding, in which DeepSpeed has anything."""
+    here = min(local.numel(), max(0, param.ds_numel - int(os.environ["RANK"]) * local.numel()))
+    return [list(local.shape), plain(local[:here])]
+
+
 def trained(stage: int, dtype: str = "fp32") -> dict[str, Any]:
     engine = engine_of(stage, dtype)
     found: dict[str, Any] = {"new": each(engine, GETTERS)}
@@ -164,7 +170,10 @@ def trained(stage: int, dtype: str = "fp32") -> dict[str, Any]:
 
     found["before"] = {name: each(utils, full, param) for name, param in params.items()}
     if stage == 3:
-        found["local grads"] = {name: each(utils, "safe_get_local_grad", param) for name, param in params.items()}
+        found["local grads"] = {name: part(param, utils.safe_get_local_grad(param)) for name, param in params.items()}
+        for param in params.values():
+            utils.safe_set_local_grad(param, utils.safe_get_local_grad(param) * 2)
+        found["doubled"] = {name: each(utils, "safe_get_full_grad", param) for name, param in params.items()}
     found["step"] = outcome(engine.step)
     found["after"] = {
         name: {
@@ -177,9 +186,12 @@ def trained(stage: int, dtype: str = "fp32") -> dict[str, Any]:
     if stage == 3:
         for name, param in params.items():
             local = utils.safe_get_local_fp32_param(param)
-            found[f"local {name}"] = [plain(local), plain(utils.safe_get_local_optimizer_state(param, "exp_avg"))]
+            found[f"local {name}"] = [
+                part(param, local),
+                part(param, utils.safe_get_local_optimizer_state(param, "exp_avg")),
+            ]
             found[f"set {name}"] = outcome(lambda p=param, v=local: utils.safe_set_local_fp32_param(p, v + 1))  # type: ignore[misc]
-            found[f"is {name}"] = plain(utils.safe_get_local_fp32_param(param))
+            found[f"is {name}"] = part(param, utils.safe_get_local_fp32_param(param))
             found[f"state {name}"] = outcome(
                 lambda p=param, v=local: utils.safe_set_local_optimizer_state(p, v * 0 + 2, "exp_avg")  # type: ignore[misc]
             )
@@ -463,6 +475,129 @@ def groups() -> Any:
         "_get_broadcast_src_rank",
     ]
     return each(groups, " ".join(name for name in known if name in [*names, "_get_broadcast_src_rank"]))
+
+
+# --- collectives ------------------------------------------------------------------------------------------------------
+
+
+def numbers(count: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Others on each rank."""
+    return (torch.arange(count) + 10 * int(os.environ["RANK"])).to(dtype)
+
+
+@case
+def collectives() -> Any:
+    """In place, by the name of the op, at once and by a handle; what is returned, and what then is where."""
+    from deepspeed import comm
+
+    world, rank = comm.get_world_size(), comm.get_rank()
+    found: dict[str, Any] = {}
+
+    def call(name: str, function: Callable[..., Any], seen: Any, *arguments: Any, **options: Any) -> None:
+        """What the function returned and left in `seen`; a handle, after it was waited for."""
+        try:
+            returned = function(*arguments, **options)
+            handle = hasattr(returned, "wait")
+            if handle:
+                returned.wait()
+            found[name] = ["a handle" if handle else plain(returned), plain(seen)]
+        except Exception as error:
+            found[name] = raised(error)
+
+    for op in ("SUM", "AVG", "MAX", "MIN", "PRODUCT"):
+        value = numbers(3)
+        call(f"all_reduce {op}", comm.all_reduce, value, value, getattr(comm.ReduceOp, op))
+        value = numbers(3)
+        call(f"reduce {op}", comm.reduce, value if rank == 0 else None, value, 0, getattr(comm.ReduceOp, op))
+        out = torch.zeros(2)
+        call(
+            f"reduce_scatter {op}",
+            comm.reduce_scatter,
+            out,
+            out,
+            list(numbers(2 * world).split(2)),
+            getattr(comm.ReduceOp, op),
+        )
+        for name in ("reduce_scatter_tensor", "reduce_scatter_fn"):
+            out = torch.zeros(2)
+            call(f"{name} {op}", getattr(comm, name), out, out, numbers(2 * world), getattr(comm.ReduceOp, op))
+    if world == 1:  # DeepSpeed 0.19.8's own for CPUs ends the process by a wrong address where there are two
+        value = numbers(3)
+        call("inference_all_reduce", comm.inference_all_reduce, value, value)
+    for dtype in (torch.int64, torch.bfloat16, torch.float64, torch.uint8, torch.bool):
+        value = numbers(3).to(dtype)
+        call(f"all_reduce {dtype}", comm.all_reduce, value, value)
+        value = numbers(3).to(dtype)
+        call(f"broadcast {dtype}", comm.broadcast, value, value, world - 1)
+    for by_handle in (False, True):
+        also = {"async_op": by_handle}
+        label = " by handle" if by_handle else ""
+        value = numbers(3)
+        call(f"all_reduce{label}", comm.all_reduce, value, value, **also)
+        value = numbers(3)
+        call(f"broadcast{label}", comm.broadcast, value, value, 0, **also)
+        outs = [torch.zeros(2) for _ in range(world)]
+        call(f"all_gather{label}", comm.all_gather, outs, outs, numbers(2), **also)
+        for name in ("all_gather_into_tensor", "allgather_fn"):
+            out = torch.zeros(2 * world)
+            call(f"{name}{label}", getattr(comm, name), out, out, numbers(2), **also)
+        out = torch.zeros(2 * world)
+        call(f"all_to_all_single{label}", comm.all_to_all_single, out, out, numbers(2 * world), **also)
+        outs = [torch.zeros(2) for _ in range(world)]
+        call(f"reduce_scatter{label}", comm.reduce_scatter, outs[0], outs[0], list(numbers(2 * world).split(2)), **also)
+        outs = [torch.zeros(2) for _ in range(world)] if rank == 0 else None
+        call(f"gather{label}", comm.gather, outs, numbers(2), outs, 0, **also)
+        out = torch.zeros(2)
+        parts = list(numbers(2 * world).split(2)) if rank == 0 else None
+        call(f"scatter{label}", comm.scatter, out, out, parts, 0, **also)
+        values = [numbers(2), numbers(3)]
+        call(f"all_reduce_coalesced{label}", comm.all_reduce_coalesced, values, values, **also)
+    outs = [torch.zeros(2) for _ in range(world)]
+    if world > 1:  # gloo has none: DeepSpeed's raises on all ranks alike
+        call("all_to_all", comm.all_to_all, outs, outs, list(numbers(2 * world).split(2)))
+        cut = [1, 3] if rank == 0 else [2, 2]
+        out = torch.zeros(3 if rank == 0 else 5)
+        call("all_to_all_single cut", comm.all_to_all_single, out, out, numbers(4), [[1, 2], [3, 2]][rank], cut)
+        value, other = numbers(2), 1 - rank
+        call("send" if rank == 0 else "recv", comm.send if rank == 0 else comm.recv, value, value, other)
+        value = numbers(2)
+        call("back", comm.recv if rank == 0 else comm.send, value, value, other)
+        value = numbers(2)
+        call("isend", comm.isend if rank == 0 else comm.irecv, value, value, other)
+        value, here = numbers(2), numbers(2) + 100
+        ops = [comm.P2POp(comm.isend, here, other), comm.P2POp(comm.irecv, value, other)]
+        call("batch", lambda: [handle.wait() for handle in comm.batch_isend_irecv(ops)] and None, value)
+    objects = [{"rank": rank}, rank] if rank == 0 else [None, None]
+    call("broadcast_object_list", comm.broadcast_object_list, objects, objects, 0)
+    objects = [None] * world
+    call("all_gather_object", comm.all_gather_object, objects, objects, {"rank": rank})
+    call("barrier", comm.barrier, None)
+    call("monitored_barrier", comm.monitored_barrier, None)
+    alone, group = comm.new_group([rank_ := 0]), comm.new_group(list(range(world)))
+    if rank == rank_:
+        value = numbers(2)
+        call("in a group", comm.all_reduce, value, value, group=alone)
+    value = numbers(2)
+    call("in another", comm.all_reduce, value, value, group=group)
+    found["groups"] = {
+        "sizes": [outcome(lambda: comm.get_world_size(group)), outcome(lambda: comm.get_world_size())],
+        "ranks": [outcome(lambda: comm.get_rank(group)), outcome(lambda: comm.get_rank())],
+        "global": outcome(lambda: comm.get_global_rank(group, world - 1)),
+        "global of none": outcome(lambda: comm.get_global_rank()),
+        "all": outcome(lambda: comm.get_all_ranks_from_group(group)),
+        "all of none": outcome(lambda: comm.get_all_ranks_from_group()),
+        "world": outcome(lambda: comm.get_world_group() is torch.distributed.group.WORLD),
+        "local": outcome(comm.get_local_rank),
+        "initialized": [outcome(comm.is_initialized), outcome(comm.is_available)],
+        "mesh": outcome(lambda: list(comm.initialize_mesh_device((world, 1), ("a", "b")).mesh_dim_names)),
+        **each(
+            comm, "has_all_gather_into_tensor has_reduce_scatter_tensor has_all_reduce_coalesced has_coalescing_manager"
+        ),
+    }
+    # The last one: DeepSpeed's leaves torch's groups unusable on gloo, which cannot do it.
+    pairs = [torch.zeros(2 * world), torch.zeros(world)]
+    call("all_gather_coalesced", comm.all_gather_coalesced, pairs, pairs, [numbers(2), numbers(1)])
+    return found
 
 
 # --- the accelerator --------------------------------------------------------------------------------------------------

@@ -48,7 +48,7 @@ _LOCAL = at(
     "utils",
     "safe_get_local_fp32_param safe_get_local_grad safe_get_local_optimizer_state safe_set_local_fp32_param "
     "safe_set_local_grad safe_set_local_optimizer_state",
-    "of the piece of a parameter that this rank steps, at any stage; DeepSpeed cuts each into equal, padded pieces",
+    "called by every rank at stage 3, since parts are sent; at stages 0 to 2 too, where DeepSpeed asserts",
 )
 _LEAVES = "set_z3_leaf_modules unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module set_z3_leaf_module"
 _LEAVES_BY_NAME = at("compat.leaf_modules", "set_z3_leaf_modules_by_name set_z3_leaf_modules_by_suffix")
