@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 _OWN = ("config", "errors")
 _LAZY = {"add_tuning_arguments": "compat.tuning_arguments"}
 
+for _name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
+    plugins.add("schedule", _name.lower(), f"deepspeedlite.schedules:{_name}")
 plugins.add("saver", "deepspeed", "deepspeedlite.checkpoint.formats.deepspeed.saver:DeepSpeedSaver")
 plugins.add("transport", "gloo", "deepspeedlite.transports.gloo:GlooTransport")
 serve()  # DeepSpeed's module paths, such as deepspeedlite.runtime.lr_schedules: see drop_in

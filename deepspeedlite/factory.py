@@ -26,9 +26,9 @@ from deepspeedlite.metrics.train_log import TrainLog
 from deepspeedlite.offload.options import make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.whole_tensors import WholeTensors
-from deepspeedlite.optim.lr_schedules import build_scheduler
 from deepspeedlite.optim.precision import LossScaler, Precision
 from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
+from deepspeedlite.optim.schedules import build_scheduler
 from deepspeedlite.optim.step import StepSettings
 from deepspeedlite.parallel.replica import Replica, Tie
 from deepspeedlite.runtime.device import pick_device

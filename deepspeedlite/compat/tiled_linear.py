@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from deepspeedlite.parallel.pipe.partition import partition_uniform
 from deepspeedlite.runtime.errors import EngineStateError
+from deepspeedlite.sharded_params.gathered import GatheredParameters
 from deepspeedlite.zero.flat_params import owner_of
-from deepspeedlite.zero.gathered import GatheredParameters
 
 
 class TiledLinear(nn.Module):

@@ -6,8 +6,8 @@ import argparse
 from typing import Any
 
 from deepspeedlite.config.recipes import accepted_parameters
-from deepspeedlite.optim.lr_schedules import SCHEDULES, VALID_LR_SCHEDULES
 from deepspeedlite.runtime.text import IN_BRACKETS, did_you_mean
+from deepspeedlite.schedules import SCHEDULES, VALID_LR_SCHEDULES
 
 # --lr_range_test_min_lr and so on: the name, its default on the command line, what it is.
 _TUNING_ARGUMENTS: tuple[tuple[str, Any, str], ...] = (

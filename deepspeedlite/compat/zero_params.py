@@ -19,8 +19,9 @@ import torch.distributed as dist
 from deepspeedlite.comm import Group
 from deepspeedlite.compat.zero import ZeroParamType
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero import init, prefetch
-from deepspeedlite.zero.building import reshard_active
+from deepspeedlite.sharded_params import init
+from deepspeedlite.sharded_params.building import reshard_active
+from deepspeedlite.zero import prefetch
 from deepspeedlite.zero.flat_params import FlatParams, describe_as_whole, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 

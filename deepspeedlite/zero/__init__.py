@@ -1,8 +1,8 @@
 """The one ZeRO: what is sharded, how it lies in flat buffers, when it is moved, and what users call.
 
 Read `plan`, `layout`, `flat_params`, `grad_buffer`, `arrivals`, `unit`, `prefetch`, `grad_reducer`, in this order; the
-last has a note on the way of a gradient. `wrap` is policy, and `init` is what users call, as a subclass of compat's.
-Names are imported on first use.
+last has a note on the way of a gradient. `wrap` is policy. What users call at this path, `zero.Init` and
+`zero.GatheredParameters`, is in rooms above. Names are imported on first use.
 """
 
 from __future__ import annotations
@@ -10,11 +10,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-_LAZY = {
-    "GatheredParameters": "gathered",
-    "unwrap_model_for_generation": "gathered",
-    "ZeroParamStatus": "flat_params",
-}
+_LAZY = {"ZeroParamStatus": "flat_params"}
 
 __all__ = list(_LAZY)
 

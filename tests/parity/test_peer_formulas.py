@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from deepspeedlite.optim import lr_schedules
+from deepspeedlite import schedules
 from deepspeedlite.optim.precision import LossScaler
 
 pytestmark = [
@@ -165,7 +165,7 @@ def test_schedules():
     theirs = ask_peer(schedules=cases)["schedules"]
     unlike = []
     for case, sequence in zip(cases, theirs):
-        ours = scope.follow(lr_schedules, case)
+        ours = scope.follow(schedules, case)
         for step, (mine, other) in enumerate(zip(ours, sequence)):
             if case["type"] == "OneCycle" and step == 0:
                 mine, other = mine[:1], other[:1]  # whose momentum before the first step is not the formula's

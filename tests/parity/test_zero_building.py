@@ -16,7 +16,8 @@ from torch.nn.utils import parametrizations
 
 import deepspeedlite
 from deepspeedlite.runtime.errors import UnsupportedError
-from deepspeedlite.zero import GatheredParameters, Init, building
+from deepspeedlite.sharded_params import building
+from deepspeedlite.zero import GatheredParameters, Init
 
 
 class Block(nn.Module):

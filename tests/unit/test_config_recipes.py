@@ -13,9 +13,11 @@ from harness import distributed
 from test_config import only_fault
 
 import deepspeedlite
+from deepspeedlite import schedules as ours
 from deepspeedlite.config import ConfigError, load_config, recipes
 from deepspeedlite.config.load import examine
-from deepspeedlite.optim import lr_schedules, registry
+from deepspeedlite.optim import registry
+from deepspeedlite.optim import schedules as by_name
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 REFUSED = [
@@ -90,7 +92,7 @@ def build(source):
     if "optimizer" in source:
         made = registry.build_optimizer(source["optimizer"]["type"], source["optimizer"].get("params"), [weight])
     if "scheduler" in source:
-        lr_schedules.build_scheduler(source["scheduler"]["type"], source["scheduler"].get("params"), made)
+        by_name.build_scheduler(source["scheduler"]["type"], source["scheduler"].get("params"), made)
 
 
 @pytest.mark.parametrize(("source", "said"), REFUSED, ids=[said for _, said in REFUSED])
@@ -126,14 +128,14 @@ def test_the_tables_are_torchs():
     torchs, schedules = recipes.signatures("torch.optim"), recipes.signatures("torch.optim.lr_scheduler")
     for name, cls in registry._TORCH_CLASSES.items():
         assert recipes.accepted_parameters(cls, 1) == torchs[cls.__name__], name
-    for name, cls in lr_schedules._TORCH_SCHEDULES.items():
-        assert recipes.accepted_parameters(cls, 1) == schedules[name], name
+    for cls in by_name._TORCH_SCHEDULES.values():
+        assert recipes.accepted_parameters(cls, 1) == schedules[cls.__name__], cls
     assert len(torchs) == len(registry._TORCH_CLASSES)
-    assert len(schedules) == len(lr_schedules._TORCH_SCHEDULES)
+    assert len(schedules) == len(by_name._TORCH_SCHEDULES)
 
 
 def test_the_tables_are_ours():
-    for name, cls in lr_schedules.SCHEDULES.items():
+    for name, cls in ours.SCHEDULES.items():
         assert recipes.accepted_parameters(cls, 1) == recipes.signatures("schedules")[name], name
     table = recipes.signatures("deepspeedlite")
     for name, known in recipes.OPTIMIZERS.items():

@@ -11,10 +11,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from deepspeedlite import schedules
 from deepspeedlite.compat import tuning_arguments
-from deepspeedlite.optim import lr_schedules as schedules
-from deepspeedlite.optim.lr_schedules import OneCycle, WarmupCosineLR, WarmupLR, build_scheduler
+from deepspeedlite.optim.schedules import _TORCH_SCHEDULES, build_scheduler
 from deepspeedlite.runtime.errors import OptimizerError
+from deepspeedlite.schedules import OneCycle, WarmupCosineLR, WarmupLR
 
 
 def make_optimizer(cls=torch.optim.AdamW, lrs=(0.3, 0.07)) -> torch.optim.Optimizer:
@@ -216,7 +217,7 @@ def test_tensor_rates_are_filled_in_place_and_wrappers_opened():
 def test_torch_schedules_by_name():
     scheduler = build_scheduler("StepLR", {"step_size": 2, "gamma": 0.5}, make_optimizer(torch.optim.SGD, (1.0,)))
     assert isinstance(scheduler, torch.optim.lr_scheduler.StepLR)
-    assert "ReduceLROnPlateau" in schedules._TORCH_SCHEDULES
+    assert "reducelronplateau" in _TORCH_SCHEDULES
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 10_425  # the goal is 8,500
+MAX_CORE_LINES = 9_643  # the goal is 8,500
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES: set[tuple[str, ...]] = set()
@@ -38,6 +38,7 @@ LAYERS = dict(
             ["offload"],
             ["zero"],
             ["optim"],
+            ["sharded_params", "schedules"],
             ["data", "metrics", "activation_checkpointing"],
             ["checkpoint"],
             ["passes", "engine", "factory"],
@@ -60,7 +61,7 @@ WIDE_SIGNATURES = {
     "lamb.py:__init__",
     "adam.py:__init__",
     "init.py:__init__",
-    "lr_schedules.py:__init__",
+    "schedules.py:__init__",  # OneCycle
     "flops.py:get_model_profile",
 }
 MAX_FILE_LINES, MAX_FUNCTION_LINES, MAX_PARAMETERS = 600, 60, 8

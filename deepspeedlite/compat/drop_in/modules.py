@@ -195,7 +195,7 @@ MODULES: Mapping[str, Names] = {
     "runtime.dataloader": at("data.loader", "RepeatingLoader")
     | at("data.loader", "DeepSpeedDataLoader", "made by build_dataloader; its position can be saved"),
     "runtime.lr_schedules": at(
-        "optim.lr_schedules",
+        "schedules",
         "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES",
     )
     | at("compat.tuning_arguments", "add_tuning_arguments get_config_from_args")
@@ -261,14 +261,16 @@ MODULES: Mapping[str, Names] = {
     )
     | at("parallel.pipe.topology", "PipelineParallelGrid", "takes a topology; its groups are those of all ranks"),
     # --- ZeRO ---------------------------------------------------------------------------------------------------------
-    "runtime.zero": at("zero", "GatheredParameters ZeroParamStatus")
+    "runtime.zero": at("sharded_params.gathered", "GatheredParameters")
+    | at("zero", "ZeroParamStatus")
     | at("compat.zero_params", "Init", _INIT)
     | at("compat.zero_params", "register_external_parameter", _EXTERNAL)
-    | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
+    | at("sharded_params.gathered", "unwrap_model_for_generation", "takes an engine or a module")
     | at("compat.zero", "ZeroParamType")
     | _TILED
     | no(INTERNAL, "DeepSpeedZeRoOffload DeepSpeedTensorOverride"),
-    "runtime.zero.partition_parameters": at("zero", "GatheredParameters ZeroParamStatus")
+    "runtime.zero.partition_parameters": at("sharded_params.gathered", "GatheredParameters")
+    | at("zero", "ZeroParamStatus")
     | at("compat.zero_params", "Init", _INIT)
     | at("compat.zero_params", "register_external_parameter unregister_external_parameter", _EXTERNAL)
     | at("compat.zero", "ZeroParamType")
@@ -299,7 +301,7 @@ MODULES: Mapping[str, Names] = {
     "runtime.zero.utils": at("compat.zero", "is_zero_param ZeRORuntimeException")
     | no("optim.registry.check_flat_compatible says why an optimizer cannot be sharded", "is_zero_supported_optimizer"),
     "runtime.zero.stage3": at("compat.optimizers", "DeepSpeedZeroOptimizer_Stage3", _ONE_OPTIMIZER)
-    | at("zero", "unwrap_model_for_generation", "takes an engine or a module")
+    | at("sharded_params.gathered", "unwrap_model_for_generation", "takes an engine or a module")
     | at(
         "tools.memory_plan.estimate",
         "estimate_zero3_model_states_mem_needs_all_live estimate_zero3_model_states_mem_needs_all_cold",

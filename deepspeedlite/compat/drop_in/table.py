@@ -36,7 +36,9 @@ MOVED: Mapping[str, Names] = {
     "comm": at("metrics.comms_logger", "CommsLogger comms_logger"),
     "comm.logger": at("metrics.comms_logger", "CommsLogger comms_logger OpStats bus_factor"),
     "engine": at("compat.engine", "DeepSpeedEngine"),
-    "optim.lr_schedules": at("compat.tuning_arguments", "add_tuning_arguments get_config_from_args"),
+    "optim.lr_schedules": at("compat.tuning_arguments", "add_tuning_arguments get_config_from_args")
+    | at("schedules", "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES")
+    | at("optim.schedules", "build_scheduler"),
     "factory": at("compat.initialize", "initialize add_config_arguments"),
 }
 

@@ -26,7 +26,7 @@ from deepspeedlite.config import load_config
 from deepspeedlite.offload.options import make_offload
 from deepspeedlite.offload.placement import Placement
 from deepspeedlite.runtime.device import pick_device
-from deepspeedlite.zero.building import Building, built
+from deepspeedlite.sharded_params.building import Building, built
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.wrap import NamedParameter
 

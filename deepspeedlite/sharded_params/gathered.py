@@ -29,7 +29,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.building import reshard_active
+from deepspeedlite.sharded_params.building import reshard_active
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.prefetch import register_external_parameter
 

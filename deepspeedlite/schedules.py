@@ -1,9 +1,9 @@
-"""Learning-rate schedules with DeepSpeed's names, parameters and formulas.
+"""Learning-rate schedules beside torch's, with DeepSpeed's names, parameters and formulas.
 
 A schedule is a pure function of the step n, counted from 0: `lrs_at(n)` gives one learning rate per parameter group.
 `_Schedule` does the rest: it writes the rates into the optimizer, remembers n and saves it. So a schedule can be
-plotted, resumed or moved to any step without a replay. `build_scheduler` makes one from a configuration's
-`scheduler` section, where any torch.optim.lr_scheduler class may be named too.
+plotted, resumed or moved to any step without a replay. They are plug-ins: the package's root adds each by its name to
+those of torch that a configuration's `scheduler` section may ask for (`optim.schedules`).
 
 The engine calls `step()` after each optimizer step, so step n of training runs with the rate of n - 1, and the
 very first with the one written at construction (n = -1).
@@ -15,11 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from deepspeedlite.config.recipes import schedule_problem, scheduler_faults
-from deepspeedlite.optim.registry import fault_line
+from deepspeedlite.config.recipes import schedule_problem
+from deepspeedlite.optim.schedules import with_param_groups
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.runtime.log import logger
 
@@ -38,7 +37,7 @@ class _Schedule:
         problems = {name: schedule_problem(name, value) for name, value in given.items()}
         if problem := next((f"{name} {said}" for name, said in problems.items() if said), ""):
             raise OptimizerError(problem)
-        self.optimizer = _with_param_groups(optimizer)
+        self.optimizer = with_param_groups(optimizer)
         self.last_batch_iteration = last_batch_iteration
         self._last_lr: list[Any] | None = None
 
@@ -340,34 +339,6 @@ SCHEDULES: dict[str, type[_Schedule]] = {
     cls.__name__: cls for cls in (LRRangeTest, OneCycle, WarmupLR, WarmupDecayLR, WarmupCosineLR)
 }
 VALID_LR_SCHEDULES: list[str] = list(SCHEDULES)
-
-_TORCH_SCHEDULES: dict[str, type] = {
-    name: getattr(torch.optim.lr_scheduler, name) for name in torch.optim.lr_scheduler.__all__ if name != "LRScheduler"
-}
-
-
-def build_scheduler(type: str, params: Mapping[str, Any] | None, optimizer: Any) -> Any:
-    """The schedule called `type` with the section's `params`, applied to `optimizer`.
-
-    `type` is one of `VALID_LR_SCHEDULES` or a torch.optim.lr_scheduler class. Raises `OptimizerError` for an unknown
-    name, for parameters of a wrong name or type, and for required ones left out.
-    """
-    options = dict(params or {})
-    if faults := scheduler_faults(type, options):
-        raise OptimizerError(f"scheduler {type}: " + "\n  ".join(fault_line("scheduler", type, *one) for one in faults))
-    cls = {name.lower(): cls for name, cls in {**_TORCH_SCHEDULES, **SCHEDULES}.items()}[type.lower()]
-    try:
-        return cls(_with_param_groups(optimizer), **options)
-    except (OptimizerError, TypeError, ValueError, AttributeError) as error:
-        raise OptimizerError(f"scheduler {type} cannot be built with scheduler.params {options}: {error}") from error
-
-
-def _with_param_groups(optimizer: Any) -> Any:
-    """The object whose `param_groups` are to be written: an inner torch optimizer first, else the one given."""
-    candidates = [one for one in (optimizer, getattr(optimizer, "optimizer", None)) if hasattr(one, "param_groups")]
-    if not candidates:
-        raise OptimizerError(f"a schedule needs an optimizer with param_groups, got {type(optimizer).__name__}")
-    return next((one for one in candidates if isinstance(one, torch.optim.Optimizer)), candidates[0])
 
 
 def _warmup_fraction(step: int, num_steps: int, kind: str) -> float:
