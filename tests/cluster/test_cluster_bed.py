@@ -12,8 +12,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from cluster import SLURM, Cluster, missing_for_cluster, needs_cluster
+from cluster import SLURM, Cluster, missing_rights, needs_cluster
 from paths import BOOT, HELPERS
+from programs import program
 
 WORKERS = ["worker-1", "worker-2", "worker-3"]
 pytestmark = needs_cluster()
@@ -60,17 +61,16 @@ def test_files_are_copied_by_scp(cluster: Cluster, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "program, command",
+    "command",
     [
-        ("pdsh", ["pdsh", "-R", "ssh", "-N", "-w", "worker-[1-3]", "hostname"]),
-        ("mpirun.openmpi", ["mpirun.openmpi", "--allow-run-as-root", "--hostfile", "{mpi}", "-N", "1", "hostname"]),
-        ("mpirun.mpich", ["mpirun.mpich", "-hosts", ",".join(WORKERS), "-n", "3", "-ppn", "1", "hostname"]),
-        ("mpiexec.hydra", ["mpiexec.hydra", "-launcher", "ssh", "-f", "{plain}", "-n", "3", "-ppn", "1", "hostname"]),
+        ["pdsh", "-R", "ssh", "-N", "-w", "worker-[1-3]", "hostname"],
+        ["mpirun.openmpi", "--allow-run-as-root", "--hostfile", "{mpi}", "-N", "1", "hostname"],
+        ["mpirun.mpich", "-hosts", ",".join(WORKERS), "-n", "3", "-ppn", "1", "hostname"],
+        ["mpiexec.hydra", "-launcher", "ssh", "-f", "{plain}", "-n", "3", "-ppn", "1", "hostname"],
     ],
 )
-def test_launchers_start_a_process_per_host(cluster: Cluster, tmp_path: Path, program: str, command: list[str]) -> None:
-    if reason := missing_for_cluster(program):
-        pytest.skip(reason)
+def test_launchers_start_a_process_per_host(cluster: Cluster, tmp_path: Path, command: list[str]) -> None:
+    program(command[0])
     (tmp_path / "plain").write_text("\n".join([*WORKERS, ""]))
     files = {"mpi": cluster.hostfile(slots=2), "plain": tmp_path / "plain"}
     assert lines(cluster.run("head", [word.format(**files) for word in command])) == WORKERS
@@ -199,16 +199,15 @@ def pid_namespaces() -> set[str]:
 
 
 def test_what_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert missing_for_cluster("no-such-program") == "needs no-such-program (Debian's package no-such-program)"
-    missing = missing_for_cluster.__wrapped__
-    monkeypatch.setattr("cluster._PATH", "/nowhere")
-    assert missing() == "needs ip (Debian's package iproute2)"
     monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    assert missing() == "needs root, to make hosts of network namespaces"
+    assert missing_rights.__wrapped__() == "needs root, to make hosts of network namespaces"
+    monkeypatch.setattr("cluster.missing", lambda *names: f"needs {names[0]}")
+    with pytest.raises(RuntimeError, match="needs ip"), Cluster(WORKERS):
+        pass
 
 
 def test_a_machine_that_forbids_namespaces_is_named() -> None:
-    code = "import sys; sys.path.insert(0, sys.argv[1]); import cluster; print(cluster.missing_for_cluster())"
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import cluster; print(cluster.missing_rights())"
     drop = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
     done = subprocess.run([*drop, sys.executable, "-c", code, HELPERS], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("needs namespaces, which are forbidden here (unshare: Operation not permitted)")

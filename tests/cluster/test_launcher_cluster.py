@@ -19,7 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from cluster import SLURM, Cluster, missing_for_cluster, needs_cluster
+from _pytest.mark import ParameterSet
+from cluster import SLURM, Cluster, needs_cluster
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from paths import ROOT
@@ -570,21 +571,23 @@ def test_a_lost_machine_is_replaced_or_done_without(tmp_path: Path, options: tup
         assert {(int(size), host) for size, host in again} == {(4, "worker-2"), (4, "worker-3")}, out
 
 
+def started(words: str) -> ParameterSet:
+    program = words.split()[0]
+    return pytest.param(program, words, marks=needs_cluster(*(SLURM if program == "srun" else (program,))))
+
+
 @pytest.mark.parametrize(
     ("program", "words"),
     [
-        ("mpirun.openmpi", "mpirun.openmpi --allow-run-as-root --oversubscribe --host worker-1:2,worker-2:2 -n 4"),
-        ("mpirun.mpich", "mpirun.mpich -hosts worker-1,worker-2 -ppn 2 -n 4"),
-        ("srun", "srun -N 2 -n 4 --overcommit --nodelist worker-1,worker-2"),
+        started("mpirun.openmpi --allow-run-as-root --oversubscribe --host worker-1:2,worker-2:2 -n 4"),
+        started("mpirun.mpich -hosts worker-1,worker-2 -ppn 2 -n 4"),
+        started("srun -N 2 -n 4 --overcommit --nodelist worker-1,worker-2"),
         ("torchrun", ""),
     ],
 )
 def test_the_script_starts_without_the_launcher(
     program: str, words: str, request: pytest.FixtureRequest, tmp_path: Path, local_losses: list[float]
 ) -> None:
-    needed = () if program == "torchrun" else SLURM if program == "srun" else (program,)
-    if missing := missing_for_cluster(*needed):
-        pytest.skip(missing)
     cluster = request.getfixturevalue("slurm_cluster" if program == "srun" else "cluster")
     script = write(tmp_path, TRAIN)
     address = cluster.hosts["worker-1"].address

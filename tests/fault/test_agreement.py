@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import distributed
+from programs import needs
 
 import deepspeedlite
 from deepspeedlite.comm import Group
@@ -87,6 +88,7 @@ MAY_DIFFER = {
 }
 
 
+@needs("c++")
 @distributed(world_size=2)
 def test_what_may_differ(tmp_path):
     rank = dist.get_rank()

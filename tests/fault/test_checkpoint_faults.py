@@ -23,6 +23,7 @@ import torch.distributed as dist
 from harness import distributed
 from models import tied_model
 from paths import BOOT, ROOT
+from programs import program
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
 from deepspeedlite.checkpoint import coordination
@@ -198,6 +199,7 @@ def test_an_io_error_in_the_middle_fails_on_every_rank_and_loses_nothing(tmp_pat
 def small_disk(tmp_path):
     folder = tmp_path / "disk"
     folder.mkdir()
+    program("mount")
     if subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=400k", "tmpfs", str(folder)], capture_output=True
     ).returncode:

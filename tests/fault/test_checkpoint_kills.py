@@ -23,6 +23,7 @@ import torch.distributed as dist
 from models import tied_model
 from pairwise import covering
 from paths import BOOT, HELPERS, ROOT
+from programs import program
 from test_checkpoint_elastic import assert_same, config, engine_of, everything, train
 
 from deepspeedlite.checkpoint.reader import Reader
@@ -49,9 +50,9 @@ def in_a_process_of_its_own(call: str, **env: str) -> str:
 
 @pytest.fixture(scope="module")
 def faults(tmp_path_factory) -> str:
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("preloading faults needs Linux and a C++ compiler")
+    compiler = program("c++")
+    if sys.platform != "linux":
+        pytest.skip("preloading faults needs Linux")
     library = tmp_path_factory.mktemp("faults") / "faults.so"
     source = str(HELPERS / "faults.cpp")
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", source, "-o", str(library), "-ldl"]

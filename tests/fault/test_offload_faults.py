@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +14,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from programs import program
 
 pytestmark = pytest.mark.slow  # each starts processes of its own
 
@@ -65,8 +65,9 @@ def run(code: str, *arguments: object, timeout: float = 120, **options) -> subpr
 def small_disk(path: Path, mib: int) -> Iterator[Path]:
     """A file system of its own, which can be filled."""
     path.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("a full disk needs root and mount")
+    program("mount")
+    if os.geteuid() != 0:
+        pytest.skip("a full disk needs root")
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", f"size={mib}m", "tmpfs", str(path)], capture_output=True, text=True
     )

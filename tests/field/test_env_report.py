@@ -6,7 +6,6 @@ import json
 import os
 import re
 import resource
-import shutil
 import socket
 import subprocess
 import sys
@@ -16,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from programs import program
 
 from deepspeedlite.env_report import (
     BAD,
@@ -377,9 +377,7 @@ def test_a_gpu_that_the_wheel_has_no_code_for_is_broken(monkeypatch: pytest.Monk
 @pytest.fixture
 def ssh(tmp_path: Path) -> Iterator[str]:
     """An ssh command that reaches this machine through a real sshd as `one` and `two`; `dead` refuses."""
-    sshd = shutil.which("sshd", path=f"/usr/sbin:{os.environ['PATH']}")
-    if sshd is None or shutil.which("ssh-keygen") is None:
-        pytest.skip("needs sshd and ssh-keygen (openssh-server)")
+    sshd, _, _ = program("sshd"), program("ssh"), program("ssh-keygen")
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", tmp_path / name], check=True)
     with socket.socket() as probe:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
+from programs import find, needs
 
 from deepspeedlite.config import load_config
 from deepspeedlite.ops import load
@@ -17,6 +17,7 @@ from deepspeedlite.tools import io_tune
 SMALL = ["--size", "1M", "--repeats", "1"]
 
 
+@needs("c++")
 def test_tune_tries_every_setting_and_prints_a_section_that_the_configuration_takes(tmp_path, capsys):
     engine = io_tune.engines_here()[0]
     words = ["--block-sizes", "64K", "128k", "--depths", "1", "4", "--engines", engine]
@@ -30,6 +31,7 @@ def test_tune_tries_every_setting_and_prints_a_section_that_the_configuration_ta
     assert not list(tmp_path.iterdir()), "its file is gone"
 
 
+@needs("c++")
 def test_tune_shows_a_table_and_says_how_to_have_another_engine(tmp_path, capsys):
     if len(engines := io_tune.engines_here()) == 1:
         pytest.skip("this kernel has only one engine")
@@ -39,6 +41,7 @@ def test_tune_shows_a_table_and_says_how_to_have_another_engine(tmp_path, capsys
     assert f"export DSL_AIO_ENGINE={engines[-1]}" in told.err
 
 
+@needs("c++")
 def test_bench_runs_in_turns_with_fio(tmp_path, capsys):
     # 3 does not divide the file: it becomes as much longer
     words = ["--block-size", "64K", "--depth", "3", "--engines", "threads"]
@@ -46,12 +49,13 @@ def test_bench_runs_in_turns_with_fio(tmp_path, capsys):
     told = capsys.readouterr()
     rows = [json.loads(line) for line in told.out.splitlines()]
     assert [(row["engine"], row["what"]) for row in rows] == [("threads", "read"), ("threads", "write")]
-    if shutil.which("fio") is None:
+    if find("fio") is None:
         assert all(row["ratio"] is None for row in rows) and "fio is not installed" in told.err
     else:
         assert all(row["ratio"] == row["mb_per_s"] / row["fio_mb_per_s"] for row in rows)
 
 
+@needs("c++")
 def test_bench_without_fio_shows_our_rates_alone(tmp_path, capsys, monkeypatch):
     load("aio_open")  # compiled, if need be, while there is a compiler
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -77,6 +81,7 @@ def test_the_best_is_the_smallest_queue_among_the_fastest():
     assert io_tune.best_of(found, "write") == slow
 
 
+@needs("c++")
 def test_a_disk_that_does_not_keep_what_is_written_is_an_error(tmp_path, monkeypatch, capsys):
     read = aio_handle.sync_pread
 
@@ -92,6 +97,7 @@ def test_a_disk_that_does_not_keep_what_is_written_is_an_error(tmp_path, monkeyp
     assert not list(tmp_path.iterdir())
 
 
+@needs("c++")
 def test_what_cannot_be_measured_is_refused_with_the_reason(tmp_path, capsys):
     assert io_tune.main(["tune", "--path", str(tmp_path / "missing")]) == 1
     assert "missing cannot be written: No such file or directory" in capsys.readouterr().err
@@ -100,7 +106,7 @@ def test_what_cannot_be_measured_is_refused_with_the_reason(tmp_path, capsys):
     for words in (["--size", "3x"], ["--repeats", "0"], ["--engines", "libaio"]):
         with pytest.raises(SystemExit):
             io_tune.main(["tune", *words])
-    if shutil.which("fio"):
+    if find("fio"):
         with pytest.raises(OpError, match="fio failed, called as fio"):
             io_tune.fio_seconds(io_tune.Setting("threads", 4096, 1), "read", str(tmp_path), 4096)
 

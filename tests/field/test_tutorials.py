@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 from paths import ROOT
+from programs import needs
 
 from deepspeedlite.compat.hosts import fetch_hostfile, parse_inclusion_exclusion
 from deepspeedlite.launcher.stand_in import folder as stand_in
@@ -136,6 +137,7 @@ def test_getting_started(tmp_path):
     assert (tmp_path / "saved" / "latest").read_text().strip() == "id7"
 
 
+@needs("ssh")
 def test_hostfiles_and_their_filters(tmp_path):
     """Two machines, and the four ways to leave some of them out."""
     path = tmp_path / "myhostfile"

@@ -19,7 +19,6 @@ import contextlib
 import ctypes
 import functools
 import os
-import shutil
 import signal
 import subprocess
 import tempfile
@@ -31,18 +30,14 @@ from typing import Any
 
 import pytest
 from children import hear_signals
+from programs import find, missing, needs, search_path
 
 _CLONE_FS, _CLONE_NEWNS, _CLONE_NEWUTS, _CLONE_NEWIPC, _CLONE_NEWPID, _CLONE_NEWNET = (
     (0x200, 0x20000, 0x4000000, 0x8000000, 0x20000000, 0x40000000)
 )  # fmt: skip
 _ALL = _CLONE_NEWNS | _CLONE_NEWUTS | _CLONE_NEWIPC | _CLONE_NEWPID | _CLONE_NEWNET
-_PATH = f"{os.environ.get('PATH', '/usr/bin')}:/usr/sbin:/sbin"
-_PACKAGE_OF = {
-    "ip": "iproute2", "bridge": "iproute2", "ssh": "openssh-client", "ssh-keygen": "openssh-client",
-    "sshd": "openssh-server",
-    "mpirun.openmpi": "openmpi-bin", "mpirun.mpich": "mpich", "mpiexec.hydra": "mpich", "srun": "slurm-client",
-    "slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge",
-}  # fmt: skip
+_PATH = search_path()
+PROGRAMS = ("ip", "bridge", "mount", "sshd", "ssh", "ssh-keygen")
 SLURM = ("srun", "sinfo", "slurmctld", "slurmd", "munged")
 
 # The first process of a host. It ends as `cat`, whose end is the host's; the kernel reaps what is orphaned there.
@@ -162,7 +157,7 @@ class Cluster:
         return self.directory / "home"
 
     def __enter__(self) -> Cluster:
-        if reason := missing_for_cluster():
+        if reason := missing(*PROGRAMS) or missing_rights():
             raise RuntimeError(reason)
         self.directory = Path(tempfile.mkdtemp(prefix="dsl-cluster."))
         # Ends last, and removes the directory where this process cannot any more.
@@ -382,17 +377,14 @@ class Cluster:
 
 
 def _program(name: str) -> str:
-    return shutil.which(name, path=_PATH) or name  # the system's own daemons are not on everybody's PATH
+    return find(name) or name
 
 
 @functools.cache
-def missing_for_cluster(*programs: str) -> str | None:
-    """Why there can be no cluster, or none in which these programs are run, here; None where nothing is missing."""
+def missing_rights() -> str | None:
+    """Why no hosts can be made here, whatever programs there are; None where they can."""
     if os.geteuid() != 0:
         return "needs root, to make hosts of network namespaces"
-    for program in ("ip", "bridge", "mount", "sshd", "ssh", "ssh-keygen", *programs):
-        if shutil.which(program, path=_PATH) is None:
-            return f"needs {program} (Debian's package {_PACKAGE_OF.get(program, program)})"
     try:
         pipe = subprocess.PIPE
         trial = _spawn(lambda: _check(_libc().unshare(_ALL), "unshare"), ["sh", "-c", _TRIAL], stderr=pipe, text=True)
@@ -404,8 +396,7 @@ def missing_for_cluster(*programs: str) -> str | None:
 
 def needs_cluster(*programs: str) -> pytest.MarkDecorator:
     """A mark that skips a test where there can be no cluster, or one of these programs is missing."""
-    reason = missing_for_cluster(*programs)
-    return pytest.mark.skipif(reason is not None, reason=reason or "")
+    return needs(*PROGRAMS, *programs, unless=missing_rights)
 
 
 def _spawn(prepare: Callable[[], None], argv: Sequence[Any], **options: Any) -> subprocess.Popen[Any]:

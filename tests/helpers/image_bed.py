@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from paths import ROOT
+from programs import missing
 
 from env import buildkit
 
@@ -36,9 +37,9 @@ def needs_engine() -> Any:
     except ImageError as error:
         pytest.skip(f"needs a Docker engine: {error}")
     if "DSL_TEST_BASE" not in os.environ:
-        missing = [tool for tool in ("mmdebstrap", "docker") if shutil.which(tool) is None]
-        if missing or os.geteuid():
-            pytest.skip(f"needs {' and '.join(missing) or 'root'} to make a base image, or DSL_TEST_BASE=IMAGE")
+        reason = missing("mmdebstrap", "docker") or ("needs root" if os.geteuid() else None)
+        if reason:
+            pytest.skip(f"{reason}, to make a base image, or DSL_TEST_BASE=IMAGE")
     return client
 
 

@@ -9,7 +9,6 @@ the command's own they are where that user finds them, and nothing else of such 
 from __future__ import annotations
 
 import os
-import shutil
 import subprocess
 import sys
 from functools import cache
@@ -17,12 +16,14 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from programs import program
 
 
 def as_user(uid: int) -> list[str]:
     """What to write before a command."""
-    if os.geteuid() != 0 or not shutil.which("setpriv"):
-        pytest.skip("needs root and setpriv, to be another user")
+    program("setpriv")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to be another user")
     script = "\n".join(["set -e", *_mounts(), f'exec setpriv --reuid {uid} --regid {uid} --clear-groups "$@"'])
     return ["unshare", "-m", "sh", "-c", script, "sh"]
 

@@ -7,7 +7,6 @@ sessions.py, which collects file by file, would lose them after its first file.
 from __future__ import annotations
 
 import re
-import shutil
 import socket
 import subprocess
 import sys
@@ -17,6 +16,13 @@ from pathlib import Path
 
 import pytest
 from paths import HELPERS
+from programs import find, program, reason_to_skip
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if reason := reason_to_skip(item):
+        pytest.skip(reason)
 
 
 @pytest.fixture(autouse=True)
@@ -40,9 +46,7 @@ def free_port() -> int:
 @pytest.fixture(scope="session")
 def aio_faults(tmp_path_factory) -> Path:
     """What `LD_PRELOAD` puts before libc, so that transfers of async_io fail: see faults_aio.cpp."""
-    compiler = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("preloading faults needs a C++ compiler")
+    compiler = program("c++")
     library = tmp_path_factory.mktemp("faults") / "faults_aio.so"
     source = HELPERS / "faults_aio.cpp"
     command = [compiler, "-std=c++17", "-O1", "-shared", "-fPIC", str(source), "-o", str(library), "-ldl"]
@@ -55,10 +59,11 @@ def cuobjdump() -> Callable[[Path], set[str]]:
     """Which GPUs a library has code for, by NVIDIA's own tool."""
     found = [
         *Path(sysconfig.get_path("purelib")).glob("nvidia/*/bin/cuobjdump"),
-        *map(Path, filter(None, [shutil.which("cuobjdump")])),
+        *map(Path, filter(None, [find("cuobjdump")])),
     ]
-    if not found or shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc and cuobjdump (pip install nvidia-cuda-cuobjdump)")
+    program("nvcc")
+    if not found:
+        pytest.skip("needs cuobjdump (pip install nvidia-cuda-cuobjdump)")
 
     def archs(library: Path) -> set[str]:
         done = subprocess.run([found[0], "--list-elf", library], capture_output=True, text=True, check=True)

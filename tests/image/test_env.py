@@ -18,6 +18,7 @@ from types import SimpleNamespace
 
 import pytest
 from paths import ROOT
+from programs import program
 
 yaml = pytest.importorskip("yaml", reason="needs pyyaml (make venv-dev)")
 
@@ -366,8 +367,7 @@ def test_a_wheel_without_a_gpu_that_was_asked_for_stops_the_build(cuobjdump, tmp
 @pytest.mark.slow
 def test_the_same_sources_make_the_same_wheel_to_the_byte(tmp_path):
     """Whatever the folder of compiled objects and the time of day: what images promise by SOURCE_DATE_EPOCH."""
-    if shutil.which("c++") is None:
-        pytest.skip("needs a C++ compiler")
+    program("c++")
     make = [sys.executable, ROOT / "tools" / "make_wheel.py", "--ops", "cpu_adam", "--untagged"]
     made = []
     for number in range(2):

@@ -10,7 +10,6 @@ import io
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from image_bed import (
     remove_tags,
 )
 from paths import ROOT
+from programs import program
 
 from deepspeedlite.ops.op_builder import OPS
 from env import buildkit
@@ -424,8 +424,7 @@ def test_who_may_not_use_the_engine_is_told_how_to_be_let():
 
 @pytest.fixture
 def registry(tmp_path, free_port) -> Iterator[str]:
-    if shutil.which("docker-registry") is None:
-        pytest.skip("needs docker-registry (Debian's package of that name)")
+    program("docker-registry")
     config = tmp_path / "registry.yml"
     storage = f"storage: {{filesystem: {{rootdirectory: {tmp_path}/registry}}}}"
     config.write_text(f"version: 0.1\nlog: {{level: warn}}\n{storage}\nhttp: {{addr: '127.0.0.1:{free_port}'}}\n")

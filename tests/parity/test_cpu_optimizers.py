@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import os
-import shutil
 import subprocess
 import sys
 from typing import Any, NamedTuple
@@ -13,6 +12,7 @@ import pytest
 import torch
 from harness import distributed
 from paths import BOOT, ROOT
+from programs import needs, program
 from torch import Tensor
 
 import deepspeedlite
@@ -23,6 +23,7 @@ from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion, lion_in_torch
 from deepspeedlite.ops.one_pass import OnePassUpdate
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
+pytestmark = needs("c++")
 SIZES = (0, 1, 15, 1023, 1024, 1025, 40_000)  # around a vector, a tile and a block of one thread
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -288,9 +289,7 @@ int main() {
 @pytest.mark.slow
 def test_adam_does_the_same_on_aarch64(tmp_path):
     """The plain loops become NEON there. Compiled by a cross compiler and run by an emulator."""
-    compiler, emulator = shutil.which("aarch64-linux-gnu-g++"), shutil.which("qemu-aarch64-static")
-    if compiler is None or emulator is None:
-        pytest.skip("needs aarch64-linux-gnu-g++ and qemu-aarch64-static (g++-aarch64-linux-gnu, qemu-user-static)")
+    compiler, emulator = program("aarch64-linux-gnu-g++"), program("qemu-aarch64-static")
     numel = 3001
     (tmp_path / "main.cpp").write_text(ON_ARM)
     flags = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-static", f"-DN={numel}", f"-I{ROOT}/csrc"]

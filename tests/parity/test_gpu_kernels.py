@@ -10,13 +10,13 @@ import ctypes
 import math
 import mmap
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 from paths import ROOT
+from programs import find, program
 from torch import Tensor
 
 from deepspeedlite.ops.adam import Adam, adam_in_torch
@@ -110,9 +110,7 @@ class Gpu:
 
 
 def compile_for_host(sources: list[str], library: Path) -> Path:
-    compiler = shutil.which("g++") or shutil.which("clang++")
-    if compiler is None:
-        pytest.skip("needs a C++ compiler")
+    compiler = program("c++")
     command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
     command += ["-U_FORTIFY_SOURCE"]  # some systems' compilers define it
     done = subprocess.run([*command, "-x", "c++", *sources, "-o", str(library)], capture_output=True, text=True)
@@ -133,7 +131,7 @@ def libraries(folder) -> dict[str, Path]:
 @pytest.fixture(params=["wave32", "wave64", pytest.param("cuda", marks=pytest.mark.gpu)])
 def gpu(request, libraries, folder) -> Gpu:
     kind = "cuda" if request.param == "cuda" else "host"
-    if kind == "cuda" and not (torch.cuda.is_available() and shutil.which("nvcc")):
+    if kind == "cuda" and not (torch.cuda.is_available() and find("nvcc")):
         pytest.skip("needs a GPU and nvcc")
     if kind not in libraries:
         library = folder / f"{kind}.so"
@@ -548,8 +546,7 @@ COMPILERS = {
 @pytest.mark.parametrize("name", COMPILERS)
 def test_it_compiles_for(name, tmp_path):
     compiler, *flags = COMPILERS[name]
-    if shutil.which(compiler) is None:
-        pytest.skip(f"needs {compiler}")
+    program(compiler)
     environment = {**os.environ, "HIP_PLATFORM": "amd"}  # hipcc takes the nvcc on PATH otherwise
     for source in KERNELS:
         command = [compiler, *flags, f"-I{CSRC}", source, "-o", str(tmp_path / f"{Path(source).stem}.o")]

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from harness import distributed
+from programs import needs
 from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, marked, parallel_model, piece_of, whole_model
 
 import deepspeedlite
@@ -294,6 +295,7 @@ OFFLOADS = {
 }
 
 
+@needs("c++")
 @pytest.mark.slow_unless(kind="nvme")
 @pytest.mark.parametrize("kind", OFFLOADS)
 @distributed(4)

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from models import tied_model, tokens
+from programs import needs
 
 import deepspeedlite
 from deepspeedlite.compat import offload_states
@@ -135,6 +136,7 @@ def test_every_placement_trains_as_none_does(dtype, tmp_path):
                 assert_same(everything(engine), states)
 
 
+@needs("c++")
 @pytest.mark.slow_unless(optimizer="Lion")
 @distributed(2, timeout_s=120)
 @pytest.mark.parametrize("optimizer", ["SGD", "Lamb", "Adagrad", "Lion", "RMSprop"])
@@ -147,6 +149,7 @@ def test_every_optimizer_may_be_offloaded(optimizer, tmp_path):
             assert_same(everything(engine), states)
 
 
+@needs("c++")
 @distributed(2)
 def test_groups_frozen_parameters_and_later_ones(tmp_path):
     """Several param groups, one frozen and thawed on the way, a frozen layer, and parameters that come later."""
@@ -175,6 +178,7 @@ def test_groups_frozen_parameters_and_later_ones(tmp_path):
         assert_same(found, states)
 
 
+@needs("c++")
 @pytest.mark.slow_unless(stages=((3,),))
 @distributed(2)
 @pytest.mark.parametrize(("dtype", "stages"), [("fp32", (1, 2, 3)), ("bf16", (1, 2)), ("bf16", (3,))])
@@ -202,6 +206,7 @@ def test_states_in_host_memory_that_is_not_the_devices(dtype, stages, tmp_path):
                     assert torch.equal(values[weight], states[f"weight {weight}"] + 1.0)
 
 
+@needs("c++")
 @distributed(2)
 def test_models_are_built_where_their_parameters_will_live(tmp_path):
     """zero.Init puts shards on the disk; `initialize` takes them over unit by unit, and the first file goes."""
@@ -314,6 +319,7 @@ def test_checkpoints_from_and_to_offloaded_runs(dtype, tmp_path):
                 assert_same(everything(engine), states)
 
 
+@needs("c++")
 @distributed(1)
 def test_what_is_changed_during_a_save_in_the_background_is_not_in_it(tmp_path):
     settings = {**config(3, "bf16", **placements(tmp_path)["both on nvme"]), "checkpoint": {"async_save": True}}
@@ -327,6 +333,7 @@ def test_what_is_changed_during_a_save_in_the_background_is_not_in_it(tmp_path):
         assert_same(everything(engine), states)
 
 
+@needs("c++")
 @distributed(2)
 def test_a_save_that_one_rank_cannot_begin_stops_nobody(tmp_path):
     settings = {**config(3, "bf16", **placements(tmp_path)["both on nvme"]), "checkpoint": {"async_save": True}}
@@ -338,6 +345,7 @@ def test_a_save_that_one_rank_cannot_begin_stops_nobody(tmp_path):
         train(engine, range(1, 2))
 
 
+@needs("c++")
 @distributed(1)
 def test_an_engine_that_only_evaluates_may_have_its_parameters_on_a_disk(tmp_path):
     expected = tied_model()(*tokens(0, 0, 0))
@@ -387,6 +395,7 @@ def test_states_leave_the_device_and_come_back():
             engine.save_checkpoint("nowhere")
 
 
+@needs("c++")
 @distributed(1)
 def test_state_dicts_of_the_optimizer_are_refused(tmp_path):
     with engine_of(config(2, **placements(tmp_path)["optimizer on nvme"])) as engine:
@@ -402,6 +411,7 @@ def on_disk(engine) -> int:
     return 0 if engine._parts.offload.swap_file is None else engine._parts.offload.swap_file.nbytes
 
 
+@needs("c++")
 @distributed(1)
 def test_keys_say_how_much_goes_where(tmp_path):
     numel = sum(param.numel() for param in tied_model().parameters())
@@ -427,6 +437,7 @@ def test_keys_say_how_much_goes_where(tmp_path):
         assert part == pytest.approx(ratio * whole, abs=2 * 4096 * 2)
 
 
+@needs("c++")
 @distributed(1)
 def test_keys_reach_the_disk(tmp_path):
     disk = {"device": "nvme", "nvme_path": str(tmp_path), "buffer_count": 2}
@@ -445,6 +456,7 @@ def locked_kib() -> int:
     return next(int(line.split()[1]) for line in Path("/proc/self/status").read_text().splitlines() if "VmLck" in line)
 
 
+@needs("c++")
 @distributed(1)
 def test_pinned_memory_is_locked(tmp_path):
     disk = {"device": "nvme", "nvme_path": str(tmp_path)}
@@ -457,6 +469,7 @@ def test_pinned_memory_is_locked(tmp_path):
             assert (locked_kib() > before) == pinned
 
 
+@needs("c++")
 @pytest.mark.parametrize(
     "buffers, ahead, behind", [(1, True, True), (2, True, True), (4, True, True), (4, False, True), (4, True, False)]
 )
@@ -488,6 +501,7 @@ def test_what_the_pipeline_does_while_a_group_is_worked_on(buffers, ahead, behin
             assert torch.equal(tensors[number], torch.full((1000,), number + 10.0))
 
 
+@needs("c++")
 def test_a_pipeline_that_fails_leaves_nothing_in_memory(tmp_path):
     disk = SwapFile(tmp_path)
     tensors = [torch.full((1000,), float(number)) for number in range(6)]
@@ -520,6 +534,7 @@ def test_shares_are_spread(tmp_path):
 # --- mistakes ---------------------------------------------------------------------------------------------------------
 
 
+@needs("c++")
 @distributed(2)
 def test_a_directory_that_cannot_be_used_is_an_error_on_every_rank(tmp_path):
     mine = tmp_path / f"of rank {dist.get_rank()}"

@@ -16,6 +16,7 @@ import pytest
 import torch
 from harness import distributed
 from paths import BOOT, ROOT
+from programs import needs
 from torch import Tensor
 
 import deepspeedlite
@@ -66,6 +67,7 @@ def check_against_float64(how: Adam, grad: torch.dtype, state: torch.dtype, copy
         assert torch.equal(copied, ours[0].to(copy))
 
 
+@needs("c++")
 @pytest.mark.slow_unless(state=torch.float32, amsgrad=True)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("state", [torch.float32, torch.bfloat16])
@@ -96,6 +98,7 @@ def test_every_instruction_set_does_the_same(isa):
     assert done.stdout.strip() == "good", done.stderr
 
 
+@needs("c++")
 def test_every_16_bit_number_is_widened_and_narrowed_as_torch_does():
     """With lr = beta = 0 the first moment is the gradient, and a copy of an unchanged parameter its rounding."""
     still = Adam(1, 0.0, 0.0, 0.0, 1.0, 0.0)
@@ -122,6 +125,7 @@ def test_every_16_bit_number_is_widened_and_narrowed_as_torch_does():
             assert same.all(), (before[~same][:5], copy[~same][:5], expected[~same][:5])
 
 
+@needs("c++")
 def test_the_number_of_threads_changes_nothing():
     results, before = [], torch.get_num_threads()
     for threads in (1, 2, 3):
@@ -133,6 +137,7 @@ def test_the_number_of_threads_changes_nothing():
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2])
 
 
+@needs("c++")
 def test_what_is_not_finite_stays_where_it_is():
     for bad in (float("nan"), float("inf")):
         values = tensors(2048, torch.float32, torch.float32)
@@ -142,6 +147,7 @@ def test_what_is_not_finite_stays_where_it_is():
         assert not values[4][777].isfinite(), "AMSGrad's maximum does not hide it"
 
 
+@needs("c++")
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -239,6 +245,7 @@ def test_a_sparse_gradient_is_refused():
         DeepSpeedCPUAdam(table.parameters()).step()
 
 
+@needs("c++")
 @pytest.mark.parametrize(
     ("params", "expected"),
     [
@@ -303,6 +310,7 @@ def test_a_compile_error_shows_the_first_error_and_the_command(cold, tmp_path, m
     assert not list(cold.glob("*.tmp")) and not list(cold.glob("*.so"))
 
 
+@needs("c++")
 def test_the_name_depends_on_sources_and_compiler(tmp_path, monkeypatch):
     spec = OPS["cpu_adam"]
     toolchain = Toolchain.find(spec)

@@ -8,7 +8,6 @@ import contextlib
 import errno
 import os
 import re
-import shutil
 import subprocess
 import sys
 import threading
@@ -21,11 +20,13 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from programs import needs, program
 from torch import Tensor
 
 from deepspeedlite.ops.aio import ALIGNMENT, ENGINES, aio_handle
 from deepspeedlite.runtime.errors import OpError
 
+pytestmark = needs("c++")
 SIZES = (0, 1, 511, 4095, 4096, 4097, 8192, 65_536, 65_537, 1_000_003)
 
 
@@ -343,6 +344,7 @@ for handle in handles:
 def small_tmpfs(folder: Path) -> Iterator[None]:
     if os.geteuid() != 0:
         pytest.skip("needs root, to mount a small tmpfs")
+    program("mount")
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], check=False).returncode:
         pytest.skip("needs the right to mount a tmpfs")
     try:
@@ -363,8 +365,9 @@ def test_a_full_tmpfs_is_an_error(handle, tmp_path):
 @contextlib.contextmanager
 def small_disk(folder: Path, nbytes: int) -> Iterator[Path]:
     """A disk of its own, mounted at `folder`; yields the file that is its medium."""
-    if os.geteuid() != 0 or shutil.which("mkfs.ext4") is None:
-        pytest.skip("needs root and mkfs.ext4, to mount a small disk")
+    program("mkfs.ext4"), program("mount")
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to mount a small disk")
     medium = folder.with_name("medium")
     medium.touch()
     os.truncate(medium, nbytes)

@@ -15,12 +15,14 @@ from functools import cache
 import pytest
 import torch
 from paths import ROOT
+from programs import needs
 
 from deepspeedlite.compat.file_writers import FastFileWriter, FastFileWriterConfig, MockFileWriter, PyFileWriter
 from deepspeedlite.compat.op_builders import AsyncIOBuilder, PinMemoryBuilder
 from deepspeedlite.launcher.stand_in import with_stand_in
 from deepspeedlite.runtime.errors import OpError
 
+pytestmark = needs("c++")
 BYTES = torch.empty(0, dtype=torch.uint8)
 
 

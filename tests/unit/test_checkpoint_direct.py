@@ -12,6 +12,7 @@ import torch.distributed as dist
 from ds_peer import CLIENT_STATE, STATES, configuration, peer_model, train
 from harness import distributed
 from pairwise import covering
+from programs import needs
 from torch import nn
 
 import deepspeedlite
@@ -99,6 +100,7 @@ def test_every_file_is_as_an_export_has_it_and_training_goes_on_from_it(tmp_path
         other.destroy()
 
 
+@needs("c++")
 @distributed(world_size=3)
 def test_pieces_cross_ranks_in_batches_however_they_are_cut(tmp_path: Path) -> None:
     before, exchange._BATCH_NBYTES = exchange._BATCH_NBYTES, 256

@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from models import tied_model
+from programs import needs
 from test_checkpoint_elastic import config, engine_of, train
 
 from deepspeedlite.checkpoint.__main__ import main as command
@@ -43,6 +44,7 @@ def write(folder: Path, tensors: dict[str, torch.Tensor], state: dict | None = N
     return folder
 
 
+@needs("c++")
 @distributed(world_size=2)
 def test_inspect_says_what_is_there_and_where(tmp_path):
     engine = engine_of(tied_model(), config(2, "bf16"))

@@ -7,7 +7,6 @@ the launcher's tests.
 from __future__ import annotations
 
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -23,6 +22,7 @@ import torch
 import torch.distributed as dist
 from harness import distributed
 from paths import ROOT
+from programs import find, missing
 
 from deepspeedlite import comm
 from deepspeedlite.comm import Group, comms_logger, init_distributed
@@ -367,10 +367,7 @@ def test_the_interpreter_ends_after_the_process_group(run_script: Callable[..., 
 def open_mpi() -> str | None:
     """Its mpirun: other MPIs have a program of that name too."""
     for name in ("mpirun.openmpi", "mpirun"):
-        if (
-            shutil.which(name)
-            and "Open MPI" in subprocess.run([name, "--version"], capture_output=True, text=True).stdout
-        ):
+        if find(name) and "Open MPI" in subprocess.run([name, "--version"], capture_output=True, text=True).stdout:
             return name
     return None
 
@@ -389,7 +386,7 @@ def test_open_mpi(run_script: Callable[..., tuple[list[str], str]]) -> None:
     """A run on one host needs neither mpi4py nor MASTER_ADDR."""
     program = open_mpi()
     if program is None:
-        pytest.skip("needs Open MPI's mpirun (Debian: openmpi-bin)")
+        pytest.skip(missing("mpirun.openmpi") or "needs Open MPI's mpirun")
     options = ("--allow-run-as-root", "--oversubscribe", "-n", "2")
     lines, log = run_script(program, *options, sys.executable)
     assert lines == TWO_RANKS

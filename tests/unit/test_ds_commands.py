@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from programs import needs
 
 from deepspeedlite.compat import commands
 
@@ -18,6 +19,7 @@ def test_ds_report_hides_the_ops(capsys: pytest.CaptureFixture[str], monkeypatch
     assert commands.report(["--hide_errors_and_warnings"]) == 0 and asked[1] == []
 
 
+@needs("c++")
 def test_ds_io_measures_as_it_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """DeepSpeed's options; those of dslite_io go to it as they are."""
     where = ["--folder", str(tmp_path), "--io_size", "2M", "--block_size", "256K", "--queue_depth", "4", "--loops", "1"]

@@ -20,11 +20,13 @@ from pathlib import Path
 import pytest
 from other_user import as_user
 from paths import ROOT
+from programs import needs
 
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, build_lock, builder, built, folders, jit, prebuilt
 from deepspeedlite.ops.op_builder.library_file import cut_off, damage, load_error
 from deepspeedlite.ops.op_builder.spec import OpSpec
 
+pytestmark = needs("c++")
 SPEC = OpSpec("small", "SmallBuilder", "DS_BUILD_SMALL", plain=("small.cpp",))
 USER = 4242
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from programs import needs, program
 
 import deepspeedlite.ops
 from deepspeedlite.compat import op_builders
@@ -63,6 +64,7 @@ def cold(tmp_path, clean):
 # --- the table ------------------------------------------------------------------------------------------------------
 
 
+@needs("c++")
 @pytest.mark.parametrize("builder", BUILDERS)
 def test_builders_have_deepspeeds_names(builder):
     made = getattr(op_builders, builder)()
@@ -82,6 +84,7 @@ def test_the_table_is_those_builders():
         op_builders.NoSuchBuilder  # noqa: B018
 
 
+@needs("c++")
 def test_a_builder_loads_what_torch_has():
     import torch
 
@@ -214,9 +217,7 @@ def test_an_nvcc_that_pip_put_beside_torch_is_found(tmp_path, clean):
 
 
 def test_an_nvcc_that_is_a_script_leads_to_its_toolkit(tmp_path, clean):
-    real = shutil.which("nvcc")
-    if real is None:
-        pytest.skip("needs nvcc")
+    real = program("nvcc")
     (tmp_path / "nvcc").write_text(f'#!/bin/sh\nexec {real} "$@"\n')
     (tmp_path / "nvcc").chmod(0o755)
     clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
@@ -320,6 +321,7 @@ def test_max_jobs_is_a_number(value, clean):
         toolchains.max_jobs()
 
 
+@needs("c++")
 def test_the_cache_tells_what_is_stale_and_what_is_locked(cold):
     cold.mkdir(parents=True)
     current = cold / f"cpu_adam-{jit._key(OPS['cpu_adam'], Toolchain.find(OPS['cpu_adam']))}.so"
@@ -341,6 +343,7 @@ def test_the_cache_tells_what_is_stale_and_what_is_locked(cold):
     assert found[current.name].size_bytes == 5 and 0 <= found[current.name].age_s < 600
 
 
+@needs("c++")
 def test_each_environment_has_its_own_library(tmp_path, clean):
     spec = OPS["fused_adam"]
     found = Toolchain.find(spec)
@@ -369,8 +372,7 @@ def test_the_gpus_kernels_are_compiled_when_first_needed(cold, cuobjdump):
 
 @pytest.mark.slow
 def test_ninja_compiles_too_and_shows_the_first_error(cold, tmp_path, clean):
-    if shutil.which("ninja") is None:
-        pytest.skip("needs ninja")
+    program("ninja")
     clean.setenv("DS_ENABLE_NINJA", "1")
     assert built(OPS["cpu_adam"]).exists()
     sources = tmp_path / "csrc"
@@ -385,9 +387,9 @@ def test_ninja_compiles_too_and_shows_the_first_error(cold, tmp_path, clean):
 @pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
 def test_clang_compiles_every_kernel_for_amds_gpus(arch, tmp_path):
     """To device code; a newer ROCm than Debian's is needed to link gfx942's."""
-    clang = shutil.which("clang++-19")
-    if clang is None or not Path("/usr/include/hip/hip_runtime.h").exists():
-        pytest.skip("needs clang++-19 and HIP's headers")
+    clang = program("clang++-19")
+    if not Path("/usr/include/hip/hip_runtime.h").exists():
+        pytest.skip("needs HIP's headers (Debian's package libamdhip64-dev)")
     for source in sorted({source for spec in HERE for source in spec.gpu}):
         target = tmp_path / "kernel.s"
         flags = ["-x", "hip", "--rocm-path=/usr", "-nogpulib", "--cuda-device-only", f"--offload-arch={arch}", "-S"]

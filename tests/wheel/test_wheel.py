@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
+from programs import needs, program
 
 from deepspeedlite.compat.drop_in import VERSION as STAND_IN_VERSION
 from deepspeedlite.ops.op_builder import OPS, OpBuildError, wheel
@@ -48,8 +49,7 @@ def make_wheel(out: Path, *arguments: str) -> Path:
 
 @pytest.fixture(scope="session")
 def cuda_wheel(tmp_path_factory) -> Path:
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
+    program("nvcc")
     before = {path.name for folder in (ROOT, ROOT / "deepspeedlite" / "ops") for path in folder.iterdir()}
     made = make_wheel(tmp_path_factory.mktemp("cuda"), "--accel", "cuda", "--archs", "8.0;9.0")
     after = {path.name for folder in (ROOT, ROOT / "deepspeedlite" / "ops") for path in folder.iterdir()}
@@ -199,9 +199,8 @@ def test_an_installed_package_compiles_what_it_did_not_bring(cuda_python, tmp_pa
     assert re.search(rf"{tmp_path}/cache/deepspeedlite/cpu_adam-\w+\.so", said)
 
 
+@needs("hipcc")
 def test_a_wheel_for_rocm_links_and_loads_into_a_cpu_torch(fresh, tmp_path):
-    if shutil.which("hipcc") is None:
-        pytest.skip("needs hipcc")
     made = make_wheel(tmp_path / "out", "--accel", "rocm", "--archs", "gfx90a")
     assert "+rocm" in made.name
     python = fresh(made)
