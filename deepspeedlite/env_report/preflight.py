@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -22,6 +23,7 @@ from typing import Any
 from deepspeedlite._version import __version__
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text, torch_files
 from deepspeedlite.launcher.gpus import Devices, find_devices
+from deepspeedlite.launcher.hostfile import bare, ssh_words
 from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.text import GIB, MIB, columns, size_text
@@ -45,6 +47,21 @@ _ALIKE = {
     "torch": "install the same torch on every node: pip install torch==VERSION",
     "deepspeedlite": "install the same wheel on every node: install.sh --hostfile FILE",
 }
+# What is said of a host that does not answer -> what to do.
+_UNREACHED = (
+    (
+        "launcher cannot be reached",
+        "open this machine's ports to it (firewall); --launcher ssh needs sshd's port alone",
+    ),
+    ("given up because", "see to that one first"),
+    ("srun", "`sinfo -N -l` says which node is down, and why"),
+    ("No such file|not found", "every node needs Python and the wheel at the same path: install.sh --hostfile FILE"),
+    ("Permission denied", "let this user in without a password: ssh-copy-id {ssh}"),
+    ("[Hh]ost key", "accept its key once: ssh {ssh} true"),
+    ("resolve|not known", "correct the name in the hostfile, or add it to /etc/hosts"),
+    ("timed out|No route|refused", "see that {host} is on, that sshd runs there, and that no firewall is between"),
+    ("", "see that `ssh {ssh} true` works without a password, and that Python is at the same path there"),
+)
 _COLUMNS = ("reached", *_ALIKE, "clock", "GPUs", "master")  # of the table; what else is odd is counted in the last one
 
 
@@ -146,10 +163,11 @@ def check(nodes: Sequence[Found], master: str = "") -> list[Row]:
     rows = []
     for node in nodes:
         if not node.facts:
-            remedy = (
-                f"see that `ssh {node.host} true` works without a password, and that Python is at the same path there"
+            ssh = " ".join(word for word in ssh_words(node.host) if word != "--")
+            remedy = next(text for pattern, text in _UNREACHED if re.search(pattern, node.error))
+            rows.append(
+                Row(node.host, "reached", node.error or "no answer", BAD, remedy.format(host=bare(node.host), ssh=ssh))
             )
-            rows.append(Row(node.host, "reached", node.error or "no answer", BAD, remedy))
             continue
         rows.append(Row(node.host, "reached", "yes", OK))
         for key, remedy in _ALIKE.items():

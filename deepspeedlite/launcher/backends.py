@@ -10,10 +10,11 @@ import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from deepspeedlite.launcher.ssh import ASK_NOTHING
+from deepspeedlite.launcher.hostfile import bare, ssh_words
+from deepspeedlite.launcher.ssh import ASK_NOTHING, CONNECT_S
 from deepspeedlite.runtime.errors import LaunchError
 
 
@@ -34,6 +35,11 @@ class Reach:
     def variables(self) -> dict[str, str]:
         """What an agent that connects must find in its environment."""
         return {**self.key, **({"PYTHONPATH": self.python_path} if self.python_path else {})}
+
+    @property
+    def ssh_arguments(self) -> str:
+        """What another program tells the ssh that it starts."""
+        return " ".join([*ASK_NOTHING, *(["-p", str(self.ssh_port)] if self.ssh_port is not None else [])])
 
     def agent(self, *arguments: str) -> list[str]:
         """The agent's command line."""
@@ -61,6 +67,7 @@ class Backend:
     programs: Sequence[str]
     build: Callable[[Reach, str], list[Launch]]
     by_pipes: bool = False  # whether the links are the processes' own pipes; else agents connect
+    login: str = ""  # of `user@` and `:port` in a host's name what its program can be told for each host
 
     def launches(self, reach: Reach) -> list[Launch]:
         """What to start here so that every node of `reach` gets an agent."""
@@ -70,22 +77,27 @@ class Backend:
 
 def _ssh(reach: Reach, program: str) -> list[Launch]:
     """A connection per node, none for this machine. Only sshd's port need be open, and all is encrypted."""
-    options = ["-T", *ASK_NOTHING, *reach.extra, *(["-p", str(reach.ssh_port)] if reach.ssh_port is not None else [])]
+    options = ["-T", *ASK_NOTHING, *reach.extra]
     return [
         Launch(reach.agent("--index", str(index)), reach.variables, node=index)
         if host in reach.here
-        else Launch([program, *options, host, reach.shell("--index", str(index))], node=index)
+        else Launch(
+            [program, *options, *ssh_words(host, reach.ssh_port), reach.shell("--index", str(index))], node=index
+        )
         for index, host in enumerate(reach.hosts)
     ]
 
 
 def _pdsh(reach: Reach, program: str) -> list[Launch]:
     """One for all nodes; `%n` is a node's index. It hands no stdin on: the key stands in `ps` until they connect."""
-    port = f" -p {reach.ssh_port}" if reach.ssh_port is not None else ""
     theirs = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    env = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"{theirs} {' '.join(ASK_NOTHING)}{port}"}
+    env = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"{theirs} {reach.ssh_arguments}"}
     remote = reach.shell("--connect", reach.connect) + " --index %n"
-    return [Launch([program, "-S", "-f", "1024", "-w", ",".join(reach.hosts), *reach.extra, remote], env)]
+    return [
+        Launch(
+            [program, "-S", "-t", str(CONNECT_S), "-f", "1024", "-w", ",".join(reach.hosts), *reach.extra, remote], env
+        )
+    ]
 
 
 def _slurm(reach: Reach, program: str) -> list[Launch]:
@@ -108,12 +120,12 @@ def _openmpi(reach: Reach, program: str) -> list[Launch]:
     """Binding is left to the ranks: it would put an agent, and all that it starts, on one core."""
     options = ["--host", ",".join(f"{host}:1" for host in reach.hosts), "--map-by", "node", "--bind-to", "none"]
     options += [word for name in reach.key for word in ("-x", name)]
-    options += ["--mca", "plm_rsh_args", f"-p {reach.ssh_port}"] if reach.ssh_port is not None else []
+    options += ["--mca", "plm_rsh_args", reach.ssh_arguments]
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}  # containers run as root
     return _mpirun(reach, program, options, as_root)
 
 
-def _hydra(**variables: str) -> Callable[[Reach, str], list[Launch]]:
+def _hydra(**more: str) -> Callable[[Reach, str], list[Launch]]:
     """MPICH's process manager and its relatives, with what else they must be told.
 
     They hand on the key alone: values with line ends would stop them. MPICH 4.0 overlooks the last variable of its
@@ -122,14 +134,15 @@ def _hydra(**variables: str) -> Callable[[Reach, str], list[Launch]]:
 
     def build(reach: Reach, program: str) -> list[Launch]:
         options = ["-ppn", "1", "-hosts", ",".join(reach.hosts), "-genvlist", *reach.key]
-        return _mpirun(reach, program, options, {**variables, "DSL_LAUNCHER_LAST": ""})
+        variables = {"HYDRA_LAUNCHER_EXTRA_ARGS": reach.ssh_arguments, **more, "DSL_LAUNCHER_LAST": ""}
+        return _mpirun(reach, program, options, variables)
 
     return build
 
 
 BACKENDS = {
-    "pdsh": Backend(("pdsh",), _pdsh),
-    "ssh": Backend(("ssh",), _ssh, by_pipes=True),
+    "pdsh": Backend(("pdsh",), _pdsh, login="@"),
+    "ssh": Backend(("ssh",), _ssh, by_pipes=True, login="@:"),
     "openmpi": Backend(("mpirun.openmpi", "mpirun"), _openmpi),
     "mpich": Backend(("mpirun.mpich", "mpiexec.hydra", "mpirun"), _hydra()),
     "slurm": Backend(("srun",), _slurm),
@@ -140,17 +153,23 @@ BACKENDS = {
 }
 
 
-def find_backend(name: str | None, path: str | None = None) -> Backend:
-    """The backend of this name; pdsh where it is installed, else ssh.
+def find_backend(name: str | None, hosts: Iterable[str] = (), path: str | None = None) -> Backend:
+    """The backend of this name; pdsh where it is installed and can reach these hosts, else ssh.
 
     Raises:
-        LaunchError: there is no such backend, or its program is not installed.
+        LaunchError: there is no such backend, its program is not installed, or it cannot log in as a host's name says.
     """
+    logins = {mark: host for host in hosts for mark in "@:" if mark in host}
     if name is None:
-        name = "pdsh" if shutil.which("pdsh", path=path) else "ssh"
+        name = "pdsh" if ":" not in logins and shutil.which("pdsh", path=path) else "ssh"
     if name not in BACKENDS:
         raise LaunchError(f"--launcher {name}: the launchers are {', '.join(BACKENDS)}")
     programs = BACKENDS[name].programs
     if not any(shutil.which(program, path=path) for program in programs):
         raise LaunchError(f"--launcher {name}: {programs[-1]} is not installed here; --launcher ssh needs only ssh")
+    if odd := [host for mark, host in logins.items() if mark not in BACKENDS[name].login]:
+        raise LaunchError(
+            f"--launcher {name}: it cannot be told the user or port of {odd[0]}; use --launcher ssh, or "
+            f"write User and Port below `Host {bare(odd[0])}` in ~/.ssh/config and the bare name in the hostfile"
+        )
     return BACKENDS[name]

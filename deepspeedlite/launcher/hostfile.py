@@ -2,7 +2,7 @@
 
 # two machines with four GPUs each
 worker-1 slots=4
-worker-2 slots=4    # the rest of a line may be a comment
+me@worker-2:2222 slots=4 max_slots=8   # a user and sshd's port, where they differ; the rest of a line is a comment
 """
 
 from __future__ import annotations
@@ -17,8 +17,23 @@ from deepspeedlite.runtime.text import did_you_mean
 
 DEFAULT_HOSTFILE = "/job/hostfile"
 # ssh would take a leading dash for an option; pdsh, the include grammar and shells give other characters a meaning.
-_HOST = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]*")
+_HOST = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?([A-Za-z0-9_][A-Za-z0-9._-]*)(?::([0-9]{1,5}))?")
 _SLOTS = re.compile(r"slots=([0-9]{1,6})")
+_MORE = re.compile(r"max[_-]slots=[0-9]+")  # Open MPI's, which says nothing of how many ranks are started
+
+
+def bare(host: str) -> str:
+    """`me@worker-1:2222` is worker-1."""
+    found = _HOST.fullmatch(host)
+    return found[1] if found else host
+
+
+def ssh_words(host: str, port: int | None = None) -> list[str]:
+    """What ssh must be told to go there: its own port, else `port`, and its name with its user."""
+    found = _HOST.fullmatch(host)
+    own = found[2] if found else None
+    at = own or port
+    return [*(["-p", str(at)] if at is not None else []), "--", host.removesuffix(f":{own}")]
 
 
 def read_hostfile(path: str | os.PathLike[str], slots_needed: bool = True) -> dict[str, int]:
@@ -48,7 +63,7 @@ def read_hostfile(path: str | os.PathLike[str], slots_needed: bool = True) -> di
         if fault:
             faults.append(f"line {number}: {fault}")
         else:
-            hosts[host] = int(words[1].removeprefix("slots=")) if len(words) > 1 else 0
+            hosts[host] = next((int(found[1]) for word in words if (found := _SLOTS.fullmatch(word))), 0)
     if faults:
         raise LaunchError(f"hostfile {path}, " + "\n  ".join(faults))
     if not hosts:
@@ -76,9 +91,10 @@ def _fault(words: list[str], slots_needed: bool) -> str | None:
         return f"the host {host} begins with '-', which ssh would take for an option; begin the line with a host's name"
     if not _HOST.fullmatch(host):
         return (
-            f"{host!r} is no host's name or IPv4 address; a user, a port or an IPv6 address goes into ssh's "
-            "configuration, under a name of letters, digits, '.', '_' and '-'"
+            f"{host!r} is no host's name or IPv4 address, such as worker-1 or me@worker-1:2222; an IPv6 address goes "
+            "into ssh's configuration, under a name of letters, digits, '.', '_' and '-'"
         )
+    words = [word for word in words if not _MORE.fullmatch(word)]
     if len(words) == 1:
         return f"{host} has no slots; write how many ranks it takes, such as: {host} slots=4" if slots_needed else None
     slots = _SLOTS.fullmatch(words[1])
@@ -102,8 +118,11 @@ def select(hosts: Mapping[str, Sequence[int] | None], include: str | None, exclu
         raise LaunchError("--include and --exclude exclude each other; name what is wanted, or what is not")
     option, text = ("--include", include) if include else ("--exclude", exclude or "")
     named: dict[str, list[int] | None] = {}
+    names = {**{bare(host): host for host in hosts}, **{host: host for host in hosts}}
     for part in text.split("@") if text else ():
-        host, colon, slots = (word.strip() for word in part.strip().partition(":"))
+        name = max((name for name in names if part.strip().startswith(f"{name}:")), key=len, default="")
+        host, colon, slots = (word.strip() for word in part.strip()[len(name) :].partition(":"))
+        host = names.get(name or host, host)
         if host not in hosts:
             near = did_you_mean(host, hosts, form="; did you mean {}?")
             raise LaunchError(f"{option} {text}: there is no host {host!r}{near}")

@@ -27,6 +27,7 @@ from deepspeedlite.env_report.rows import BAD, WARN
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import Launch, Reach, find_backend
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
+from deepspeedlite.launcher.hostfile import bare
 from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen, rank_argv
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.node import KEY, AgentSession, connect
@@ -34,7 +35,7 @@ from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, is_here
 from deepspeedlite.launcher.report import CLOSED, Outcome, RankEnd
-from deepspeedlite.launcher.ssh import HostProcess
+from deepspeedlite.launcher.ssh import HostProcess, last_line, reason_for
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import columns, counted
@@ -215,13 +216,13 @@ class RemoteCluster(Cluster):
         own = next((starter for number, starter in self._starters if number in (None, index)), None)
         if own is None:
             return False
-        words = own.last_words.decode(errors="replace").strip().splitlines()
-        is_given_up = any(f": {node.host}: ssh exited" in line for line in words)  # pdsh, which goes on with the others
-        if not is_given_up and (own.process.poll() is None or own.is_open):
+        said = own.last_words.decode(errors="replace")
+        reason = reason_for(node.host, said)
+        if not reason and (own.process.poll() is None or own.is_open):
             return False
-        about = [line for line in words if line.startswith(f"{node.host}: ")] or words
-        error = about[-1] if about else f"its starter ended with {own.process.returncode}"
-        node.found = replace(node.found, error=error)
+        others = [other.host for other in self.nodes if reason_for(other.host, said)]
+        reason = reason or (f"given up because of {', '.join(others)}" if others else last_line(said))
+        node.found = replace(node.found, error=reason or f"its starter ended with {own.process.returncode}")
         return True
 
     def _accept(self) -> None:
@@ -252,7 +253,7 @@ class RemoteCluster(Cluster):
         if not isinstance(hello, dict) or hello.get("proof") != protocol.proof(self._key, nonce, "node"):
             return None
         index = hello["index"]
-        by_name = [node for node in self.nodes if node.host in hello["names"] and not hello["is_told"]]
+        by_name = [node for node in self.nodes if bare(node.host) in hello["names"] and not hello["is_told"]]
         by_index = [self.nodes[index]] if index is not None and index < len(self.nodes) else []
         return next((node for node in (*by_name, *by_index) if node.link is None), None)
 
@@ -266,7 +267,7 @@ class RemoteCluster(Cluster):
         told = self._ask([first], {"port": port})[0]
         if "fault" in told:
             raise LaunchError(f"{first.host}: {told['fault']}")
-        candidates = [address] if address else list(dict.fromkeys([first.host, *first.found.facts["addresses"]]))
+        candidates = [address] if address else list(dict.fromkeys([bare(first.host), *first.found.facts["addresses"]]))
         if not is_checked:
             return candidates[-1], told["port"], told["note"]
         answers = self._ask(self.nodes, {"reach": told["port"], "addresses": candidates})
@@ -311,7 +312,7 @@ class RemoteCluster(Cluster):
             is_sent = all(link.waits_for is None for link in self._links)
             return is_sent and all(starter.process.poll() is not None for _, starter in self._starters)
 
-        self.until(are_told, _KILL_S)
+        self.until(are_told, _KILL_S if self.outcome.num_ranks else 1.0)
         for _, starter in self._starters:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(starter.process.pid, signal.SIGKILL)
@@ -395,7 +396,7 @@ def _way_in(options: LaunchOptions, hosts: Hosts) -> tuple[list[Launch], str, so
                 f"port {_control_port(options)}, where nodes join, cannot be used: {error.strerror}"
             ) from error
         return _launches(options, hosts, "", ""), os.environ.get(KEY, ""), listener
-    if find_backend(options.launcher).by_pipes:
+    if find_backend(options.launcher, hosts).by_pipes:
         return _launches(options, hosts, "", ""), "", None
     key, listener = protocol.new_secret(), listen(0, backlog=1024)
     own = ",".join([*addresses(), "127.0.0.1"])
@@ -409,7 +410,7 @@ def _launches(options: LaunchOptions, hosts: Hosts, connect_to: str, key: str) -
     reach = Reach(list(hosts), here, connect_to, keys, options.ssh_port, shlex.split(options.launcher_args), path)
     if options.no_ssh:
         return [Launch(reach.agent("--index", "0"), node=0)]
-    return find_backend(options.launcher).launches(reach)
+    return find_backend(options.launcher, hosts).launches(reach)
 
 
 def _control_port(options: LaunchOptions) -> int:
@@ -445,13 +446,13 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
     """What would run where: a table, and the commands; nothing is asked of any machine."""
     names = list(hosts)
     found = [Found(host, slots if slots is not None else [0]) for host, slots in hosts.items()]
-    assignments = assign_ranks(found, options.master_addr or names[0], options.master_port or DEFAULT_PORT, 0)
+    assignments = assign_ranks(found, options.master_addr or bare(names[0]), options.master_port or DEFAULT_PORT, 0)
     rows = [("node", "ranks", "slots")]
     for one in assignments:
         known = ",".join(map(str, one.slots)) if hosts[one.host] else "as many as it has devices"
         rows.append((one.host, f"{one.first_rank}-{one.first_rank + len(one.slots) - 1}", known))
     lines = columns(rows)
-    is_piped = options.no_ssh or find_backend(options.launcher).by_pipes
+    is_piped = options.no_ssh or find_backend(options.launcher, hosts).by_pipes
     launches = _launches(options, hosts, "ADDRESS:PORT", "" if is_piped else "KEY")
     lines += [shlex.join(launch.argv) for launch in launches]
     script = rank_argv(options, "N", "python")

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import functools
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -18,16 +19,23 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile
+from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, bare, read_hostfile, ssh_words
 from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.process_tree import die_with
 from deepspeedlite.runtime.errors import LaunchError
 
 TIMED_OUT = 124  # as coreutils' timeout has it
-ASK_NOTHING = ("-o", "BatchMode=yes", "-o", "ConnectTimeout=10")
+CONNECT_S = 6
+ASK_NOTHING = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}")
 # Notices within 15 s that a host is gone, before the connection or in the middle of it.
 QUICK_TO_NOTICE = (*ASK_NOTHING, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _SSH_FAILED = 255
+# What ssh, pdsh, srun or an agent says of a host that it names, after which nothing comes from it any more.
+_FATAL = re.compile(
+    r"\bssh: |ssh exited|Permission denied|[Hh]ost key|Connection (closed|reset|timed out|refused)|srun: error"
+    r"|^deepspeedlite: "
+)
+_FATAL_FOR_ALL = re.compile(r"srun: Required node not available")
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory
 _DRAIN_S = 0.5  # for output that is still in the pipes when ssh has ended; a process left behind may hold them open
 _GRACE_S = 1.0  # between SIGTERM and SIGKILL
@@ -133,6 +141,23 @@ class HostProcess:
             self._forget(fd)
 
 
+def reason_for(host: str, said: str) -> str:
+    """Why a host was not reached, in the words of ssh, of what started ssh, or of an agent; "" where none is said."""
+    name, lines = bare(host), said.strip().splitlines()
+    about = [
+        line for line in lines if _FATAL.search(line) and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", line)
+    ]
+    own = [line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")]
+    every = [line for line in lines if _FATAL_FOR_ALL.search(line)]
+    return ((about and own) or about or every or [""])[-1].strip()
+
+
+def last_line(said: str) -> str:
+    """The last that was said, or the first of what Open MPI frames."""
+    lines = [line.strip() for line in said.splitlines() if line.strip(" -")]
+    return lines[0 if "-----" in said else -1] if lines else ""
+
+
 @dataclass(frozen=True)
 class HostResult:
     """How the command ended on a host: its exit status, and the reason in words where that is not 0."""
@@ -159,7 +184,7 @@ def run_on_hosts(
     Raises:
         Stopped: by a signal, or by an OSError of `write`; every ssh has been ended before.
     """
-    command = [*shlex.split(ssh), *["-n"] * (input_path == os.devnull), "-T", *QUICK_TO_NOTICE, "--"]
+    command = [*shlex.split(ssh), *["-n"] * (input_path == os.devnull), "-T", *QUICK_TO_NOTICE]
     waiting, running, results = list(hosts), dict[str, HostProcess](), dict[str, HostResult]()
     stopped_by = 0  # the first signal
     with Loop() as loop:
@@ -174,7 +199,7 @@ def run_on_hosts(
             while waiting and len(running) < at_once and not stopped_by:
                 host = waiting.pop(0)
                 try:
-                    argv = [*command, host, " ".join(words)]
+                    argv = [*command, *ssh_words(host), " ".join(words)]
                     running[host] = HostProcess(argv, loop, functools.partial(relay, host), input_path=input_path)
                 except OSError as error:
                     reason = f"{command[0]} cannot be run: {error.strerror}; install openssh-client"

@@ -799,7 +799,7 @@ def test_a_variables_file_and_a_venv_script_count_on_one_machine_too(script: Scr
     (tmp_path / "activate").write_text(f"export DSLT_B=$DSLT_A.b PATH={Path(sys.executable).parent}:$PATH\n")
     path = script("print([os.environ['DSLT_A'], os.environ['DSLT_B']])")
     done = launch("--venv_script", "activate", path, cwd=tmp_path, DSLT_A="a")
-    assert done.stdout == b"""[" x 'y", " x 'y.b"]\n""", done.stderr
+    assert done.stdout == b"""["x 'y", "x 'y.b"]\n""", done.stderr
     failed = launch("--venv_script", "nowhere", path, cwd=tmp_path)
     assert failed.returncode == 2 and b"--venv_script nowhere cannot be sourced" in failed.stderr
     (tmp_path / ".deepspeed_env").write_text("A=1\nnot a name=2\n")

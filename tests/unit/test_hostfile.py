@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from deepspeedlite.launcher.hostfile import read_hostfile
+from deepspeedlite.launcher.hostfile import bare, read_hostfile, select, ssh_words
 from deepspeedlite.runtime.errors import LaunchError
 
 
@@ -25,6 +25,17 @@ def test_hosts_come_in_the_files_order(tmp_path: Path) -> None:
 
 def test_what_editors_leave_is_no_fault(tmp_path: Path) -> None:
     assert read(tmp_path, b"\xef\xbb\xbfa slots=1\r\nb slots=2 # caf\xe9\r\n") == {"a": 1, "b": 2}
+
+
+def test_a_user_a_port_and_the_words_of_open_mpi_are_taken(tmp_path: Path) -> None:
+    text = "me@a slots=2 max_slots=4\nb:2222 max-slots=9 slots=1\n"
+    assert read(tmp_path, text) == {"me@a": 2, "b:2222": 1}
+    assert [bare(host) for host in ("me@a", "b:22", "me@c:1", "d")] == ["a", "b", "c", "d"]
+    assert ssh_words("me@c:1", 22) == ["-p", "1", "--", "me@c"] and ssh_words("d") == ["--", "d"]
+    slots = {"me@a": [0, 1], "b:2222": [0]}
+    assert select(slots, "a:1@b", None) == select(slots, "a:1@b:2222:0", None) == {"me@a": [1], "b:2222": [0]}
+    with pytest.raises(LaunchError, match="is written in UTF-16, not UTF-8"):
+        read(tmp_path, "a slots=1".encode("utf-16"))
 
 
 def test_slots_may_be_left_out_where_only_names_are_wanted(tmp_path: Path) -> None:
@@ -44,10 +55,12 @@ def test_slots_may_be_left_out_where_only_names_are_wanted(tmp_path: Path) -> No
         ("a slots=" + "9" * 5000, "line 2: 'slots=99"),
         ("first slots=1", "line 2: first is on line 1 already; write one line per host"),
         ("-oProxyCommand=x slots=1", "line 2: the host -oProxyCommand=x begins with '-', which ssh would take"),
-        ("me@a slots=1", "line 2: 'me@a' is no host's name"),
+        ("me@ slots=1", "line 2: 'me@' is no host's name"),
+        ("a:port slots=1", "line 2: 'a:port' is no host's name"),
+        ("a slots=1 max_slots=x", "line 2: 'slots=1 max_slots=x' after a is not understood"),
         ("a,b slots=1", "line 2: 'a,b' is no host's name"),
         ("$(id) slots=1", "line 2: '$(id)' is no host's name"),
-        ("fe80::1 slots=1", "line 2: 'fe80::1' is no host's name or IPv4 address; a user, a port or an IPv6 address"),
+        ("fe80::1 slots=1", "line 2: 'fe80::1' is no host's name or IPv4 address, such as"),
     ],
 )
 def test_wrong_lines_are_named(tmp_path: Path, line: str, message: str) -> None:

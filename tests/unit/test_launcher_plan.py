@@ -188,6 +188,8 @@ def test_every_backend_starts_one_agent_per_host(tmp_path: Path) -> None:
     agent = "/py -m deepspeedlite.launcher.node"
     for name in BACKENDS:
         launches: list[Launch] = find_backend(name, path=str(tmp_path)).launches(reach)
+        if name != "slurm":
+            assert "-p 2222" in f"{launches[0].argv} {launches[0].env}".replace("', '", " "), name
         text = "\n".join(" ".join(launch.argv) for launch in launches)
         assert agent in text and "-v" in text, name
         assert ("s3cr3t" in text) == (name in ("pdsh", "ssh")), "only what a shell must be told stands in a command"
