@@ -22,12 +22,24 @@ if TYPE_CHECKING:
     from deepspeedlite.compat.tuning_arguments import add_tuning_arguments
 
 _OWN = ("config", "errors")
+# What the core is given beside what it has, so that it need not know it: where it is, and what it is asked for as.
+_PLUGINS = {
+    "checkpoint.formats.deepspeed.saver:DeepSpeedSaver": [("saver", "deepspeed")],
+    "schedulers:world_of": [("world", "schedulers")],
+    "schedulers:ask_mpi": [
+        ("address of rank 0", name) for name in ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
+    ],
+    "transports.gloo:GlooTransport": [("transport", "gloo")],
+    **{
+        f"schedules:{name}": [("schedule", name.lower())]
+        for name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
+    },
+}
 _LAZY = {"add_tuning_arguments": "compat.tuning_arguments"}
 
-for _name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
-    plugins.add("schedule", _name.lower(), f"deepspeedlite.schedules:{_name}")
-plugins.add("saver", "deepspeed", "deepspeedlite.checkpoint.formats.deepspeed.saver:DeepSpeedSaver")
-plugins.add("transport", "gloo", "deepspeedlite.transports.gloo:GlooTransport")
+for _place, _added in _PLUGINS.items():
+    for _kind, _name in _added:
+        plugins.add(_kind, _name, f"{__name__}.{_place}")
 serve()  # DeepSpeed's module paths, such as deepspeedlite.runtime.lr_schedules: see drop_in
 
 __all__ = [

@@ -14,7 +14,6 @@ import atexit
 import contextlib
 import dataclasses
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -31,13 +30,13 @@ from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.env import World, discover_world
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.log import log_dist
+from deepspeedlite.runtime.plugins import plugins
 
 TIMEOUT_VARIABLE = "DEEPSPEED_TIMEOUT"
 _DEFAULT_TIMEOUT_MIN = 10.0
 _THREADS_FINISH_S = 0.05
 _LOOKS_AT_THREADS = 100
 _RUNNING_GLOO = "(pt_gloo_runloop) R"  # or would if a processor were free; nothing is found where there is no /proc
-_MPI_SOURCES = ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
 
 
 def init_process_group(
@@ -182,43 +181,14 @@ def _with_master(world: World, default_port: int) -> World:
     port = world.master_port or default_port
     if world.master_addr is not None or world.world_size == 1:
         return dataclasses.replace(world, master_addr=address_of(world), master_port=port)
-    if world.source not in _MPI_SOURCES:
+    ask = plugins.find("address of rank 0", world.source)
+    if ask is None:
         raise DistributedError(
             f"rank {world.rank} of {world.world_size} was found by {world.source}, but MASTER_ADDR is not set; set it "
             "to the host of rank 0 (127.0.0.1 where all ranks are on one host) and MASTER_PORT to a free port there"
         )
-    addr, port = _ask_mpi(world, port)
+    addr, port = ask(world, port)
     return dataclasses.replace(world, master_addr=addr, master_port=port)
-
-
-def _ask_mpi(world: World, port: int) -> tuple[str, int]:
-    """Rank 0's address, broadcast over MPI itself."""
-    try:
-        from mpi4py import MPI
-    except ImportError as error:
-        raise DistributedError(
-            f"{world.source} started {world.world_size} processes on several hosts, and rank 0's address is unknown; "
-            "install mpi4py (pip install 'deepspeedlite[mpi]'), or pass it: mpirun -x MASTER_ADDR=<host of rank 0>"
-        ) from error
-    comm = MPI.COMM_WORLD
-    if comm.Get_size() != world.world_size or comm.Get_rank() != world.rank:
-        raise DistributedError(
-            f"mpi4py says rank {comm.Get_rank()} of {comm.Get_size()}, but {world.source}'s variables say "
-            f"{world.rank} of {world.world_size}: mpi4py was built for another MPI; rebuild it for the one of mpirun, "
-            "or set MASTER_ADDR"
-        )
-    addr, port = comm.bcast((_own_address(), port) if world.rank == 0 else None, root=0)
-    return addr, port
-
-
-def _own_address() -> str:
-    """This host's address on the interface of its default route, which other hosts can usually reach."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(("10.255.255.255", 1))  # chooses a route; a datagram socket sends nothing on connect
-            return str(probe.getsockname()[0])
-        except OSError:
-            return socket.gethostname()
 
 
 def _check_existing(rank: int, world_size: int) -> None:

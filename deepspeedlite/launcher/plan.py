@@ -58,7 +58,7 @@ def choose_hosts(options: LaunchOptions, environ: Mapping[str, str]) -> tuple[Ho
     if path is not None:
         hosts = {host: list(range(slots)) for host, slots in read_hostfile(path).items()}
     elif nodelist:
-        from deepspeedlite.runtime.env import expand_nodelist
+        from deepspeedlite.schedulers import expand_nodelist
 
         hosts = dict.fromkeys(expand_nodelist(nodelist))
     elif options.no_ssh:

@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from paths import ROOT
 
-from deepspeedlite.runtime.env import World, discover_world, expand_nodelist
+from deepspeedlite.runtime.env import World, discover_world
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.schedulers import expand_nodelist
 
 TORCHRUN = {
     "RANK": "3",
