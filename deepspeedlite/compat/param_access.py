@@ -12,7 +12,7 @@ single rank waits here for the others.
 
 - What is read is a copy, in fp32 (fp64 for fp64 parameters). Of a frozen parameter None is read.
 - Full readers are collective at stages 1 to 3: every rank of the group calls them, and each gets the whole tensor. Full
-  writers are given the same tensor on every rank. Below stage 3 `safe_set_local_fp32_param` is the only such writer.
+  writers are given the same tensor on every rank. Below stage 3 one writer, `safe_set_local_fp32_param`, is collective.
 - A gradient is there between the backward pass and the step: the average over the ranks, without the loss scale, as
   `param.grad` would be, with zeros where no gradient came. Before the pass that averages (stages 0 and 1 average at the
   end of an accumulation window, 2 and 3 in every pass) the full functions speak of what this rank has accumulated.

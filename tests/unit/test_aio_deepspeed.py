@@ -187,6 +187,27 @@ def test_the_other_writers(tmp_path):
             writer.flush()
             assert writer.fileno() == -1 and writer._stats["bytes"] == len(saved())
     assert (tmp_path / "plain").read_bytes() == saved() and (tmp_path / "mock").stat().st_size == 0
+    with PyFileWriter(tmp_path / "plain") as plain:
+        plain.write(b"at once")
+        plain.flush()
+        assert (tmp_path / "plain").read_bytes() == b"at once"
+
+
+def test_what_is_closed_is_on_the_disk(module, tmp_path, monkeypatch):
+    """The file with all that was written, and then the folder that has its name."""
+    synced: list[tuple[str, int]] = []
+    plain = os.fsync
+
+    def fsync(fd: int) -> None:
+        synced.append((os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_size))
+        plain(fd)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    for writer in (fast(module, tmp_path / "file"), PyFileWriter(tmp_path / "file")):
+        assert writer.write(b"x" * 5_000) == 5_000 and synced == []
+        writer.close()
+        assert [synced[0], synced.pop(1)[0]] == [(str(tmp_path / "file"), 5_000), str(tmp_path)]
+        synced.clear()
 
 
 @pytest.mark.parametrize("save_size", [True, False])
@@ -205,7 +226,8 @@ def test_parallel_writers_share_storages(module, tmp_path, writers, save_size):
         found += (tmp_path / str(rank)).read_bytes()
     assert found == expected and sum(counted) == len(expected) and max(counted) - min(counted) <= 1
     with MockFileWriter(tmp_path / "mock") as mock:
-        assert mock.save_torch_storage_object_list(storages, save_size) == len(expected)
+        assert mock.save_torch_storage_object_list(storages, save_size) == len(expected) == mock._stats["bytes"]
+        assert (mock._stats["save_storage"], mock._stats["save_storage_bytes"]) == (len(storages), len(expected))
 
 
 def test_memory_that_no_writer_can_use_is_refused(module, tmp_path):
@@ -238,6 +260,14 @@ def test_a_full_disk_is_an_error(module, tmp_path, memory_bytes):
             plain.write(bytes(200_000))
     with pytest.raises(ValueError, match="/file is closed"):
         writer.write(b"more")
+    writer = fast(module, tmp_path / "file", 1 << 16)
+    with small_files(100_000), pytest.raises(OpError, match="is incomplete"):
+        writer.write(bytes(400_000))
+    for _ in range(2):  # there is room again, and what was lost is still lost
+        with pytest.raises(OpError, match="is incomplete"):
+            writer.write(b"more")
+    with pytest.raises(OpError, match="is incomplete"):
+        writer.close()
 
 
 def test_a_writer_that_is_dropped_finishes_its_file_or_says_that_it_could_not(module, tmp_path, caplog):

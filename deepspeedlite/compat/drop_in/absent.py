@@ -2,7 +2,7 @@
 
 Scripts import at their heads what they never call. So `from deepspeed.moe.layer import MoE` works, `isinstance(x, MoE)`
 is False of everything, as nothing here is one, and whoever calls it, subclasses it or reads something from it gets the
-reason.
+reason. Who looks first (`hasattr(MoE, "forward")`, `getattr(comm.cdb, "backend", None)`) finds that it has nothing.
 """
 
 from __future__ import annotations
@@ -32,9 +32,7 @@ class Absent(type):
         cls._refuse()
 
     def __getattr__(cls, name: str) -> NoReturn:
-        if name.startswith("_"):  # what Python and debuggers look for in everything
-            raise AttributeError(f"{name}: {cls.why}")
-        cls._refuse()
+        raise AttributeError(f"{name}: {cls.why}")  # and no AbsentError, which hasattr would not take for an answer
 
     def __getitem__(cls, key: Any) -> NoReturn:
         cls._refuse()

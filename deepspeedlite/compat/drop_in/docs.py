@@ -37,9 +37,12 @@ same module paths work under our own name, so that replacing `deepspeed` by `dee
 
 All modules of DeepSpeed {STANDS_IN_FOR} can be imported, and all public names that they define or have from each other;
 so scripts run whose heads import what they never call. A name that is absent here raises an `AbsentError` (an
-`ImportError`), which says why and what to use, when it is called, subclassed, or something is read from it;
-`isinstance` is False of everything. Constants have DeepSpeed's values. `importlib.util.find_spec` answers, and
-`hasattr` is true, for all of them. What this page does not name is internal to DeepSpeed, and says so when it is used.
+`ImportError`), which says why and what to use, when it is called or subclassed, and an `AttributeError` that says so
+when something is read from it; `isinstance` is False of everything. Constants have DeepSpeed's values.
+`importlib.util.find_spec` answers, and `hasattr` of the module is true, for all of them, as in DeepSpeed
+{STANDS_IN_FOR}: code that falls back where one is missing does so for the sake of older releases, and uses what it has
+found where it is asked to. `hasattr` of an absent name itself finds nothing in it. What this page does not name is
+internal to DeepSpeed, and says so when it is used.
 The keys of the configuration have a [reference of their own](config.md).
 
 What public repositories import is counted: `tests/unit/client_names.txt` lists their names, each as one that works,
