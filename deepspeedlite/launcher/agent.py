@@ -8,6 +8,7 @@ life is a generator: it yields how long it would sleep and is resumed, by `turn`
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import os
 import signal
@@ -131,10 +132,12 @@ class Agent:
     def _start(self, command: RankCommand) -> None:
         is_first, prefix = command.rank == 0, command.prefix.encode()
         log: BinaryIO | None = None
-        if command.log_path is not None:
-            log = open(command.log_path, "wb", buffering=0)  # noqa: SIM115 - its streams hold it
-        channels = [open_channel(self._surface, stream, prefix, is_first) for stream in (1, 2)]
+        channels: list[tuple[int, int]] = []
         try:
+            if command.log_path is not None:
+                log = open(command.log_path, "wb", buffering=0)  # noqa: SIM115 - its streams hold it
+            for stream in (1, 2):
+                channels.append(open_channel(self._surface, stream, prefix, is_first))
             process = subprocess.Popen(
                 command.argv,
                 env={**self._job.environ, **command.env},
@@ -146,7 +149,8 @@ class Agent:
                 preexec_fn=process_tree.die_with(os.getpid(), command.cores),  # safe: there is no other thread
             )
         except OSError as error:
-            raise LaunchError(f"rank {command.rank}: cannot start {command.argv[0]}: {error.strerror}") from error
+            hint = "; raise `ulimit -n`: each rank takes three here" if error.errno == errno.EMFILE else ""
+            raise LaunchError(f"rank {command.rank}: cannot start {command.argv[0]}: {error.strerror}{hint}") from error
         finally:
             for _, theirs in channels:
                 os.close(theirs)

@@ -53,10 +53,10 @@ class Devices:
     def source(self) -> str:
         """Where they come from, and how many slots that makes."""
         count = len(self.ids)
-        slots = f"slot{'s 0 to' * (count > 1)} {count - 1}"
+        slots = f"slots 0 to {count - 1}" if count > 1 else "slot 0"
         if self.value is None:
             return f"this machine has {count} ({slots})" if count else "this machine has no GPU"
-        return f"{self.variable}={self.value} leaves {count}" + (f" ({slots} are its entries)" if count else "")
+        return f"{self.variable}={self.value} leaves {count}" + (f" ({slots} of it)" if count else "")
 
     def used(self, slots: Sequence[int]) -> str:
         """One line: what ranks with these slots run on."""
@@ -67,7 +67,7 @@ class Devices:
         names = ",".join(self.ids[slot] for slot in slots)
         if self.value is None:
             return f"{count} of {len(self.ids)} GPUs are used ({names})"
-        places = "" if list(slots) == list(range(count)) else f", its entries {','.join(map(str, slots))} from 0"
+        places = "" if list(slots) == list(range(count)) else f", slots {','.join(map(str, slots))} of it"
         return f"{self.variable}={self.value} is respected: ranks use {names}{places}"
 
 

@@ -19,6 +19,7 @@ from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, choose_hosts, exported, is_here, ranks_environ
 from deepspeedlite.launcher.report import Outcome, duration
+from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import counted
@@ -95,7 +96,9 @@ def plan_here(
     where = (options.master_addr or "127.0.0.1", port.number)
     assignment = Assignment(slots, len(slots), *where, restarts=restarts, secret=secret)
     job = build_job(options, assignment, environ, devices)
-    for text in filter(None, (devices.used(slots), port.note)):
+    cores = usable_cores()
+    shared = f" on {counted(cores, 'core')}" if not devices.ids and cores < len(slots) else ""
+    for text in filter(None, (devices.used(slots) + shared, port.note)):
         logger.info(text, extra=EVERY_RANK)
     return job
 

@@ -158,6 +158,36 @@ def test_what_is_odd_on_a_node_is_named_with_its_remedy(cluster: Cluster, tmp_pa
         assert found and remedy in found[1], f"{said}\n{done.stderr}"
 
 
+def test_devices_are_those_of_the_ranks_own_environment(cluster: Cluster, tmp_path: Path) -> None:
+    """Each host has the files of four GPUs; the variable is set where the ranks start, not around the launcher."""
+    script = write(tmp_path, "import os\nprint('ran', os.environ['RANK'], os.environ.get('CUDA_VISIBLE_DEVICES'))\n")
+    (tmp_path / "activate").write_text(f"export CUDA_VISIBLE_DEVICES=3,1,2 PATH={Path(sys.executable).parent}:$PATH\n")
+    plant = "mkdir -p /run/g/up /run/g/work && "
+    plant += "mount -t overlay -o lowerdir=/dev,upperdir=/run/g/up,workdir=/run/g/work dev /dev"
+    for host in ("head", "worker-1"):
+        cluster.run(host, ["sh", "-c", f"{plant} && touch /dev/nvidia0 /dev/nvidia1 /dev/nvidia2 /dev/nvidia3"])
+    try:
+        there = ("-H", hostfile(tmp_path, "worker-1 slots=2\n"), "--launcher", "ssh")
+        visible, asked = "CUDA_VISIBLE_DEVICES=3,1,2", "--include localhost:3 asks for slot 3"
+        for where, status, said in (
+            (("--include", "localhost:1,2"), 0, f"{visible} is respected: ranks use 1,2, slots 1,2 of it"),
+            (("--include", "localhost:3"), 2, f"{asked}, but {visible} leaves 3 (slots 0 to 2 of it)"),
+            (there, 0, f"worker-1: {visible} is respected: ranks use 3,1"),
+            (
+                (*there, "--export_env", "CUDA_VISIBLE_DEVICES=all"),
+                2,
+                "worker-1: start: CUDA_VISIBLE_DEVICES=all: 'all'",
+            ),
+        ):
+            done = launch(cluster, *where, "--venv_script", tmp_path / "activate", script, DS_ACCELERATOR="")
+            assert done.returncode == status and said in done.stderr, done.stderr
+            given = re.findall(r"ran \d (.*)", done.stdout)
+            assert given == ([] if status else [re.findall("ranks use ([0-9,]+[0-9])", said)[0]] * 2), done.stdout
+    finally:
+        for host in ("head", "worker-1"):
+            cluster.run(host, ["umount", "-l", "/dev"])
+
+
 @pytest.mark.parametrize("is_rejected", [False, True])
 def test_a_firewall_between_nodes_is_named(cluster: Cluster, tmp_path: Path, is_rejected: bool) -> None:
     """The launcher reaches both; what one node sends to the other is dropped, or answered with an error."""

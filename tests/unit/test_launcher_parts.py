@@ -50,8 +50,8 @@ def test_visible_devices_are_narrowed_never_widened(tmp_path: Path) -> None:
     assert devices.pick(range(3), "") == {"CUDA_VISIBLE_DEVICES": "5,3,GPU-8a"}
     assert devices.pick([1, 2], "") == {"CUDA_VISIBLE_DEVICES": "3,GPU-8a"}
     assert devices.used([0, 1]) == "CUDA_VISIBLE_DEVICES=5, 3,GPU-8a is respected: ranks use 5,3"
-    assert devices.used([1, 2]).endswith("ranks use 3,GPU-8a, its entries 1,2 from 0")
-    left = r"asks for slot 3, but CUDA_VISIBLE_DEVICES=5, 3,GPU-8a leaves 3 \(slots 0 to 2 are its entries\)"
+    assert devices.used([1, 2]).endswith("ranks use 3,GPU-8a, slots 1,2 of it")
+    left = r"asks for slot 3, but CUDA_VISIBLE_DEVICES=5, 3,GPU-8a leaves 3 \(slots 0 to 2 of it\)"
     with pytest.raises(LaunchError, match="hosts " + left):
         devices.pick(range(4), "hosts")
     with pytest.raises(LaunchError, match=r"asks for slot 8, but this machine has 8 \(slots 0 to 7\)"):
