@@ -14,9 +14,9 @@ from pathlib import Path
 
 import forked
 import pytest
-from programs import program
+from programs import needs, program
 
-pytestmark = pytest.mark.slow  # each starts processes of its own
+pytestmark = [pytest.mark.slow, needs("c++")]  # each starts processes of its own
 
 # A training in a process of its own; `sizes` are the widths of its linear layers.
 COMMON = """

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from paths import ROOT
-from programs import program
+from programs import needs, program
 
 from deepspeedlite.env_report import (
     BAD,
@@ -281,6 +281,7 @@ def test_ops_without_a_compiler_say_who_does_their_work(tmp_path: Path) -> None:
     assert row.status == WARN and "torch does its work" in row.value and "CXX=/no/such/compiler" in row.value
 
 
+@needs("c++")
 @pytest.mark.slow
 def test_an_op_that_does_not_load_is_broken_and_what_builds_left_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -306,6 +307,7 @@ def test_an_op_that_does_not_load_is_broken_and_what_builds_left_is_named(
     assert find(rows_of(done), "of no use here").value.startswith("1, ")
 
 
+@needs("c++")
 @pytest.mark.slow
 def test_an_op_that_kills_its_process_is_blamed_and_torch_is_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

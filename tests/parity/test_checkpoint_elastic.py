@@ -25,7 +25,7 @@ WORLDS, STAGES = (1, 2, 3, 4), (0, 1, 2, 3)
 PAIRS = [*itertools.product(WORLDS, STAGES)]
 LOADS = {  # (world and stage that load, world and stage that have saved)
     "fp32": {(*loads, *saved) for loads in PAIRS for saved in PAIRS},
-    "bf16": set(covering({"world": WORLDS, "stage": STAGES, "saved_world": WORLDS, "saved_stage": STAGES}, 3)),
+    "bf16": set(covering({"world": WORLDS, "stage": STAGES, "saved_world": WORLDS, "saved_stage": STAGES}, 2)),
 }
 DTYPES = {"fp32": {}, "bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 64.0}}}
 
@@ -75,7 +75,7 @@ def assert_same(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @distributed(world_size=4, init_process_group=False, timeout_s=240)
 def test_all_pairs_of_world_sizes_and_stages(tmp_path, dtype):
-    """In bf16 every three of the two worlds and stages meet."""
+    """In bf16 every two of the two worlds and stages meet."""
     me = int(os.environ["RANK"])
 
     def worlds(what):

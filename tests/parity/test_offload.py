@@ -119,6 +119,7 @@ def assert_same(got: dict, expected: dict) -> None:
 # --- the trajectory ---------------------------------------------------------------------------------------------------
 
 
+@needs("c++")
 @distributed([1, 2], timeout_s=180)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.slow
@@ -253,6 +254,7 @@ def test_memory_that_cannot_be_page_locked_is_pageable(caplog):
 # --- what else touches the states -------------------------------------------------------------------------------------
 
 
+@needs("c++")
 @pytest.mark.slow
 @distributed(2)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -290,6 +292,7 @@ def test_states_are_read_and_written_where_they_are(dtype, tmp_path):
             assert_same(change(engine), expected)
 
 
+@needs("c++")
 @distributed(2, timeout_s=180)
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.slow

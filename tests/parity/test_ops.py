@@ -87,6 +87,7 @@ print("good")
 """
 
 
+@needs("c++")
 @pytest.mark.slow
 @pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
 def test_every_instruction_set_does_the_same(isa):
@@ -279,6 +280,7 @@ def start_building() -> subprocess.Popen[str]:
     return subprocess.Popen([sys.executable, "-c", BUILD], cwd=ROOT, stdout=subprocess.PIPE, text=True)
 
 
+@needs("c++")
 @pytest.mark.slow
 def test_two_that_start_at_once_compile_once_and_a_killed_one_leaves_no_lock(cold):
     killed = start_building()
@@ -298,6 +300,7 @@ def test_two_that_start_at_once_compile_once_and_a_killed_one_leaves_no_lock(col
     assert time.perf_counter() - started_s < 1, "nothing is compiled again"
 
 
+@needs("c++")
 @pytest.mark.slow
 def test_a_compile_error_shows_the_first_error_and_the_command(cold, tmp_path, monkeypatch):
     sources = tmp_path / "csrc"
@@ -339,10 +342,10 @@ print(type(engine.optimizer.optimizer).__name__, [round(w, 5) for w in weight.to
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("variable", "value", "reason"),
-    [("CXX", "/no/such/compiler", "CXX=/no/such/compiler is not"), ("TORCH_EXTENSIONS_DIR", "/dev/null/x", "writ")],
-)
+@pytest.mark.parametrize(("variable", "value", "reason"), [
+    ("CXX", "/no/such/compiler", "CXX=/no/such/compiler is not"),
+    pytest.param("TORCH_EXTENSIONS_DIR", "/dev/null/x", "writ", marks=needs("c++")),
+])  # fmt: skip
 def test_without_it_torch_does_the_work_and_the_reason_is_said(variable, value, reason, tmp_path):
     environment = {**os.environ, "TORCH_EXTENSIONS_DIR": str(tmp_path), variable: value}
     done = subprocess.run(

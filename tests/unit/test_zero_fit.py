@@ -13,6 +13,7 @@ import sys
 import psutil
 import pytest
 from paths import ROOT
+from programs import needs
 
 from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.tools.memory_plan import estimate, machine
@@ -172,6 +173,7 @@ def test_what_is_measured_is_there(here, tmp_path):
     assert (here.gpu_bytes > 0) == (here.gpus > 0)
 
 
+@needs("c++")
 @pytest.mark.slow
 def test_the_command_measures_and_tells(here, tmp_path, monkeypatch, capsys):
     command = [sys.executable, "-m", "deepspeedlite.zero.estimate", "--fit", "--path", str(tmp_path), "--gpus", "2"]

@@ -277,6 +277,7 @@ print(os.getuid(), type(engine.optimizer.optimizer).__name__, weight.tolist())
 """
 
 
+@needs("c++")
 @pytest.mark.slow
 def test_a_user_without_a_home_trains_with_the_op(open_folder):
     """Which root has compiled here before, since that takes long; it lies where that user's would."""

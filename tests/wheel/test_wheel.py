@@ -26,7 +26,7 @@ from deepspeedlite.ops.op_builder import OPS, OpBuildError, wheel
 
 HERE = [spec for spec in OPS.values() if not spec.pending]
 ON_GPU = [spec for spec in HERE if spec.gpu]
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, needs("c++")]
 
 
 def environment(**variables: str) -> dict[str, str]:
