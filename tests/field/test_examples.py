@@ -11,6 +11,7 @@ import importlib.util
 import io
 import os
 import re
+import resource
 import subprocess
 import sys
 import tarfile
@@ -389,10 +390,13 @@ def test_tutorial_config_is_the_well_known_one():
 @pytest.mark.slow
 def test_demo_reaches_97_percent_on_two_ranks_within_a_minute(tmp_path):
     pytest.importorskip("sklearn", reason="needs scikit-learn (pip install 'deepspeedlite[examples]')")
+    before = resource.getrusage(resource.RUSAGE_CHILDREN)
     done = cifar(tmp_path, "--data", "digits", "--min_accuracy", "0.97")
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "2 rank(s)" in done.stdout and "handwritten digits" in done.stdout
-    assert float(re.search(r"trained [\d,]+ steps in ([\d.]+) s", done.stdout).group(1)) < 60
+    cpu_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    assert cpu_s / 2 < 60, "of each rank's core, whatever else the machine has to do meanwhile"
     assert re.search(r"test accuracy: 9[789]\.\d\d% \(\d+ of 360\)", done.stdout)
     shares = re.findall(r"\((\d+) of (\d+)\)", done.stdout)
     assert len(shares) == 11 and sum(int(total) for _, total in shares[:10]) == 360
