@@ -21,6 +21,7 @@ from deepspeedlite.runtime.errors import LaunchError
 _POLL_S = 0.05
 _SCHEDULER_S = 0.02
 _SETTLE_S = 1.0  # how long a rank that has raised may take to exit before others are ended
+_CAUSE_S = 3.0  # the same where all that have ended say that a peer has gone, and none is known to have
 _ANSWER_S = 5.0  # how long other machines may take to say what they know of a failure
 
 
@@ -145,12 +146,13 @@ class Cluster:
             oldest_s = min(end.exited_s for end in failures) - RECENT_S
             raised = [rank for rank, at_s in outcome.raised_s.items() if at_s > oldest_s and rank not in outcome.ends]
             is_sure = not raised and not all(end.lost_peer for end in failures)
-            is_late = time.monotonic() > begin_s + _SETTLE_S
+            is_caused = any(not end.lost_peer for end in failures) or len(outcome.ends) > len(failures)
+            is_late = time.monotonic() > begin_s + (_SETTLE_S if is_caused else _CAUSE_S)
             working = [node for node in self._nodes if not node.is_done]
             is_told = all(node.has_answered(begin_s) for node in working)
             return is_told and (is_sure or is_late or len(outcome.ends) == outcome.num_ranks)
 
-        self.until(is_known, _ANSWER_S + _SETTLE_S)
+        self.until(is_known, _ANSWER_S + _CAUSE_S)
         # A scheduler that ends everything at once signals us and the ranks: that is no rank's failure.
         self.until(lambda: False, _SCHEDULER_S)
 

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from typing import BinaryIO, Protocol
 
 from deepspeedlite.launcher.loop import ENDING, Loop
-from deepspeedlite.launcher.report import ErrorTail
+from deepspeedlite.launcher.report import ErrorTail, Quiet
 
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory
 _LIVE_LIMIT_BYTES = 1 << 12  # what is redrawn of an unfinished line
@@ -182,13 +182,14 @@ class RankStream:
         self._rest = b""  # what follows the last line end or carriage return
         self._state = b""  # what a rank that is not the first has written over in this line, up to there
         self._tail, self._log = tail, log
+        self._quiet = Quiet()
 
     def feed(self, data: bytes) -> None:
         """Take the next bytes the rank wrote."""
         if self._tail is not None:
             self._tail.feed(data, time.monotonic())
         if self._is_live:
-            self._surface.show(self.stream, self._tagged(data), True)
+            self._surface.show(self.stream, self._tagged(self._quiet(data)), True)
         data = self._rest + data
         end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
         if end:
@@ -207,14 +208,16 @@ class RankStream:
         if self._log is not None:
             with contextlib.suppress(OSError):  # a full disk must not stop the training: the lines are on the screen
                 self._log.write(data)
-        lines = data + end
+        if self._is_live:
+            return
+        lines = self._quiet(data + end)
         if not self._is_first:
             whole = self._state + lines
             at = whole.rfind(b"\n") + 1
             lines, state = whole[:at], whole[at:]
             self._state = state[state.rstrip(b"\r").rfind(b"\r") + 1 :]
             lines = b"\n".join(line.rstrip(b"\r").rpartition(b"\r")[2] for line in lines.split(b"\n"))
-        if lines and not self._is_live:
+        if lines:
             self._surface.show(self.stream, self._tagged(lines), False)
 
     def _tagged(self, data: bytes) -> bytes:

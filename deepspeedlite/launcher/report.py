@@ -29,19 +29,47 @@ _HEADER_BYTES = _HEADER.encode()
 _CHAINED = ("During handling of the above exception", "The above exception was the direct cause")
 _IGNORED = "Exception ignored"
 _RANK_TAG = re.compile(r"^\[rank\d+\]: ", re.MULTILINE)  # torch puts it before each line of an initialised rank
-# What a rank says that lost its peer, in the words of torch's TCPStore, gloo and NCCL.
-_LOST_PEER = re.compile(
-    r"connection (was )?(closed|reset)|broken pipe|connection refused|remote process exited|ncclRemoteError"
-    r"|ncclSystemError|NCCL watchdog|Watchdog caught collective|DistNetworkError|DistStoreError|recvValue failed"
-    r"|socket timeout|collective operation timeout|Gloo connectFullMesh",
-    re.IGNORECASE,
-)
+# What a rank says that lost its peer, by whose words these are.
+CONSEQUENCES = {
+    "torch's store": r"DistNetworkError|DistStoreError|recvValue failed|sendBytes failed|socket timeout",
+    "gloo": r"connection (was )?(closed|reset)|broken pipe|connection refused|remote process exited"
+    r"|Gloo connectFullMesh|timed out waiting \d+ ?ms for (recv|send) operation",
+    "NCCL": r"ncclRemoteError|ncclSystemError|NCCL watchdog|Watchdog caught collective|collective operation timeout",
+    "transports": r"rank \d+ has ended|rank \d+ has read nothing for|waited \d+ s for rank",
+    "saves and loads": r"\[[\d, ]+\] have ended|ended before it was done, or did not answer",
+    "the start": r"lost the connection to rank 0's store|did not arrive within|could not reach rank 0",
+}
+_LOST_PEER = re.compile("|".join(CONSEQUENCES.values()), re.IGNORECASE)
+# Signals by which a rank ends that lost its peer: native code gives up, or somebody who has noticed ends it.
+_OF_CONSEQUENCES = (signal.SIGABRT, signal.SIGTERM)
+# torch's C++ warnings about sockets: their first line, and how the lines begin that follow.
+_SOCKET_WARNING = re.compile(rb"(\[rank\d+\]:)?\[W\d+ [\d:.]+ \w+\.cpp:\d+\] \[c10d\] ")
+_GOES_ON = (b"Exception raised from ", b"frame #", b"<omitting python frames>", b"\n")
 _SIGNAL_HINTS = {
     signal.SIGKILL: "nobody but the system or a person sends this: often the kernel was out of memory (see `dmesg`)",
     signal.SIGBUS: "often shared memory is full: see `df -h /dev/shm`, and give a container more with --shm-size",
     signal.SIGSEGV: "a crash in native code; PYTHONFAULTHANDLER=1 shows where",
     signal.SIGABRT: "native code gave up; its message is above",
 }
+
+
+class Quiet:
+    """Leaves torch's warnings about sockets out of a stream: where a peer has gone each rank has dozens of lines."""
+
+    def __init__(self) -> None:
+        self._is_inside = False
+
+    def __call__(self, lines: bytes) -> bytes:
+        """Whole lines without those."""
+        if not self._is_inside and b"[c10d]" not in lines:
+            return lines
+        kept = []
+        for line in lines.splitlines(True):
+            is_more = self._is_inside and line.startswith(_GOES_ON)
+            self._is_inside = is_more or _SOCKET_WARNING.match(line) is not None
+            if not self._is_inside:
+                kept.append(line)
+        return b"".join(kept)
 
 
 class ErrorTail:
@@ -91,8 +119,10 @@ class RankEnd:
 
     @property
     def lost_peer(self) -> bool:
-        """Whether its last words are those of a rank whose peer has gone."""
-        return not self.lost and _LOST_PEER.search(last_words(self.stderr)) is not None
+        """Whether its last words are those of a rank whose peer has gone. One that was killed needs no other reason."""
+        if self.lost or (self.status < 0 and -self.status not in _OF_CONSEQUENCES):
+            return False
+        return _LOST_PEER.search(last_words(self.stderr)) is not None
 
     @property
     def exit_status(self) -> int:
@@ -138,6 +168,7 @@ def extract_traceback(text: str) -> str:
 
 def last_words(text: str) -> str:
     """What a rank had to say at its end: its last traceback, else its last lines on stderr."""
+    text = Quiet()(text.encode(errors="replace")).decode() or text
     return extract_traceback(text) or "\n".join(text.rstrip().splitlines()[-12:])
 
 

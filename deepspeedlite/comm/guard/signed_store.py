@@ -2,10 +2,12 @@
 
 The store that ranks meet in is torch's, and whoever reaches its port may read, write and list it. So a key goes there
 under a name that only the secret gives, which nobody can claim before it is there; and a value with a signature over
-its key and itself (HMAC-SHA256). What is not signed counts as not there: it is waited past, and written over.
+its key, a random number and itself (HMAC-SHA256). What is not signed counts as not there: it is waited past, and
+written over.
 
 Counters are values too: torch's server would add to what anybody wrote, so `add` and `append` are a read and a
-compare-and-set, again until it holds.
+compare-and-set, again until it holds. By the random number who has set something knows it from the same value of
+another's.
 
 What this does not do: values are not hidden; somebody who lists the names may delete or overwrite what is there, which
 ends a start with an error or stops it, or put back an older value of the same key.
@@ -27,7 +29,7 @@ import torch.distributed as dist
 from deepspeedlite.launcher.options import JOB_SECRET
 from deepspeedlite.runtime.log import logger
 
-_SIGNATURE_NBYTES = 32
+_SIGNATURE_NBYTES, _RANDOM_NBYTES = 32, 8
 _LOOKS_AGAIN_S = 0.05
 
 
@@ -80,14 +82,14 @@ class SignedStore(dist.Store):
         return self._digest(b"name", key.encode()).hex()[:32]
 
     def _signed(self, key: str, value: bytes | str) -> bytes:
-        value = value.encode() if isinstance(value, str) else value
-        return self._digest(b"value", key.encode(), value) + value
+        rest = secrets.token_bytes(_RANDOM_NBYTES) + (value.encode() if isinstance(value, str) else value)
+        return self._digest(b"value", key.encode(), rest) + rest
 
     def _believed(self, key: str, found: bytes) -> bytes | None:
         """The value; None where there is none that was signed."""
-        value = found[_SIGNATURE_NBYTES:]
-        if hmac.compare_digest(found[:_SIGNATURE_NBYTES], self._digest(b"value", key.encode(), value)):
-            return value
+        rest = found[_SIGNATURE_NBYTES:]
+        if hmac.compare_digest(found[:_SIGNATURE_NBYTES], self._digest(b"value", key.encode(), rest)):
+            return rest[_RANDOM_NBYTES:]
         if found and not self._is_warned:
             self._is_warned = True
             logger.warning("something else than this job writes to its store; what is not signed is ignored")
@@ -126,28 +128,25 @@ class SignedStore(dist.Store):
 
     def compare_set(self, key: str, expected: bytes | str, desired: bytes | str) -> bytes:
         """Write where the value is the expected one (empty: where there is none); the value that is there now."""
+        wanted = expected.encode() if isinstance(expected, str) else expected
         name, new = self._name(key), self._signed(key, desired)
-        old = self._signed(key, expected) if expected else b""
-        while True:
-            found = self._swap(name, old, new)
-            value = self._believed(key, found)
-            if value is not None or not found or expected:
-                return b"" if value is None else value
-            old = found  # unsigned, so as good as none
-
-    def _swap(self, name: str, old: bytes, new: bytes) -> bytes:
-        return self._inner.compare_set(name, old, new)
+        found = self._inner.get(name) if wanted and self._inner.check([name]) else b""
+        while (value := self._believed(key, found) or b"") == wanted:
+            now = self._inner.compare_set(name, found, new)
+            if now == new:
+                return self._believed(key, new) or b""
+            found = now
+        return value
 
     def _change(self, key: str, change: Callable[[bytes], bytes]) -> bytes:
         """Replace a value (empty: none) by what `change` makes of it, and give that."""
-        name = self._name(key)
-        found = self._inner.get(name) if self._inner.check([name]) else b""
+        name, found = self._name(key), b""  # torch's server tells what there is, where it is not what was expected
         while True:
-            new = change(self._believed(key, found) or b"")
-            signed = self._signed(key, new)
-            now = self._swap(name, found, signed)
-            if now == signed:
-                return new
+            value = change(self._believed(key, found) or b"")
+            new = self._signed(key, value)
+            now = self._inner.compare_set(name, found, new)
+            if now == new:
+                return value
             found = now
 
     def add(self, key: str, amount: int) -> int:
