@@ -12,21 +12,17 @@ from __future__ import annotations
 from deepspeedlite.config.base import Section
 from deepspeedlite.config.batch import BatchSizes, solve_batch
 from deepspeedlite.config.features import FEATURES, Feature
-from deepspeedlite.config.keys import KeyInfo
 from deepspeedlite.config.load import load_config
-from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
+from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.runtime.errors import ConfigError
 
 __all__ = [
-    "ALL_SECTIONS",
     "FEATURES",
     "BatchSizes",
     "ConfigError",
     "DeepSpeedConfig",
     "Feature",
-    "KeyInfo",
     "Section",
-    "iter_keys",
     "load_config",
     "solve_batch",
 ]

@@ -2,7 +2,7 @@
 
 A section is a frozen pydantic model that refuses unknown keys and converts nothing silently: `true` is no number,
 "1e5" is no number, 5e8 is a whole number because JSON has no other way to write it, 0 and 1 are false and true.
-`keys.key_info` reads back what `key` recorded; the checks, the generated documentation and the JSON Schema live on it.
+`keys` reads back what `key` recorded; the checks, the generated documentation and the JSON Schema live on it.
 
 [Note: keys that are not acted on]
 `class Fp16(Section, beside="fp16")` has, after its own keys, those of the rows that unsupported.json lists for it. A

@@ -4,25 +4,12 @@ from __future__ import annotations
 
 import types
 import typing
-from typing import Annotated, Any, Literal, NamedTuple, Union
+from typing import Annotated, Any, Literal, Union
 
 from pydantic.fields import FieldInfo
 
 from deepspeedlite.config.base import Section
-from deepspeedlite.config.features import FEATURES, Feature, Status
-
-
-class KeyInfo(NamedTuple):
-    """What is known about one key; `path` is dotted from the file's top."""
-
-    path: str
-    kind: str
-    default: Any
-    status: Status
-    note: str
-    doc: str
-    section: type[Section] | None
-    may_differ: bool = False
+from deepspeedlite.config.features import FEATURES, Feature
 
 
 def inner_section(annotation: Any) -> type[Section] | None:
@@ -108,18 +95,3 @@ def standing(field: FieldInfo) -> Feature:
 def may_differ(field: FieldInfo) -> bool:
     """Whether ranks may have different values of a key."""
     return "may_differ" in typing.cast(dict[str, Any], field.json_schema_extra)
-
-
-def key_info(path: str, field: FieldInfo) -> KeyInfo:
-    """Read back what `key` recorded."""
-    status, note = standing(field)
-    return KeyInfo(
-        path=path,
-        kind=kind_of(field),
-        default=default_of(field),
-        status=status,
-        note=note,
-        doc=field.description or "",
-        section=inner_section(field.annotation),
-        may_differ=may_differ(field),
-    )

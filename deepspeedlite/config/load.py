@@ -30,7 +30,7 @@ from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, raise_f
 from deepspeedlite.config.keys import default_of, inner_section, kind_of, standing
 from deepspeedlite.config.legacy import RENAMED, Origin, modernise
 from deepspeedlite.config.recipes import OTHER_NAMES, Faults, optimizer_faults, refused_combination, scheduler_faults
-from deepspeedlite.config.root import DeepSpeedConfig, iter_keys
+from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import copy_tree, read_source
 from deepspeedlite.runtime.leniency import is_lenient
@@ -293,9 +293,14 @@ def _remove(tree: Any, path: KeyPath) -> None:
 def _places() -> dict[str, list[str]]:
     """Each key's name to the sections that have it."""
     places: dict[str, list[str]] = {}
-    for info in iter_keys():
-        parent, _, name = info.path.rpartition(".")
-        places.setdefault(name, []).append(parent)
+
+    def look(section: type[Section], parent: str) -> None:
+        for name, field in section.model_fields.items():
+            places.setdefault(name, []).append(parent)
+            if (inner := inner_section(field.annotation)) is not None:
+                look(inner, f"{parent}.{name}".lstrip(".") + "[]" * kind_of(field).startswith("a list"))
+
+    look(DeepSpeedConfig, "")
     return places
 
 

@@ -1,17 +1,15 @@
 """`DeepSpeedConfig`: the whole file as one model, under DeepSpeed's names.
 
-`load.load_config` makes one; `ALL_SECTIONS` and `iter_keys` list everything that it knows.
+`load.load_config` makes one.
 """
 
 import math
-from collections.abc import Iterator
 from typing import Annotated, Any, Literal, cast
 
 from pydantic import BeforeValidator, PrivateAttr
 
-from deepspeedlite.config.base import AnyCase, Dtype, Flag, Int, Number, Section, key
+from deepspeedlite.config.base import AnyCase, Dtype, Flag, Int, Number, key
 from deepspeedlite.config.batch import BatchSizes, solve_batch
-from deepspeedlite.config.keys import KeyInfo, inner_section, key_info
 from deepspeedlite.config.sections.monitors import CommsLogger, FlopsProfiler, Monitors
 from deepspeedlite.config.sections.optim import Optimizer, Scheduler
 from deepspeedlite.config.sections.parallel import Pipeline
@@ -114,19 +112,3 @@ class DeepSpeedConfig(Monitors, beside=""):
         return solve_batch(
             self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps, world_size
         )
-
-
-ALL_SECTIONS: dict[str, type[Section]] = {
-    name: section
-    for name, field in sorted(DeepSpeedConfig.model_fields.items(), key=lambda item: item[0] in Monitors.model_fields)
-    if (section := inner_section(field.annotation)) is not None
-}
-
-
-def iter_keys(section: type[Section] = DeepSpeedConfig, prefix: str = "") -> Iterator[KeyInfo]:
-    """Every key with its dotted path, a section's own keys right after it ("layer_specs[]" for lists of objects)."""
-    for name, field in section.model_fields.items():
-        info = key_info(prefix + name, field)
-        yield info
-        if info.section is not None:
-            yield from iter_keys(info.section, info.path + ("[]." if info.kind.startswith("a list") else "."))

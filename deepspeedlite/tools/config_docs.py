@@ -7,9 +7,9 @@ import textwrap
 from typing import Any
 
 from deepspeedlite.config.base import LARGEST, Section
-from deepspeedlite.config.keys import KeyInfo
 from deepspeedlite.config.legacy import LEGACY_ZERO_DOC, RENAMED
-from deepspeedlite.config.root import ALL_SECTIONS, DeepSpeedConfig, iter_keys
+from deepspeedlite.config.root import DeepSpeedConfig
+from deepspeedlite.tools.config_keys import ALL_SECTIONS, KeyInfo, iter_keys
 
 INTRODUCTION = """\
 # Configuration reference

@@ -29,7 +29,7 @@ gradients are shown, anything may change them unseen (`param.grad.data`, numpy),
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from enum import Enum
 from typing import Any
 
@@ -38,7 +38,6 @@ import torch
 from deepspeedlite.comm import Group
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.zero.layout import FlatLayout, Slot
-from deepspeedlite.zero.norm import norm_dtype, norms_of
 from deepspeedlite.zero.plan import ReducePolicy, ShardingPlan
 
 
@@ -294,7 +293,10 @@ class GradBuffer:
         return self._norms if self._norms is not None and not precise else self._norms_of(self.shard, precise)
 
     def _norms_of(self, shard: torch.Tensor, precise: bool = False) -> list[torch.Tensor]:
-        return norms_of(shard, self._counted, torch.float64 if precise else norm_dtype(self.dtype))
+        """Each 0-dim and where the gradients are: nothing waits for a device."""
+        everything, dtype = slice(0, shard.numel()), torch.float64 if precise else norm_dtype(self.dtype)
+        cuts = (shard if span == everything else shard[span] for span in self._counted)
+        return [torch.linalg.vector_norm(piece, dtype=dtype) for cut in cuts for piece in _pieces(cut)]
 
     def forget_norm(self) -> None:
         """The averages are being written to from outside."""
@@ -307,3 +309,13 @@ class GradBuffer:
         self._carried = self._norms = None
         self.state = GradState.EMPTY
         self._drop()
+
+
+def norm_dtype(grad_dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which gradients' squares are summed."""
+    return torch.float64 if grad_dtype is torch.float64 else torch.float32
+
+
+def _pieces(grads: torch.Tensor) -> Sequence[torch.Tensor]:
+    """On a CPU torch takes 16-bit numbers to fp32 before it takes their norm: pieces of 1 MiB stay in the cache."""
+    return grads.split(1 << 18) if grads.device.type == "cpu" and grads.dtype.itemsize == 2 else [grads]

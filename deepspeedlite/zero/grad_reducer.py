@@ -33,10 +33,10 @@ from typing import Protocol
 
 import torch
 
+from deepspeedlite.comm import Group
 from deepspeedlite.parallel.replica import Replica
 from deepspeedlite.runtime.errors import EngineStateError
-from deepspeedlite.zero.grad_buffer import GradState
-from deepspeedlite.zero.norm import joined, norm_dtype, norm_of_all
+from deepspeedlite.zero.grad_buffer import GradState, norm_dtype
 from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.unit import ShardUnit, UnitOptions
 from deepspeedlite.zero.wrap import Bucket, NamedParameter
@@ -230,7 +230,7 @@ class GradReducer:
 
     @torch.no_grad()
     def grad_norm(self, alone: bool = False, precise: bool = False) -> torch.Tensor:
-        """The 2-norm of the model's gradients as the buffers hold them: a 0-dim tensor.
+        """The 2-norm of the model's gradients as the buffers hold them, finite only if every gradient is: 0-dim.
 
         fp32, or fp64 where gradients are, where ranks hold a model together, and where it is to be `precise`: squares
         of gradients beyond 1e19 are beyond fp32. Collective; over the replica only, if `alone` and every rank of the
@@ -239,10 +239,10 @@ class GradReducer:
         alike = not self.plan.shard_optimizer
         dtype = torch.float64 if precise else norm_dtype(self.units[0].grads.dtype) if self.units else torch.float32
         device = self.units[0].flat.device if self.units else self.replica.group.device
-        total = joined([norm for unit in self.units for norm in unit.grads.norms(precise)], dtype, device)
+        total = _joined([norm for unit in self.units for norm in unit.grads.norms(precise)], dtype, device)
         if not (alone and alike):
-            total = norm_of_all(total, self.group, alike)
-        return norm_of_all(total.double(), self.replica.group) if self.replica.group.size > 1 else total
+            total = _norm_of_all(total, self.group, alike)
+        return _norm_of_all(total.double(), self.replica.group) if self.replica.group.size > 1 else total
 
     def overflowed(self) -> list[str]:
         """Names, as in checkpoints, of the model's parameters with gradients that are not finite. Collective."""
@@ -275,3 +275,19 @@ class GradReducer:
         """Remove all hooks from the parameters."""
         for unit in self.units:
             unit.close()
+
+
+def _joined(norms: Sequence[torch.Tensor], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """The norm of what has these norms."""
+    if not norms:
+        return torch.zeros((), dtype=dtype, device=device)
+    return torch.linalg.vector_norm(torch.stack([norm.to(device, dtype) for norm in norms]))
+
+
+def _norm_of_all(norm: torch.Tensor, group: Group, alike: bool = False) -> torch.Tensor:
+    """The norm of what the ranks of a group have these norms of; `alike`: of what they all have, finite on all."""
+    if group.size == 1:
+        return norm
+    total = norm.square()
+    group.all_reduce(total, label="the gradients' norm")
+    return (total / group.size if alike else total).sqrt()

@@ -20,17 +20,16 @@ from hypothesis import strategies as st
 from paths import ROOT
 
 from deepspeedlite.config import (
-    ALL_SECTIONS,
     FEATURES,
     BatchSizes,
     ConfigError,
     DeepSpeedConfig,
     Feature,
-    iter_keys,
     load_config,
     solve_batch,
 )
 from deepspeedlite.tools.config_docs import render, schema
+from deepspeedlite.tools.config_keys import ALL_SECTIONS, iter_keys
 
 CIFAR = {
     "train_batch_size": 16,

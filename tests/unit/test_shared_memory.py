@@ -17,8 +17,12 @@ import torch.distributed as dist
 from harness import distributed
 from paths import ROOT
 
+import deepspeedlite
 from deepspeedlite.comm import Group
+from deepspeedlite.comm.registry import registry
+from deepspeedlite.comm.transport import TorchTransport
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.plugins import plugins
 from deepspeedlite.transports import shared_memory
 from deepspeedlite.transports.shared_memory import SWITCH, SharedMemoryLink
 
@@ -389,3 +393,42 @@ def test_settling_waits_for_a_rank_that_has_not_read_and_not_for_one_that_has_en
             time.sleep(0.01)
         group.all_gather_into(out, shard, final=True)
     assert torch.equal(out, torch.tensor([0.0, 1.0]).repeat_interleave(50_000))
+
+
+# --- without it -------------------------------------------------------------------------------------------------------
+
+
+@distributed(world_size=[2, 3])
+def test_without_the_plug_in_torchs_own_collectives_do_the_same(tmp_path: Path) -> None:
+    """The core alone: every stage trains as it does over shared memory."""
+
+    def losses() -> list[float]:
+        found = []
+        for stage in range(4):
+            torch.manual_seed(0)
+            model = torch.nn.Sequential(torch.nn.Linear(16, 64), torch.nn.GELU(), torch.nn.Linear(64, 16))
+            config = {
+                "train_micro_batch_size_per_gpu": 4,
+                "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+                "zero_optimization": {"stage": stage},
+            }
+            engine, *_ = deepspeedlite.initialize(model=model, config=config)
+            draw = torch.Generator().manual_seed(dist.get_rank())
+            for _ in range(3):
+                inputs = torch.randn(4, 16, generator=draw)
+                loss = (engine(inputs) - inputs).square().mean()
+                engine.backward(loss)
+                engine.step()
+                found.append(loss.item())
+            engine.destroy()
+        return found
+
+    registry.close()
+    shared = losses()
+    assert type(Group().transport) is not TorchTransport
+    registry.close()
+    with patch.object(plugins, "find", lambda kind, name: None):
+        alone = losses()
+        assert type(Group().transport) is TorchTransport
+    registry.close()
+    torch.testing.assert_close(torch.tensor(alone), torch.tensor(shared))

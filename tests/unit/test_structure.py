@@ -19,7 +19,7 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 9_798  # the goal is 8,500
+MAX_CORE_LINES = 9_756  # the goal is 8,500
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES: set[tuple[str, ...]] = set()
