@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import io
 import json
 import os
@@ -18,7 +19,7 @@ from deepspeedlite.env_report.probe import Probe, compiled_libraries
 from deepspeedlite.env_report.rows import BAD, INFO, OK, WARN, Row
 from deepspeedlite.env_report.tools import accelerators, cache, compilers, mpi
 from deepspeedlite.launcher.hostfile import read_hostfile
-from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.errors import ConfigError, LaunchError
 from deepspeedlite.runtime.text import did_you_mean
 
 Section = Callable[[], list[Row]]
@@ -110,8 +111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             hint = did_you_mean(name, SECTIONS, form=" (did you mean {}?)")
             parser.error(f"--only {name}: there is no such section{hint}; they are {', '.join(SECTIONS)}")
     try:
+        importlib.import_module("deepspeedlite.runtime.log")  # which refuses a DSL_LOG_LEVEL that is no level
         rows = _of_nodes(args) if args.hostfile else collect(args.only or tuple(SECTIONS), args.path or (".",))
-    except LaunchError as error:
+    except (LaunchError, ConfigError) as error:
         parser.error(str(error))
     if isinstance(sys.stdout, io.TextIOWrapper):  # in the C locale not every folder's name can be shown
         sys.stdout.reconfigure(errors="backslashreplace")

@@ -15,7 +15,7 @@ from typing import Any, NoReturn
 
 from deepspeedlite._version import __version__
 from deepspeedlite.launcher.options import GROUPS, LaunchOptions
-from deepspeedlite.runtime.errors import LaunchError
+from deepspeedlite.runtime.errors import ConfigError, LaunchError
 from deepspeedlite.runtime.text import did_you_mean
 
 _LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -149,7 +149,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
         return status
-    except LaunchError as error:
+    except (LaunchError, ConfigError) as error:  # of DSL_LOG_LEVEL
         print(f"deepspeedlite: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

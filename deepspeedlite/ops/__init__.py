@@ -5,11 +5,14 @@
 
 from __future__ import annotations
 
+import os
 from functools import cache
 from typing import Any
 
-from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.errors import ConfigError, OpError
 from deepspeedlite.runtime.log import log_once
+
+ISA_VARIABLE, _ISAS = "DEEPSPEEDLITE_ISA", ("baseline", "avx2", "avx512")
 
 
 @cache
@@ -25,6 +28,9 @@ def load(name: str, device_type: str = "cpu") -> Any:
     spec = next((spec for spec in OPS.values() if name in spec.ops), None)
     if spec is None:
         raise OpError(f"there is no op {name}; the ops are {', '.join(op for spec in OPS.values() for op in spec.ops)}")
+    isa = os.environ.get(ISA_VARIABLE, "")
+    if isa not in ("", *_ISAS):
+        raise ConfigError(f"{ISA_VARIABLE}={isa} is none of {', '.join(_ISAS)}; use one of them, or unset it")
     try:
         op = getattr(load_ops(spec), name)
     except OpBuildError as error:

@@ -1,8 +1,8 @@
 """Logging: one line per event, from rank 0 unless a call names other ranks.
 
-`DSL_LOG_LEVEL` (debug, info, warning, error; default info) sets the level. Warnings and errors of every rank are
-shown, since a rank that is alone with a problem is the one to hear from; info and debug come from rank 0.
-The rank is read from the environment when a line is written, so logging works before and after
+`DSL_LOG_LEVEL` (debug, info, warning, error; default info) sets the level; any other word is a `ConfigError`. Warnings
+and errors of every rank are shown, since a rank that is alone with a problem is the one to hear from; info and debug
+come from rank 0. The rank is read from the environment when a line is written, so logging works before and after
 `init_distributed` and needs no torch.
 """
 
@@ -12,7 +12,9 @@ import logging
 import os
 import sys
 
-LEVEL_VARIABLE = "DSL_LOG_LEVEL"
+from deepspeedlite.runtime.errors import ConfigError
+
+LEVEL_VARIABLE, _LEVELS_THERE_ARE = "DSL_LOG_LEVEL", "use debug, info, warning or error, or unset it"
 
 
 def current_rank() -> int:
@@ -57,16 +59,15 @@ class _CurrentStderr(logging.StreamHandler):
 def _make_logger() -> logging.Logger:
     made = logging.getLogger("deepspeedlite")
     if not made.handlers:
+        level = logging.getLevelName(os.environ.get(LEVEL_VARIABLE, "").strip().upper() or "INFO")
+        if not isinstance(level, int):
+            raise ConfigError(f"{LEVEL_VARIABLE}={os.environ[LEVEL_VARIABLE]} is no level; {_LEVELS_THERE_ARE}")
         handler = _CurrentStderr()
         handler.setFormatter(_OneLineFormatter())
         handler.addFilter(_RankFilter())
         made.addHandler(handler)
         made.propagate = False
-        name = os.environ.get(LEVEL_VARIABLE, "info").strip().upper()
-        level = logging.getLevelName(name)
-        made.setLevel(level if isinstance(level, int) else logging.INFO)
-        if not isinstance(level, int):
-            made.warning("%s=%s is not a level; use debug, info, warning or error", LEVEL_VARIABLE, name.lower())
+        made.setLevel(level)
     return made
 
 

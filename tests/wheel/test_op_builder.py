@@ -5,25 +5,39 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 from paths import ROOT
 from programs import needs, program
 
 import deepspeedlite.ops
 from deepspeedlite.compat import op_builders
 from deepspeedlite.ops import op_builder
-from deepspeedlite.ops.op_builder import OPS, OpBuildError, Record, built, cache_entries, gpu, jit, misfit, prebuilt
+from deepspeedlite.ops.op_builder import (
+    OPS,
+    OpBuildError,
+    Record,
+    built,
+    cache_entries,
+    gpu,
+    jit,
+    misfit,
+    prebuilt,
+    wheel,
+)
 from deepspeedlite.ops.op_builder import toolchain as toolchains
 from deepspeedlite.ops.op_builder.prebuilt import supports
+from deepspeedlite.ops.op_builder.spec import OpSpec
 from deepspeedlite.ops.op_builder.toolchain import Toolchain
 from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
 from deepspeedlite.ops.op_builder.torch_build import _read as read_torch
-from deepspeedlite.runtime.errors import OpError
+from deepspeedlite.runtime.errors import ConfigError, OpError
 
 VARIABLES = "CUDA_HOME CUDA_PATH ROCM_HOME ROCM_PATH TORCH_CUDA_ARCH_LIST PYTORCH_ROCM_ARCH DS_SKIP_CUDA_CHECK MAX_JOBS"
 # DeepSpeed's names, from its documentation of DS_BUILD_*.
@@ -397,3 +411,165 @@ def test_clang_compiles_every_kernel_for_amds_gpus(arch, tmp_path):
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert f"amdgcn-amd-amdhsa--{arch}" in target.read_text()
+
+
+# --- compilers as people name them ------------------------------------------------------------------------------------
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # on another file system
+        shutil.copy2(source, target)
+
+
+@pytest.fixture
+def conda(tmp_path, clean) -> Path:
+    """This machine's CUDA in conda's layout: bin in the prefix, headers and libraries below targets/ alone."""
+    real = Path(gpu._home_by_asking(shutil.which("nvcc")) or "") if shutil.which("nvcc") else None
+    if real is None:
+        pytest.skip("needs nvcc")
+    prefix = tmp_path / "conda"
+    for name in ("nvvm", "bin"):  # not links: nvcc looks for its parts beside where it really is
+        shutil.copytree(real / name, prefix / name, copy_function=_link_or_copy)
+    target = prefix / "targets" / f"{os.uname().machine}-linux"
+    target.mkdir(parents=True)
+    for name in ("include", "lib"):
+        (target / name).symlink_to(real / name)
+    clean.setenv("DS_ACCELERATOR", "cuda")
+    return prefix
+
+
+CUDA_TORCH = TorchBuild(Path("/somewhere/torch"), "2.14.0+cpu", None, None)
+
+
+def test_condas_layout_compiles_and_links(conda, tmp_path, clean):
+    clean.setenv("PATH", f"{conda / 'bin'}:{os.environ['PATH']}")
+    clean.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    found = gpu.find_gpu_compiler(CUDA_TORCH)
+    assert found.home == conda and found.program == conda / "bin" / "nvcc"
+    source, output = tmp_path / "a.cu", tmp_path / "a.o"
+    code = "#include <cuda_runtime.h>\n__global__ void k(int* x) { *x = 1; }\n"
+    source.write_text(f'{code}extern "C" int f() {{ k<<<1, 1>>>(nullptr); return cudaGetLastError(); }}\n')
+    subprocess.run(found.command(source, tmp_path, ["c++"], output), check=True)
+    library = ["c++", "-shared", str(output), *found.link_flags(), "-o", str(tmp_path / "a.so")]
+    subprocess.run([*library, "-Wl,--no-undefined"], check=True)
+
+
+@pytest.mark.parametrize(
+    "form", ["{}", "{}/", "{}/bin", "{}/bin/nvcc", "{}/targets/{machine}-linux", ":{}", "{}:", "/no/such:{}", " {} "]
+)
+def test_cuda_home_in_each_of_its_usual_forms(form, conda, clean):
+    clean.setenv("CUDA_HOME", form.format(conda, machine=os.uname().machine))
+    assert gpu.find_gpu_compiler(CUDA_TORCH).home == conda
+    clean.setenv("CUDA_HOME", str(conda / "lib"))
+    with pytest.raises(OpBuildError, match=r"CUDA_HOME=.*lib has no bin/nvcc; install the CUDA toolkit"):
+        gpu.find_gpu_compiler(CUDA_TORCH)
+
+
+@pytest.mark.parametrize("cxx", ["ccache g++", "g++ -m64", "env LC_ALL=C g++ -DMINE='a b'", "{folder}/a compiler"])
+def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
+    called = tmp_path / "called"
+    for name, run in (("ccache", 'exec "$@"'), ("a compiler", 'exec g++ "$@"')):
+        (tmp_path / name).write_text(f'#!/bin/sh\necho "$@" >> {called}\n{run}\n')
+        (tmp_path / name).chmod(0o755)
+    clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    clean.setenv("CXX", cxx.format(folder=tmp_path))
+    (tmp_path / "small.cpp").write_text('extern "C" int small() { return 1; }\n')
+    for module in (jit, prebuilt):
+        clean.setattr(module, "csrc", lambda: tmp_path)
+    spec = OpSpec("small", "SmallBuilder", "DS_BUILD_SMALL", plain=("small.cpp",))
+    assert built(spec).parent == cold
+    assert called.exists() is ("ccache" in cxx or "a compiler" in cxx)
+    host = Toolchain.find(spec)
+    assert shutil.which("g++") == str(host.compiler) or host.compiler.name == "a compiler"
+    plain = Toolchain(host.compiler, host.torch, options=host.options)
+    assert jit._key(spec, host) == jit._key(spec, plain), "what calls a compiler changes nothing"
+    assert (jit._key(spec, host) != jit._key(spec, Toolchain(host.compiler, host.torch))) is bool(host.options)
+
+
+@pytest.mark.parametrize(
+    ("cxx", "reason"),
+    [
+        ("ccache g++", "CXX=ccache g\\+\\+: ccache is not a program; install it or correct CXX"),
+        ("no-such -m64", "CXX=no-such -m64 is not a program; install a C\\+\\+17 compiler"),
+        ("g++ 'x", "CXX=g\\+\\+ 'x is not a program"),
+        ("g++ -std=c++98 -nonsense", "does not compile what ops are made of: .*-nonsense.*; install a newer"),
+    ],
+)
+def test_a_cxx_that_cannot_be_used_says_why(cxx, reason, cold, clean):
+    if shutil.which("ccache") and cxx.startswith("ccache"):
+        pytest.skip("there is a ccache here")
+    clean.setenv("CXX", cxx)
+    with pytest.raises(OpBuildError, match=reason):
+        built(OPS["cpu_adam"])
+    assert re.search(reason, str(op_builder.why_not(OPS["cpu_adam"])))
+
+
+@pytest.mark.parametrize(
+    ("archs", "reason"),
+    [
+        (
+            "5.2;9.0",
+            r"does not know 5\.2; it compiles for \d+\.\d to \d+\.\d; leave out 5\.2, or set CUDA_HOME to an old",
+        ),
+        ("99.0", r"does not know 99\.0; .*; name \d+\.\d\+PTX in TORCH_CUDA_ARCH_LIST, or set CUDA_HOME to a newer"),
+    ],
+)
+def test_an_arch_that_this_nvcc_does_not_know_is_said_at_once(archs, reason, cold, clean):
+    if shutil.which("nvcc") is None:
+        pytest.skip("needs nvcc")
+    clean.setenv("DS_ACCELERATOR", "cuda")
+    clean.setenv("TORCH_CUDA_ARCH_LIST", archs)
+    known = gpu._known_archs(gpu.find_gpu_compiler(CUDA_TORCH).program)
+    if archs.startswith("5") and (5, 2) in known:
+        pytest.skip("this nvcc knows 5.2")
+    with pytest.raises(OpBuildError, match=rf"TORCH_CUDA_ARCH_LIST={archs}: nvcc \d+\.\d {reason}"):
+        built(OPS["fused_adam"])
+    assert not list(cold.glob("*.tmp")) and op_builder.why_not(OPS["cpu_adam"]) is None
+
+
+@pytest.mark.parametrize(
+    ("text", "whole"),
+    [
+        ("", "0.1.0"),
+        ("+mine", "0.1.0+mine"),
+        ("+cu130.torch2.10", "0.1.0+cu130.torch2.10"),
+        (".dev20260101", "0.1.0.dev20260101"),
+        (".post1+x", "0.1.0.post1+x"),
+        ("rc1", "0.1.0rc1"),
+    ],
+)
+def test_what_may_follow_the_version(text, whole):
+    assert wheel.version("0.1.0", {"DS_BUILD_STRING": text}) == whole
+    assert str(Version(whole)), "which packaging takes"
+
+
+@pytest.mark.parametrize("text", ["1", "mine", "+", "+a b", "+a_", "-x", ".", "+a..b", "+ü", ".dev", "+a/b"])
+def test_what_may_not_follow_it_is_refused(text):
+    with pytest.raises(OpBuildError, match=r"DS_BUILD_STRING=.* is no version; write \+ and letters"):
+        wheel.version("0.1.0", {"DS_BUILD_STRING": text})
+
+
+def test_words_that_variables_do_not_take_are_refused_by_name(clean):
+    code = "import deepspeedlite.runtime.log"
+    for level, fails in (("loud", True), ("DEBUG", False), ("", False)):
+        env = {**os.environ, "DSL_LOG_LEVEL": level}
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=env)
+        assert ("ConfigError: DSL_LOG_LEVEL=loud is no level; use debug, info" in done.stderr) is fails
+    for command in ("launcher", "env_report"):
+        env = {**os.environ, "DSL_LOG_LEVEL": "loud"}
+        arguments = ["x.py"] if command == "launcher" else ["--only", "mpi"]
+        done = subprocess.run(
+            [sys.executable, "-m", f"deepspeedlite.{command}", *arguments],
+            capture_output=True,
+            text=True,
+            cwd=ROOT,
+            env=env,
+        )
+        assert done.returncode == 2 and "DSL_LOG_LEVEL=loud is no level" in done.stderr
+        assert "Traceback" not in done.stderr
+    clean.setenv("DEEPSPEEDLITE_ISA", "foo")
+    for ask in (deepspeedlite.ops.load, deepspeedlite.ops.is_available):
+        with pytest.raises(ConfigError, match="DEEPSPEEDLITE_ISA=foo is none of baseline, avx2, avx512; use one"):
+            ask.__wrapped__("cpu_adam")

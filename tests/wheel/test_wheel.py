@@ -224,16 +224,12 @@ def checkout(tmp_path) -> Path:
 PIP = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--wheel-dir", "out"]
 WAYS = {
     "pip, isolated from torch": [*PIP, "-v"],
-    "pip, build options": [*PIP, "-v", "--no-build-isolation", "-C--build-option=build_ext", "-C--build-option=-j8"],
-    "pip, global options": [*PIP, "-v", "--no-build-isolation", "--global-option=build_ext", "--global-option=-j8"],
     "setup.py": [sys.executable, "setup.py", "build_ext", "-j8", "bdist_wheel", "--dist-dir", "out"],
 }
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_way_of_building_compiles_once(way, checkout):
-    if "global" in way and "--global-option" not in run(sys.executable, "-m", "pip", "wheel", "--help"):
-        pytest.skip("this pip has no --global-option: needs one before 26")
     said = run(*WAYS[way], cwd=checkout, DS_BUILD_CPU_ADAM="1", DS_BUILD_STRING="+mine")
     assert len(re.findall(r"^\s*cpu_adam +compiled$", said, re.MULTILINE)) == 1, said
     assert re.search(r"fused_adam +not asked for \(DS_BUILD_FUSED_ADAM=1 does\)", said)
@@ -242,6 +238,57 @@ def test_every_way_of_building_compiles_once(way, checkout):
     assert re.fullmatch(r"deepspeedlite-[\d.]+\+mine-cp310-abi3-linux_\w+\.whl", made.name)
     with zipfile.ZipFile(made) as opened:
         assert [Path(name).name for name in opened.namelist() if name.endswith(".so")] == ["cpu_adam.so"]
+
+
+@pytest.fixture
+def own_environment(tmp_path) -> Path:
+    """An environment as a user has one: with pip, and with torch and what else is here, but not this package."""
+    home = tmp_path / "env"
+    run(sys.executable, "-m", "venv", home)
+    [site] = home.glob("lib/python*/site-packages")
+    for entry in Path(sysconfig.get_path("purelib")).iterdir():
+        ours = ("deepspeedlite", "_deepspeedlite", "__editable__", "pip", "setuptools", "pkg_resources", "_distutils")
+        if not entry.name.startswith((*ours, "distutils-")) and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
+    return home
+
+
+DOCUMENTED = {
+    "--global-option": 'DS_BUILD_OPS=1 pip install . --global-option="build_ext" --global-option="-j8"',
+    "-C--build-option": "DS_BUILD_OPS=1 pip install . -C--build-option=build_ext -C--build-option=-j8",
+}
+
+
+@pytest.mark.parametrize("option", DOCUMENTED)
+def test_the_documented_command_compiles_and_installs(option, checkout, own_environment, tmp_path):
+    """Verbatim: the first by a pip that has the option, the second by the newest that there is to be had.
+
+    Of the ops one, to be quick: the others' own variables say 0.
+    """
+    command = DOCUMENTED[option]
+    assert command in (ROOT / "docs" / "ops.md").read_text()
+    pip = own_environment / "bin" / "pip"
+    if option == "--global-option" and option not in run(pip, "install", "--help"):
+        pytest.skip("this Python's pip has no --global-option")
+    if option != "--global-option":
+        newest = [pip, "install", "--upgrade", "--quiet", "pip"]
+        if subprocess.run(newest, env=environment(), capture_output=True).returncode:
+            pytest.skip("needs a package index, for a new pip")
+    path = f"{own_environment / 'bin'}:{os.environ['PATH']}"
+    without = {spec.flag: "0" for spec in HERE if spec.name != "cpu_adam"}
+    run("bash", "-c", command, cwd=checkout, PATH=path, PYTHONPATH="", **without)
+    libraries = package_of(own_environment / "bin" / "python") / "ops" / "lib"
+    assert {library.stem for library in libraries.glob("*.so")} == {"cpu_adam"}
+    code = "from deepspeedlite.ops import load; print(load('cpu_adam'))"
+    said = run(own_environment / "bin" / "python", "-c", code, cwd=tmp_path, PATH="", PYTHONPATH="")
+    assert "deepspeedlite.cpu_adam" in said
+
+
+def test_a_version_that_is_none_is_refused_before_anything_is_compiled(checkout):
+    setup = [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "out"]
+    said = run(*setup, cwd=checkout, fails=True, DS_BUILD_OPS="1", DS_BUILD_STRING="my build")
+    assert "error: DS_BUILD_STRING=my build: " in said and "Traceback" not in said
+    assert not (checkout / "build").exists()
 
 
 def test_an_editable_install_has_its_libraries_in_place(checkout, tmp_path):
