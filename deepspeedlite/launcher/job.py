@@ -221,11 +221,12 @@ class Port(NamedTuple):
 
     number: int
     note: str  # to be said where it is not the expected one
-    claim: socket.socket | None  # keeps other launches from choosing it, until it is closed; None: no such thing here
+    claim: socket.socket | None  # keeps other launches from choosing it, until it is closed; None: another's does
 
     def close(self) -> None:
         """The ranks have ended."""
-        _release(self.claim)
+        if self.claim is not None:
+            self.claim.close()
 
 
 def choose_port(asked: int | None) -> Port:
@@ -240,41 +241,34 @@ def choose_port(asked: int | None) -> Port:
     wanted = DEFAULT_PORT if asked is None else asked
     fault = ""
     if wanted:
-        claim, is_taken = _claim(wanted)
+        port = Port(wanted, "", _claim(wanted))
         fault = _port_fault(wanted)
-        if is_taken and asked is None:  # whoever asks for a port may know that the other's ranks do not use it
+        if port.claim is None and asked is None:  # who asks for a port may know that the other's ranks do not use it
             fault = fault or "has been chosen by another launch"
         if not fault:
-            return Port(wanted, "", claim)
-        _release(claim)
+            return port
+        port.close()
     if asked:
         raise LaunchError(f"--master_port {asked} {fault}; name another port, or 0 to have a free one picked")
-    port, claim = _free_port()
+    number, claim = _free_port()
     if asked == 0:
-        return Port(port, f"--master_port 0: port {port} is free and used", claim)
-    return Port(port, f"the usual port {DEFAULT_PORT} {fault}: port {port} is used instead", claim)
+        return Port(number, f"--master_port 0: port {number} is free and used", claim)
+    return Port(number, f"the usual port {DEFAULT_PORT} {fault}: port {number} is used instead", claim)
 
 
-def _claim(port: int) -> tuple[socket.socket | None, bool]:
-    """Keep a port from other launches: what holds it, if there is such a thing here, and whether another has it.
+def _claim(port: int) -> socket.socket | None:
+    """Keep a port from other launches; None: one has it.
 
     It is a name among Unix sockets that belong to no file: the kernel knows one of each in what has the same ports (a
     network namespace), whoever the user is, and forgets it with the process.
     """
-    if sys.platform != "linux":
-        return None, False
     claim = socket.socket(socket.AF_UNIX)
     try:
         claim.bind(f"\0deepspeedlite/port/{port}")
-    except OSError as error:
+    except OSError:
         claim.close()
-        return None, error.errno == errno.EADDRINUSE
-    return claim, False
-
-
-def _release(claim: socket.socket | None) -> None:
-    if claim is not None:
-        claim.close()
+        return None
+    return claim
 
 
 def listen(port: int, backlog: int = 128) -> socket.socket:
@@ -292,14 +286,15 @@ def _free_port() -> tuple[int, socket.socket | None]:
     except (OSError, ValueError, IndexError):
         choice = 0
     for _ in range(20 if choice > 0 else 0):
-        port = _LOWEST_PICKED + int.from_bytes(os.urandom(4), "big") % choice
-        claim, is_taken = _claim(port)
-        if not is_taken and not _port_fault(port):
-            return port, claim
-        _release(claim)
+        number = _LOWEST_PICKED + int.from_bytes(os.urandom(4), "big") % choice
+        claim = _claim(number)
+        if claim is not None and not _port_fault(number):
+            return number, claim
+        if claim is not None:
+            claim.close()
     with listen(0) as probe:
-        port = int(probe.getsockname()[1])
-    return port, _claim(port)[0]
+        number = int(probe.getsockname()[1])
+    return number, _claim(number)
 
 
 def _port_fault(port: int) -> str:

@@ -130,7 +130,10 @@ class RemoteNode:
         silent_s = time.monotonic() - (self.link.heard_s if self.link is not None else 0.0)
         if time.monotonic() - self._beat_s >= protocol.BEAT_S:
             self._send_beat()
-        if self.link is not None and not self.is_done and (self.link.closed or silent_s > protocol.SILENCE_S):
+        is_silent = silent_s > protocol.SILENCE_S and bool(
+            self.found.facts
+        )  # it looks at itself: --start_timeout ends that
+        if self.link is not None and not self.is_done and (self.link.closed or is_silent):
             why = "its connection closed" if self.link.closed else f"no word from it for {silent_s:.1f} s"
             self.link.closed = True
             self._fail(f"it was lost ({why})")
@@ -191,7 +194,8 @@ class RemoteCluster(Cluster):
         self._await(lambda: all(node.found.facts or self._has_failed(node) for node in self.nodes), limit_s)
         for node in self.nodes:
             if not node.found.facts and not node.found.error:
-                node.found = replace(node.found, error=f"no answer in {limit_s:.0f} s")
+                why = "no answer" if node.link is None else "it answers, but its --venv_script has not ended"
+                node.found = replace(node.found, error=f"{why} in {limit_s:.0f} s")
 
     def _start(self, launch: Launch) -> None:
         """Start a process that starts agents, and show what it, or an agent, says."""

@@ -146,6 +146,7 @@ class AgentSession:
             self._status = _complain("the launcher refused this node, or is not the one that started it")
         elif kind == protocol.ASK:
             link.send(protocol.TELL, self._answer(value))
+            link.heard_s = time.monotonic()  # while a --venv_script was sourced nobody listened
         elif kind == protocol.JOB:
             self._start(value)
         elif kind == protocol.SIGNAL and self._agent is not None:

@@ -98,8 +98,8 @@ def refuse_second_start(options: LaunchOptions, environ: Mapping[str, str]) -> N
             starter, name, node = _STARTERS.get(world.source, _STARTERS["Open MPI"])
             raise LaunchError(
                 f"{starter} ({world.source}) has started this launcher {world.world_size} times, and each would start "
-                f"the whole training. Start it once, without: deepspeedlite --launcher {name} -H HOSTS SCRIPT; "
-                f"or once on every node, with its place: {starter} ... sh -c 'deepspeedlite --no_ssh --num_nodes N "
+                f"the whole training. Start it once, not by {starter}: deepspeedlite --launcher {name} -H FILE SCRIPT. "
+                f"Or on every node, with its place: {starter} ... sh -c 'deepspeedlite --no_ssh --num_nodes N "
                 f"--node_rank {node} --master_addr HOST SCRIPT'"
             )
 

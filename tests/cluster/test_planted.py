@@ -158,6 +158,31 @@ def test_what_is_odd_on_a_node_is_named_with_its_remedy(cluster: Cluster, tmp_pa
         assert found and remedy in found[1], f"{said}\n{done.stderr}"
 
 
+def test_threads_follow_the_quota_of_a_control_group(tmp_path: Path) -> None:
+    """The launcher's ranks, the builder of ops and the report: the quota pays for one and a half processors."""
+    group = Path(f"/sys/fs/cgroup/cpu/dsl-test-{os.getpid()}")
+    try:
+        group.mkdir()
+        (group / "cpu.cfs_period_us").write_text("100000")
+        (group / "cpu.cfs_quota_us").write_text("150000")
+    except OSError as error:
+        pytest.skip(f"needs a cpu controller of cgroup v1 that may be written: {error}")
+    script = write(tmp_path, "import os\nprint('threads', os.environ['OMP_NUM_THREADS'])\n")
+    report = "from deepspeedlite.ops.op_builder.toolchain import max_jobs\n"
+    report += "from deepspeedlite.env_report.machine import cpu_and_memory\nprint(max_jobs(), cpu_and_memory())\n"
+    env = {name: value for name, value in os.environ.items() if name not in ("OMP_NUM_THREADS", "MAX_JOBS", "RANK")}
+    env |= {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu"}
+    said = []
+    try:
+        for words in (["-m", "deepspeedlite.launcher", str(script)], ["-c", report]):
+            argv = ["sh", "-c", f'echo $$ >{group}/cgroup.procs; exec "$@"', "sh", sys.executable, *words]
+            said.append(subprocess.run(argv, env=env, capture_output=True, text=True, check=True, timeout=60).stdout)
+    finally:
+        group.rmdir()
+    assert said[0] == "threads 1\n"
+    assert said[1].startswith("1 ") and f"1 usable of {os.cpu_count()}, 1.5 by the control group's quota" in said[1]
+
+
 def test_devices_are_those_of_the_ranks_own_environment(cluster: Cluster, tmp_path: Path) -> None:
     """Each host has the files of four GPUs; the variable is set where the ranks start, not around the launcher."""
     script = write(tmp_path, "import os\nprint('ran', os.environ['RANK'], os.environ.get('CUDA_VISIBLE_DEVICES'))\n")
