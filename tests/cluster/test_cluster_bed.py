@@ -76,6 +76,7 @@ def test_launchers_start_a_process_per_host(cluster: Cluster, tmp_path: Path, co
     assert lines(cluster.run("head", [word.format(**files) for word in command])) == WORKERS
 
 
+@pytest.mark.slow
 @needs_cluster(*SLURM)
 def test_slurm_starts_tasks_on_the_workers() -> None:
     with Cluster(WORKERS) as cluster:

@@ -71,6 +71,7 @@ def assert_as_exported(engine: Any, tag: Path, ours: Path, **more: Any) -> None:
     dist.barrier()
 
 
+@pytest.mark.slow
 @distributed(world_size=2, timeout_s=300)
 def test_every_file_is_as_an_export_has_it_and_training_goes_on_from_it(tmp_path: Path) -> None:
     for stage, dtype, variant in KINDS:

@@ -19,6 +19,7 @@ def test_ds_report_hides_the_ops(capsys: pytest.CaptureFixture[str], monkeypatch
     assert commands.report(["--hide_errors_and_warnings"]) == 0 and asked[1] == []
 
 
+@pytest.mark.slow
 @needs("c++")
 def test_ds_io_measures_as_it_is_told(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     """DeepSpeed's options; those of dslite_io go to it as they are."""

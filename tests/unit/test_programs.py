@@ -8,7 +8,7 @@ from pathlib import Path
 
 import forked
 import pytest
-from cluster import PROGRAMS
+from cluster import PROGRAMS, SLURM
 from paths import ROOT, TESTS
 from programs import ALIASES, PACKAGES, missing, needs
 
@@ -64,17 +64,19 @@ def started_by(tree: ast.AST) -> set[str]:
     return {known[first] for first in firsts if first in known}
 
 
-def asked_for_by(tree: ast.AST) -> set[str]:
-    """Programs that a file asks for, by name or with a cluster."""
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+def asked_for_by(tree: ast.Module) -> set[str]:
+    """Programs that a file asks for: in calls, in a table PROGRAMS of its own, or with a cluster."""
     names: set[str] = set()
-    for call in calls:
-        function = call.func.id if isinstance(call.func, ast.Name) else ""
-        if function in ("needs", "needs_cluster", "program", "find", "missing", "started"):
-            words = [node.value for node in ast.walk(call) if isinstance(node, ast.Constant)]
+    for node in ast.walk(tree):
+        function = node.func.id if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) else ""
+        is_table = isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "PROGRAMS"
+        if is_table or function in ("needs", "needs_cluster", "program", "find", "missing", "started"):
+            words = [each.value for each in ast.walk(node) if isinstance(each, ast.Constant)]
             names |= {word.split()[0] for word in words if isinstance(word, str) and word}
         if function == "needs_cluster":
             names |= set(PROGRAMS)
+        if isinstance(node, ast.Name) and node.id == "SLURM":
+            names |= set(SLURM)
     return names
 
 

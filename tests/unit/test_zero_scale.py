@@ -51,7 +51,7 @@ def test_a_simulated_rank_counts_what_a_real_one_does(stage):
     assert 0 <= real.peak_bytes - simulated_rank.peak_bytes <= inboxes
 
 
-@pytest.mark.slow_unless(stage=3)
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=1, init_process_group=False)
 def test_states_shrink_by_the_formula_and_buffers_stay(stage):
@@ -92,7 +92,7 @@ def python_calls(ranks: int, stage: int) -> int:
     return sum(calls for (file, _, _), (_, calls, *_) in ours if str(ROOT / "deepspeedlite") in file)
 
 
-@pytest.mark.slow_unless(stage=3)
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=1, init_process_group=False)
 def test_a_step_takes_as_many_calls_on_1024_ranks_as_on_8(stage):

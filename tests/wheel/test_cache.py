@@ -375,6 +375,7 @@ def test_a_builder_that_makes_no_progress_is_named_and_not_waited_for(how, sourc
         holder.communicate()
 
 
+@pytest.mark.slow
 def test_whoever_waits_for_a_builder_that_works_gets_its_library(sources, tmp_path, monkeypatch, said):
     """One compiler that is at work for longer than is waited for silence."""
     busy = tmp_path / "c++"
