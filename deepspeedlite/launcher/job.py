@@ -20,9 +20,10 @@ from typing import NamedTuple
 
 from deepspeedlite.launcher.gpus import Devices, find_devices
 from deepspeedlite.launcher.hostfile import numbers_in
-from deepspeedlite.launcher.options import JOB_SECRET, LaunchOptions
+from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.plan import EVERY_RANK
 from deepspeedlite.runtime.cores import usable_cores
+from deepspeedlite.runtime.env import JOB_SECRET
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import nearest

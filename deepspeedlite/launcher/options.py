@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
-# The variable by which ranks get what shows each other that they are of one start: see comm/guard.
-JOB_SECRET = "DSL_JOB_SECRET"
 # --help has the options under these headings, each from this one on.
 GROUPS = {"hostfile": "where", "module": "what", "check": "how"}
 

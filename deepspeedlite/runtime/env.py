@@ -19,6 +19,8 @@ from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.plugins import plugins
 
 LOCALHOST = "127.0.0.1"
+# The variable by which ranks get what shows each other that they are of one start: see comm/guard.
+JOB_SECRET = "DSL_JOB_SECRET"
 
 
 @dataclass(frozen=True)

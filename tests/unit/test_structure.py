@@ -19,8 +19,11 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 9_756  # the goal is 8,500
+MAX_CORE_LINES = 9_755  # the goal is 8,500
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
+# What the core is given, or never sees: it must run without them.
+BESIDE_THE_CORE = ("schedulers", "schedules", "sharded_params", "transports", "checkpoint.formats", "tools", "launcher")
+BESIDE_THE_CORE += ("compat", "drop_in", "env_report")
 # Modules that import each other inside functions; nothing may be added.
 STILL_CYCLES: set[tuple[str, ...]] = set()
 
@@ -163,6 +166,18 @@ def test_no_import_cycles():
 
 def test_core_does_not_grow():
     assert house().core_lines(sources()) <= MAX_CORE_LINES, "cut as much as was added, or move it out of the core"
+
+
+def test_core_knows_nothing_that_stands_on_it():
+    """Deferred imports and words included: what is plugged in is named by the package's root alone."""
+    for source in sources():
+        if not source.is_core:
+            continue
+        text = source.path.read_text()
+        for module, _ in imports_of(ast.parse(text)):
+            room = module.removeprefix("deepspeedlite.")
+            assert not room.startswith(BESIDE_THE_CORE), f"{source.path} imports {module}"
+        assert not re.search(rf"deepspeedlite\.({'|'.join(BESIDE_THE_CORE)})\b", text), f"{source.path} names one"
 
 
 def test_objects_keep_their_attributes():

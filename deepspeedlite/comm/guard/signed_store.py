@@ -26,7 +26,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeedlite.launcher.options import JOB_SECRET
+from deepspeedlite.runtime.env import JOB_SECRET
 from deepspeedlite.runtime.log import logger
 
 _SIGNATURE_NBYTES, _RANDOM_NBYTES = 32, 8
