@@ -31,14 +31,16 @@ from harness import start_origin
 LAST_WORDS_CHARS = 4000
 END_WAIT_S = 60.0  # what an interrupted session may take to remove its containers and hosts
 POLL_S = 0.2
-# The files that take longest, in that order: what is begun last should be short. After the first two rows, which have
-# more than a minute each, those that have 5 s in `make test-fast`.
+# The files that take longest, in that order: what is begun last should be short. First those that have more than
+# a minute each, then those that have 5 s of `make test-fast`.
 LONGEST = (
     "image/test_images", "cluster/test_launcher_cluster", "fault/test_checkpoint_kills", "wheel/test_wheel",
     "parity/test_checkpoint_deepspeed_peer", "fault/test_offload_faults", "parity/test_checkpoint_elastic",
     "fault/test_checkpoint_faults", "parity/test_pipe_peer", "cluster/test_install", "field/test_examples",
     "parity/test_zero_models", "cluster/test_launcher", "cluster/test_ssh", "parity/test_mpu_peer",
-    "field/test_drop_in", "field/test_env_report", "parity/test_pipe", "parity/test_ops", "field/test_tutorials",
+    "cluster/test_planted", "wheel/test_cache", "cluster/test_cluster_bed", "field/test_planted_faults",
+    "field/test_documentation", "field/test_drop_in", "field/test_env_report", "parity/test_pipe", "parity/test_ops",
+    "field/test_tutorials", "unit/test_checkpoint_direct", "parity/test_optimizers", "parity/test_cpu_optimizers",
     "unit/test_structure", "unit/test_aio", "parity/test_parity", "unit/test_zero_keys", "unit/test_engine_lifecycle",
     "parity/test_zero_adapters", "unit/test_zero_inspect", "parity/test_offload", "parity/test_mpu", "unit/test_comm",
     "unit/test_zero_scale", "unit/test_config", "parity/test_lamb_sharded", "unit/test_zero_use_order",

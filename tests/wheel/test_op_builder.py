@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from packaging.version import Version
 from paths import ROOT
-from programs import needs, program
+from programs import find, needs, program
 
 import deepspeedlite.ops
 from deepspeedlite.compat import op_builders
@@ -426,9 +426,7 @@ def _link_or_copy(source: str, target: str) -> None:
 @pytest.fixture
 def conda(tmp_path, clean) -> Path:
     """This machine's CUDA in conda's layout: bin in the prefix, headers and libraries below targets/ alone."""
-    real = Path(gpu._home_by_asking(shutil.which("nvcc")) or "") if shutil.which("nvcc") else None
-    if real is None:
-        pytest.skip("needs nvcc")
+    real = Path(gpu._home_by_asking(program("nvcc")) or "")
     prefix = tmp_path / "conda"
     for name in ("nvvm", "bin"):  # not links: nvcc looks for its parts beside where it really is
         shutil.copytree(real / name, prefix / name, copy_function=_link_or_copy)
@@ -482,7 +480,7 @@ def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
     assert built(spec).parent == cold
     assert called.exists() is ("ccache" in cxx or "a compiler" in cxx)
     host = Toolchain.find(spec)
-    assert shutil.which("g++") == str(host.compiler) or host.compiler.name == "a compiler"
+    assert find("g++") == str(host.compiler) or host.compiler.name == "a compiler"
     plain = Toolchain(host.compiler, host.torch, options=host.options)
     assert jit._key(spec, host) == jit._key(spec, plain), "what calls a compiler changes nothing"
     assert (jit._key(spec, host) != jit._key(spec, Toolchain(host.compiler, host.torch))) is bool(host.options)
@@ -498,7 +496,7 @@ def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
     ],
 )
 def test_a_cxx_that_cannot_be_used_says_why(cxx, reason, cold, clean):
-    if shutil.which("ccache") and cxx.startswith("ccache"):
+    if find("ccache") and cxx.startswith("ccache"):
         pytest.skip("there is a ccache here")
     clean.setenv("CXX", cxx)
     with pytest.raises(OpBuildError, match=reason):
@@ -517,8 +515,7 @@ def test_a_cxx_that_cannot_be_used_says_why(cxx, reason, cold, clean):
     ],
 )
 def test_an_arch_that_this_nvcc_does_not_know_is_said_at_once(archs, reason, cold, clean):
-    if shutil.which("nvcc") is None:
-        pytest.skip("needs nvcc")
+    program("nvcc")
     clean.setenv("DS_ACCELERATOR", "cuda")
     clean.setenv("TORCH_CUDA_ARCH_LIST", archs)
     known = gpu._known_archs(gpu.find_gpu_compiler(CUDA_TORCH).program)
