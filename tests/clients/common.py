@@ -41,15 +41,37 @@ def engine_config(**more: Any) -> dict[str, Any]:
         config["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
     if JOB.get("bf16"):
         config["bf16"] = {"enabled": True}
-    return {**config, **more}
+    if JOB.get("auto"):  # all that transformers and Accelerate fill in, as their pages write it
+        wanted = ["train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"]
+        config |= dict.fromkeys([*wanted, "gradient_clipping"], "auto")
+        sizes = ["reduce_bucket_size", "stage3_prefetch_bucket_size", "stage3_param_persistence_threshold"]
+        config["zero_optimization"] |= dict.fromkeys(sizes, "auto")
+        config["bf16"] = {"enabled": "auto"}
+    return {**more, **config} if JOB.get("auto") else {**config, **more}
 
 
 def gpt2(**more: Any) -> Any:
-    """A GPT-2, the same on every rank."""
+    """A GPT-2, the same on every rank; loaded from the folder that the job names, if it names one."""
+    if not JOB.get("pretrained"):
+        return new_gpt2(**more)
+    from transformers import AutoModelForCausalLM
+
+    folder = Path(JOB["pretrained"])
+    if RANK == 0 and not folder.is_dir():
+        new_gpt2().save_pretrained(folder.with_suffix(".part"))
+        folder.with_suffix(".part").rename(folder)
+    while not folder.is_dir():
+        time.sleep(0.05)
+    return AutoModelForCausalLM.from_pretrained(folder, **more)
+
+
+def new_gpt2(**more: Any) -> Any:
+    """One with random values."""
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(0)
-    sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "n_positions": LENGTH, "vocab_size": VOCABULARY}
+    sizes = {"n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "vocab_size": VOCABULARY}
+    sizes["n_positions"] = max(LENGTH, 32)  # TRL generates past the length of a tiny training
     drop = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
     return GPT2LMHeadModel(GPT2Config(**sizes, **drop, bos_token_id=0, eos_token_id=0, **more))
 
@@ -144,7 +166,7 @@ class Clock:
     @property
     def step_ms(self) -> float:
         """The median step."""
-        gaps = sorted(b - a for a, b in zip(self.marks[1:], self.marks[2:]))
+        gaps = sorted(b - a for a, b in zip(self.marks, self.marks[1:]))
         return gaps[len(gaps) // 2] * 1e3 if gaps else 0.0
 
     @property

@@ -22,7 +22,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 STAND_IN = ROOT / "deepspeedlite" / "drop_in" / "stand_in"
-TIMEOUT_S = 250
+TIMEOUT_S = 400
 
 
 def peer_packages() -> str:
@@ -60,19 +60,36 @@ def environment(engine: str) -> dict[str, str]:
     return values
 
 
-def wait(ranks: list[subprocess.Popen[bytes]]) -> list[int | None]:
-    """The exit statuses, as soon as all have ended, one has failed (others then wait for it), or time is up."""
-    end = time.monotonic() + TIMEOUT_S
+def pss_bytes(process: subprocess.Popen[bytes]) -> int:
+    """Memory of a process, in which what it shares with others counts for its part of it; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{process.pid}/smaps_rollup").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("Pss:")), 0)
+
+
+def wait(ranks: list[subprocess.Popen[bytes]], samples: bool = False) -> tuple[list[int | None], int]:
+    """The exit statuses, as soon as all have ended, one has failed (others then wait for it), or time is up; and the
+    most memory that all together had when it was looked at, ten times a second, if it was.
+    """
+    end, peak = time.monotonic() + TIMEOUT_S, 0
     while time.monotonic() < end:
         codes = [rank.poll() for rank in ranks]
         if None not in codes or any(codes):
-            return codes
+            return codes, peak
+        peak = max(peak, sum(map(pss_bytes, ranks))) if samples else 0
         time.sleep(0.1)
-    return [rank.poll() for rank in ranks]
+    return [rank.poll() for rank in ranks], peak
 
 
-def run(client: str, engine: str, world: int = 2, python: str = sys.executable, **job: Any) -> dict[str, Any]:
-    """Run `run_CLIENT.py` on `world` ranks; rank 0's report, with every rank's losses and the larger one's peak."""
+def run(
+    client: str, engine: str, world: int = 2, python: str = sys.executable, samples: bool = False, **job: Any
+) -> dict[str, Any]:
+    """Run `run_CLIENT.py` on `world` ranks; rank 0's report, with every rank's losses and the larger one's peak.
+
+    With `samples` it also has the peak of all ranks together, what they share counted once: `peak_pss_bytes`.
+    """
     with tempfile.TemporaryDirectory() as out, socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -96,7 +113,7 @@ def run(client: str, engine: str, world: int = 2, python: str = sys.executable, 
             for rank, log in enumerate(logs)
         ]
         try:
-            codes = wait(ranks)
+            codes, peak_pss_bytes = wait(ranks, samples)
         finally:
             for rank in ranks:
                 rank.kill()
@@ -110,7 +127,8 @@ def run(client: str, engine: str, world: int = 2, python: str = sys.executable, 
         expected = module if engine == "none" else f"{module} stage {job['stage']}"
         assert reports[0]["engine"] == expected, f"the client called {reports[0]['engine']}, not {expected}"
         peak_bytes = max(each["peak_rss_bytes"] for each in reports)
-        return {**reports[0], "by_rank": [each["losses"] for each in reports], "peak_rss_bytes": peak_bytes}
+        peaks = {"peak_rss_bytes": peak_bytes, "peak_pss_bytes": peak_pss_bytes}
+        return {**reports[0], "by_rank": [each["losses"] for each in reports], **peaks}
 
 
 if __name__ == "__main__":

@@ -1,5 +1,7 @@
 """LLaMA-Factory's own training, by the configurations that it ships: supervised and DPO, of all weights or of a LoRA.
 
+It saves and resumes by its own keys, where the job says so.
+
 The configurations are what its web UI writes for each stage, and are handed on unchanged. Stage 0 has none: its own
 data parallelism runs instead.
 """
@@ -17,7 +19,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from common import BATCH, JOB, RANK, Clock, meet, report
+from common import BATCH, JOB, LAYERS, RANK, SIZE, VOCABULARY, Clock, meet, report
 
 WORDS = [f"w{i}" for i in range(60)]
 
@@ -35,8 +37,10 @@ def make_model(folder: Path) -> None:
     tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     names = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, **names).save_pretrained(folder)
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
-    config = LlamaConfig(vocab_size=128, num_key_value_heads=2, max_position_embeddings=128, **sizes)
+    width = SIZE.get("width", 64)
+    sizes = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": LAYERS}
+    sizes |= {"num_attention_heads": 4, "vocab_size": max(128, VOCABULARY)}
+    config = LlamaConfig(num_key_value_heads=2, max_position_embeddings=128, **sizes)
     LlamaForCausalLM(config).save_pretrained(folder)
 
 
@@ -59,7 +63,7 @@ def make_data(folder: Path) -> None:
 def prepare() -> Path:
     """The folder with model and data, made by rank 0."""
     folder = Path(JOB["dir"], "prepared")
-    if RANK == 0:
+    if RANK == 0 and not folder.is_dir():
         making = Path(JOB["dir"], "making")
         making.mkdir(exist_ok=True)
         make_model(making)
@@ -110,6 +114,11 @@ def main() -> None:
     trained |= {"pref_beta": 0.1, "pref_loss": "sigmoid"} if JOB.get("task") == "dpo" else {}
     trained |= {"lora_rank": 4, "lora_target": "all", "lora_dropout": 0.0} if JOB.get("tuning") == "lora" else {}
     trained |= {"deepspeed": shipped_config(stage)} if JOB["engine"] != "none" else {}
+    saving: dict[str, Any] = {"save_strategy": "no"}
+    if JOB.get("save_steps"):
+        saving = {"save_steps": JOB["save_steps"], "save_only_model": JOB.get("save_only_model", False)}
+    if JOB.get("resume"):
+        saving["resume_from_checkpoint"] = JOB["resume"]
     run_exp(
         {
             **trained,
@@ -125,7 +134,7 @@ def main() -> None:
             "max_steps": JOB["steps"],
             "learning_rate": 1e-3,
             "logging_steps": 1,
-            "save_strategy": "no",
+            **saving,
             "report_to": "none",
             "disable_tqdm": True,
             "dataloader_pin_memory": False,

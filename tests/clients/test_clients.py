@@ -61,6 +61,17 @@ def test_losses_are_those_without_deepspeed(client, stage):
 
 
 @pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize("task", ["dpo", "grpo"])
+def test_trl_s_preferences_and_rewards(task, stage, tmp_path):
+    """By a configuration of "auto" throughout, on a model that `from_pretrained` loads where TRL shards it."""
+    need("trl")
+    job = {"steps": 4, "task": task, "auto": True, "pretrained": str(tmp_path / "model")}
+    plain = run("trl", "none", stage=0, **job)
+    assert len(set(plain["losses"])) == 4
+    close(run("trl", "lite", stage=stage, **job)["losses"], plain["losses"], 2e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("client", ["trainer", "accelerate", "lightning", "fabric"])
 def test_a_resumed_run_equals_the_uninterrupted_one(client, stage, tmp_path):
     """Through the client's own checkpoint, in files where it looks for them. Lightning's equals its own resumed run."""
