@@ -39,8 +39,8 @@ def ops_of_this_session() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="dsl-clients-ops-")
 
 
-def environment(engine: str) -> dict[str, str]:
-    """The variables that choose the engine."""
+def environment(engine: str, python: str = sys.executable) -> dict[str, str]:
+    """The variables that choose the engine, for the environment of a Python."""
     values = {key: value for key, value in os.environ.items() if not key.startswith(("RANK", "WORLD", "LOCAL_"))}
     path = [str(ROOT)] + ([str(STAND_IN)] if engine == "lite" else [])
     values |= {
@@ -55,7 +55,9 @@ def environment(engine: str) -> dict[str, str]:
     if engine == "peer":
         values["DSL_CLIENTS_PEER"] = peer_packages()
         # It compiles an op at its start; a rank that is killed meanwhile leaves a lock that all later ones wait for.
-        values.setdefault("TORCH_EXTENSIONS_DIR", ops_of_this_session().name)
+        # Another environment's torch has another path, by which it would be compiled anew.
+        ops = values.get("TORCH_EXTENSIONS_DIR") or ops_of_this_session().name
+        values["TORCH_EXTENSIONS_DIR"] = str(Path(ops, Path(python).absolute().parent.parent.name))
         values["PATH"] = f"{Path(os.environ['DSL_PEER_PYTHON']).parent}:{values['PATH']}"
     return values
 
@@ -94,7 +96,7 @@ def run(
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
         probe.close()
-        base = environment(engine) | {
+        base = environment(engine, python) | {
             "DSL_CLIENTS_JOB": json.dumps({"engine": engine, "out": out, "dir": out, **job}),
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
