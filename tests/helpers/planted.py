@@ -395,7 +395,7 @@ def main(words: list[str]) -> None:
     if words[:1] == ["--without-io-uring"]:
         _forbid_io_uring()
         os.execvp(words[1], words[1:])
-    print("| fault | named | seconds | what is said |\n|---|---|---|---|")
+    print("| fault | named | seconds | of a processor | what is said |\n|---|---|---|---|---|")
     for plant in PLANTS:
         if not all(word in plant.fault for word in words):
             continue
@@ -404,7 +404,7 @@ def main(words: list[str]) -> None:
             said = [f"`{row.name}`: {row.value} → {row.remedy}".replace(folder, "FOLDER") for row in found.rows[:1]]
         verdict = "yes" if found.rows else "**no**"
         text = (said or [found.lacking])[0].replace(str(ROOT), "CHECKOUT").replace("|", "\\|")
-        print(f"| {plant.fault} | {verdict} | {found.took_s:.1f} | {text} |", flush=True)
+        print(f"| {plant.fault} | {verdict} | {found.took_s:.1f} | {found.cpu_s:.1f} | {text} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -217,7 +217,9 @@ def test_a_complaint_that_nobody_foresaw_is_shown_all_the_same():
 
 # --- where it is ------------------------------------------------------------------------------------------------------
 
-PLACES = "from deepspeedlite.ops.op_builder import folders as f; print(f.cache_folder(), '|', f.detour())"
+PLACES = (
+    "from deepspeedlite.ops.op_builder import folders as f; print(f.cache_folder(), '|', f.detour(f.cache_folder()))"
+)
 
 
 @pytest.mark.parametrize("home", ["unset", "not to be entered", "read-only", "noexec", "nowhere"])

@@ -29,12 +29,15 @@ class Place(NamedTuple):
 
     Attributes:
         doubt: why nothing that is there is loaded; "" where it is.
-        obstacle: why nothing is put there; "" where it may be.
     """
 
     folder: Path
     doubt: str
-    obstacle: str
+
+    @property
+    def obstacle(self) -> str:
+        """Why nothing is put there; "" where it may be. (Looked at when it is asked for.)"""
+        return self.doubt or _obstacle(self.folder)
 
 
 def places() -> list[Place]:
@@ -45,7 +48,7 @@ def places() -> list[Place]:
     if base.startswith("~"):
         whose = f"TORCH_EXTENSIONS_DIR={named}: " if named else ""
         nowhere = f"{whose}HOME is not set, and user {os.getuid()} has no entry in the list of users"
-        found = [Place(Path(base), nowhere, nowhere)]
+        found = [Place(Path(base), nowhere)]
     else:
         found = [_place(Path(os.path.abspath(base)) / name) for name in ("deepspeedlite", own)]
     if not named:
@@ -80,15 +83,14 @@ def writable_folder() -> Path:
     return place.folder
 
 
-def detour() -> str:
-    """Why ops are kept somewhere else than where they usually are; "" where they are there."""
-    found = places()
-    return found[0].obstacle if found[0].obstacle and any(not place.obstacle for place in found) else ""
+def detour(folder: Path) -> str:
+    """Why ops are in this folder and not where they usually are; "" where they are there."""
+    usual = places()[0]
+    return usual.obstacle if folder != usual.folder else ""
 
 
 def _place(folder: Path) -> Place:
-    doubt = distrust(folder)
-    return Place(folder, doubt, doubt or _obstacle(folder))
+    return Place(folder, distrust(folder))
 
 
 def distrust(path: Path) -> str:

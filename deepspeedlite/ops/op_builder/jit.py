@@ -54,7 +54,7 @@ def built(spec: OpSpec) -> Path:
     if not (library := _cached(stem)):
         toolchain.check()
         library = _compiled_now(spec, toolchain, stem)
-    if reason := detour():
+    if reason := detour(library.parent):
         _say_detour(reason, library.parent)
     return library
 
