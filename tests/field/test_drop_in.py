@@ -333,6 +333,24 @@ print("all")
     assert run(code) == "all"
 
 
+def test_constants_have_deepspeeds_values():
+    """Those that the table does not list too, each of its own type."""
+    count, ours = 0, {"env_report.INFO"}  # a level of our own report's
+    for path in release.paths():
+        defined = release.module(path)
+        module = importlib.import_module(name_in(path)) if defined and defined.values else None
+        for name in (defined.values.keys() - MODULES.get(path, {}).keys()) if defined else ():
+            value = defined.values[name]
+            if f"{path}.{name}" in ours:
+                continue
+            assert (getattr(module, name), type(getattr(module, name))) == (value, type(value)), f"{path}.{name}"
+            count += 1
+    assert count > 800
+    from deepspeedlite.runtime import constants
+
+    assert constants.STEPS_PER_PRINT_DEFAULT is None and constants.GRADIENT_CLIPPING_DEFAULT == 1.0
+
+
 def test_a_name_that_nobody_has_is_an_ordinary_error():
     with pytest.raises(ImportError, match="cannot import name 'no_such_name'") as raised:
         exec("from deepspeedlite.runtime.engine import no_such_name", {})

@@ -577,6 +577,9 @@ def collectives() -> Any:
     if rank == rank_:
         value = numbers(2)
         call("in a group", comm.all_reduce, value, value, group=alone)
+    last = comm.new_group([world - 1])
+    if rank == world - 1:
+        found["in the last"] = [comm.get_global_rank(last, 0), plain(comm.get_all_ranks_from_group(last))]
     value = numbers(2)
     call("in another", comm.all_reduce, value, value, group=group)
     found["groups"] = {
