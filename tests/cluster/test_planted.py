@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
+import sysconfig
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -156,6 +158,29 @@ def test_what_is_odd_on_a_node_is_named_with_its_remedy(cluster: Cluster, tmp_pa
     ):
         found = re.search(rf"^worker-2:2222: (?:{said}).*\n    (.*)", done.stderr, re.MULTILINE)
         assert found and remedy in found[1], f"{said}\n{done.stderr}"
+
+
+def test_another_python_on_a_node_is_named(cluster: Cluster, tmp_path: Path) -> None:
+    """What is at our Python's path there is the system's, of another patch release at least."""
+    system = Path("/usr/bin/python3")
+    ours = platform.python_version()
+    said = (
+        subprocess.run([system, "--version"], capture_output=True, text=True, check=False) if system.exists() else None
+    )
+    if said is None or said.stdout.split()[1] == ours:
+        pytest.skip("needs a Python of another version at /usr/bin/python3")
+    (tmp_path / "python").write_text(f'#!/bin/sh\nexec {system} "$@"\n')
+    (tmp_path / "python").chmod(0o755)
+    real = Path(sys.executable).resolve()
+    cluster.run("worker-2", ["mount", "--bind", tmp_path / "python", real])
+    try:
+        path = os.pathsep.join([str(ROOT), sysconfig.get_path("purelib")])
+        done = launch(cluster, "-H", cluster.hostfile(1), "--check", PYTHONPATH=path)
+    finally:
+        cluster.run("worker-2", ["umount", real])
+    assert done.returncode == 2, done.stderr
+    assert f"worker-2: python: {said.stdout.split()[1]} (most nodes: {ours})" in done.stderr, done.stderr
+    assert "every node runs the same Python; `install.sh` installs one wheel on all" in done.stderr
 
 
 def test_threads_follow_the_quota_of_a_control_group(tmp_path: Path) -> None:
