@@ -53,6 +53,11 @@ _UNREACHED = (
         "launcher cannot be reached",
         "open this machine's ports to it (firewall); --launcher ssh needs sshd's port alone",
     ),
+    (
+        "no connection",
+        "see that `ssh {ssh} true` works without a password, and that {host} can connect to this machine (firewall); "
+        "--launcher ssh needs sshd's port alone",
+    ),
     ("--venv_script", "see what that waits for there, or give it longer by --start_timeout"),
     ("given up because", "see to that one first"),
     ("srun", "`sinfo -N -l` says which node is down, and why"),

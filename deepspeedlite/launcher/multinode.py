@@ -40,6 +40,7 @@ from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import columns, counted
 
+_NOTICE_S = 8.0  # after so long somebody is told who is being waited for
 _KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so
 
 
@@ -191,10 +192,30 @@ class RemoteCluster(Cluster):
             self._start(launch)
         if self._listener is not None:
             self._loop.watch(self._listener.fileno(), self._accept)
-        self._await(lambda: all(node.found.facts or self._has_failed(node) for node in self.nodes), limit_s)
+        connects = self._listener is not None
+
+        def silent() -> list[RemoteNode]:
+            return [node for node in self.nodes if not node.found.facts and not self._has_failed(node)]
+
+        self._await(lambda: not silent(), min(limit_s, _NOTICE_S))
+        if limit_s > _NOTICE_S and silent():
+            hint = (
+                "; each must be able to connect to this machine (firewall), as must mpirun's daemons"
+                if connects
+                else ""
+            )
+            names = ", ".join(node.host for node in silent())
+            logger.warning(
+                "no word yet from %s, %.0f s are left for it%s", names, limit_s - _NOTICE_S, hint, extra=EVERY_RANK
+            )
+            self._await(lambda: not silent(), limit_s - _NOTICE_S)
         for node in self.nodes:
             if not node.found.facts and not node.found.error:
-                why = "no answer" if node.link is None else "it answers, but its --venv_script has not ended"
+                why = (
+                    ("no connection from it" if connects else "no answer")
+                    if node.link is None
+                    else "it answers, but its --venv_script has not ended"
+                )
                 node.found = replace(node.found, error=f"{why} in {limit_s:.0f} s")
 
     def _start(self, launch: Launch) -> None:

@@ -236,6 +236,7 @@ def connect(addresses: Sequence[str], port: int, patience_s: float) -> socket.so
     came_from = os.environ.get("SSH_CONNECTION", "").split()[:1]
     tried = list(dict.fromkeys([*came_from, *addresses]))
     deadline_s = time.monotonic() + patience_s
+    reasons: dict[str, str] = {}
     while True:
         for address in tried:
             try:
@@ -243,9 +244,10 @@ def connect(addresses: Sequence[str], port: int, patience_s: float) -> socket.so
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 return found
             except OSError as error:
-                reason = error
+                reasons[address] = error.strerror or str(error)
         if time.monotonic() > deadline_s:
-            raise LaunchError(f"the launcher cannot be reached at {', '.join(tried)}, port {port}: {reason}")
+            each = ", ".join(f"{address} ({reason})" for address, reason in reasons.items())
+            raise LaunchError(f"the launcher cannot be reached at port {port} of {each}")
         time.sleep(0.2)
 
 

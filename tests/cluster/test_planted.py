@@ -255,6 +255,23 @@ def test_a_firewall_between_nodes_is_named(cluster: Cluster, tmp_path: Path, is_
         cluster.run(host, ["ip", "route", "del", *route])
 
 
+@needs_cluster("pdsh")
+def test_a_firewall_before_the_launcher_is_named(cluster: Cluster) -> None:
+    """Nothing but ssh goes through to one node: its agent cannot connect, and says so."""
+    address = cluster.hosts["worker-2"].address
+    ssh_alone = f"ip route add {address} dev eth0 table 100 && ip rule add ipproto tcp dport 22 lookup 100"
+    cluster.run("head", ["sh", "-c", f"{ssh_alone} && ip route add blackhole {address}"])
+    try:
+        done = launch(cluster, "-H", cluster.hostfile(1), "--launcher", "pdsh", "--check")
+        assert done.returncode == 2, done.stderr
+        reason = rf"the launcher cannot be reached at port \d+ of {cluster.hosts['head'].address} \(timed out\)"
+        assert re.search(rf"worker-2: reached: .*{reason}", done.stderr), done.stderr
+        assert "open this machine's ports to it (firewall); --launcher ssh needs sshd's port alone" in done.stderr
+    finally:
+        undo = f"ip route del blackhole {address}; ip rule del ipproto tcp dport 22; ip route flush table 100"
+        cluster.run("head", ["sh", "-c", undo])
+
+
 @pytest.mark.parametrize(
     "backend",
     ["ssh", *(pytest.param(name, marks=needs_cluster(*needed)) for name, needed in PROGRAMS.items())],
