@@ -52,6 +52,11 @@ def join(store: dist.Store, address: str, rank: int, world_size: int, timeout_s:
         verdict = _check_in(entries, rank, world_size, timeout_s)
     except DistributedError:
         raise
+    except (ValueError, KeyError, TypeError) as error:
+        raise DistributedError(
+            f"rank {rank}: something else than the ranks of this job writes to its store at {address} ({error!r}); "
+            "start it with deepspeedlite, which gives the ranks a secret, or choose another MASTER_PORT"
+        ) from error
     except RuntimeError as error:  # torch's store errors
         raise DistributedError(
             f"rank {rank} of {world_size} lost the connection to rank 0's store while waiting for the other ranks; "

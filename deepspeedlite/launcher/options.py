@@ -67,7 +67,7 @@ class LaunchOptions:
     enable_each_rank_log: str | None = _option(
         "DIR", "also write each rank's output to DIR/<start time>_rank<N>.log, where it runs"
     )
-    save_pid: bool = _option("", "keep the launcher's process id in /tmp/<it>.ds while it runs")
+    save_pid: bool = _option("", "keep the launcher's process id in <it>.ds in $XDG_RUNTIME_DIR (/tmp) while it runs")
     log_level: str | None = _option("LEVEL", "how much the launcher itself says (info)")
     quiet: bool = _option("", "only errors, as --log_level error", also="-q")
 

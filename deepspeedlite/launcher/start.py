@@ -55,14 +55,28 @@ def start(options: LaunchOptions) -> int:
     return _run_attempts(options, hosts, spares, multinode.run)
 
 
+def save_pid(environ: Mapping[str, str]) -> Path:
+    """Write this process's number into a file of that name: in the user's runtime directory, else where DeepSpeed does.
+
+    Raises:
+        LaunchError: it cannot be written; nothing of another user's is, wherever a link may point.
+    """
+    path = Path(environ.get("XDG_RUNTIME_DIR") or "/tmp", f"{os.getpid()}.ds")
+    try:
+        path.unlink(missing_ok=True)  # of an earlier process of this number, or a link: that itself
+        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o644), "w") as file:
+            file.write(str(os.getpid()))
+    except OSError as error:
+        raise LaunchError(f"--save_pid: {path} cannot be written: {error.strerror}") from error
+    return path
+
+
 def _run_attempts(options: LaunchOptions, hosts: Hosts, spares: Hosts, run: Attempt) -> int:
     """Start, and after a failure again, on those machines that are left; the exit status."""
     wanted, least, attempt = len(hosts), options.min_nodes or len(hosts), 0
     pool = {**hosts, **spares}
-    if options.save_pid:  # DeepSpeed's place for it
-        path = Path(f"/tmp/{os.getpid()}.ds")
-        path.write_text(str(os.getpid()))
-        atexit.register(path.unlink, missing_ok=True)
+    if options.save_pid:
+        atexit.register(save_pid(os.environ).unlink, missing_ok=True)
     with Loop() as loop, contextlib.redirect_stderr(Screen(loop)) as screen:
         while True:
             try:

@@ -480,6 +480,7 @@ def _listen(size: int) -> tuple[socket.socket | None, tuple[str, bytes, bytes] |
 
 def _call(address: bytes, password: bytes, rank: int) -> socket.socket:
     peer = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    peer.settimeout(_CONNECT_TIMEOUT_S)
     try:
         peer.connect(address)
         peer.send(password + rank.to_bytes(4, "little"))
@@ -494,11 +495,20 @@ def _answer(listener: socket.socket, password: bytes, peers: dict[int, socket.so
     while len(peers) < size - 1:
         peer, _ = listener.accept()
         peer.settimeout(_CONNECT_TIMEOUT_S)
+        if _uid_of(peer) != os.getuid():  # who need not say anything, to hold up a start
+            peer.close()
+            continue
         said = peer.recv(64)
         if secrets.compare_digest(said[:16], password):
             peers[int.from_bytes(said[16:20], "little")] = peer
         else:
             peer.close()
+
+
+def _uid_of(peer: socket.socket) -> int:
+    """Whose process is at the other end: the kernel's word."""
+    _, uid, _ = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i")))
+    return int(uid)
 
 
 def _map(fd: int, nbytes: int) -> Any:
