@@ -53,10 +53,8 @@ def join(store: dist.Store, address: str, rank: int, world_size: int, timeout_s:
     except DistributedError:
         raise
     except (ValueError, KeyError, TypeError) as error:
-        raise DistributedError(
-            f"rank {rank}: something else than the ranks of this job writes to its store at {address} ({error!r}); "
-            "start it with deepspeedlite, which gives the ranks a secret, or choose another MASTER_PORT"
-        ) from error
+        why = f"rank {rank}: something else than this job's ranks writes to its store at {address} ({error!r})"
+        raise DistributedError(f"{why}; start it with deepspeedlite, or choose another MASTER_PORT") from error
     except RuntimeError as error:  # torch's store errors
         raise DistributedError(
             f"rank {rank} of {world_size} lost the connection to rank 0's store while waiting for the other ranks; "
@@ -71,7 +69,7 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float) -
     """Claim this rank, then wait for rank 0's verdict: empty when all is well."""
     me = {"host": socket.gethostname(), "pid": os.getpid(), "world_size": world_size, "token": uuid.uuid4().hex}
     mine = json.dumps(me)
-    holder = _text(store.compare_set(f"rank/{rank}", "", mine))
+    holder = store.compare_set(f"rank/{rank}", "", mine).decode()
     if holder != mine:
         other = json.loads(holder)
         fault = f"two processes claim rank {rank}: {_named(other)} and {_named(me)}; give each process its own RANK"
@@ -83,7 +81,7 @@ def _check_in(store: dist.Store, rank: int, world_size: int, timeout_s: float) -
         store.wait(["verdict"], timedelta(seconds=timeout_s + _VERDICT_MARGIN_S))
     except dist.DistStoreError:
         return _verdict_without_rank_0(store, me, timeout_s)
-    verdict = _text(store.get("verdict"))
+    verdict = store.get("verdict").decode()
     store.add("read", 1)
     return verdict or _disagreement(store, me)
 
@@ -108,7 +106,7 @@ def _await_ranks(store: dist.Store, world_size: int, timeout_s: float) -> str:
         missing = [rank for rank in missing if not store.check([f"rank/{rank}"])]
         waited_s = time.monotonic() - started
         if store.check(["fault"]):
-            return _text(store.get("fault"))
+            return store.get("fault").decode()
         if not missing:
             return ""
         if waited_s >= timeout_s:
@@ -125,7 +123,7 @@ def _compare(store: dist.Store, present: Sequence[int]) -> str:
     """What is wrong when ranks were started with different world sizes; empty when they agree."""
     by_size: dict[int, list[int]] = {}
     for rank in present:
-        said = json.loads(_text(store.get(f"rank/{rank}")))
+        said = json.loads(store.get(f"rank/{rank}"))
         by_size.setdefault(said["world_size"], []).append(rank)
     if len(by_size) <= 1:
         return ""
@@ -135,7 +133,7 @@ def _compare(store: dist.Store, present: Sequence[int]) -> str:
 
 def _disagreement(store: dist.Store, me: Mapping[str, Any]) -> str:
     """The fault of a rank that rank 0 did not count on: it let its own world start without this one."""
-    zero = json.loads(_text(store.get("rank/0")))
+    zero = json.loads(store.get("rank/0"))
     if zero["world_size"] == me["world_size"]:
         return ""
     return (
@@ -162,7 +160,3 @@ def _ranks(ranks: Sequence[int]) -> str:
 
 def _named(who: Mapping[str, Any]) -> str:
     return f"process {who['pid']} on {who['host']}"
-
-
-def _text(value: bytes | str) -> str:
-    return value if isinstance(value, str) else value.decode()
