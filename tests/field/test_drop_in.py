@@ -143,6 +143,7 @@ print("looked")
 """
 
 
+@pytest.mark.slow
 def test_looking_first_leads_nowhere_that_fails() -> None:
     assert run(PROBES) == "looked"
 

@@ -352,6 +352,7 @@ def test_a_constructor_that_raises_leaves_nothing_behind():
     assert model.weight.numel() == 0
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_modules_that_are_dropped_are_collected_when_ranks_like():
     if dist.get_rank() == 0:

@@ -101,6 +101,7 @@ def test_every_file_is_as_an_export_has_it_and_training_goes_on_from_it(tmp_path
         other.destroy()
 
 
+@pytest.mark.slow
 @needs("c++")
 @distributed(world_size=3)
 def test_pieces_cross_ranks_in_batches_however_they_are_cut(tmp_path: Path) -> None:

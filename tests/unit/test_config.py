@@ -834,6 +834,7 @@ def test_cli_check(tmp_path):
     assert run_cli("check", tmp_path / "absent.json").returncode == 1
 
 
+@pytest.mark.slow
 def test_cli_schema_docs_and_help(tmp_path):
     done = run_cli("schema")
     made = json.loads(done.stdout)

@@ -158,7 +158,7 @@ TIGHT = {"stage3_prefetch_bucket_size": 0, "stage3_max_live_parameters": 0, "sta
 COSTS = [(0, {}), (3, {}), (3, {"stage3_max_reuse_distance": 0}), (3, TIGHT), (3, {"offload_param": {"device": "cpu"}})]
 
 
-@pytest.mark.slow_unless(stage=3, zero=TIGHT)
+@pytest.mark.slow
 @pytest.mark.parametrize("stage, zero", COSTS)
 @distributed(world_size=1)
 def test_the_work_grows_as_the_number_of_modules(stage, zero):

@@ -197,6 +197,7 @@ except OpBuildError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_library_under_noexec_is_not_to_be_deleted(sources, tmp_path):
     root_only()
     library, place = built(SPEC), tmp_path / "place"
