@@ -19,8 +19,8 @@ from typing import Any
 import forked
 import pytest
 
-from deepspeedlite.launcher.options import JOB_SECRET
 from deepspeedlite.launcher.start import save_pid
+from deepspeedlite.runtime.env import JOB_SECRET
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.transports import shared_memory
 
