@@ -151,6 +151,18 @@ def test_a_library_of_a_wheel_is_looked_at_before_it_is_loaded(sources, tmp_path
     assert built(SPEC) == installed / "small.so"
 
 
+def test_a_library_of_roots_is_loaded_by_everybody(open_folder):
+    root_only()
+    (open_folder / "a.so").touch(mode=0o644)
+    places = [str(open_folder), str(open_folder / "a.so")]
+    code = f"from deepspeedlite.ops.op_builder import folders as f; print([f.distrust(f.Path(p)) for p in {places}])"
+    command = [*as_user(USER), sys.executable, "-c", code]
+    done = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.stdout.strip() == "['', '']", done.stderr
+
+
 # --- what the loader says ---------------------------------------------------------------------------------------------
 
 
