@@ -7,8 +7,8 @@ where it updates none of the parameter; at stage 0 everything.
 
 [Note: parts of stage 3] A rank's optimizer updates other elements here than the rank's part has, since flat buffers of
 many parameters are cut, and not each parameter. So at stage 3 the local functions are collective too: each rank sends
-what the parts of others have of its fragment, and nothing twice. In DeepSpeed they are not, and one that is called on a
-single rank waits here for the others.
+what the parts of others have of its fragment, and nothing twice. In DeepSpeed they are not; one that is called on some
+ranks alone is an error on them here, after a few seconds.
 
 - What is read is a copy, in fp32 (fp64 for fp64 parameters). Of a frozen parameter None is read.
 - Full readers are collective at stages 1 to 3: every rank of the group calls them, and each gets the whole tensor. Full
@@ -33,6 +33,7 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
+from deepspeedlite.comm.roll_call import PATIENCE_S
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError
 from deepspeedlite.zero.flat_params import ParamState, full_shape
 from deepspeedlite.zero.grad_buffer import GradState
@@ -181,7 +182,13 @@ class _Place:
         return [_common(own, part) for part in parts], [_common(parts[mine], other) for other in fragments]
 
     def _exchange(self, into: torch.Tensor, out_of: torch.Tensor, received: list[int], sent: list[int]) -> None:
-        dist.all_to_all_single(into, out_of, received, sent, group=self.unit.flat.group.process_group)
+        group, call = self.unit.flat.group, f"access to a rank's own part of {self.slot.name}"
+        if missing := group.roll_call(call, f"{self.unit.flat.key} {call}", weight=self.slot.numel):
+            raise EngineStateError(
+                f"{call} was asked for on rank {group.ranks[group.rank]}, and not on {missing} within {PATIENCE_S:.0f} "
+                "s. At stage 3 safe_get_local_* and safe_set_local_* move what lies on other ranks: call them on all"
+            )
+        dist.all_to_all_single(into, out_of, received, sent, group=group.process_group)
 
     def checked(self, value: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
         """A value that is to be written, flat and precise."""

@@ -442,6 +442,18 @@ def test_two_engines_are_kept_apart(stage):
     engines["fp16"].destroy()
 
 
+@distributed(world_size=2)
+def test_a_part_that_one_rank_asks_for_alone_is_an_error_within_seconds():
+    engine = engine_of(nn.Linear(11, 3, bias=False), 3)
+    param = engine.module.weight
+    if dist.get_rank() == 0:
+        with pytest.raises(EngineStateError, match=r"own part of weight was asked for on rank 0, and not on rank 1"):
+            utils.safe_get_local_fp32_param(param)
+    dist.barrier()
+    assert utils.safe_get_local_fp32_param(param).shape == (17,)
+    engine.destroy()
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 @distributed(world_size=3)
 def test_ranks_that_hold_nothing_take_part(stage):
