@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from harness import distributed
+from programs import needs
 from torch import Tensor, UntypedStorage, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd.profiler import profile, record_function
@@ -30,11 +31,11 @@ from torch.autograd.profiler import profile, record_function
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.offload.swap_file import StagingBuffer, SwapFile
+from deepspeedlite.sharded_params import building
 from deepspeedlite.tools.memory_plan.fit import Training, fit_all
 from deepspeedlite.tools.memory_plan.machine import Machine
 from deepspeedlite.tools.memory_plan.states import model_states_bytes, ways_of
 from deepspeedlite.transports.shared_memory import SharedMemoryLink
-from deepspeedlite.zero import building
 from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.layout import FlatLayout
 
@@ -346,6 +347,7 @@ def test_the_estimate_is_right(stage, dtype, world_size):
     assert_within(largest, PARAMS, f"the largest model at stage {stage}, {dtype}")
 
 
+@needs("c++")
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["bf16", "fp32"])
 @pytest.mark.parametrize("stage, offload", [way for way in ways_of() if way[1] != "none"])
