@@ -159,6 +159,26 @@ def test_both_dockerfiles_have_one_shape():
     assert differing and not [line for line in differing if not named.search(line)]
 
 
+@pytest.mark.parametrize("name", ["Dockerfile.cuda", "Dockerfile.rocm"])
+def test_the_step_that_compiles_has_all_modules_that_it_imports(name, tmp_path):
+    """It is copied few files, so that it comes from the cache while other Python code changes."""
+    before, compiles, _ = (ROOT / name).read_text().partition("--compile-only")
+    assert compiles
+    for sources, target in re.findall(
+        r"^COPY (deepspeedlite/.*|csrc|tools/.*|setup.py .*) (\S+)$", before, re.MULTILINE
+    ):
+        for source in map(ROOT.joinpath, sources.split()):
+            folder = tmp_path / target
+            if source.is_dir():
+                shutil.copytree(source, folder)
+            else:
+                folder.mkdir(parents=True, exist_ok=True)
+                shutil.copy(source, folder)
+    code = "import sys; sys.path.insert(0, '.'); import deepspeedlite.ops.op_builder, deepspeedlite.ops.op_builder.jit"
+    done = subprocess.run([sys.executable, "-S", "-c", code], cwd=tmp_path, env={}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
 def test_the_context_is_the_same_whatever_the_checkouts_times_and_permissions(tmp_path, monkeypatch):
     pytest.importorskip("docker", reason="needs the docker SDK (make venv-dev)")
     from image_bed import copy_of_checkout
