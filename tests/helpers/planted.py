@@ -143,7 +143,16 @@ def _unicode(folder: Path) -> str:
 _HOSTNAME = "hostname dsl-planted && mount --bind {folder}/hosts /etc/hosts"
 _NO_HOME = {"TMPDIR": "{folder}/tmp", "TORCH_EXTENSIONS_DIR": None}
 _OPS_HERE = {"TORCH_EXTENSIONS_DIR": "{folder}"}
-_RO_ROOT = "mount -t tmpfs -o size=64m,mode=1777 tmpfs /tmp && mount -o remount,bind,ro /"
+# The environment and the checkout may lie below /tmp themselves, and are then what is left there.
+_BELOW_TMP = [path for path in (sys.prefix, str(ROOT)) if path.startswith("/tmp/")]
+_NEW_TMP = " && ".join(
+    [
+        *(["mount --bind /tmp /mnt"] if _BELOW_TMP else []),
+        "mount -t tmpfs -o size=64m,mode=1777 tmpfs /tmp",
+        *(f"mkdir -p {path} && mount --bind /mnt{path[len('/tmp') :]} {path}" for path in _BELOW_TMP),
+        "mount -o remount,bind,ro /",
+    ]
+)
 PLANTS = (
     Plant(
         fault="a truncated op in the cache",
@@ -309,15 +318,15 @@ PLANTS = (
         section="machine",
         said="root the root file system is mounted read-only",
         remedy="mount writable folders",
-        shell=_RO_ROOT,
-        variables={"TORCH_EXTENSIONS_DIR": None},
+        shell=_NEW_TMP,
+        variables={"TORCH_EXTENSIONS_DIR": None, "TMPDIR": None},
     ),
     Plant(
         fault="a read-only root without any folder that can be written",
         section="machine",
         said="temporary files /tmp and the current folder cannot be written",
         remedy="--tmpfs /tmp",
-        shell="mount -o remount,bind,ro / && mount -t tmpfs -o ro tmpfs /tmp && mount -t tmpfs -o ro tmpfs /dev/shm",
+        shell=f"{_NEW_TMP} && mount -o remount,ro /tmp && mount -t tmpfs -o ro tmpfs /dev/shm",
         variables={"TMPDIR": None},
     ),
 )

@@ -53,7 +53,7 @@ def test_without_each_program_the_tests_that_need_it_skip_by_its_name(tmp_path: 
         assert skipped[name] & on_hosts < on_hosts, "not all, and some:"
         assert any(node.endswith(f"{part}]") for node in skipped[name] & on_hosts)
         assert skipped[name] >= {node for node in on_hosts if node.endswith((f"[{part}]", f"-{part}]"))}
-    assert all("test_launcher_cluster" in node or "test_cluster_bed" in node for node in skipped["slurmctld"])
+    assert skipped["slurmctld"] == skipped["srun"] and all("tests/cluster/" in node for node in skipped["slurmctld"])
 
 
 def started_by(tree: ast.AST) -> set[str]:

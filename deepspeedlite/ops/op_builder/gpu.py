@@ -73,8 +73,8 @@ class GpuCompiler:
             OpBuildError: it does not, with the oldest and the newest that it knows.
         """
         known = _known_archs(self.program) if self.kind == "cuda" else []
-        unknown = [arch for arch in self.archs if _numbers(arch) not in known]
-        if not known or not unknown:
+        unknown = [arch for arch in self.archs if _numbers(arch) not in known] if known else []
+        if not unknown:
             return
         listed = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
         whose = f"TORCH_CUDA_ARCH_LIST={listed}" if listed else "this machine's GPUs"
