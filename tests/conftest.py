@@ -22,6 +22,8 @@ except ImportError:  # in the environments of clients, where no test needs it
     pass
 else:
     # What takes 200 ms alone may take a second beside other sessions, or measured by `make coverage`.
+    # What it keeps between runs lies with the environment: tests leave nothing in the checkout.
+    hypothesis.configuration.set_hypothesis_home_dir(Path(sys.prefix, ".hypothesis"))
     hypothesis.settings.register_profile("busy", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow])
     hypothesis.settings.load_profile("busy")
 
