@@ -5,16 +5,21 @@ Each script is started as the tutorials start theirs, by the launcher, on two ra
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 import textwrap
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
+from harness import distributed
 from paths import ROOT
 from programs import needs
 
@@ -404,23 +409,48 @@ def documented() -> list[Any]:
     return found
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("config", documented())
-def test_readmes_script_with_the_documentations_configurations(config, tmp_path):
-    """As printed; but for a disk that is here, and for monitors whose packages or accounts are not."""
+def readmes_words(config: dict[str, Any], folder: Path) -> list[str]:
+    """Put README's script and `config` into `folder`; the words that start it there.
+
+    As printed; but for a disk that is here, and for monitors whose packages or accounts are not.
+    """
     script = (ROOT / "README.md").read_text().partition("```python\n")[2].partition("```")[0]
-    (tmp_path / "train.py").write_text(script)
-    config = json.loads(json.dumps(config).replace("/local_nvme", str(tmp_path)))
+    (folder / "train.py").write_text(script)
+    config = json.loads(json.dumps(config).replace("/local_nvme", str(folder)))
     for name in ("wandb", "comet"):
         config.pop(name, None)
-    (tmp_path / "ds_config.json").write_text(json.dumps(config))
-    words = ["--num_gpus", "2", "train.py", "--deepspeed_config", "ds_config.json"]
+    (folder / "ds_config.json").write_text(json.dumps(config))
+    return ["train.py", "--deepspeed_config", "ds_config.json"]
+
+
+def learns(printed: str, ranks: int) -> None:
+    losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\S+)", printed)]
+    assert len(losses) == 5 * ranks and min(losses[-2:]) < max(losses[:2])
+
+
+@pytest.mark.slow
+def test_readmes_script_is_launched(tmp_path):
+    words = ["--num_gpus", "2", *readmes_words(documented()[0].values[0], tmp_path)]
     environ = {**os.environ, "PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "deepspeedlite.launcher", *words]
     done = subprocess.run(command, cwd=tmp_path, env=environ, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    losses = [float(loss) for loss in re.findall(r"epoch \d: loss (\S+)", done.stdout)]
-    assert len(losses) == 10 and min(losses[-2:]) < max(losses[:2]) and "Traceback" not in done.stderr
+    learns(done.stdout, 2)
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", documented()[1:])
+@distributed(world_size=2, init_process_group=False, env={"DS_ACCELERATOR": "cpu"})
+def test_readmes_script_with_the_documentations_configurations(config, tmp_path):
+    """In ranks that have imported torch already: a configuration is tried here, not the launch once more."""
+    folder = tmp_path / os.environ["RANK"]
+    folder.mkdir()
+    argv, printed = readmes_words(config, folder), io.StringIO()
+    os.chdir(folder)
+    with mock.patch("sys.argv", argv), contextlib.redirect_stdout(printed):
+        runpy.run_path(argv[0], run_name="__main__")
+    learns(printed.getvalue(), 1)
 
 
 def test_published_files_of_configurations(tmp_path):
