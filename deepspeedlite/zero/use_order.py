@@ -50,23 +50,28 @@ class UseTrace:
 
     def begin(self) -> None:
         """A forward pass of the whole model starts."""
+        if not self._known:  # the last one had no backward pass: this one may be alike
+            self._learn(self._recorded, len(self._recorded))
         self._recorded = []
         self._recorded_forward = 0
         self._go_to(0)
 
     def turn(self) -> None:
         """What is used from now on is used by a backward pass."""
+        if self._known_forward == len(self._known):  # it was not learnt from one that had a backward pass
+            self._learn([], 0)
         self._recorded_forward = self._recorded_forward or len(self._recorded)
 
     def end(self) -> None:
         """A backward pass is over: what was recorded is what the next one will look like."""
         if self._recorded:
-            if self._recorded != self._known:
-                self._learn(self._recorded)
-            self._known_forward = self._recorded_forward
+            self._learn(self._recorded, self._recorded_forward)
         self.begin()
 
-    def _learn(self, uses: list[FlatParams]) -> None:
+    def _learn(self, uses: list[FlatParams], forward: int) -> None:
+        self._known_forward = forward
+        if uses == self._known:
+            return
         self._known = uses
         self._before = [0, *accumulate(values.numel for values in uses)]
         self._places = {}
@@ -103,14 +108,10 @@ class UseTrace:
     def live_changed(self, values: FlatParams, numel: int) -> None:
         """So many more elements of `values` are whole now, or on the way; less than zero: are sharded again."""
         self.live_numel += numel
-        if numel < 0:
-            self.dropped(values)
-
-    def dropped(self, values: FlatParams) -> None:
-        """`values` are sharded again: what was done about their next use is undone."""
-        index = self._next_use(values)
-        for look in self._looks:
-            look.look_again(index)
+        if numel < 0:  # what was done about their next use is undone
+            index = self._next_use(values)
+            for look in self._looks:
+                look.look_again(index)
 
 
 class LookAhead:

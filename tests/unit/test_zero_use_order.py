@@ -101,9 +101,33 @@ def test_the_trace_is_what_a_full_search_finds(seed):
             assert gathered["trace"] == gathered["plain"]
             assert trace.used_within(values, reuse) == plain.used_within(values, reuse)
             if not trace.used_within(values, reuse) and values in live["trace"]:
-                trace.dropped(values)
+                trace.live_changed(values, -1)
                 for whole in live.values():
                     whole.discard(values)
+
+
+def test_a_pass_without_a_backward_pass_is_learnt_from_until_one_has_one():
+    trace, (a, b, c) = UseTrace(), [Values(1) for _ in range(3)]
+    look, ahead = LookAhead(trace), []
+
+    def coming(*uses):
+        """What is looked at ahead when `uses` have begun a forward pass."""
+        ahead.clear()
+        trace.begin()
+        for values in uses:
+            trace.use(values)
+        look.each(lambda values: not ahead.append(values), None, True)
+        return list(ahead)
+
+    assert coming(a, b, c) == []  # the first
+    assert coming(a) == [b, c]  # as evaluation and generation go on
+    trace.turn()
+    look.each(lambda values: not ahead.append(values), None, False)
+    assert ahead == [b, c], "the way back is not the way forth: nothing is known of it"
+    trace.use(a)
+    trace.end()
+    assert coming() == [a], "what a training pass used counts from then on, not what came of it for evaluation"
+    assert coming(b) == [] and coming() == [a]
 
 
 # --- what a step costs ----------------------------------------------------------------------------------------------
