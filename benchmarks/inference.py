@@ -1,4 +1,4 @@
-"""Tokens by a 100 M-parameter Llama: `init_inference` beside transformers' own generate, compiled or not, and DeepSpeed.
+"""Tokens by a 100 M-parameter Llama: `init_inference` beside transformers' generate, compiled or not, and DeepSpeed.
 
     python benchmarks/inference.py [--peer-python ENV/bin/python] [--dtypes fp32 bf16] [--batches 1 8] [--rounds 5]
 
@@ -79,23 +79,21 @@ def work(contender: Contender, threads: int) -> None:
         dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[contender.dtype]
         generates = package.init_inference(net, config={"dtype": dtype, **contender.config}).generate
     init_s = time.perf_counter() - start
-    more = {"cache_implementation": "static"} if contender.compiled else {}
-    print(json.dumps({"init_s": init_s, "numel": sum(one.numel() for one in net.parameters())}), file=answers, flush=True)
+    more: dict[str, Any] = {"cache_implementation": "static"} if contender.compiled else {}
+    numel = sum(one.numel() for one in net.parameters())
+    print(json.dumps({"init_s": init_s, "numel": numel}), file=answers, flush=True)
     for line in sys.stdin:
         batch = int(line)
         prompt = torch.randint(5, SIZES["vocab_size"], (batch, PROMPT), generator=torch.Generator().manual_seed(1))
-        mask = torch.ones_like(prompt)
-
-        def timed(new: int) -> tuple[float, Any]:
-            begun = time.perf_counter()
-            out = generates(prompt, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more)
-            return (time.perf_counter() - begun) * 1e3, out
-
+        more["attention_mask"] = torch.ones_like(prompt)
+        found = {}
         with torch.inference_mode():
-            first_ms, _ = timed(1)
-            all_ms, out = timed(NEW)
-        found = {"prompt_ms": first_ms, "decode_ms": (all_ms - first_ms) / (NEW - 1), "tokens": out[0, PROMPT:].tolist()}
-        print(json.dumps(found), file=answers, flush=True)
+            for new in (1, NEW):
+                begun = time.perf_counter()
+                found[new] = generates(prompt, max_new_tokens=new, min_new_tokens=new, do_sample=False, **more)
+                found[-new] = (time.perf_counter() - begun) * 1e3
+        times = {"prompt_ms": found[-1], "decode_ms": (found[-NEW] - found[-1]) / (NEW - 1)}
+        print(json.dumps({**times, "tokens": found[NEW][0, PROMPT:].tolist()}), file=answers, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------- the conductor
@@ -114,19 +112,18 @@ class Process:
             environ |= {"OMP_NUM_THREADS": str(threads // contender.ranks), "HF_HUB_OFFLINE": "1"}
             words = ["--work", json.dumps(contender._asdict()), "--threads", str(threads // contender.ranks)]
             command = [contender.python, __file__, *words]
-            log = open(Path(folder, f"{len(os.listdir(folder))}.log"), "w")
-            pipe = subprocess.PIPE
-            self.ranks.append(
-                subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=log, text=True, bufsize=1)
-            )
-        self.log = log.name
+            self.log, pipe = Path(folder, f"{len(os.listdir(folder))}.log"), subprocess.PIPE
+            with self.log.open("w") as log:
+                self.ranks.append(
+                    subprocess.Popen(command, env=environ, stdin=pipe, stdout=pipe, stderr=log, text=True, bufsize=1)
+                )
         self.about = self.answer()
 
     def answer(self) -> dict[str, Any]:
         """What rank 0 says; all are waited for."""
         lines = [process.stdout.readline() for process in self.ranks]
         if not all(lines):
-            raise RuntimeError(f"{self.contender.name} ({self.contender.dtype}): {Path(self.log).read_text()[-2000:]}")
+            raise RuntimeError(f"{self.contender.name} ({self.contender.dtype}): {self.log.read_text()[-2000:]}")
         return json.loads(lines[0])
 
     def ask(self, batch: int) -> dict[str, Any]:
@@ -268,9 +265,7 @@ def measure(dtype: str, args: argparse.Namespace) -> None:
             rows = []
             for process in processes:
                 name = process.contender.name
-                decode, prompt = (
-                    [answer[which] for answer in found[name]] for which in ("decode_ms", "prompt_ms")
-                )
+                decode, prompt = ([answer[which] for answer in found[name]] for which in ("decode_ms", "prompt_ms"))
                 ratio = [
                     statistics.median(a[which] / b[which] for a, b in zip(found[name], reference))
                     for which in ("decode_ms", "prompt_ms")
@@ -291,8 +286,17 @@ def measure(dtype: str, args: argparse.Namespace) -> None:
             title = f"Llama, {processes[0].about['numel'] / 1e6:.0f} M parameters, {dtype}, batch {batch}"
             print_table(
                 f"{title}; weights read in {limits['read']:.1f} ms, prompt's products {limits['products']:.0f} ms",
-                ("what", "decode ms/token", "to eager", "to read", "prompt ms", "to eager", "to products", "start s",
-                 f"tokens as eager's, of {NEW}"),
+                (
+                    "what",
+                    "decode ms/token",
+                    "to eager",
+                    "to read",
+                    "prompt ms",
+                    "to eager",
+                    "to products",
+                    "start s",
+                    f"tokens as eager's, of {NEW}",
+                ),
                 rows,
             )
 

@@ -127,7 +127,7 @@ def test_a_pass_without_a_backward_pass_is_learnt_from_until_one_has_one():
     trace.use(a)
     trace.end()
     assert coming() == [a], "what a training pass used counts from then on, not what came of it for evaluation"
-    assert coming(b) == [] and coming() == [a]
+    assert coming(b) == [a] == coming()
 
 
 # --- what a step costs ----------------------------------------------------------------------------------------------
