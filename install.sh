@@ -141,6 +141,7 @@ node() {
 
 relay() { # nodes' lines, as they come, each with its host in front
     local line host
+    trap '' INT TERM # it ends with those who write to it, after their last words
     while IFS= read -r line; do
         host=${line%%: *} line=${line#*: }
         case $line in
@@ -181,6 +182,7 @@ install_here() {
 }
 
 install_there() { # on all other nodes at once, as dslite_ssh does it
+    trap : INT TERM # dslite_ssh hears it too, and ends each ssh; this shell waits for that, and `end` for this shell
     printf '%s\n' "${hosts[@]:1}" >"$scratch/hosts"
     PYTHONPATH=$root "$python" -m deepspeedlite.launcher.ssh -H "$scratch/hosts" --input "$payload" \
         --timeout "$limit_s" --at_once "$at_once" 'bash -s 2>&1' 2>"$scratch/failed" | relay
