@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -183,10 +184,24 @@ def test_nothing_is_left(ending: str) -> None:
     assert seen_from_here() == before
 
 
-def seen_from_here() -> list[str]:
-    """This machine's own links and mounts, and what of it a host might overwrite."""
-    names = [Path(name).read_text() for name in ("/etc/hosts", "/proc/self/mounts", "/proc/sys/kernel/hostname")]
-    return [*sorted(os.listdir("/sys/class/net")), *names, *sorted(os.listdir("/etc/ssh")), *sorted(os.listdir("/run"))]
+# What hosts have of their own, as cluster.py makes it, and so what may neither come nor change here. Nothing else is
+# compared: tests beside this one run containers, whose links and mounts come and go.
+_PLACES = ("/proc", "/sys", "/dev/shm", "/run", "/etc", "/proc/sys/kernel/random/boot_id")  # mounted over
+_FILES = ("/etc/hosts", "/etc/passwd", "/etc/ssh/sshd_config", "/proc/sys/kernel/hostname")
+_MADE = ("/etc/ssh/cluster_key", *(f"/run/{name}" for name in ("boot_id", "sshd.log", "sshd.pid", "munge", "slurm")))
+_LINKS = re.compile("bridge0|end0|port-[0-9]+")
+
+
+def seen_from_here() -> dict[str, list[str]]:
+    """This machine's own links, mounts and files where those of a host would show."""
+    mounts = [line.split()[:3] for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return {
+        "links": sorted(filter(_LINKS.fullmatch, os.listdir("/sys/class/net"))),
+        "mounts": [" ".join(words) for words in mounts if words[1] in _PLACES],
+        "files": [Path(path).read_text() for path in _FILES if os.path.exists(path)],
+        "made": [path for path in _MADE if os.path.exists(path)],
+        "boot": [Path("/proc/sys/kernel/random/boot_id").read_text()],
+    }
 
 
 def pid_namespaces() -> set[str]:
