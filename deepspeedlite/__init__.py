@@ -1,6 +1,7 @@
 """deepspeedlite: training acceleration with DeepSpeed's interface and a small core.
 
     engine, optimizer, loader, scheduler = deepspeedlite.initialize(model=model, config="ds_config.json", ...)
+    engine = deepspeedlite.init_inference(model, dtype=torch.bfloat16)
 
 Everything below is imported on first use: `import deepspeedlite` itself loads neither torch nor the rest of the
 package, so that the launcher and the command-line tools start at once.
@@ -18,6 +19,7 @@ from deepspeedlite.runtime.plugins import plugins
 if TYPE_CHECKING:
     from deepspeedlite.compat.comm import init_distributed
     from deepspeedlite.compat.engine import DeepSpeedEngine
+    from deepspeedlite.compat.inference import init_inference
     from deepspeedlite.compat.initialize import add_config_arguments, initialize
     from deepspeedlite.compat.tuning_arguments import add_tuning_arguments
 
@@ -35,7 +37,7 @@ _PLUGINS = {
         for name in ("LRRangeTest", "OneCycle", "WarmupLR", "WarmupDecayLR", "WarmupCosineLR")
     },
 }
-_LAZY = {"add_tuning_arguments": "compat.tuning_arguments"}
+_LAZY = {"add_tuning_arguments": "compat.tuning_arguments", "init_inference": "compat.inference"}
 
 for _place, _added in _PLUGINS.items():
     for _kind, _name in _added:
@@ -48,6 +50,7 @@ __all__ = [
     "add_config_arguments",
     "add_tuning_arguments",
     "init_distributed",
+    "init_inference",
     "initialize",
 ]
 

@@ -58,6 +58,7 @@ NOTES = {
     "engine": "the training interface",
     "factory": "builds an engine",
     "parallel": "pipelines",
+    "inference": "engines, loading, splitting",
     "tools": "bench, memory plans",
     "compat": "DeepSpeed's names",
     "(root)": "lazy: imports no torch",

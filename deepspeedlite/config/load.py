@@ -102,12 +102,12 @@ def examine(
     origin, raw, faults = read_source(source)
     tree = typing.cast(dict[str, Any], copy_tree(raw))
     moved = modernise(tree, faults)
-    found = _Findings(moved, faults, peek)
+    found = Findings(moved, faults, peek)
     unknown = [*_take_unknown(tree), *_number_stage(tree)] if lenient else []
-    _placeholders(tree, DeepSpeedConfig, (), found, peek or lenient)
-    config = _validate(tree, found)
+    placeholders(tree, DeepSpeedConfig, (), found, peek or lenient)
+    config: DeepSpeedConfig = validate(tree, found, DeepSpeedConfig)
     hints: dict[str, list[str]] = {}
-    _features(config, (), found, hints)
+    check_features(config, (), found, hints)
     look_at_optimizer = functools.partial(_optimizer_faults, sharded=config.zero_optimization.stage > 0)
     for name, look in (("optimizer", look_at_optimizer), ("scheduler", scheduler_faults)):
         if name not in handed and getattr(config, name) is not None:
@@ -138,7 +138,7 @@ def _optimizer_faults(type: str, params: Mapping[str, Any], sharded: bool) -> Fa
     )
 
 
-def _check_recipe(name: str, section: Any, look: Callable[[str, Mapping[str, Any]], Faults], found: _Findings) -> None:
+def _check_recipe(name: str, section: Any, look: Callable[[str, Mapping[str, Any]], Faults], found: Findings) -> None:
     """Look into a section that names an optimizer or a schedule and its parameters."""
     for path, problem in look(section.type, section.params):
         where = (name, *path)
@@ -163,7 +163,7 @@ def _take_unknown(tree: dict[str, Any]) -> list[str]:
     return [f"{dotted((name,))}: unknown key, passed over; {_known_key((name,), DeepSpeedConfig)}" for name in names]
 
 
-class _Findings:
+class Findings:
     """The faults so far, by path: knows which keys are already at fault, and how the user spelled each."""
 
     def __init__(self, moved: dict[KeyPath, Origin], faults: list[Fault], peek: bool = False) -> None:
@@ -194,7 +194,7 @@ class _Findings:
         return path, value
 
 
-def _placeholders(node: Any, model: type[Section] | None, path: KeyPath, found: _Findings, may_be: bool) -> None:
+def placeholders(node: Any, model: type[Section] | None, path: KeyPath, found: Findings, may_be: bool) -> None:
     """Take out "auto" where no key allows it, NaN in free-form objects, and null where a section may stand.
 
     `may_be`: "auto" is left open, and no fault; so is a list that holds one.
@@ -221,28 +221,28 @@ def _placeholders(node: Any, model: type[Section] | None, path: KeyPath, found: 
         elif value is None and field is not None and isinstance(default_of(field), Section):
             del node[name]
         elif isinstance(value, dict | list):
-            _placeholders(value, inner, where, found, may_be)
+            placeholders(value, inner, where, found, may_be)
     for bad in [place for place in found.paths if place[:-1] == path and len(place) == len(path) + 1]:
         if isinstance(node, dict):
             node.pop(bad[-1], None)
 
 
-def _validate(tree: dict[str, Any], found: _Findings) -> DeepSpeedConfig:
-    """Validate; record each error and take its key out until what is left is valid."""
+def validate(tree: dict[str, Any], found: Findings, root: type[Section]) -> Any:
+    """Validate, as one of `root`; record each error and take its key out until what is left is valid."""
     while True:
         try:
-            return DeepSpeedConfig.model_validate(tree)
+            return root.model_validate(tree)
         except ValidationError as error:
-            faulty = [_explain(item, tree, found) for item in error.errors(include_url=False, include_context=False)]
+            faulty = [_explain(item, tree, found, root) for item in error.errors(include_url=False)]
         for path in faulty:
             _remove(tree, path)
 
 
-def _explain(item: Any, tree: dict[str, Any], found: _Findings) -> KeyPath:
+def _explain(item: Any, tree: dict[str, Any], found: Findings, root: type[Section]) -> KeyPath:
     """Record one of pydantic's errors in our words. Returns the path to take out before the next try."""
     path: list[Any] = []
-    model: type[Section] | None = DeepSpeedConfig
-    owner: type[Section] = DeepSpeedConfig
+    model: type[Section] | None = root
+    owner: type[Section] = root
     field: FieldInfo | None = None
     node: Any = tree
     last = len(item["loc"]) - 1
@@ -260,7 +260,7 @@ def _explain(item: Any, tree: dict[str, Any], found: _Findings) -> KeyPath:
     where = tuple(path)
     value = _value_at(tree, where)
     if item["type"] == "extra_forbidden":
-        found.add(where, value, "unknown key", _known_key(where, owner))
+        found.add(where, value, "unknown key", _known_key(where, owner, root))
     elif item["type"] == "missing":
         if found.peek and where in found.open:
             return where[:-1]
@@ -290,7 +290,7 @@ def _remove(tree: Any, path: KeyPath) -> None:
 
 
 @functools.cache
-def _places() -> dict[str, list[str]]:
+def _places(root: type[Section]) -> dict[str, list[str]]:
     """Each key's name to the sections that have it."""
     places: dict[str, list[str]] = {}
 
@@ -300,21 +300,21 @@ def _places() -> dict[str, list[str]]:
             if (inner := inner_section(field.annotation)) is not None:
                 look(inner, f"{parent}.{name}".lstrip(".") + "[]" * kind_of(field).startswith("a list"))
 
-    look(DeepSpeedConfig, "")
+    look(root, "")
     return places
 
 
-def _known_key(path: KeyPath, owner: type[Section]) -> str:
+def _known_key(path: KeyPath, owner: type[Section], root: type[Section] = DeepSpeedConfig) -> str:
     """What an unknown key was probably meant to be."""
     name = str(path[-1])
     parent = tuple(part for part in path[:-1] if isinstance(part, str))
     known = {*owner.model_fields, *(old.old for old in RENAMED if old.parent == parent)}
-    elsewhere = [place for place in _places().get(name, ()) if place != ".".join(parent)]
+    elsewhere = [place for place in _places(root).get(name, ()) if place != ".".join(parent)]
     match = nearest(name, known, _NEAR)
     if name in OTHER_NAMES and not parent:
         return OTHER_NAMES[name]
     outer, _, inner = name.rpartition(".")
-    if outer and outer in _places().get(inner, ()):
+    if outer and outer in _places(root).get(inner, ()):
         return f"{inner} goes into the object {outer}, and a dot does not lead there"
     if len(elsewhere) == 1:
         return f"it belongs in {elsewhere[0]}" if elsewhere[0] else "it belongs at the top level"
@@ -322,9 +322,8 @@ def _known_key(path: KeyPath, owner: type[Section]) -> str:
         return f"did you mean {dotted((*path[:-1], match))}?"
     if "params" in owner.model_fields:
         return f"parameters of the {dotted(path[:-1])} go into {dotted((*path[:-1], 'params'))}"
-    far = nearest(name, _places(), _NEAR)
-    if far is not None:
-        place = _places()[far][0]
+    if (far := nearest(name, _places(root), _NEAR)) is not None:
+        place = _places(root)[far][0]
         return f"did you mean {place}.{far}?" if place else f"did you mean {far}?"
     return "remove it"
 
@@ -373,7 +372,7 @@ def _switches(node: Any) -> typing.Iterator[bool]:
                 yield from _switches(value)
 
 
-def _features(section: Section, path: KeyPath, found: _Findings, hints: dict[str, list[str]]) -> None:
+def check_features(section: Section, path: KeyPath, found: Findings, hints: dict[str, list[str]]) -> None:
     """Refuse what this release does not do, and note the given keys that change nothing."""
     for name, field in type(section).model_fields.items():
         if name not in section.model_fields_set:
@@ -391,11 +390,11 @@ def _features(section: Section, path: KeyPath, found: _Findings, hints: dict[str
         if isinstance(value, list):
             for index, item in enumerate(value):
                 if isinstance(item, Section):
-                    _features(item, (*where, index), found, hints)
+                    check_features(item, (*where, index), found, hints)
 
 
 def _section_features(
-    section: Section, path: KeyPath, refusal: str, found: _Findings, hints: dict[str, list[str]]
+    section: Section, path: KeyPath, refusal: str, found: Findings, hints: dict[str, list[str]]
 ) -> None:
     """`refusal` is the note of a section whose mere presence asks for a feature that is refused."""
     if section.switched_off():
@@ -408,10 +407,10 @@ def _section_features(
         if status == "refused":
             found.add((*path, section.SWITCH), getattr(section, section.SWITCH), note)
             return
-    _features(section, path, found, hints)
+    check_features(section, path, found, hints)
 
 
-def _check_batch(config: DeepSpeedConfig, world_size: int, found: _Findings) -> None:
+def _check_batch(config: DeepSpeedConfig, world_size: int, found: Findings) -> None:
     paths: list[KeyPath] = [(name,) for name in NAMES]
     if any(found.covers(path) for path in paths) or (found.peek and any(path in found.open for path in paths)):
         return

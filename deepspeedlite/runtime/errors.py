@@ -60,5 +60,9 @@ class PipelineError(DeepSpeedLiteError, RuntimeError):
     """A pipeline was called as one cannot be, or a stage was to pass on what a pipeline cannot carry, or failed."""
 
 
+class InferenceError(DeepSpeedLiteError, RuntimeError):
+    """A model that cannot be split, or a prompt or logits that nothing can be generated from."""
+
+
 class AbsentError(DeepSpeedLiteError, ImportError):
     """A module or name of DeepSpeed's that is not here. The message says why, and what to use instead."""

@@ -9,6 +9,8 @@ from typing import Any
 from deepspeedlite.config.base import LARGEST, Section
 from deepspeedlite.config.legacy import LEGACY_ZERO_DOC, RENAMED
 from deepspeedlite.config.root import DeepSpeedConfig
+from deepspeedlite.inference.config import RENAMED as RENAMED_FOR_INFERENCE
+from deepspeedlite.inference.config import DeepSpeedInferenceConfig
 from deepspeedlite.tools.config_keys import ALL_SECTIONS, KeyInfo, iter_keys
 
 INTRODUCTION = """\
@@ -78,7 +80,25 @@ def render() -> str:
     for name, section in ALL_SECTIONS.items():
         lines += ["", f"## {name}", "", _summary(section), ""]
         lines += _table([info for info in iter_keys(section, f"{name}.") if not _is_part(info)], f"{name}.")
+    lines += ["", *_inference()]
     return "\n".join(lines) + "\n"
+
+
+INFERENCE = """\
+## Inference
+
+What `init_inference` takes, as `config` (a file or a dict) and as keyword arguments, which go before it. All of
+`zero_optimization` may stand in `zero`.
+"""
+
+
+def _inference() -> list[str]:
+    """The keys of `init_inference`."""
+    spellings = (f"`{'.'.join(was)}` is `{'.'.join(now)}`" for was, now in RENAMED_FOR_INFERENCE)
+    listed = textwrap.fill("Other spellings: " + ", ".join(spellings) + ".", 120, break_on_hyphens=False)
+    keys = iter_keys(DeepSpeedInferenceConfig)
+    rows = [info for info in keys if not _is_part(info) and not info.path.startswith("zero.")]
+    return [INFERENCE, listed, "", *_table(rows)]
 
 
 def _top(info: KeyInfo) -> str:

@@ -46,7 +46,7 @@ LAYERS = dict(
             ["data", "metrics", "activation_checkpointing"],
             ["checkpoint"],
             ["passes", "engine", "factory"],
-            ["parallel"],
+            ["parallel", "inference"],
             ["checkpoint.formats"],
             ["tools", "checkpoint.__main__", "config.__main__"],
             ["compat", "drop_in", "accelerator", "errors", "monitor", "pipe", "profiling", "utils"],

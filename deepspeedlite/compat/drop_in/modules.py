@@ -16,7 +16,11 @@ _MONITOR = "a failing disk ends it, not the training"
 _FILES = "for scripts' own files: the engine writes its checkpoints without it, and loads no arbitrary objects"
 _FOREIGN = "of checkpoints in DeepSpeed's own layout, as `python -m deepspeedlite.checkpoint export` writes them"
 _NO_MOE = "expert parallelism and its layers are not in this release; models that bring their own experts train"
-_NO_INFERENCE = "inference engines are not in this release; use the trained module itself, or vLLM"
+_NO_BATCHING = "continuous batching (FastGen) is not in this release; init_inference has engines, or use vLLM"
+_NO_POLICIES = "init_inference finds what a model is made of; injection_policy={Block: names of layers} helps it"
+_NO_INFERENCE = "not in this release; init_inference makes engines of modules"
+_INFERENCE = "splits, loads, casts and checks as docs/inference.md says; kwargs go before config"
+_INFERENCE_CONFIG = "a frozen section that names every fault; dtype is a name; see docs/config.md"
 _NO_TENSOR = "tensor parallelism is not in this release; a model that a Megatron-style mpu has split trains"
 _NO_SEQUENCE = "sequence parallelism is not in this release"
 _NO_UNIVERSAL = (
@@ -82,9 +86,10 @@ ABSENT_MODULES: Mapping[str, str] = {
     "moe": _NO_MOE,
     "runtime.pipe.p2p": INTERNAL,
     "runtime.pipe.dualpipev": _NO_DUALPIPE,
-    "inference": _NO_INFERENCE,
-    "module_inject": f"{_NO_INFERENCE}; {_NO_TENSOR}",
-    "model_implementations": _NO_INFERENCE,
+    "inference.v2": _NO_BATCHING,
+    "inference.quantization": "init_inference(dtype=torch.int8) quantizes; see docs/inference.md",
+    "module_inject": _NO_POLICIES,
+    "model_implementations": _NO_POLICIES,
     "runtime.hybrid_engine": "not in this release; zero.unwrap_model_for_generation makes a model whole to generate",
     "runtime.tensor_parallel": _NO_TENSOR,
     "runtime.sequence_parallel": _NO_SEQUENCE,
@@ -153,8 +158,12 @@ MODULES: Mapping[str, Names] = {
     | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")
     | at("data.loader", "DeepSpeedDataLoader", "made by build_dataloader; its position can be saved")
     | at("compat.version", "__version_major__ __version_minor__ __version_patch__ __git_hash__ __git_branch__")
-    | no(_NO_INFERENCE, "init_inference default_inference_config InferenceEngine DeepSpeedInferenceConfig")
-    | no(_NO_INFERENCE, "replace_transformer_layer DeepSpeedHybridEngine")
+    | at("compat.inference", "init_inference", _INFERENCE)
+    | at("compat.inference", "default_inference_config", "has this library's defaults")
+    | at("inference.engine", "InferenceEngine", _INFERENCE)
+    | at("inference.config", "DeepSpeedInferenceConfig", _INFERENCE_CONFIG)
+    | no(_NO_POLICIES, "replace_transformer_layer")
+    | no(_NO_INFERENCE, "DeepSpeedHybridEngine")
     | no(_NO_TENSOR, "tp_model_init set_autotp_mode")
     | at("pipe", "PipelineModule", _PIPELINE)
     | at("compat.pipeline_engine", "PipelineEngine", _PIPELINE_ENGINE)
@@ -236,6 +245,19 @@ MODULES: Mapping[str, Names] = {
         "a section of DeepSpeedConfig",
         DeepSpeedActivationCheckpointingConfig="ActivationCheckpointing",
     ),
+    # --- inference ----------------------------------------------------------------------------------------------------
+    "inference": at("inference.config", "DeepSpeedTPConfig", _INFERENCE_CONFIG)
+    | no(_NO_BATCHING, "InferenceEngineV2 RaggedInferenceEngineConfig build_hf_engine build_engine_from_ds_checkpoint")
+    | no(_NO_BATCHING, "KVCacheConfig"),
+    "inference.engine": at("inference.engine", "InferenceEngine", _INFERENCE),
+    "inference.config": at(
+        "inference.config",
+        "DeepSpeedInferenceConfig DeepSpeedTPConfig DeepSpeedMoEConfig QuantizationConfig WeightQuantConfig "
+        "ActivationQuantConfig QKVQuantConfig InferenceCheckpointConfig",
+        _INFERENCE_CONFIG,
+    )
+    | at("compat.inference", "DtypeEnum MoETypeEnum")
+    | no("a key's words are literals: symmetric, asymmetric", "QuantTypeEnum BaseQuantConfig"),
     # --- pipelines ----------------------------------------------------------------------------------------------------
     "pipe": at("pipe", "LayerSpec TiedLayerSpec")
     | at("pipe", "PipelineModule", _PIPELINE)

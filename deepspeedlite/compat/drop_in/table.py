@@ -43,7 +43,15 @@ MOVED: Mapping[str, Names] = {
 }
 
 # Files of ours at paths where DeepSpeed has a module: they answer for its names too. (What MODULES lists need not be.)
-BOTH_HAVE = ("compat", "tools.io_tune", "ops.aio", "ops.op_builder.builder")
+BOTH_HAVE = (
+    "compat",
+    "inference",
+    "inference.config",
+    "inference.engine",
+    "tools.io_tune",
+    "ops.aio",
+    "ops.op_builder.builder",
+)
 
 
 def canonical(path: str) -> str:

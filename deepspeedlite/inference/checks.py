@@ -1,0 +1,130 @@
+"""What a call of an engine is checked for, before and while the model runs."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from deepspeedlite.comm import Group
+from deepspeedlite.inference.config import DeepSpeedInferenceConfig
+from deepspeedlite.runtime.device import Device
+from deepspeedlite.runtime.errors import DistributedError, InferenceError
+from deepspeedlite.runtime.tensors import tensors_in
+
+_LOOK_EVERY = 64  # forward passes between looks at a device's flag
+
+
+def prompt_tokens(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """The length of the longest prompt; 0 where there is none, or it is no tensor of tokens."""
+    given = kwargs.get("input_ids", kwargs.get("inputs", inputs[0] if inputs else None))
+    if isinstance(given, torch.Tensor) and given.dim() == 2 and not given.is_floating_point():
+        return given.shape[1]
+    embedded = kwargs.get("inputs_embeds")
+    return embedded.shape[1] if isinstance(embedded, torch.Tensor) and embedded.dim() == 3 else 0
+
+
+def check_prompt(
+    module: torch.nn.Module,
+    config: DeepSpeedInferenceConfig,
+    inputs: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    *,
+    fused: bool,
+) -> None:
+    """Raise where there is no room for a prompt and what is to follow.
+
+    Raises:
+        InferenceError: the prompt has more than `max_out_tokens` tokens, or leaves no room for `min_out_tokens`; with
+            a cache of fixed size, no room for as many as are asked for.
+    """
+    tokens = prompt_tokens(inputs, kwargs)
+    least = 0 if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else config.min_out_tokens
+    most = config.max_out_tokens
+    if tokens > most or (tokens and tokens + least > most and least > 1):
+        raise InferenceError(
+            f"a prompt of {tokens} tokens{f' and {least} to follow (min_out_tokens)' if least > 1 else ''} is more "
+            f"than max_out_tokens = {most}; give a larger max_out_tokens to init_inference, or a shorter prompt"
+        )
+    asked = kwargs.get("max_new_tokens")
+    if fused and tokens and isinstance(asked, int) and tokens + asked > most:
+        raise InferenceError(
+            f"a prompt of {tokens} tokens and max_new_tokens = {asked} are more than max_out_tokens = {most}, which "
+            "the cache of fused blocks is made for; give a larger max_out_tokens to init_inference"
+        )
+
+
+def check_same_inputs(group: Group, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise on every rank of a split model where they were given different tensors.
+
+    Raises:
+        DistributedError: names the ranks that have other ones than the first.
+    """
+    if group.size == 1:
+        return
+    tensors = list(tensors_in((inputs, kwargs)))
+    mine = zlib.crc32(repr([(tuple(one.shape), str(one.dtype)) for one in tensors]).encode())
+    for one in tensors:
+        if not one.is_floating_point() and one.numel() <= 1 << 20:
+            mine = zlib.crc32(one.detach().cpu().contiguous().numpy().tobytes(), mine)
+    both = torch.tensor([mine, -mine], dtype=torch.int64, device=group.device)
+    group.all_reduce(both, "max", label="what the ranks were given")
+    if both[0] == -both[1]:
+        return
+    told = group.all_gather_objects((mine, str([tuple(one.shape) for one in tensors])))
+    others = [(group.ranks[rank], shapes) for rank, (sum_, shapes) in enumerate(told) if sum_ != told[0][0]]
+    listed = ", ".join(f"rank {rank} {shapes}" for rank, shapes in others[:8])
+    raise DistributedError(
+        f"the ranks of a split model were given different inputs: rank {group.ranks[0]} {told[0][1]}, others than its "
+        f"are {listed}; give every rank the same (broadcast them from one), or set tp_size to 1 for independent ranks"
+    )
+
+
+def follow_first_rank(group: Group, device: Device) -> None:
+    """Give every rank of a split model the random numbers of the first, so that what they sample is one text."""
+    if group.size == 1:
+        return
+    states = group.broadcast_object([torch.get_rng_state(), device.get_rng_state()])
+    torch.set_rng_state(states[0])
+    device.set_rng_state(states[1])
+
+
+@contextmanager
+def finite_logits(module: torch.nn.Module) -> Iterator[Callable[[], None]]:
+    """Watch the logits of a module's forward passes; what it gives raises where some were not finite.
+
+    A minus infinity is fine, as a model may exclude tokens so. On a GPU the flag is looked at now and then, since
+    every look waits for the device.
+
+    Raises:
+        InferenceError: there is a NaN, or an infinity, from the pass that is named on.
+    """
+    seen: list[Any] = [0, None]  # passes, and the flag since the last look
+
+    def look() -> None:
+        if seen[1] is not None and not bool(seen[1]):
+            raise InferenceError(
+                f"the model's logits hold NaN or infinity (pass {seen[0]} of this call): its weights do, or overflow "
+                "in this dtype; try bf16 or fp32, and look at the weights with torch.isfinite"
+            )
+        seen[1] = None
+
+    def watch(_: Any, __: Any, output: Any) -> None:
+        logits = getattr(output, "logits", None)
+        if not isinstance(logits, torch.Tensor) or not logits.is_floating_point():
+            return
+        seen[0] += 1
+        # The last token's are what is chosen from. A sum of squares or of values would overflow; a maximum keeps NaN.
+        fine = torch.isfinite(logits[..., -1, :].max()) if logits.dim() > 1 else torch.isfinite(logits.max())
+        seen[1] = fine if seen[1] is None else seen[1] & fine
+        if logits.device.type == "cpu" or seen[0] % _LOOK_EVERY == 0:
+            look()
+
+    hook = module.register_forward_hook(watch)
+    try:
+        yield look
+    finally:
+        hook.remove()

@@ -1,0 +1,242 @@
+"""From a model as it was given to one that an engine runs: its weights loaded, split, cast, moved and fused.
+
+The model is changed in place, as a second one of its size may not fit. It is copied where others rely on it: an engine
+of `initialize` that trains it (whose weights are shared as long as nothing has to change), or another inference engine
+that wants it otherwise.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+import re
+import weakref
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from deepspeedlite.checkpoint.foreign import Formats
+from deepspeedlite.comm import Group
+from deepspeedlite.inference.config import DeepSpeedInferenceConfig, checkpoint_of
+from deepspeedlite.runtime.device import Device
+from deepspeedlite.runtime.errors import InferenceError, UnsupportedError
+from deepspeedlite.runtime.log import log_dist, log_dist_once, log_once
+from deepspeedlite.zero.flat_params import owners_of
+
+TORCH_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ENGINES = "_inference_engines"  # on a module
+
+
+class Setting(NamedTuple):
+    """What an engine makes of a model; two engines that ask for the same share it."""
+
+    dtype: torch.dtype
+    device: torch.device | None  # None: wherever it is
+    ranks: tuple[int, ...]
+    fused: bool
+    bits: int | None
+    group_size: int
+    max_tokens: int
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether the model cannot be what it was before."""
+        return len(self.ranks) > 1 or self.fused or self.bits is not None
+
+
+def setting_of(config: DeepSpeedInferenceConfig, model: torch.nn.Module, group: Group, device: Device) -> Setting:
+    """What a configuration asks for.
+
+    Raises:
+        UnsupportedError: the device cannot compute in this dtype.
+    """
+    given = config.dtype == "int8" or ("quant" in config.model_fields_set and config.quant.weight.enabled)
+    quantized = given and config.quant.enabled
+    dtype = _own_dtype(model) if config.dtype == "int8" else TORCH_DTYPES[config.dtype]
+    check_dtype(device, dtype)
+    return Setting(
+        dtype=dtype,
+        device=None if config.keep_module_on_host else device.torch_device,
+        ranks=tuple(group.ranks),
+        fused=config.replace_with_kernel_inject,
+        bits=config.quant.weight.num_bits if quantized else None,
+        group_size=config.quant.weight.group_size,
+        max_tokens=config.max_out_tokens,
+    )
+
+
+def _own_dtype(model: torch.nn.Module) -> torch.dtype:
+    return next((param.dtype for param in model.parameters() if param.is_floating_point()), torch.float32)
+
+
+def check_dtype(device: Device, dtype: torch.dtype) -> None:
+    """Raise an UnsupportedError where matrices of this dtype cannot be multiplied on the device."""
+    try:
+        tried = torch.ones(2, 2, dtype=dtype, device=device.torch_device)
+        torch.nn.functional.layer_norm(torch.nn.functional.linear(tried, tried), (2,))
+    except RuntimeError as error:
+        raise UnsupportedError(f"dtype {dtype} cannot be computed with on {device.name} ({error}); use fp32") from error
+    if device.type == "cpu" and dtype == torch.float16:
+        log_once("fp16 on a CPU is slower than bf16 and fp32: consider dtype=torch.bfloat16")
+
+
+def prepare(
+    model: torch.nn.Module,
+    config: DeepSpeedInferenceConfig,
+    setting: Setting,
+    group: Group,
+    formats: Formats,
+) -> torch.nn.Module:
+    """The model to run.
+
+    Raises:
+        InferenceError: it cannot be split, or has tensors without values and there is no checkpoint.
+        CheckpointError: the checkpoint is missing, damaged, or does not fit.
+    """
+    mark = model.__dict__.get(_ENGINES)
+    if owners_of(model.parameters()):
+        model, is_whole = _of_training(model, setting)
+        if not is_whole:
+            return model
+    elif mark is not None and (len(mark.engines) or mark.setting.is_lasting):
+        if mark.setting == setting and checkpoint_of(config)[0] is None:
+            return model
+        model = _copy_of_engines(model, mark.setting)
+    pieces = _split(model, config, group)
+    _load(model, config, setting, pieces, formats)
+    cast(model, setting.dtype)
+    if setting.device is not None:
+        model.to(setting.device)
+    if setting.fused or setting.bits is not None:
+        _fuse(model, setting)
+    model.__dict__[_ENGINES] = Engines(setting)
+    return model
+
+
+class Engines:
+    """The engines that run a model, and what they have made of it. Copies of the model are nobody's."""
+
+    def __init__(self, setting: Setting) -> None:
+        self.setting = setting
+        self.engines: weakref.WeakSet[Any] = weakref.WeakSet()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        return None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+def hold(model: torch.nn.Module, engine: Any) -> None:
+    """An engine runs the model."""
+    if (mark := model.__dict__.get(_ENGINES)) is not None:
+        mark.engines.add(engine)
+
+
+def release(model: torch.nn.Module, engine: Any) -> None:
+    """It does not any more."""
+    if (mark := model.__dict__.get(_ENGINES)) is not None:
+        mark.engines.discard(engine)
+
+
+def _copy_of_engines(model: torch.nn.Module, made: Setting) -> torch.nn.Module:
+    """A copy for an engine that wants a model otherwise than the engine that has it."""
+    if made.is_lasting:
+        raise InferenceError(
+            "another inference engine has split, fused or quantized this model: destroy() does not make it whole "
+            "again; build the model anew for an engine with other settings"
+        )
+    log_dist("another inference engine uses this model in other settings: this engine works on a copy of it")
+    return copy.deepcopy(model)
+
+
+def _of_training(model: torch.nn.Module, setting: Setting) -> tuple[torch.nn.Module, bool]:
+    """A model that an engine trains, and whether it is a copy with all its weights."""
+    dtypes = {param.dtype for param in model.parameters() if param.is_floating_point()}
+    devices = {param.device for param in model.parameters()}
+    same_place = setting.device is None or devices <= {setting.device}
+    if dtypes == {setting.dtype} and same_place and len(setting.ranks) == 1 and not setting.fused and not setting.bits:
+        log_dist_once("inference engine: an engine trains this model, and its weights are used as they are trained")
+        return model, False
+    log_dist("inference engine: an engine trains this model; this engine works on a copy of its weights of now")
+    return _whole_copy(model), True
+
+
+def _whole_copy(model: torch.nn.Module) -> torch.nn.Module:
+    """A copy with all weights, which at stage 3 every rank takes at the same time."""
+    weights = model.state_dict()
+    memo: dict[int, Any] = {}
+    for param in model.parameters():
+        memo[id(param)] = torch.nn.Parameter(torch.empty(0, dtype=param.dtype), requires_grad=param.requires_grad)
+    copied = copy.deepcopy(model, memo)
+    names: dict[int, str] = {}
+    for name, param in copied.named_parameters(remove_duplicate=False):
+        names.setdefault(id(param), name)
+    for name, param in copied.named_parameters():
+        param.data = weights[name].detach().clone()
+    return copied
+
+
+def _split(model: torch.nn.Module, config: DeepSpeedInferenceConfig, group: Group) -> Any:
+    if group.size == 1:
+        return None
+    raise UnsupportedError("tensor_parallel.tp_size over 1 is not in this release")
+
+
+def _load(
+    model: torch.nn.Module, config: DeepSpeedInferenceConfig, setting: Setting, pieces: Any, formats: Formats
+) -> None:
+    if checkpoint_of(config)[0] is not None:
+        raise UnsupportedError("checkpoint is not in this release: load the weights into the model first")
+    empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
+    empty += [name for name, tensor in model.named_buffers() if tensor.is_meta]
+    if empty:
+        raise InferenceError(
+            f"{len(empty)} tensors of the model have no values (they are on the meta device), such as {empty[0]}; give "
+            "checkpoint=, the folder of its weights"
+        )
+
+
+def cast(model: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Cast floating-point parameters in place; buffers keep their types, as positions are wrong in 16 bits.
+
+    What a transformers model says must stay fp32 stays so. A batch norm's statistics follow its weights.
+    """
+    keep = keeps_fp32(model, dtype)
+    for name, param in model.named_parameters():
+        if param.is_floating_point() and not keep(name) and param.dtype != dtype:
+            param.data = param.data.to(dtype)
+    for part in model.modules():
+        if isinstance(part, torch.nn.modules.batchnorm._BatchNorm) and part.weight is not None:
+            for key, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    part._buffers[key] = buffer.to(part.weight.dtype)
+
+
+def keeps_fp32(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bool]:
+    """Which parameters a transformers model keeps in fp32 by name, beside weights of this dtype."""
+    names = list(getattr(model, "_keep_in_fp32_modules_strict", None) or ()) if dtype != torch.float32 else []
+    if dtype == torch.float16:
+        names += list(getattr(model, "_keep_in_fp32_modules", None) or ())
+    patterns = [re.compile(rf"(^|\.){re.escape(name)}(\.|$)") for name in names]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def _fuse(model: torch.nn.Module, setting: Setting) -> None:
+    """Replace blocks by fused ones, and say what was replaced."""
+    try:
+        blocks = importlib.import_module("deepspeedlite.inference.blocks")
+    except ModuleNotFoundError:
+        log_dist_once("inference engine: fused blocks are not in this release; nothing is replaced")
+        return
+    lines = blocks.fuse(
+        model,
+        dtype=setting.dtype,
+        max_tokens=setting.max_tokens,
+        batch=1,
+        bits=setting.bits,
+        group_size=setting.group_size,
+    )
+    for line in lines:
+        log_dist(f"inference engine: {line}")
