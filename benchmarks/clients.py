@@ -6,10 +6,10 @@
 
 The clients are those of tests/clients/, with a larger model: transformers' Trainer, a loop with Accelerate, Lightning's
 Trainer, Fabric, a LoRA adapter of PEFT, TRL's supervised fine-tuning, DPO and GRPO, and LLaMA-Factory's supervised
-fine-tuning with LoRA and DPO of all weights, by the configurations that it ships. transformers' models are loaded by
-`from_pretrained` where the client shards them, by configurations in which "auto" stands wherever it may. Run it in the
-environment that `make test-clients` makes; LLaMA-Factory has its own (`make test-llamafactory`) and is left out where
-none is named.
+fine-tuning of all weights and of a LoRA and DPO of all weights, by the configurations that it ships. transformers'
+models are loaded by `from_pretrained` where the client shards them, by configurations in which "auto" stands wherever
+it may. Run it in the environment that `make test-clients` makes; LLaMA-Factory has its own (`make test-llamafactory`)
+and is left out where none is named.
 
 Stages 0 to 3 in fp32 and bf16 are 8 trainings of each client, twice. `--every` runs them all. Without it each client
 has two, chosen in pairs (`CELLS`): each client with two stages, stage and dtype in every combination, and stage 0 with
@@ -66,6 +66,7 @@ CLIENTS = {
     "TRL SFT": Client("trl", {**FILLED, "task": "sft"}),
     "TRL DPO": Client("trl", {**FILLED, "task": "dpo"}),
     "TRL GRPO": Client("trl", {**FILLED, "task": "grpo"}),
+    "LLaMA-Factory SFT": Client("llamafactory", {"task": "sft", "tuning": "full"}, (2, 3)),
     "LLaMA-Factory SFT LoRA": Client("llamafactory", {"task": "sft", "tuning": "lora"}, (2, 3)),
     "LLaMA-Factory DPO": Client("llamafactory", {"task": "dpo", "tuning": "full"}, (2, 3)),
 }
@@ -78,6 +79,7 @@ CHOSEN = {
     "TRL SFT": ((0, "bf16"), (3, "fp32")),
     "TRL DPO": ((1, "bf16"), (2, "fp32")),
     "TRL GRPO": ((0, "fp32"), (3, "bf16")),
+    "LLaMA-Factory SFT": ((2, "fp32"), (3, "bf16")),
     "LLaMA-Factory SFT LoRA": ((2, "bf16"), (3, "fp32")),
     "LLaMA-Factory DPO": ((2, "fp32"), (3, "bf16")),
 }

@@ -184,3 +184,7 @@ def report(model: torch.nn.Module, clock: Clock, **values: Any) -> None:
     times = {"step_ms": clock.step_ms, "train_s": clock.train_s}
     answer = {"engine": where, "peak_rss_bytes": peak_rss_bytes(), **times, **values}
     Path(JOB["out"], f"rank{RANK}.json").write_text(json.dumps(answer))
+    if JOB["engine"] == "none" and torch.distributed.is_initialized():
+        # torch says to end by it: gloo's threads may else outlive what they use, and abort a process that is done.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()

@@ -105,9 +105,9 @@ def main() -> None:
             clock.step()
 
         def on_train_end(self, args, state, control, model=None, **kwargs):
-            # A callback gets the module alone; the engine around it is the Trainer's own.
+            # A callback gets the module alone; the engine around it is the Trainer's own. DPO's reference has one, too.
             engines = [each for each in gc.get_objects() if type(each).__name__ == "DeepSpeedEngine"]
-            seen.append((engines or [model])[0])
+            seen.append(next((each for each in engines if each.module is model), model))
 
     stage = JOB["stage"]
     trained: dict[str, Any] = {"finetuning_type": JOB.get("tuning", "full"), "stage": JOB.get("task", "sft")}

@@ -9,20 +9,24 @@ from common import BATCH, JOB, LEARNING_RATE, LENGTH, VOCABULARY, Clock, Tokens,
 
 
 def tokenizer() -> object:
-    """A word for every token."""
+    """A word for every token, behind the two special ones.
+
+    Those have names that no word begins with: a special token is found inside words too, and would split them.
+    """
     from tokenizers import Tokenizer
     from tokenizers.models import WordLevel
     from tokenizers.pre_tokenizers import Whitespace
     from transformers import PreTrainedTokenizerFast
 
-    words = Tokenizer(WordLevel({f"w{i}": i for i in range(VOCABULARY)}, unk_token="w0"))
+    names = ["<end>", "<pad>", *(f"w{i}" for i in range(VOCABULARY - 2))]
+    words = Tokenizer(WordLevel({name: i for i, name in enumerate(names)}, unk_token="<end>"))
     words.pre_tokenizer = Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w0", unk_token="w0")
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<end>", unk_token="<end>")
 
 
 def text(row: Any) -> str:
-    """The tokens' words."""
-    return " ".join(f"w{int(i)}" for i in row)
+    """A word for each token."""
+    return " ".join(f"w{int(i) % (VOCABULARY - 2)}" for i in row)
 
 
 def trainer_for(task: str, common: dict[str, Any], callbacks: list[Any]) -> Any:
