@@ -14,6 +14,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from limits import memory_group
 from programs import needs, program
 
 pytestmark = [pytest.mark.slow, needs("c++")]  # each starts processes of its own
@@ -235,31 +236,6 @@ def test_two_runs_on_one_path_do_not_meet(tmp_path):
 
 
 # --- memory -----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def memory_group(mib: int) -> Iterator[Path]:
-    """A control group whose processes may have so much memory, page cache and all."""
-    old, new = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
-    parent, limit = (old, "memory.limit_in_bytes") if old.is_dir() else (new, "memory.max")
-    group = parent / f"deepspeedlite-test-{os.getpid()}"
-    try:
-        group.mkdir()
-        (group / limit).write_text(str(mib << 20))
-    except OSError as error:
-        if group.is_dir():
-            group.rmdir()
-        pytest.skip(f"a memory limit needs a control group for memory, by root: {error}")
-    try:
-        yield group
-    finally:
-        for _ in range(100):  # its processes have ended; the kernel may take a moment to see it
-            try:
-                group.rmdir()
-                break
-            except OSError:
-                time.sleep(0.05)
-
 
 LIMITED = """
 group, path, layers = sys.argv[1:]
