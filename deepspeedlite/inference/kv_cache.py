@@ -52,8 +52,10 @@ class Buffers:
     def __init__(self, shape: CacheShape, batch: int, tokens: int) -> None:
         self.batch, self.tokens = batch, tokens
         sizes = [(batch, heads, tokens, shape.head_dim) for heads in shape.kv_heads]
-        self.keys = [torch.empty(size, dtype=shape.dtype, device=shape.device) for size in sizes]
-        self.values = [torch.empty(size, dtype=shape.dtype, device=shape.device) for size in sizes]
+        # Made under inference_mode, they could be written to only there, and a later generation may be elsewhere.
+        with torch.inference_mode(False):
+            self.keys = [torch.empty(size, dtype=shape.dtype, device=shape.device) for size in sizes]
+            self.values = [torch.empty(size, dtype=shape.dtype, device=shape.device) for size in sizes]
 
     def copy_from(self, other: Buffers) -> None:
         """What `other` holds, as far as there is room for it."""
