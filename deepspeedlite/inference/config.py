@@ -159,7 +159,10 @@ class DeepSpeedInferenceConfig(Section):
     keep_module_on_host: Flag = key(False, "Leave the model in CPU memory.")
     enable_cuda_graph: Flag = key(False, "Record a forward pass of each shape on a GPU, and replay it.")
     quant: QuantizationConfig = key(QuantizationConfig, "Quantized weights.")
-    zero: ZeroOptimization = key(ZeroOptimization, "Weights that are streamed from CPU memory or disk.")
+    zero: ZeroOptimization = key(
+        ZeroOptimization,
+        "Stage 3: each rank keeps a share of every layer, on `offload_param`'s device, until it is used.",
+    )
     moe: Annotated[DeepSpeedMoEConfig, BeforeValidator(_moe)] = key(DeepSpeedMoEConfig, "Experts.")
     use_triton: Flag = key(
         False, "Kernels in Triton.", stands="refused: there are none; set it to false: kernels are compiled"
@@ -303,15 +306,26 @@ def _merge(tree: dict[str, Any], given: dict[str, Any]) -> None:
 
 
 def _check_zero(config: DeepSpeedInferenceConfig, found: Findings) -> None:
-    """Weights that are streamed: what of it is here."""
-    zero = config.zero
-    if zero.stage == 3 or zero.offload_param.device != "none":
+    """Weights that are streamed: what they do not go with."""
+    if config.zero.stage != 3:
+        if config.zero.offload_param.device != "none":
+            found.add(
+                ("zero", "stage"), config.zero.stage, "offload_param streams weights at stage 3 only", "set it to 3"
+            )
+        return
+    place = config.zero.offload_param
+    if place.device == "nvme" and not place.nvme_path:
+        path = ("zero", "offload_param", "nvme_path")
+        found.add(path, place.nvme_path, "is where the weights are to be", "name a directory on the NVMe drive")
+    if config.tensor_parallel.tp_size > 1:
         found.add(
             ("zero", "stage"),
-            zero.stage,
-            "weights that are streamed from CPU memory or disk are not in this release",
-            "leave zero out; tensor_parallel splits a model over ranks, and dtype int8 makes it smaller",
+            3,
+            "streams whole layers, which are shared over all ranks, and tensor_parallel splits them",
+            "use one of the two",
         )
+    if config.dtype == "int8" or ("quant" in config.model_fields_set and config.quant.enabled):
+        found.add(("zero", "stage"), 3, "quantized weights are not streamed", "use one of the two")
 
 
 def checkpoint_of(config: DeepSpeedInferenceConfig) -> tuple[Any, str]:

@@ -15,16 +15,16 @@ from typing import Any, NoReturn
 import torch
 
 from deepspeedlite.checkpoint.foreign import Formats
+from deepspeedlite.comm import Group
 from deepspeedlite.comm.ranks import get_local_rank
 from deepspeedlite.inference.checks import check_prompt, check_same_inputs, finite_logits, follow_first_rank
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig, read_inference_config
 from deepspeedlite.inference.groups import TensorGroup
-from deepspeedlite.inference.prepare import hold, prepare, release, setting_of
+from deepspeedlite.inference.prepare import hold, is_trained, prepare, release, setting_of
 from deepspeedlite.inference.recorded import RecordedForward
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, EngineStateError, InferenceError
 from deepspeedlite.runtime.log import log_dist
-from deepspeedlite.zero.flat_params import owners_of
 
 _NO_TRAINING = (
     "an inference engine does not train: train the model itself, with deepspeedlite.initialize(model=...), and make an "
@@ -62,7 +62,7 @@ class InferenceEngine(torch.nn.Module):
         group = self._tensor_group.group
         try:
             setting = setting_of(self._config, model, group, self._device)
-            self.module = prepare(model, self._config, setting, group, formats or Formats())
+            self.module = prepare(model, self._config, setting, group, self._device, formats or Formats())
         except BaseException:
             self._tensor_group.close()
             raise
@@ -73,7 +73,7 @@ class InferenceEngine(torch.nn.Module):
         if self._config.enable_cuda_graph and not records:
             log_dist("inference engine: enable_cuda_graph changes nothing on a CPU")
         self.training = False  # the engine's own mode; the module's is left to whoever trains it
-        if not _is_trained(self.module):
+        if not is_trained(self.module):
             self.module.eval()
 
     def __getattr__(self, name: str) -> Any:
@@ -116,6 +116,8 @@ class InferenceEngine(torch.nn.Module):
         check_same_inputs(group, inputs, kwargs)
         follow_first_rank(group, self._device)
         module: Any = self.module
+        if self._setting.zero and Group().size > 1:
+            kwargs.setdefault("synced_gpus", True)  # all take part in every pass: see `streamed`
         with torch.no_grad(), _evaluating(module), finite_logits(module) as check:
             out = module.generate(*inputs, **kwargs)
             check()
@@ -217,11 +219,6 @@ def _module_of(model: Any) -> torch.nn.Module:
     inner = model.__dict__.get("_modules", {}).get("module")
     is_engine = isinstance(model, InferenceEngine) or hasattr(type(model), "optimizer_class")
     return inner if is_engine and inner is not None else model
-
-
-def _is_trained(module: torch.nn.Module) -> bool:
-    """Whether an engine of `initialize` holds its parameters."""
-    return bool(owners_of(module.parameters()))
 
 
 @contextmanager

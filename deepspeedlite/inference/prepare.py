@@ -19,6 +19,7 @@ import torch
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.comm import Group
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig, checkpoint_of
+from deepspeedlite.inference.streamed import StreamedWeights
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import InferenceError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_dist_once, log_once
@@ -38,11 +39,12 @@ class Setting(NamedTuple):
     bits: int | None
     group_size: int
     max_tokens: int
+    zero: str = ""  # the section that says how weights are streamed; empty: they are not
 
     @property
     def is_lasting(self) -> bool:
         """Whether the model cannot be what it was before."""
-        return len(self.ranks) > 1 or self.fused or self.bits is not None
+        return len(self.ranks) > 1 or self.fused or self.bits is not None or bool(self.zero)
 
 
 def setting_of(config: DeepSpeedInferenceConfig, model: torch.nn.Module, group: Group, device: Device) -> Setting:
@@ -55,14 +57,18 @@ def setting_of(config: DeepSpeedInferenceConfig, model: torch.nn.Module, group: 
     quantized = given and config.quant.enabled
     dtype = _own_dtype(model) if config.dtype == "int8" else TORCH_DTYPES[config.dtype]
     check_dtype(device, dtype)
+    streams = config.zero.stage == 3
+    if streams and config.replace_with_kernel_inject:
+        log_dist_once("inference engine: no blocks are fused, since weights are streamed")
     return Setting(
         dtype=dtype,
         device=None if config.keep_module_on_host else device.torch_device,
         ranks=tuple(group.ranks),
-        fused=config.replace_with_kernel_inject,
+        fused=config.replace_with_kernel_inject and not streams,
         bits=config.quant.weight.num_bits if quantized else None,
         group_size=config.quant.weight.group_size,
         max_tokens=config.max_out_tokens,
+        zero=config.zero.model_dump_json(exclude_unset=True) if streams else "",
     )
 
 
@@ -86,6 +92,7 @@ def prepare(
     config: DeepSpeedInferenceConfig,
     setting: Setting,
     group: Group,
+    device: Device,
     formats: Formats,
 ) -> torch.nn.Module:
     """The model to run.
@@ -95,7 +102,11 @@ def prepare(
         CheckpointError: the checkpoint is missing, damaged, or does not fit.
     """
     mark = model.__dict__.get(_ENGINES)
-    if owners_of(model.parameters()):
+    if mark is not None and mark.streamed is not None:
+        if mark.setting != setting or not mark.streamed.is_open:
+            raise InferenceError("the weights of this model went with the engine that streamed them: build it anew")
+        return model
+    if is_trained(model) or (owners_of(model.parameters()) and not setting.zero):
         model, is_whole = _of_training(model, setting)
         if not is_whole:
             return model
@@ -106,19 +117,27 @@ def prepare(
     pieces = _split(model, config, group)
     _load(model, config, setting, pieces, formats)
     cast(model, setting.dtype)
-    if setting.device is not None:
+    streamed = None
+    if setting.zero:
+        streamed = StreamedWeights(model, config.zero, device.torch_device)
+    elif setting.device is not None:
         model.to(setting.device)
     if setting.fused or setting.bits is not None:
         _fuse(model, setting)
-    model.__dict__[_ENGINES] = Engines(setting)
+    model.__dict__[_ENGINES] = Engines(setting, streamed)
     return model
+
+
+def is_trained(model: torch.nn.Module) -> bool:
+    """Whether an engine of `initialize` holds its parameters."""
+    return any(owner.lease is not None for owner in owners_of(model.parameters()))
 
 
 class Engines:
     """The engines that run a model, and what they have made of it. Copies of the model are nobody's."""
 
-    def __init__(self, setting: Setting) -> None:
-        self.setting = setting
+    def __init__(self, setting: Setting, streamed: StreamedWeights | None) -> None:
+        self.setting, self.streamed = setting, streamed
         self.engines: weakref.WeakSet[Any] = weakref.WeakSet()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
@@ -135,9 +154,11 @@ def hold(model: torch.nn.Module, engine: Any) -> None:
 
 
 def release(model: torch.nn.Module, engine: Any) -> None:
-    """It does not any more."""
+    """It does not any more. Weights that were streamed end with the last engine: there may be no memory for them."""
     if (mark := model.__dict__.get(_ENGINES)) is not None:
         mark.engines.discard(engine)
+        if mark.streamed is not None and not len(mark.engines):
+            mark.streamed.close()
 
 
 def _copy_of_engines(model: torch.nn.Module, made: Setting) -> torch.nn.Module:

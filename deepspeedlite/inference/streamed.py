@@ -96,7 +96,7 @@ class StreamedWeights:
         source = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero.model_dump(exclude_unset=True)}
         settings = load_config({**source, **({"aio": dict(aio)} if aio else {})}, world_size=group.size)
         self._offload = make_offload(settings, group)
-        self._model = model
+        self._model, self.is_open = model, True
         mark_leaves(model, zero.leaf_module.classes, zero.leaf_module.names, zero.leaf_module.name_suffixes)
         leaves, trace = leaf_modules(model), UseTrace()
         everyone = frozen_parameters(model, ())
@@ -151,6 +151,7 @@ class StreamedWeights:
 
     def close(self) -> None:
         """Give the disk its space back. The model has no weights any more: there may be no memory for them."""
+        self.is_open = False
         for hook in self._hooks:
             hook.remove()
         self._prefetcher.close()

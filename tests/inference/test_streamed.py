@@ -16,8 +16,11 @@ from paths import HELPERS
 from programs import needs
 from torch import nn
 
+import deepspeedlite
 from deepspeedlite.config.sections.zero import ZeroOptimization
+from deepspeedlite.inference.config import read_inference_config
 from deepspeedlite.inference.streamed import StreamedWeights
+from deepspeedlite.runtime.errors import ConfigError, InferenceError
 
 CPU = torch.device("cpu")
 
@@ -117,6 +120,49 @@ def test_layers_are_read_ahead_and_let_go(tmp_path):
 def values_here(streamed: StreamedWeights) -> int:
     """How many layers are in memory, or on the way there."""
     return sum(values.store._buffer is not None for values in streamed._values)
+
+
+@needs("c++")
+@distributed(world_size=[1, 2])
+def test_an_engine_generates_with_streamed_weights(tmp_path, world_size):
+    """Prompts are each rank's own, and so is how many tokens it generates."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, vocab_size=50, pad_token_id=0)).eval()
+    rank = dist.get_rank()
+    ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(rank))
+    words = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5 + 3 * rank, "do_sample": False}
+    expected = model.generate(ids, **words), model.generate(ids, num_beams=2, **words)
+    zero = section("nvme", tmp_path).model_dump(exclude_unset=True)
+    config = {"dtype": "fp32", "zero": zero, "replace_with_kernel_inject": True}
+    engine = deepspeedlite.init_inference(model, config=config)
+    second = deepspeedlite.init_inference(model, config=config)
+    assert torch.equal(engine.generate(ids, **words), expected[0])
+    assert torch.equal(second.generate(ids, num_beams=2, **words), expected[1])
+    engine.destroy()
+    assert torch.equal(second.generate(ids, **words), expected[0])
+    with pytest.raises(InferenceError, match="build it anew"):
+        deepspeedlite.init_inference(model, config={"dtype": "fp32"})
+    second.destroy()
+    assert not list(tmp_path.iterdir()), "the disk has its space back"
+    with pytest.raises(InferenceError, match="build it anew"):
+        deepspeedlite.init_inference(model, config=config)
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        ({"tensor_parallel": {"tp_size": 2}}, "tensor_parallel splits them"),
+        ({"dtype": "int8"}, "quantized weights are not streamed"),
+        ({"zero": {"stage": 1, "offload_param": {"device": "cpu"}}}, "at stage 3 only"),
+        ({"zero": {"stage": 3, "offload_param": {"device": "nvme"}}}, "nvme_path"),
+        ({"zero": {"stage": 3, "ofload_param": {}}}, "did you mean"),
+    ],
+)
+def test_what_streaming_does_not_go_with_is_refused(more, problem):
+    with pytest.raises(ConfigError, match=problem):
+        read_inference_config({"zero": {"stage": 3}, **more}, {})
 
 
 LIMITED = """
