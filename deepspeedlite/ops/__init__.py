@@ -43,6 +43,12 @@ def load(name: str, device_type: str = "cpu") -> Any:
 
 
 @cache
+def find_op(name: str, device_type: str = "cpu") -> Any:
+    """The op's one overload, quicker to call than what `load` gives; None where `is_available` is false."""
+    return load(name, device_type).default if is_available(name, device_type) else None
+
+
+@cache
 def is_available(name: str, device_type: str = "cpu") -> bool:
     """Whether `load` works; says once why not."""
     try:

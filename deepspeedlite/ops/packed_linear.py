@@ -2,11 +2,10 @@
 
 Without `bits` that is torch's own layout, `[out, in]`, so products of many rows are torch's, on the same memory.
 
-With `bits` a panel holds 16 outputs, and the numbers of an input pair lie beside each other, output by output:
+With `bits` a panel holds 16 outputs, and four bytes of one output lie beside those of the next:
 
-    8 bits    weight int8   [panels, in / 2, 16, 2]      panel, pair, output, which of the pair
-    4 bits    weight uint8  [panels, in / 8, 16, 2, 2]   as words of 16 bits: word (output, p) holds the inputs
-                            2 j + p of 8, at bits 4 j; two's complement
+    8 bits    weight uint8  [panels, in / 4, 16, 4]    integer + 128
+    4 bits    weight uint8  [panels, in / 8, 16, 4]    integer + 8: of inputs i and i + 4 of 8 in the low, high half
     scales    bfloat16      [panels, groups, 16]
 
 `in` is rounded up to whole groups, `out` to whole panels; what is added is 0. A vector of 16 outputs then needs one
@@ -15,15 +14,19 @@ scale for all inputs of a group, and none of its lanes has to be added up.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from deepspeedlite.ops import find_op
 from deepspeedlite.ops.quantizer import quantize
 from deepspeedlite.runtime.errors import OpError
 
 PANEL = 16
 FEW_ROWS = 8
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_NUMEL = 1 << 22  # weights that are dequantized at a time for products of many rows
 
 
@@ -55,6 +58,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = shape
         self.dtype, self.bits, self.group_size = dtype, bits, group_size
+        self._most_numel = FEW_ROWS * self.in_features  # of inputs that have few rows
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)
@@ -80,7 +84,7 @@ class PackedLinear(nn.Module):
         dtype = dtype or weight.dtype
         if weight.dim() != 2:
             raise OpError(f"PackedLinear.pack: a weight of shape {tuple(weight.shape)} is not [out, in]")
-        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if dtype not in _DTYPES:
             raise OpError(f"PackedLinear.pack: dtype={dtype}; it must be torch.float32, bfloat16 or float16")
         if bits not in (None, 8, 4) or group_size < 8 or group_size % 8:
             raise OpError(
@@ -102,16 +106,41 @@ class PackedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """`[..., in]` -> `[..., out]`, in x's dtype, which should be `dtype`."""
+        if 0 < x.numel() <= self._most_numel and (op := self._few_row_product(x)) is not None:
+            buffers = self._buffers  # as attributes of a module they take longer to find
+            y = x.new_empty((*x.shape[:-1], self.out_features))
+            op(
+                x.contiguous(),
+                buffers["weight"],
+                buffers["scales"],
+                buffers["bias"],
+                y,
+                self.bits or 0,
+                self.group_size,
+            )
+            return y
         if self.scales is None:
             return F.linear(x, self.weight, self.bias)
         return self._in_tiles(x)
+
+    def _few_row_product(self, x: Tensor) -> Any:
+        """The op where it can be used for an input, else None: it has no gradients, and takes no float64."""
+        if x.dtype not in _DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+            return None
+        return find_op("few_row_product", "cpu" if x.is_cpu else x.device.type)
 
     def dequantized(self, begin: int = 0, end: int | None = None) -> Tensor:
         """Outputs `[begin, end)` of the weight, `[outputs, in]`; a view without `bits`. `begin` is of whole panels."""
         end = self.out_features if end is None else min(end, self.out_features)
         if self.scales is None:
             return self.weight[begin:end]
+        if begin >= end:
+            return self.scales.new_empty((0, self.in_features), dtype=self.dtype)
         panels = slice(begin // PANEL, -(-end // PANEL))
+        if (op := find_op("unpack_weight", self.weight.device.type)) is not None:
+            weight = self.scales.new_empty((end - begin, self.in_features), dtype=self.dtype)
+            op(self.weight[panels], self.scales[panels], weight, self.bits, self.group_size)
+            return weight
         weight = _from_panels(self.weight[panels], self.scales[panels], self.bits or 8, self.group_size)
         return weight[: end - begin, : self.in_features].to(self.dtype)
 
@@ -132,21 +161,21 @@ def _panels(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]
     quantized = quantize(padded, bits=bits, group_size=group_size, scale_dtype=torch.bfloat16)
     scales = quantized.scales.view(-1, PANEL, quantized.scales.shape[-1]).transpose(1, 2).contiguous()
     if bits == 8:
-        return quantized.values.view(-1, PANEL, padded.shape[1] // 2, 2).transpose(1, 2).contiguous(), scales
-    pairs = quantized.values.view(-1, PANEL, padded.shape[1] // 8, 4)  # of the neighbours 2 j and 2 j + 1
-    even, odd = pairs & 15, pairs >> 4
-    words = [each[..., 0::2] | each[..., 1::2] << 4 for each in (even, odd)]
-    return torch.stack(words, -2).transpose(1, 2).contiguous(), scales
+        integers = (quantized.values.to(torch.int16) + 128).to(torch.uint8)
+    else:
+        pairs = quantized.values ^ 0x88  # two's complement, of neighbours
+        integers = torch.stack((pairs & 15, pairs >> 4), -1).view(-1, padded.shape[1] // 8, 2, 4)
+        integers = integers[:, :, 0] | integers[:, :, 1] << 4
+    return integers.view(-1, PANEL, integers.numel() // len(padded) // 4, 4).transpose(1, 2).contiguous(), scales
 
 
 def _from_panels(weight: Tensor, scales: Tensor, bits: int, group_size: int) -> Tensor:
     """The float32 weight of some panels, with what was added."""
     rows = weight.shape[0] * PANEL
-    if bits == 8:
-        integers = weight.transpose(1, 2).reshape(rows, -1)
-    else:
-        nibbles = torch.stack((weight & 15, weight >> 4), -1).flatten(-2)  # [panels, in / 8, 16, 2, 4]
-        integers = nibbles.permute(0, 2, 1, 4, 3).reshape(rows, -1)
-        integers = (integers ^ 8).to(torch.int8) - 8
+    integers = weight.transpose(1, 2).reshape(rows, -1)
+    if bits == 4:
+        fours = integers.view(rows, -1, 4)
+        integers = torch.stack((fours & 15, fours >> 4), 2).view(rows, -1)
+    integers = integers.to(torch.float32) - (128 if bits == 8 else 8)
     by_row = scales.transpose(1, 2).reshape(rows, -1, 1)
     return (integers.view(rows, -1, group_size) * by_row.float()).view(rows, -1)

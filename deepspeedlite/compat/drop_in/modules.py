@@ -348,11 +348,14 @@ MODULES: Mapping[str, Names] = {
     "ops.lamb.fused_lamb": at("ops.lamb", "FusedLamb"),
     "ops.op_builder": at("compat.op_builders", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder")
     | at("compat.op_builders", "AsyncIOBuilder", _AIO)
-    | at("compat.op_builders", "FusedAdamBuilder FusedLambBuilder FusedLionBuilder UtilsBuilder OpBuilder")
+    | at(
+        "compat.op_builders",
+        "FusedAdamBuilder FusedLambBuilder FusedLionBuilder UtilsBuilder InferenceBuilder OpBuilder",
+    )
     | at("compat.op_builders", "PinMemoryBuilder", "compiles nothing")
     | at(
         "compat.op_builders",
-        "InferenceBuilder TransformerBuilder StochasticTransformerBuilder",
+        "TransformerBuilder StochasticTransformerBuilder",
         "not compatible anywhere: their kernels are not in this release, and load says so",
     )
     | at(

@@ -116,7 +116,14 @@ _ROWS = (
     ),
     OpSpec("transformer", "TransformerBuilder", "DS_BUILD_TRANSFORMER", pending=_LATER),
     OpSpec("stochastic_transformer", "StochasticTransformerBuilder", "DS_BUILD_STOCHASTIC_TRANSFORMER", pending=_LATER),
-    OpSpec("transformer_inference", "InferenceBuilder", "DS_BUILD_TRANSFORMER_INFERENCE", pending=_LATER),
+    OpSpec(
+        "transformer_inference",
+        "InferenceBuilder",
+        "DS_BUILD_TRANSFORMER_INFERENCE",
+        ops=("few_row_product", "unpack_weight"),
+        bindings=("transformer_inference/product.cpp",),
+        kernels=("transformer_inference/product_kernel.cpp",),
+    ),
     OpSpec("sparse_attn", "SparseAttnBuilder", "DS_BUILD_SPARSE_ATTN", pending=_LATER),
 )
 OPS = {spec.name: spec for spec in _ROWS}

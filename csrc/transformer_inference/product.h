@@ -1,0 +1,47 @@
+// Products of a few rows with a weight matrix, on the CPU: the C ABI between product_kernel.cpp and bindings.
+#pragma once
+
+#include "common/tensor.h"
+
+constexpr int64_t DSL_PANEL = 16;    // outputs that a thread takes at a time, and that a packed panel holds
+constexpr int64_t DSL_FEW_ROWS = 8;  // at most
+
+// x as integers of 16 bits (256 * high + low), by the weight's groups: rows of dsl_product's width without gaps.
+struct dsl_integers {
+    int8_t *high, *low;
+    int32_t* sums;  // (padded_rows, groups), as are the scales
+    float* scales;
+};
+
+struct dsl_product {
+    const float* x;          // (padded_rows, width), rows x_stride apart
+    int64_t x_stride, rows;  // rows: of y
+    int64_t padded_rows;     // 1, 2, 4 or 8, at least `rows`
+    int64_t width, out;      // width: of the weight as it lies, whole groups where it is packed
+    int32_t bits;            // 0: weight is (out, width); 8 or 4: packed, as ops/packed_linear.py says
+    dsl_tensor weight;
+    const uint16_t* scales;  // bfloat16 (panels, width / group, 16); null without bits
+    int64_t group;           // inputs that share a scale
+    dsl_tensor bias;         // (out), or absent
+    dsl_tensor y;            // (rows, out)
+    dsl_integers integers;   // of x, or null
+};
+
+// Panels [begin, end) of the outputs.
+typedef void dsl_product_kernel(const dsl_product* product, int64_t begin, int64_t end);
+
+// x as float32 rows `to_stride` apart; 0 behind each row and in rows up to padded_rows.
+typedef void dsl_spread_rows_kernel(const dsl_tensor* x, int64_t rows, int64_t width, float* to, int64_t padded_rows,
+                                    int64_t to_stride);
+
+// x (rows, width) as integers; false, and nothing is written, where there are no products of bytes to use them.
+typedef bool dsl_integers_kernel(const float* x, int64_t rows, int64_t width, int64_t group, dsl_integers* to);
+
+// The weight of panels [begin, end), times its scales, into `to` (out, columns); columns: without what was added.
+typedef void dsl_unpack_kernel(const dsl_product* product, const dsl_tensor* to, int64_t columns, int64_t begin,
+                               int64_t end);
+
+extern "C" dsl_product_kernel dsl_product_baseline, dsl_product_avx2, dsl_product_avx512;
+extern "C" dsl_spread_rows_kernel dsl_spread_rows_baseline, dsl_spread_rows_avx2, dsl_spread_rows_avx512;
+extern "C" dsl_integers_kernel dsl_integers_baseline, dsl_integers_avx2, dsl_integers_avx512;
+extern "C" dsl_unpack_kernel dsl_unpack_baseline, dsl_unpack_avx2, dsl_unpack_avx512;
