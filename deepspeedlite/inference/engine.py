@@ -85,7 +85,7 @@ class InferenceEngine(torch.nn.Module):
                 return getattr(module, name)
             raise
 
-    # --- running ----------------------------------------------------------------------------------------------------
+    # --- running ------------------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """Run the model, without recording anything for a backward pass.
@@ -135,7 +135,7 @@ class InferenceEngine(torch.nn.Module):
         """Whether `compile` was called."""
         return self._is_compiled
 
-    # --- times ------------------------------------------------------------------------------------------------------
+    # --- times --------------------------------------------------------------------------------------------------------
 
     def profile_model_time(self, use_cuda_events: bool = True) -> None:
         """Measure every forward pass of the model from now on, those inside `generate` too; see `model_times`."""

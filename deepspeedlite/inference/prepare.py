@@ -202,7 +202,9 @@ def _whole_copy(model: torch.nn.Module) -> torch.nn.Module:
 def _split(model: torch.nn.Module, config: DeepSpeedInferenceConfig, group: Group) -> Any:
     if group.size == 1:
         return None
-    raise UnsupportedError("tensor_parallel.tp_size over 1 is not in this release")
+    from deepspeedlite.parallel.tensor import split_model  # with what only split models need
+
+    return split_model(model, group, config.injection_policy)
 
 
 def _load(

@@ -1,0 +1,194 @@
+"""Models split over ranks beside the whole ones: logits to 1e-5, the tokens of greedy decoding the same."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from harness import distributed
+from tiny_transformers import ENCODERS, FAMILIES, logits_of, prompts, tiny
+
+import deepspeedlite
+from deepspeedlite.comm import Group
+from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_model
+from deepspeedlite.runtime.errors import ConfigError, DistributedError, InferenceError
+
+pytest.importorskip("transformers")
+
+
+def _as_whole(family: str, size: int, **keywords: object) -> None:
+    model = tiny(family)
+    whole = copy.deepcopy(model)
+    engine = deepspeedlite.init_inference(model, dtype=torch.float32, mp_size=size, **keywords)
+    for pad in ("", "left"):
+        with torch.no_grad():
+            expected = logits_of(whole, family, pad)
+        torch.testing.assert_close(logits_of(engine, family, pad), expected, rtol=1e-5, atol=1e-5)
+    if family not in ENCODERS:
+        arguments = {"max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(
+            engine.generate(**prompts("left"), **arguments), whole.generate(**prompts("left"), **arguments)
+        )
+    split = [part for part in engine.module.modules() if isinstance(part, RowParallelLinear)]
+    assert len(split) >= 4
+    kept = sum(param.numel() for param in engine.module.parameters())
+    assert kept < sum(param.numel() for param in whole.parameters()) * (0.62 if size == 2 else 0.5)
+
+
+@pytest.mark.slow_unless(family=["llama", "gpt2", "t5"])
+@pytest.mark.parametrize("family", FAMILIES)
+@distributed(world_size=2, timeout_s=120)
+def test_two_ranks(family):
+    _as_whole(family, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["llama", "mistral", "bloom"])
+@distributed(world_size=4, timeout_s=120)
+def test_four_ranks(family):
+    """Of two heads of keys and values, two ranks have each; of one, all do."""
+    _as_whole(family, 4)
+
+
+@pytest.mark.slow
+@distributed(world_size=4, timeout_s=120)
+def test_two_models_on_four_ranks():
+    """Ranks of different groups are given different prompts."""
+    model = tiny("llama")
+    whole = copy.deepcopy(model)
+    engine = deepspeedlite.init_inference(model, dtype=torch.float32, tensor_parallel={"tp_size": 2})
+    first = Group().rank // 2
+    mine = prompts()["input_ids"][first : first + 1]
+    with torch.no_grad():
+        torch.testing.assert_close(engine(mine).logits, whole(mine).logits, rtol=1e-5, atol=1e-5)
+    assert engine.mp_world_size == 2
+    engine.destroy()
+
+
+@distributed(world_size=2)
+def test_injection_policy():
+    """DeepSpeed's own example: the layers of a T5 block whose outputs are summed."""
+    from transformers.models.t5.modeling_t5 import T5Block
+
+    policy = {T5Block: ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")}
+    _as_whole("t5", 2, injection_policy=policy, replace_with_kernel_inject=False)
+    with pytest.raises(InferenceError, match="names o_proj, which T5Block has not; its linear layers"):
+        deepspeedlite.init_inference(tiny("t5"), dtype="fp32", mp_size=2, injection_policy={T5Block: ("o_proj",)})
+    with pytest.raises(InferenceError, match="names BertLayer, of which the model has none"):
+        deepspeedlite.init_inference(tiny("t5"), dtype="fp32", mp_size=2, injection_policy={"BertLayer": ("o",)})
+
+
+@distributed(world_size=2)
+def test_by_the_models_parallel_unit_or_group():
+    import torch.distributed as dist
+
+    class Unit:
+        def get_model_parallel_group(self) -> object:
+            return dist.group.WORLD
+
+        def get_model_parallel_world_size(self) -> int:
+            return 2
+
+    for given in ({"mpu": Unit()}, {"tensor_parallel": {"tp_group": dist.group.WORLD}}):
+        model = tiny("llama")
+        expected = logits_of(copy.deepcopy(model), "llama").detach()
+        engine = deepspeedlite.init_inference(model, dtype=torch.float32, **given)
+        assert engine.mp_world_size == 2
+        torch.testing.assert_close(logits_of(engine, "llama"), expected, rtol=1e-5, atol=1e-5)
+
+
+@distributed(world_size=2)
+def test_any_module():
+    torch.manual_seed(0)
+    net = torch.nn.Sequential(torch.nn.Linear(8, 15), torch.nn.GELU(), torch.nn.Linear(15, 4), torch.nn.LayerNorm(4))
+    x = torch.randn(3, 8)
+    expected = net(x).detach()
+    engine = deepspeedlite.init_inference(net, dtype="fp32", mp_size=2)
+    torch.testing.assert_close(engine(x), expected)
+    assert engine.module[0].out_features in (7, 8)
+
+
+@distributed(world_size=2)
+def test_sampling_is_one_text_on_all_ranks():
+    """Whatever the ranks' own random numbers are: those of the first count."""
+    model = tiny("llama")
+    whole = copy.deepcopy(model)
+    engine = deepspeedlite.init_inference(model, dtype=torch.float32, mp_size=2)
+    torch.manual_seed(7)
+    wanted = whole.generate(**prompts(), max_new_tokens=6, do_sample=True)
+    torch.manual_seed(7 + Group().rank)
+    assert torch.equal(engine.generate(**prompts(), max_new_tokens=6, do_sample=True), wanted)
+    beams = {"max_new_tokens": 4, "num_beams": 3, "do_sample": False}
+    assert torch.equal(engine.generate(**prompts(), **beams), whole.generate(**prompts(), **beams))
+
+
+@distributed(world_size=2)
+def test_ranks_with_different_prompts():
+    engine = deepspeedlite.init_inference(tiny("llama"), dtype=torch.float32, mp_size=2)
+    mine = prompts()["input_ids"][:, : 5 + Group().rank]
+    for call in (engine, engine.generate):
+        with pytest.raises(
+            DistributedError, match=r"different inputs: rank 0 \[\(2, 5\)\], others .*rank 1 \[\(2, 6\)\]"
+        ):
+            call(mine)
+    assert engine.generate(**prompts(), max_new_tokens=1).shape == (2, 8)
+
+
+_SIX = {"num_attention_heads": 6, "hidden_size": 96}
+_FIVE = {"num_attention_heads": 5, "hidden_size": 80}
+
+
+@pytest.mark.parametrize(
+    "family, changes, said",
+    [
+        ("llama", {**_FIVE, "num_key_value_heads": 5}, r"0.self_attn has 5 heads, .*be 1, 5"),
+        ("llama", {**_SIX, "num_key_value_heads": 3}, "3 heads of keys and values, and 2 ranks"),
+        ("gpt2", {"n_head": 1}, "h.0.attn has 1 heads, which 2 ranks cannot share"),
+    ],
+)
+@distributed(world_size=2)
+def test_heads_that_cannot_be_shared(family, changes, said):
+    model = tiny(family, **changes)
+    with pytest.raises(InferenceError, match=said):
+        deepspeedlite.init_inference(model, dtype=torch.float32, mp_size=2)
+    assert not any(isinstance(part, ColumnParallelLinear) for part in model.modules())
+    assert deepspeedlite.init_inference(model, dtype=torch.float32)(**prompts()).logits.shape == (2, 7, 99)
+
+
+@distributed(world_size=2)
+def test_what_cannot_be_split_is_named():
+    torch.manual_seed(0)
+    encoder = torch.nn.TransformerEncoder(torch.nn.TransformerEncoderLayer(16, 2), 2)
+    odd = torch.nn.ModuleDict(
+        {"layers": torch.nn.ModuleList([torch.nn.Sequential(torch.nn.Linear(8, 8), torch.nn.Linear(8, 9))])}
+    )
+    for model, said in (
+        (torch.nn.Linear(4, 4), r"Linear has no layers that can be split .*its linear layers are Linear"),
+        (encoder, r"layers.0 is torch's TransformerEncoderLayer"),
+        (odd, r"layers.0 \(Sequential\): 0 \(8 to 8\), 1 cannot be split"),
+    ):
+        with pytest.raises(InferenceError, match=said):
+            deepspeedlite.init_inference(model, dtype="fp32", mp_size=2)
+    with pytest.raises(ConfigError, match="2 ranks cannot be divided into groups of 4"):
+        deepspeedlite.init_inference(tiny("llama"), dtype="fp32", mp_size=4)
+
+
+@distributed(world_size=2)
+def test_gradients_are_the_wholes():
+    """The layers are for training too: this rank's part of every gradient is that of the whole model's."""
+    for family in ("llama-tied", "gpt2", "t5"):
+        model = tiny(family)
+        whole = copy.deepcopy(model)
+        said: list[str] = []
+        pieces = split_model(model, Group(), say=said.append)
+        assert any("2 layers" in line for line in said)
+        for one in (model, whole):
+            logits_of(one, family).square().mean().backward()
+        expected = dict(whole.named_parameters(remove_duplicate=False))
+        for name, param in model.named_parameters(remove_duplicate=False):
+            grad = expected[name].grad
+            part = pieces[name].of(grad) if name in pieces else grad
+            torch.testing.assert_close(
+                param.grad, part, rtol=1e-4, atol=1e-6, msg=lambda text, name=name: f"{name}: {text}"
+            )
