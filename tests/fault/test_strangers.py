@@ -71,6 +71,25 @@ print(sorted(name for name in names if "check_in" not in name and "default_pg" n
 print([store.get(name) for name in names if len(name) == 33 or "/" not in name.strip("/")], flush=True)
 """
 
+# Somebody who lists the names: each value of a rank's is written over by what it would say of a world of three.
+FORGERY = """
+import json, os, sys, time
+from datetime import timedelta
+import torch.distributed as dist
+os.setgroups([])
+os.setgid(65534)
+os.setuid(65534)
+store = dist.TCPStore("127.0.0.1", int(sys.argv[1]), wait_for_workers=False, timeout=timedelta(seconds=1))
+until = time.monotonic() + 30
+while not (names := [name.strip("/") for name in store.list_keys() if len(name.strip("/")) == 32]):
+    assert time.monotonic() < until
+    time.sleep(0.01)
+evil = json.dumps({"world_size": 3, "pid": 1, "host": "stranger", "token": "x"}).encode()
+for name in names:
+    store.set(name, bytes(40) + evil)  # in place of a signature and a random number, which it cannot make
+print(len(names), flush=True)
+"""
+
 
 @pytest.fixture
 def port() -> int:
@@ -127,6 +146,28 @@ def test_a_start_goes_well_among_strangers(tmp_path: Path, port: int) -> None:
     names, values = mischief.stdout.splitlines()
     assert re.fullmatch(r"\['/?[0-9a-f]{32}'(, '/?[0-9a-f]{32}')*(, '/?init/')?\]", names), names
     assert secret not in values and not marker.exists()
+
+
+@needs_root
+@pytest.mark.parametrize("is_believed", [False, True])
+def test_what_a_stranger_writes_over_a_value_is_not_believed(tmp_path: Path, port: int, is_believed: bool) -> None:
+    """He can stop the start, which then says why. Without the signature's check his values count: this sees it."""
+    code, secret = RANK, "5e" * 16
+    if is_believed:
+        taken_out = "from deepspeedlite.comm.guard.signed_store import SignedStore\n"
+        taken_out += "SignedStore._believed = lambda self, key, found: found[40:] if found else None\n"
+        code = RANK.replace("init_distributed(timeout", f"{taken_out}init_distributed(timeout")
+    with running(tmp_path, "zero", code, 0, port, secret, 0, 8) as (zero, out, err):
+        await_listener(port)
+        forgery = forked.run(FORGERY, port, folder=tmp_path, timeout_s=60)
+        assert forgery.returncode == 0 and int(forgery.stdout) > 0, forgery.stderr
+        with running(tmp_path, "one", code, 1, port, secret, 0, 8) as (one, one_out, one_err):
+            for process, said in ((zero, out), (one, one_out)):
+                process.join(60)
+                assert process.exitcode == 1 and not said.read_text()
+            words = err.read_text() + one_err.read_text()
+    assert ("disagree on the world size: 2 on rank 1; 3 on rank 0" in words) == is_believed, words
+    assert ("is not signed: something else writes to this store" in words) != is_believed, words
 
 
 @needs_root
