@@ -21,7 +21,7 @@ from deepspeedlite.runtime.log import logger
 # have left behind, those that cannot be ended]. Times are its time.monotonic().
 RAISED, ENDED, CLOSED = b"R", b"D", b"Q"
 _TAIL_BYTES = 64 << 10
-_MAX_LINES = 60
+_MAX_LINES = 12  # of what a rank said at its end
 _EARLY_GRACE_S = 5.0
 _NAMED = 8  # ranks in a line
 _HEADER = "Traceback (most recent call last):"
@@ -163,20 +163,20 @@ def extract_traceback(text: str) -> str:
         start = headers.pop()
     block = lines[start:]
     end = next((i for i, line in enumerate(block) if line.startswith(_IGNORED)), len(block))
-    return "\n".join(_shorten(block[:end])).rstrip()
+    return "\n".join(block[:end]).rstrip()
 
 
 def last_words(text: str) -> str:
     """What a rank had to say at its end: its last traceback, else its last lines on stderr."""
     text = Quiet()(text.encode(errors="replace")).decode() or text
-    return extract_traceback(text) or "\n".join(text.rstrip().splitlines()[-12:])
+    return extract_traceback(text) or "\n".join(text.rstrip().splitlines()[-_MAX_LINES:])
 
 
-def _shorten(lines: list[str]) -> list[str]:
-    if len(lines) <= _MAX_LINES:
-        return lines
-    head, tail = lines[:10], lines[10 - _MAX_LINES :]
-    return [*head, f"    ... {len(lines) - _MAX_LINES} lines left out ...", *tail]
+def _message(traceback: str) -> str:
+    """What a traceback is about: all behind its frames, which are indented."""
+    lines = traceback[traceback.rfind(_HEADER) :].splitlines()[1:]
+    start = next((index for index, line in enumerate(lines) if line[:1].strip()), -1)
+    return "\n".join(lines[start:][:_MAX_LINES])
 
 
 def failure_report(
@@ -197,14 +197,14 @@ def failure_report(
         facts.append(f"the other {others} of {num_ranks} ranks were ended or had ended")
     if first.log_path:
         facts.append(f"its log: {first.log_path}{where}")
-    words = last_words(first.stderr)
-    if words:
-        kind = "traceback" if extract_traceback(first.stderr) else "lines on stderr"
-        facts.append(f"its last {kind}:")
-        facts.append(textwrap.indent(words, "    "))
+    words, traceback = last_words(first.stderr), extract_traceback(first.stderr)
+    if traceback:  # it has been shown, among what others have said since
+        tag = "" if num_ranks == 1 else f", after [{f'{first.host}:' * bool(first.host)}{first.rank}]"
+        facts.append(f"its last error (the traceback is in its output{tag}):")
+        words = _message(traceback)
     else:
-        facts.append("it wrote nothing to stderr")
-    return "\n".join(facts)
+        facts.append("its last lines on stderr:" if words else "it wrote nothing to stderr")
+    return "\n".join([*facts, *[textwrap.indent(words, "    ")] * bool(words)])
 
 
 def duration(seconds: float) -> str:

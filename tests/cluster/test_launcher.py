@@ -333,7 +333,8 @@ def test_the_first_failure_ends_the_others_and_is_blamed(script: Script) -> None
     report = text[text.index("deepspeedlite: FAILED") :]
     assert "exit status 1" in report.splitlines()[0]
     assert re.search(r"^rank 1 failed first: exit code 1, 0\.\d+ s after the start$", report, re.MULTILINE)
-    assert "in fall" in report and text.rstrip().endswith("ValueError: the true cause")
+    assert report.endswith("(the traceback is in its output, after [1]):\n    ValueError: the true cause\n")
+    assert text.count("Traceback") == text.count("[1] ValueError: the true cause") == 1, "no traceback is shown twice"
 
 
 def test_a_rank_that_ends_by_a_signal_gives_128_plus_it(script: Script) -> None:
