@@ -88,6 +88,11 @@ class Found:
         """What its ranks may use."""
         return Devices(**self.facts["devices"])
 
+    @property
+    def used_ids(self) -> list[str]:
+        """Those of them that its slots are; a slot beyond them is none."""
+        return [self.devices.ids[slot] for slot in self.slots or () if slot < len(self.devices.ids)]
+
 
 def names() -> list[str]:
     """What this machine is called."""
@@ -160,11 +165,14 @@ def _wheel_mark() -> str:
     return f"({zlib.crc32(chr(10).join(files).encode()):08x})" if len(files) > 1 else ""
 
 
-def check(nodes: Sequence[Found], master: str = "") -> list[Row]:
-    """A row per node and thing that was looked at; the bad ones keep a training from starting."""
+def check(nodes: Sequence[Found], master: str = "", by_hand: bool = False) -> list[Row]:
+    """A row per node and thing that was looked at; the bad ones keep a training from starting.
+
+    `by_hand`: somebody started a command for each node, so that two on one machine are no mistake of a hostfile.
+    """
     said = [node for node in nodes if node.facts]
     ranks = sum(len(node.slots or ()) for node in said)
-    first_name: dict[str, str] = {}  # of each machine
+    first_on: dict[str, Found] = {}  # each machine
     usual = {key: Counter(node.facts[key] for node in said).most_common(1)[0][0] for key in _ALIKE if said}
     rows = []
     for node in nodes:
@@ -185,15 +193,25 @@ def check(nodes: Sequence[Found], master: str = "") -> list[Row]:
         remedy = "run an NTP client (chrony, systemd-timesyncd) on every node" if skewed else ""
         rows.append(Row(node.host, "clock", f"{node.skew_s:+.1f} s", WARN if skewed else OK, remedy))
         rows += [_gpus(node), *_short_of(node, ranks)]
-        other = first_name.setdefault(node.facts["machine"], node.host)
-        if other != node.host:
-            remedy = f"name it once, with all of its slots: remove {node.host} or {other}"
-            rows.append(Row(node.host, "machine", f"is {other} under another name", BAD, remedy))
+        other = first_on.setdefault(node.facts["machine"], node)
+        if other is not node:
+            rows.append(_twice(node, other, by_hand))
         if node.reached is not None:
             remedy = "open the port between the nodes (firewall), or name another address with --master_addr"
             value = f"reaches {master}" if node.reached else f"cannot reach {master}: {node.unreached}"
             rows.append(Row(node.host, "master", value, OK if node.reached else BAD, "" if node.reached else remedy))
     return rows
+
+
+def _twice(node: Found, other: Found, by_hand: bool) -> Row:
+    """The row of a machine that `other` is too."""
+    if not by_hand:
+        remedy = f"name it once, with all of its slots: remove {node.host} or {other.host}"
+        return Row(node.host, "machine", f"is {other.host} under another name", BAD, remedy)
+    shared = sorted(set(node.used_ids) & set(other.used_ids))
+    value = f"is the one that {other.host} is on" + (f", and both would use GPU {', '.join(shared)}" if shared else "")
+    remedy = f"one command with --num_gpus is quicker; GPUs are shared out by {node.devices.variable}"
+    return Row(node.host, "machine", value, BAD if shared else WARN, remedy)
 
 
 def _short_of(node: Found, ranks: int) -> Iterator[Row]:

@@ -380,7 +380,7 @@ def _is_ready(cluster: RemoteCluster, options: LaunchOptions, attempt: int, scre
     if all(node.found.facts for node in cluster.nodes):
         address, port, note = cluster.meet(options.master_port, options.master_addr, not options.no_check)
     found = [node.found for node in cluster.nodes]
-    rows = check(found, address)
+    rows = check(found, address, by_hand=options.no_ssh)
     bad = [row for row in rows if row.status == BAD and (not options.no_check or row.name == "reached")]
     if bad or options.check:
         screen.write(table(rows, 2 in screen.terminals and screen.has_colour) + "\n")

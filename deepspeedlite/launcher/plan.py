@@ -87,6 +87,12 @@ def refuse_second_start(options: LaunchOptions, environ: Mapping[str, str]) -> N
     Raises:
         LaunchError: with the two right ways.
     """
+    if environ.get("TORCHELASTIC_RUN_ID") and environ.get("WORLD_SIZE", "1") != "1":
+        raise LaunchError(
+            f"torchrun has started this launcher {environ['WORLD_SIZE']} times, and each would start the whole training. "
+            "Start the script by it: torchrun ... SCRIPT. Or start it by this launcher alone, once: "
+            "deepspeedlite --num_gpus N SCRIPT (several machines: -H FILE)"
+        )
     if options.no_ssh or not any(name in environ for name in _TASKS):
         return
     from deepspeedlite.runtime.env import discover_world

@@ -213,6 +213,51 @@ def test_a_mistake_is_one_line_and_status_2(arguments: list[str], said: str, tmp
     assert done.stderr.count(b"\n") == 1 and done.stdout == b""
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [(), ("--no_ssh", "--num_nodes", "2", "--node_rank", "0", "--master_addr", "x")])
+def test_torchrun_around_the_launcher_is_refused(script: Script, tmp_path: Path, options: tuple[str, ...]) -> None:
+    path = script("open(os.environ['RANK'] + '.ran', 'w')")
+    around = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0"]
+    command = [*around, "-m", "deepspeedlite.launcher", *options, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment(), timeout=60)
+    assert done.returncode != 0 and not list(tmp_path.glob("*.ran"))
+    assert "deepspeedlite: torchrun has started this launcher 2 times" in done.stderr
+    assert "torchrun ... SCRIPT" in done.stderr and "deepspeedlite --num_gpus N SCRIPT" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_parts_may_be_on_one_machine(script: Script, tmp_path: Path) -> None:
+    """As somebody tries things out who has one machine: --no_ssh, by hand."""
+    path = script(
+        """
+        import torch, torch.distributed as dist
+        dist.init_process_group("gloo")
+        dist.all_reduce(total := torch.ones(1))
+        print("sum", total.item(), os.environ["CROSS_RANK"], os.environ["LOCAL_RANK"])
+        dist.destroy_process_group()
+        """
+    )
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    places = ["--no_ssh", "--num_nodes", "2", "--num_gpus", "2", "--master_addr", "127.0.0.1", "--master_port", port]
+    pipe = subprocess.PIPE
+    both = [
+        subprocess.Popen(
+            [*LAUNCHER, *map(str, places), "--node_rank", str(node), str(path)],
+            env=environment(),
+            stdout=pipe,
+            stderr=pipe,
+            text=True,
+        )
+        for node in range(2)
+    ]
+    outs = [process.communicate(timeout=60) for process in both]
+    assert [process.returncode for process in both] == [0, 0], outs
+    assert "node-1: machine: is the one that node-0 is on; one command with --num_gpus is quicker" in outs[0][1]
+    shown = [sorted(out.splitlines()) for out, _ in outs]
+    assert shown == [[f"[node-{n}:{2 * n + rank}] sum 4.0 {n} {rank}" for rank in range(2)] for n in range(2)]
+
+
 def test_a_misspelt_script_is_suggested(script: Script, tmp_path: Path) -> None:
     script("")
     assert b"did you mean train.py?" in launch("trian.py", cwd=tmp_path).stderr

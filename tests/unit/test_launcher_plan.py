@@ -176,6 +176,20 @@ def test_the_check_of_a_hundred_hosts_shows_each_and_names_the_odd_ones() -> Non
     assert max(map(len, text.splitlines())) < 200
 
 
+def test_two_parts_on_one_machine_are_a_mistake_of_a_hostfile_alone() -> None:
+    own = {**facts({"DS_ACCELERATOR": "cpu"}), "machine": "1"}
+
+    def row(by_hand: bool, *ids: str) -> tuple[str, str]:
+        own["devices"] = asdict(Devices("nvidia" if ids else "cpu", ids))
+        found = [Found("node-0", [0], own), Found("node-1", [0] if len(ids) < 2 else [1], own)]
+        (one,) = [row for row in check(found, by_hand=by_hand) if row.name == "machine"]
+        return one.status, one.value
+
+    assert row(False) == (BAD, "is node-0 under another name")
+    assert row(True) == row(True, "0", "1") == (WARN, "is the one that node-0 is on")
+    assert row(True, "3") == (BAD, "is the one that node-0 is on, and both would use GPU 3")
+
+
 # Commands
 
 
