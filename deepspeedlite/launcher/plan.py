@@ -87,11 +87,11 @@ def refuse_second_start(options: LaunchOptions, environ: Mapping[str, str]) -> N
     Raises:
         LaunchError: with the two right ways.
     """
-    if environ.get("TORCHELASTIC_RUN_ID") and environ.get("WORLD_SIZE", "1") != "1":
+    count = environ.get("WORLD_SIZE", "1")
+    if environ.get("TORCHELASTIC_RUN_ID") and count != "1":
         raise LaunchError(
-            f"torchrun has started this launcher {environ['WORLD_SIZE']} times, and each would start the whole training. "
-            "Start the script by it: torchrun ... SCRIPT. Or start it by this launcher alone, once: "
-            "deepspeedlite --num_gpus N SCRIPT (several machines: -H FILE)"
+            f"torchrun has started this launcher {count} times, and each would start the whole training. Start the "
+            "script by it: torchrun ... SCRIPT. Or start it by this launcher alone, once: deepspeedlite --num_gpus N SCRIPT (several machines: -H FILE)"
         )
     if options.no_ssh or not any(name in environ for name in _TASKS):
         return
