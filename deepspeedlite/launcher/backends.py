@@ -14,7 +14,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from deepspeedlite.launcher.hostfile import bare, ssh_words
-from deepspeedlite.launcher.ssh import ASK_NOTHING, CONNECT_S
+from deepspeedlite.launcher.protocol import KEY
+from deepspeedlite.launcher.ssh import ASK_NOTHING
 from deepspeedlite.runtime.errors import LaunchError
 
 
@@ -25,7 +26,7 @@ class Reach:
     hosts: Sequence[str]
     here: frozenset[str] = frozenset()  # hosts that are this machine
     connect: str = ""  # where agents find the launcher: ADDRESS,...:PORT
-    key: Mapping[str, str] = field(default_factory=dict)  # the variable by which an agent shows that it is ours
+    key: Mapping[str, str] = field(default_factory=dict)  # the variable `KEY`, where agents connect
     ssh_port: int | None = None
     extra: Sequence[str] = ()  # --launcher_args
     python_path: str = ""
@@ -46,8 +47,8 @@ class Reach:
         return [self.python, "-m", "deepspeedlite.launcher.node", *arguments]
 
     def shell(self, *arguments: str) -> str:
-        """The agent's command line, with its variables, for any login shell."""
-        env = [f"{name}={value}" for name, value in self.variables.items()]
+        """The agent's command line, for any login shell; not the key, which others could see."""
+        env = [f"PYTHONPATH={self.python_path}"] if self.python_path else []
         return "exec " + shlex.join([*(["env", *env] if env else []), *self.agent(*arguments)])
 
 
@@ -88,16 +89,17 @@ def _ssh(reach: Reach, program: str) -> list[Launch]:
     ]
 
 
+# Run by pdsh for each host, with ssh's arguments; its words for the host, its index and user are %h, %n and %u.
+_KEYED_SSH = f'[ "%u" = "$(id -un)" ] || set -- -l "%u" "$@"; echo "${KEY}" | exec ssh "$@"'
+
+
 def _pdsh(reach: Reach, program: str) -> list[Launch]:
-    """One for all nodes; `%n` is a node's index. It hands no stdin on: the key stands in `ps` until they connect."""
-    theirs = os.environ.get("PDSH_SSH_ARGS_APPEND", "")
-    env = {"PDSH_RCMD_TYPE": "ssh", "PDSH_SSH_ARGS_APPEND": f"{theirs} {reach.ssh_arguments}"}
-    remote = reach.shell("--connect", reach.connect) + " --index %n"
-    return [
-        Launch(
-            [program, "-S", "-t", str(CONNECT_S), "-f", "1024", "-w", ",".join(reach.hosts), *reach.extra, remote], env
-        )
-    ]
+    """One for all nodes. Agents get the key on stdin, which it hands on to nobody: it runs ssh behind an `echo`."""
+    options = [*shlex.split(os.environ.get("PDSH_SSH_ARGS_APPEND", "")), *shlex.split(reach.ssh_arguments), "-T"]
+    theirs = shlex.split(os.environ.get("PDSH_SSH_ARGS", "-a -x %h"))
+    agent = reach.shell("--connect", reach.connect, "--keyed").replace("%", "%%") + " --index %n"
+    argv = [program, "-S", "-R", "exec", "-f", "1024", "-w", ",".join(reach.hosts), *reach.extra]
+    return [Launch([*argv, "sh", "-c", _KEYED_SSH, "sh", *options, *theirs, agent], reach.key)]
 
 
 def _slurm(reach: Reach, program: str) -> list[Launch]:

@@ -30,10 +30,11 @@ from deepspeedlite.launcher.cluster import Cluster, NotReadyError
 from deepspeedlite.launcher.hostfile import bare
 from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen, rank_argv
 from deepspeedlite.launcher.loop import Loop
-from deepspeedlite.launcher.node import KEY, AgentSession, connect
+from deepspeedlite.launcher.node import AgentSession, connect
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, is_here
+from deepspeedlite.launcher.protocol import KEY
 from deepspeedlite.launcher.report import CLOSED, Outcome, RankEnd
 from deepspeedlite.launcher.ssh import HostProcess, last_line, reason_for
 from deepspeedlite.runtime.errors import LaunchError

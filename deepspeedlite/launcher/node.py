@@ -24,9 +24,9 @@ from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import WINDOW_BYTES, Screen
 from deepspeedlite.launcher.plan import ranks_environ
+from deepspeedlite.launcher.protocol import KEY
 from deepspeedlite.runtime.errors import LaunchError
 
-KEY = "DSL_LAUNCHER_KEY"
 _CONNECT_S = 3.0
 # Set by what started this agent. Ranks would take them for a word on their own place.
 _SCHEDULER = ("OMPI_", "PMI_", "PMIX_", "PRTE_", "HYDRA", "HYDI_", "MPI_LOCAL", "MV2_COMM", "MPIR_", "MPIEXEC_")
@@ -258,7 +258,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--connect", metavar="ADDRESS[,ADDRESS...]:PORT", help="where the launcher is; else stdin, stdout"
     )
+    parser.add_argument("--keyed", action="store_true", help=f"the first line of stdin is {KEY}")
     args = parser.parse_args(argv)
+    if args.keyed:
+        os.environ[KEY] = sys.stdin.readline().strip()
     if args.connect is None:
         fds = [os.dup(0), os.dup(1)]
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

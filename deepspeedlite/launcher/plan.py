@@ -91,7 +91,8 @@ def refuse_second_start(options: LaunchOptions, environ: Mapping[str, str]) -> N
     if environ.get("TORCHELASTIC_RUN_ID") and count != "1":
         raise LaunchError(
             f"torchrun has started this launcher {count} times, and each would start the whole training. Start the "
-            "script by it: torchrun ... SCRIPT. Or start it by this launcher alone, once: deepspeedlite --num_gpus N SCRIPT (several machines: -H FILE)"
+            "script by it: torchrun ... SCRIPT. Or start it by this launcher alone, once: deepspeedlite --num_gpus N "
+            "SCRIPT (several machines: -H FILE)"
         )
     if options.no_ssh or not any(name in environ for name in _TASKS):
         return

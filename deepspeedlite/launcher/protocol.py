@@ -21,6 +21,7 @@ from typing import Any
 
 from deepspeedlite.launcher.loop import Loop
 
+KEY = "DSL_LAUNCHER_KEY"  # the variable of the key by which agents and launcher know each other
 MAGIC = b"\0deepspeedlite-launcher-1\n"
 # From the launcher: CHALLENGE nonce, WELCOME proof, ASK {options | port | reach}, JOB, ACK bytes, BEAT time, SIGNAL,
 # END [signal, grace] of the ranks, CLOSE status of all.

@@ -32,8 +32,8 @@ QUICK_TO_NOTICE = (*ASK_NOTHING, "-o", "ServerAliveInterval=5", "-o", "ServerAli
 _SSH_FAILED = 255
 # What ssh, pdsh, srun or an agent says of a host that it names, after which nothing comes from it any more.
 _FATAL = re.compile(
-    r"\bssh: |ssh exited|Permission denied|[Hh]ost key|Connection (closed|reset|timed out|refused)|srun: error"
-    r"|^deepspeedlite: "
+    r"\bssh: |exited with exit code|Permission denied|[Hh]ost key|Connection (closed|reset|timed out|refused)"
+    r"|srun: error|^deepspeedlite: "
 )
 _FATAL_FOR_ALL = re.compile(r"srun: Required node not available")
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory

@@ -137,6 +137,34 @@ def test_a_training_is_the_same_as_on_one_machine(
     assert_nothing_runs(cluster, script)
 
 
+@backends("ssh", "pdsh", "openmpi", "mpich", "slurm")
+def test_nothing_secret_stands_on_a_command_line(backend: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    """On no host, while it starts and while it runs. And ranks meet at an address, not at all that a host has."""
+    cluster = request.getfixturevalue("slurm_cluster" if backend == "slurm" else "cluster")
+    body = """
+    import os, subprocess, sys, time
+    import deepspeedlite, torch
+    deepspeedlite.init_distributed()
+    port = os.environ["MASTER_PORT"]
+    print(subprocess.check_output(["ss", "-Hltn", f"sport = :{port}"], text=True))
+    print("secret", os.environ["DSL_JOB_SECRET"], flush=True)
+    torch.distributed.destroy_process_group()
+    """
+    words = command("--hostfile", cluster.hostfile(1), "--launcher", backend, write(tmp_path, body))
+    pipe = subprocess.PIPE
+    process = cluster.popen("head", words, env=environment(), stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    seen: set[str] = set()
+    while process.poll() is None:
+        for host in cluster.hosts:
+            seen.update(cluster.processes(host).values())
+    out = process.communicate()[0]
+    assert process.returncode == 0 and out.count("secret") == 3, out
+    assert any("launcher.node" in line for line in seen)
+    assert not [line for line in seen if re.search("[0-9a-f]{32}", line)]
+    (listening,) = [line.split() for line in out.splitlines() if "LISTEN" in line]
+    assert listening[4].startswith(f"{cluster.hosts['worker-1'].address}:"), out
+
+
 # Failures
 
 WAIT = """
