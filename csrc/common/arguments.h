@@ -16,8 +16,20 @@ class Arguments {
 
     // A contiguous tensor of a dtype that kernels know, of `numel` elements.
     dsl_tensor floats(const char* name, const Tensor& tensor, int64_t numel) const {
+        check_shape(name, tensor, numel);
+        return any_steps(name, tensor);
+    }
+
+    // The same, of any number of elements and with any steps between them.
+    dsl_tensor any_steps(const char* name, const Tensor& tensor) const {
+        using torch::headeronly::ScalarType;
         check_place(name, tensor);
-        return checked(tensor, numel, op_, name);
+        const ScalarType dtype = tensor.scalar_type();
+        STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op_,
+                        ": ", name, " must be float32, bfloat16 or float16");
+        return {tensor.data_ptr(), dtype == ScalarType::Float      ? DSL_FP32
+                                   : dtype == ScalarType::BFloat16 ? DSL_BF16
+                                                                   : DSL_FP16};
     }
 
     dsl_tensor floats(const char* name, const MaybeTensor& tensor, int64_t numel) const {
@@ -29,8 +41,7 @@ class Arguments {
     T* data(const char* name, const Tensor& tensor, torch::headeronly::ScalarType dtype, int64_t numel) const {
         check_place(name, tensor);
         STD_TORCH_CHECK(tensor.scalar_type() == dtype, op_, ": ", name, " has another dtype than it must have");
-        STD_TORCH_CHECK(tensor.is_contiguous(), op_, ": ", name, " is not contiguous");
-        STD_TORCH_CHECK(tensor.numel() == numel, op_, ": ", name, " has ", tensor.numel(), " elements, not ", numel);
+        check_shape(name, tensor, numel);
         return static_cast<T*>(tensor.data_ptr());
     }
 
@@ -40,16 +51,9 @@ class Arguments {
     const int32_t device_index;
 
  private:
-    static dsl_tensor checked(const Tensor& tensor, int64_t numel, const char* op, const char* name) {
-        using torch::headeronly::ScalarType;
-        const ScalarType dtype = tensor.scalar_type();
-        STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half, op,
-                        ": ", name, " must be float32, bfloat16 or float16");
-        STD_TORCH_CHECK(tensor.is_contiguous(), op, ": ", name, " is not contiguous");
-        STD_TORCH_CHECK(tensor.numel() == numel, op, ": ", name, " has ", tensor.numel(), " elements, not ", numel);
-        return {tensor.data_ptr(), dtype == ScalarType::Float      ? DSL_FP32
-                                   : dtype == ScalarType::BFloat16 ? DSL_BF16
-                                                                   : DSL_FP16};
+    void check_shape(const char* name, const Tensor& tensor, int64_t numel) const {
+        STD_TORCH_CHECK(tensor.is_contiguous(), op_, ": ", name, " is not contiguous");
+        STD_TORCH_CHECK(tensor.numel() == numel, op_, ": ", name, " has ", tensor.numel(), " elements, not ", numel);
     }
 
     void check_place(const char* name, const Tensor& tensor) const {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <initializer_list>
 
 #include "common/tensor.h"
 #include "common/tile.h"
@@ -88,6 +89,28 @@ inline Vector choose(Ints condition, Vector yes, Vector no) {
 
 // NaN where either is.
 inline Vector larger(Vector a, Vector b) { return choose(reinterpret_cast<Ints>((a > b) | (a != a)), a, b); }
+
+// e^x to about 2 units in the last place; results below the smallest normal number are 0.
+inline Vector exponential(Vector x) {
+    const Vector magic = spread(12582912.0f);  // adding and taking away 1.5 * 2^23 rounds to a whole number
+    const Vector n = (x * 1.44269504f + magic) - magic;
+    const Vector r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts: x - n ln 2 is in +-0.35
+    Vector p = spread(1.0f / 5040);
+    for (const float factor : {1.0f / 720, 1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f}) p = p * r + factor;
+    // 2^n in two factors, since e^88.7 is 2^128 times a number below 1.
+    const Ints whole = __builtin_convertvector(n, Ints), half = whole >> 1;
+    const Vector one = reinterpret_cast<Vector>((half + 127) << 23);
+    const Vector other = reinterpret_cast<Vector>((whole - half + 127) << 23);
+    const Vector found = choose(reinterpret_cast<Ints>(x > 88.8f), spread(INFINITY), p * one * other);
+    return choose(reinterpret_cast<Ints>(x < -87.3f), spread(0.0f), found);
+}
+
+// tanh x: by its series where 1 - 2 / (e^2x + 1) would lose digits.
+inline Vector hyperbolic_tangent(Vector x) {
+    const Vector y = x * x;
+    const Vector series = x * (1 + y * (-1.0f / 3 + y * (2.0f / 15 + y * (-17.0f / 315 + y * (62.0f / 2835)))));
+    return choose(reinterpret_cast<Ints>(y < 0.09f), series, 1 - 2 / (exponential(2 * x) + 1));
+}
 
 // Calls `work(pointer)` with the tensor's elements as what they are.
 template <class Work>

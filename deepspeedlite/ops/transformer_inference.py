@@ -6,8 +6,12 @@ where not. All take float32, bfloat16 and float16, compute in float32, and have 
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 from torch import Tensor
 
+from deepspeedlite.ops import find_op
 from deepspeedlite.ops import inference_reference as reference
 from deepspeedlite.ops.packed_linear import PackedLinear
 from deepspeedlite.runtime.errors import OpError
@@ -15,6 +19,8 @@ from deepspeedlite.runtime.errors import OpError
 __all__ = ["PackedLinear", "activate", "activations", "add_norm", "decode_attention", "gated", "rotary_to_cache"]
 
 _KINDS = ("rms", "layer")
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ACTIVATION_NUMBERS = {name: number for number, name in enumerate(reference.ACTIVATIONS)}
 
 
 def activations() -> tuple[str, ...]:
@@ -48,6 +54,13 @@ def add_norm(
     """
     if kind not in _KINDS:
         raise OpError(f"add_norm: kind={kind!r} is none of {', '.join(_KINDS)}")
+    if (op := _op("add_norm", x)) is not None:
+        x = x.contiguous()
+        normed, summed = torch.empty_like(x), None
+        if residual is not None:
+            residual, summed = residual.contiguous(), torch.empty_like(x)
+        op(x, residual, weight, bias, normed, summed, eps, kind == "layer", unit_offset)
+        return normed, x if summed is None else summed
     return reference.add_norm(x, weight, bias, eps, kind=kind, residual=residual, unit_offset=unit_offset)
 
 
@@ -88,6 +101,11 @@ def rotary_to_cache(
         raise OpError(
             f"rotary_to_cache: {qkv.shape[1]} tokens at {start} do not fit into a cache of {keys.shape[2]} tokens"
         )
+    if (op := _op("rotary_to_cache", qkv)) is not None:
+        batch, tokens, width = qkv.shape
+        q = qkv.new_empty((batch, heads, tokens, width // (heads + 2 * kv_heads)))
+        op(qkv.contiguous(), cos, sin, keys, values, q, start, rotary_dim, interleaved)
+        return q
     return reference.rotary_to_cache(
         *(qkv, cos, sin, keys, values, start),
         heads=heads,
@@ -132,6 +150,11 @@ def decode_attention(
         raise OpError(
             f"decode_attention: length={length}, for {q.shape[2]} tokens and a cache of {keys.shape[2]} tokens"
         )
+    if (op := _op("decode_attention", q)) is not None:
+        out = q.new_empty((q.shape[0], q.shape[2], q.shape[1] * q.shape[3]))
+        slopes = None if slopes is None else slopes.to(torch.float32)
+        op(q.contiguous(), keys, values, mask, slopes, out, length, scale, softcap, window)
+        return out
     return reference.decode_attention(
         q, keys, values, length, scale=scale, mask=mask, slopes=slopes, softcap=softcap, window=window
     )
@@ -143,7 +166,12 @@ def activate(x: Tensor, activation: str) -> Tensor:
     Raises:
         OpError: there is no such activation.
     """
-    _check_activation(activation)
+    index = _activation(activation)
+    if (op := _op("gated_activation", x)) is not None:
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        op(x, out, index, False)
+        return out
     return reference.activate(x, activation)
 
 
@@ -153,10 +181,24 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     Raises:
         OpError: there is no such activation.
     """
-    _check_activation(activation)
+    index = _activation(activation)
+    if (op := _op("gated_activation", gate_up)) is not None:
+        out = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
+        op(gate_up.contiguous(), out, index, True)
+        return out
     return reference.gated(gate_up, activation)
 
 
-def _check_activation(name: str) -> None:
-    if name not in reference.ACTIVATIONS:
-        raise OpError(f"there is no activation {name!r}; there are {', '.join(reference.ACTIVATIONS)}")
+def _op(name: str, x: Tensor) -> Any:
+    """The op where it takes such an input, else None: of its dtypes, and without gradients."""
+    if x.dtype not in _DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+        return None
+    return find_op(name, "cpu" if x.is_cpu else x.device.type)
+
+
+def _activation(name: str) -> int:
+    """Its number in `csrc/transformer_inference/between.h`."""
+    try:
+        return _ACTIVATION_NUMBERS[name]
+    except KeyError:
+        raise OpError(f"there is no activation {name!r}; there are {', '.join(_ACTIVATION_NUMBERS)}") from None
