@@ -28,18 +28,12 @@ def prompt_tokens(inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
 
 
 def check_prompt(
-    module: torch.nn.Module,
-    config: DeepSpeedInferenceConfig,
-    inputs: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    *,
-    fused: bool,
+    module: torch.nn.Module, config: DeepSpeedInferenceConfig, inputs: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> None:
     """Raise where there is no room for a prompt and what is to follow.
 
     Raises:
-        InferenceError: the prompt has more than `max_out_tokens` tokens, or leaves no room for `min_out_tokens`; with
-            a cache of fixed size, no room for as many as are asked for.
+        InferenceError: the prompt has more than `max_out_tokens` tokens, or leaves no room for `min_out_tokens`.
     """
     tokens = prompt_tokens(inputs, kwargs)
     least = 0 if getattr(getattr(module, "config", None), "is_encoder_decoder", False) else config.min_out_tokens
@@ -48,12 +42,6 @@ def check_prompt(
         raise InferenceError(
             f"a prompt of {tokens} tokens{f' and {least} to follow (min_out_tokens)' if least > 1 else ''} is more "
             f"than max_out_tokens = {most}; give a larger max_out_tokens to init_inference, or a shorter prompt"
-        )
-    asked = kwargs.get("max_new_tokens")
-    if fused and tokens and isinstance(asked, int) and tokens + asked > most:
-        raise InferenceError(
-            f"a prompt of {tokens} tokens and max_new_tokens = {asked} are more than max_out_tokens = {most}, which "
-            "the cache of fused blocks is made for; give a larger max_out_tokens to init_inference"
         )
 
 

@@ -112,7 +112,7 @@ class InferenceEngine(torch.nn.Module):
         if not hasattr(self.module, "generate"):
             raise InferenceError(f"{type(self.module).__name__} has no generate(): call the engine for its outputs")
         group = self._tensor_group.group
-        check_prompt(self.module, self._config, inputs, kwargs, fused=self._setting.fused)
+        check_prompt(self.module, self._config, inputs, kwargs)
         check_same_inputs(group, inputs, kwargs)
         follow_first_rank(group, self._device)
         module: Any = self.module

@@ -210,8 +210,19 @@ def _split(model: torch.nn.Module, config: DeepSpeedInferenceConfig, group: Grou
 def _load(
     model: torch.nn.Module, config: DeepSpeedInferenceConfig, setting: Setting, pieces: Any, formats: Formats
 ) -> None:
-    if checkpoint_of(config)[0] is not None:
-        raise UnsupportedError("checkpoint is not in this release: load the weights into the model first")
+    checkpoint, base_dir = checkpoint_of(config)
+    if checkpoint is not None:
+        from deepspeedlite.inference.loading import load_checkpoint  # with what only files need
+
+        keep = keeps_fp32(model, setting.dtype)
+
+        def dtype_of(name: str, tensor: torch.Tensor) -> torch.dtype:
+            is_cast = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
+            return tensor.dtype if not is_cast else torch.float32 if keep(name) else setting.dtype
+
+        load_checkpoint(
+            model, checkpoint, base_dir, formats, dtype_of=dtype_of, device=setting.device, pieces=pieces or {}
+        )
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     empty += [name for name, tensor in model.named_buffers() if tensor.is_meta]
     if empty:

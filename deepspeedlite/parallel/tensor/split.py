@@ -214,10 +214,10 @@ def _scale_of(embedding: Any) -> Any:
     """What an embedding multiplies its outputs by; None: nothing; False: it does something else that is not known."""
     if type(embedding) is torch.nn.Embedding:
         return None
-    scale = getattr(embedding, "embed_scale", None)
-    if type(embedding).__name__.endswith("ScaledWordEmbedding") and scale is not None:
-        return scale if isinstance(scale, torch.Tensor) else torch.tensor(float(scale))
-    return False
+    scale: Any = getattr(embedding, "scalar_embed_scale", None)
+    if scale is None or not type(embedding).__name__.endswith("ScaledWordEmbedding"):
+        return False
+    return torch.tensor(float(scale))
 
 
 def _pattern(name: str) -> str:
