@@ -118,7 +118,7 @@ _ABSENT = {
         "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder RaggedUtilsBuilder SpatialInferenceBuilder"
     ),
     "kernels of transformers are not in this release": "FlashAttentionBuilder EvoformerAttnBuilder",
-    "quantized weights are not in this release": "QuantizerBuilder FPQuantizerBuilder",
+    "floating-point formats of 6 and 12 bits are not in this release": "FPQuantizerBuilder",
     "DeepCompile is not in this release; engine.compile uses torch.compile": "DeepCompileBuilder",
     "random layer dropping is not part of this library": "RandomLTDBuilder",
     "GPUDirect Storage is not in this release; ops.aio goes past the page cache": "GDSBuilder",

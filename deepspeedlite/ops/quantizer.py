@@ -11,13 +11,16 @@ rounded to the nearest, ties to even. A group that has a NaN or an infinity come
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from deepspeedlite.ops import find_op
 from deepspeedlite.runtime.errors import OpError
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 class Quantized(NamedTuple):
@@ -54,6 +57,34 @@ def quantize(
     if bits not in (8, 4) or group_size < 1:
         raise OpError(f"quantize: bits={bits}, group_size={group_size}; bits must be 8 or 4, and a group not empty")
     n = x.shape[-1]
+    if (op := _op("quantize_groups", x, bits, group_size)) is not None:
+        shape, groups = x.shape[:-1], -(-n // group_size)
+        scales = x.new_empty((*shape, groups), dtype=scale_dtype)
+        minima = None if symmetric else torch.empty_like(scales)
+        integer = torch.int8 if bits == 8 and symmetric else torch.uint8
+        values = x.new_empty((*shape, n if bits == 8 else (n + 1) // 2), dtype=integer)
+        op(x.contiguous(), values, scales, minima, bits, group_size)
+        return Quantized(values, scales, minima, n, bits, group_size)
+    return quantize_in_torch(x, bits=bits, group_size=group_size, symmetric=symmetric, scale_dtype=scale_dtype)
+
+
+def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `quantize` was given, as near as its integers are; arithmetic in float32."""
+    values, op = quantized.values, None
+    if dtype in _DTYPES:
+        op = _op("dequantize_groups", quantized.scales, quantized.bits, quantized.group_size)
+    if op is not None:
+        out = quantized.scales.new_empty((*values.shape[:-1], quantized.numel), dtype=dtype)
+        op(values, quantized.scales, quantized.minima, out, quantized.bits, quantized.group_size)
+        return out
+    return dequantize_in_torch(quantized, dtype)
+
+
+def quantize_in_torch(
+    x: Tensor, *, bits: int, group_size: int, symmetric: bool, scale_dtype: torch.dtype = torch.float32
+) -> Quantized:
+    """What `quantize` does, in torch."""
+    n = x.shape[-1]
     grouped = _groups(x.to(torch.promote_types(x.dtype, torch.float32)), group_size)
     if symmetric:
         low, high = -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
@@ -73,8 +104,8 @@ def quantize(
     return Quantized(integers if bits == 8 else _halves(integers), scales, minima, n, bits, group_size)
 
 
-def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
-    """What `quantize` was given, as near as its integers are; arithmetic in float32."""
+def dequantize_in_torch(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tensor:
+    """What `dequantize` does, in torch."""
     integers = quantized.values
     if quantized.bits == 4:
         integers = _wholes(integers, quantized.minima is None)[..., : quantized.numel]
@@ -83,6 +114,14 @@ def dequantize(quantized: Quantized, dtype: torch.dtype = torch.float32) -> Tens
     if quantized.minima is not None:
         grouped = grouped + quantized.minima.to(torch.float32).unsqueeze(-1)
     return grouped.flatten(-2)[..., : quantized.numel].to(dtype)
+
+
+def _op(name: str, floats: Tensor, bits: int, group_size: int) -> Any:
+    """The op where it takes such numbers, else None."""
+    odd = bits == 4 and group_size % 2 == 1
+    if floats.dtype not in _DTYPES or odd or (floats.requires_grad and torch.is_grad_enabled()):
+        return None
+    return find_op(name, floats.device.type)
 
 
 def _rounded_up(scales: Tensor, dtype: torch.dtype) -> Tensor:

@@ -53,6 +53,7 @@ BUILDERS = {
     "TransformerBuilder": ("transformer", "DS_BUILD_TRANSFORMER"),
     "StochasticTransformerBuilder": ("stochastic_transformer", "DS_BUILD_STOCHASTIC_TRANSFORMER"),
     "InferenceBuilder": ("transformer_inference", "DS_BUILD_TRANSFORMER_INFERENCE"),
+    "QuantizerBuilder": ("quantizer", "DS_BUILD_QUANTIZER"),
     "SparseAttnBuilder": ("sparse_attn", "DS_BUILD_SPARSE_ATTN"),
 }
 HERE = [spec for spec in OPS.values() if not spec.pending]

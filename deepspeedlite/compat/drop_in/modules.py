@@ -350,7 +350,7 @@ MODULES: Mapping[str, Names] = {
     | at("compat.op_builders", "AsyncIOBuilder", _AIO)
     | at(
         "compat.op_builders",
-        "FusedAdamBuilder FusedLambBuilder FusedLionBuilder UtilsBuilder InferenceBuilder OpBuilder",
+        "FusedAdamBuilder FusedLambBuilder FusedLionBuilder UtilsBuilder InferenceBuilder QuantizerBuilder OpBuilder",
     )
     | at("compat.op_builders", "PinMemoryBuilder", "compiles nothing")
     | at(
@@ -361,7 +361,7 @@ MODULES: Mapping[str, Names] = {
     | at(
         "compat.op_builders",
         "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder RaggedUtilsBuilder SpatialInferenceBuilder "
-        "FlashAttentionBuilder EvoformerAttnBuilder QuantizerBuilder FPQuantizerBuilder DeepCompileBuilder "
+        "FlashAttentionBuilder EvoformerAttnBuilder FPQuantizerBuilder DeepCompileBuilder "
         "RandomLTDBuilder GDSBuilder ShareMemCommBuilder CCLCommBuilder",
         "not compatible anywhere: load says why",
     )

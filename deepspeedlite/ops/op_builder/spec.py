@@ -136,6 +136,15 @@ _ROWS = (
             "transformer_inference/gate_kernel.cpp",
         ),
     ),
+    OpSpec(
+        "quantizer",
+        "QuantizerBuilder",
+        "DS_BUILD_QUANTIZER",
+        ops=("quantize_groups", "dequantize_groups"),
+        bindings=("quantizer/quantizer.cpp",),
+        kernels=("quantizer/quantizer_kernel.cpp",),
+        gpu=("quantizer/quantizer.cu",),
+    ),
     OpSpec("sparse_attn", "SparseAttnBuilder", "DS_BUILD_SPARSE_ATTN", pending=_LATER),
 )
 OPS = {spec.name: spec for spec in _ROWS}
