@@ -22,6 +22,7 @@ from deepspeedlite.inference.config import DeepSpeedInferenceConfig, read_infere
 from deepspeedlite.inference.groups import TensorGroup
 from deepspeedlite.inference.prepare import hold, is_trained, prepare, release, setting_of
 from deepspeedlite.inference.recorded import RecordedForward
+from deepspeedlite.metrics.stall_watch import watch_for_stalls
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, EngineStateError, InferenceError
 from deepspeedlite.runtime.log import log_dist
@@ -60,6 +61,8 @@ class InferenceEngine(torch.nn.Module):
         self._timers: list[Any] = []  # hooks
         self._is_compiled = self._destroyed = False
         group = self._tensor_group.group
+        if group.size > 1:
+            watch_for_stalls()
         try:
             setting = setting_of(self._config, model, group, self._device)
             self.module = prepare(model, self._config, setting, group, self._device, formats or Formats())

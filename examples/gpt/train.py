@@ -13,6 +13,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--text_bytes", type=int, default=8_000_000, help="how much text to use (default 8 MB)")
     parser.add_argument("--generate", type=int, default=0, metavar="N", help="write N bytes at the end")
     parser.add_argument("--prompt", default="def ", help="what the generated text starts with")
+    parser.add_argument("--save", metavar="FOLDER", help="save a checkpoint at the end, for generate.py")
     parser.add_argument("--max_val_loss", type=float, help="exit with an error when the last one is above this")
     parser.add_argument("--context", type=int, default=GPTConfig.context)
     parser.add_argument("--width", type=int, default=GPTConfig.width)
@@ -75,6 +77,10 @@ def main() -> int:
     say(f"validation loss: {loss:.3f} nats per byte ({loss / 0.693147:.3f} bits)")
     if args.generate:
         generate(engine.module, args.prompt, args.generate, engine.device, args.seed)
+    if args.save:
+        engine.save_checkpoint(args.save)
+        if world.rank == 0:
+            (Path(args.save) / "sizes.json").write_text(json.dumps(asdict(sizes)))
     engine.destroy()
     if args.max_val_loss is not None and not loss <= args.max_val_loss:
         say(f"the validation loss {loss:.3f} is above the {args.max_val_loss} that --max_val_loss allows")

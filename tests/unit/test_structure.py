@@ -278,7 +278,7 @@ def test_every_module_explains_itself():
 
 # --- what users type and import ---------------------------------------------------------------------------------------
 
-COMMANDS = ["env_report", "launcher", "config", "checkpoint", "drop_in", "bench", "io", "zero.estimate"]
+COMMANDS = ["env_report", "launcher", "config", "checkpoint", "drop_in", "bench", "io", "inference", "zero.estimate"]
 REACHED = ["zero", "comm", "ops", "pipe", "utils", "accelerator", "monitor", "profiling", "activation_checkpointing"]
 
 
