@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from harness import distributed
 
+import deepspeedlite
 from deepspeedlite.runtime.errors import UnsupportedError
 
 transformers = pytest.importorskip("transformers")
@@ -15,6 +17,8 @@ transformers = pytest.importorskip("transformers")
 from families import DECODERS, ENCODERS, prompts, tiny  # noqa: E402
 
 from deepspeedlite.inference.blocks import fuse  # noqa: E402
+from deepspeedlite.inference.blocks.block import FusedBlock  # noqa: E402
+from deepspeedlite.ops.transformer_inference import PackedLinear  # noqa: E402
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -127,3 +131,91 @@ def test_streamer_and_stopping():
     ]
     assert torch.equal(*found) and found[0].shape == (1, 25)
     assert streamers[0].seen == streamers[1].seen
+
+
+@distributed(world_size=2, timeout_s=120)
+def test_split_over_two_ranks():
+    """Fused after splitting: heads, ALiBi's slopes and gathered heads are the rank's own, sums are of both."""
+    torch.set_num_threads(1)
+    for name in ("llama", "gpt2", "bloom"):
+        plain = tiny(name)
+        config = {"dtype": torch.float32, "tensor_parallel": {"tp_size": 2}, "replace_with_kernel_inject": True}
+        engine = deepspeedlite.init_inference(copy.deepcopy(plain), config=config)
+        assert any(isinstance(part, FusedBlock) for part in engine.module.modules()), name
+        inputs = prompts(pad="left")
+        seen = inputs["attention_mask"].bool()
+        wanted, found = logits(plain, **inputs), logits(engine.module, **inputs)
+        torch.testing.assert_close(found[seen], wanted[seen], rtol=0, atol=1e-5)
+        assert torch.equal(greedy(engine, inputs), greedy(plain, inputs)), name
+        engine.destroy()
+
+
+def rounded(model: Any, bits: int) -> Any:
+    """The model with the weights that are left of it in so many bits; its head keeps 8."""
+    head = model.get_output_embeddings()
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Linear, transformers.pytorch_utils.Conv1D)):
+            turned = isinstance(module, transformers.pytorch_utils.Conv1D)
+            weight = module.weight.detach().t() if turned else module.weight.detach()
+            packed = PackedLinear.pack(weight, bits=8 if module is head else bits, group_size=32)
+            kept = packed.dequantized()
+            module.weight = torch.nn.Parameter(kept.t().contiguous() if turned else kept.clone())
+    return model
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_bits(name, bits):
+    """Quantized: the model that has the rounded weights, and not the one that has the whole ones."""
+    plain = tiny(name, tie_word_embeddings=False)
+    fused = copy.deepcopy(plain)
+    fuse(fused, dtype=torch.float32, max_tokens=64, batch=2, bits=bits, group_size=32)
+    whole, found = logits(plain, **prompts()), logits(fused, **prompts())
+    wanted = logits(rounded(plain, bits), **prompts())
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-2)
+    assert (found - whole).abs().mean() > 5 * (found - wanted).abs().mean()
+    assert torch.equal(greedy(fused, prompts(batch=1)), greedy(plain, prompts(batch=1)))
+
+
+@pytest.mark.parametrize("scaling", ["linear", "dynamic", "yarn", "llama3", "longrope"])
+def test_rotary_scalings(scaling):
+    """Frequencies are those of the model's own module, those that change with the length too."""
+    more = {
+        "linear": {"factor": 2.0},
+        "dynamic": {"factor": 2.0},
+        "yarn": {"factor": 2.0, "original_max_position_embeddings": 16},
+        "llama3": {
+            "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 16
+        },
+        "longrope": {
+            "short_factor": [1.0] * 8, "long_factor": [2.0] * 8, "factor": 2.0, "original_max_position_embeddings": 16
+        },
+    }[scaling]  # fmt: skip
+    parameters = {"rope_type": scaling, "rope_theta": 10000.0, **more}
+    plain, fused = both("llama", rope_parameters=parameters, max_position_embeddings=24)
+    inputs = prompts(batch=2)
+    torch.testing.assert_close(logits(fused, **inputs), logits(plain, **inputs), rtol=0, atol=1e-5)
+    assert torch.equal(greedy(fused, inputs), greedy(plain, inputs))
+
+
+def test_weights_that_are_filled_block_by_block():
+    """A model on the meta device, given its weights as it is fused."""
+    plain = tiny("llama")
+    with torch.device("meta"):
+        empty = type(plain)(plain.config).eval()
+    assert "not loaded" in fuse(empty, dtype=torch.float32, max_tokens=8, batch=1)[0]
+    names = {module: name for name, module in empty.named_modules()}
+    filled = []
+
+    def fill(module):
+        filled.append(names[module])
+        for name, param in [*module.named_parameters(), *module.named_buffers()]:
+            if param.is_meta:
+                path, _, last = name.rpartition(".")
+                owner = module.get_submodule(path)
+                value = plain.get_submodule(names[owner]).__getattr__(last).detach().clone()
+                setattr(owner, last, torch.nn.Parameter(value) if last in owner._parameters else value)
+
+    fuse(empty, dtype=torch.float32, max_tokens=8, batch=1, fill=fill)
+    assert filled == ["model.layers.0", "model.layers.1", "model", "lm_head"]
+    assert torch.equal(greedy(empty, prompts()), greedy(plain, prompts()))

@@ -8,6 +8,7 @@ one kernel.
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ def fuse(
     batch: int,
     bits: int | None = None,
     group_size: int = 64,
+    fill: Callable[[nn.Module], None] | None = None,
 ) -> list[str]:
     """Replace the blocks of `model` in place by fused ones, where they are of a family that is known.
 
@@ -39,6 +41,8 @@ def fuse(
         batch: sequences, likewise.
         bits: None, 8 or 4: how weights are kept.
         group_size: numbers that have one scale.
+        fill: where weights are still on the meta device: gives a module its own. Called with each block before it is
+            packed, then with what holds the blocks, for what is beside them, then with the head.
 
     Returns:
         A line for each kind of module that was replaced, or stays as it is, and why.
@@ -49,7 +53,7 @@ def fuse(
     from deepspeedlite.inference.blocks.parts import Packing
 
     packing = Packing(dtype=dtype, bits=bits, group_size=group_size)
-    fusion = Fusion(packing=packing, max_tokens=max_tokens, batch=batch)
+    fusion = Fusion(packing=packing, max_tokens=max_tokens, batch=batch, fill=fill)
     found: list[tuple[str, Any]] = [
         (name, module) for name, module in model.named_modules() if type(module).__name__ in BY_HOLDER
     ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -10,9 +11,19 @@ from torch import Tensor, nn
 from deepspeedlite.inference.blocks.block import FusedBlock, FusedEncoderBlock
 from deepspeedlite.inference.blocks.decoder import DecoderParts, FusedDecoder
 from deepspeedlite.inference.blocks.families import BY_HOLDER, Family
-from deepspeedlite.inference.blocks.parts import Geometry, Norm, Packing, activation_of, find, take_parts
+from deepspeedlite.inference.blocks.parts import (
+    Geometry,
+    Norm,
+    Packing,
+    SplitLinear,
+    activation_of,
+    find,
+    packed_like,
+    take_parts,
+)
 from deepspeedlite.inference.blocks.positions import RotaryTable, alibi_slopes
 from deepspeedlite.inference.kv_cache import BufferPool, CacheShape
+from deepspeedlite.parallel.tensor import ColumnParallelLinear
 from deepspeedlite.runtime.errors import UnsupportedError
 
 # A head's errors go straight into the probabilities, and it is one matrix of many: it is kept with no fewer bits.
@@ -26,8 +37,10 @@ _MASKS_OF = ("sdpa", "eager")
 class Fusion:
     """How one model is fused; see `fuse` for the arguments."""
 
-    def __init__(self, *, packing: Packing, max_tokens: int, batch: int) -> None:
-        self._packing = packing
+    def __init__(
+        self, *, packing: Packing, max_tokens: int, batch: int, fill: Callable[[nn.Module], None] | None = None
+    ) -> None:
+        self._packing, self._fill = packing, fill
         self._max_tokens, self._batch = max_tokens, batch
 
     def fuse_blocks(self, name: str, holder: Any) -> str:
@@ -36,30 +49,42 @@ class Fusion:
         layers = find(holder, family.layers)
         where = f"{name or type(holder).__name__}.{family.layers}"
         reason = misfit(family, holder, layers)
+        if reason is None and self._fill is None and any(param.is_meta for param in holder.parameters()):
+            reason = "its weights are not loaded"
         if reason is not None:
             return f"{where}: left as it is, since {reason}"
+        for index, layer in enumerate(layers):
+            self._load(layer)
+            parts = take_parts(layer, family, holder.config, self._packing)
+            if family.is_encoder:
+                _become(layer, FusedEncoderBlock(parts))
+            else:
+                layers[index] = FusedBlock(parts)
+        self._load(holder)
         if family.is_encoder:
-            for layer in layers:
-                _become(layer, FusedEncoderBlock(take_parts(layer, family, holder.config, self._packing)))
             holder.forward = _EncoderForward(holder).forward
         else:
-            for index, layer in enumerate(layers):
-                layers[index] = FusedBlock(take_parts(layer, family, holder.config, self._packing))
             self._surround(family, holder, layers)
         return f"{where}: {len(layers)} {family.layer} fused"
 
-    def fuse_head(self, model: nn.Module, head: nn.Module | None) -> list[str]:
+    def fuse_head(self, model: nn.Module, head: Any) -> list[str]:
         """Pack the product that ends a decoder; a line about it, or none where there is no head."""
         name = next((name for name, module in model.named_modules() if module is head), None)
         if head is None or name is None:
             return []
-        if type(head) is not nn.Linear:
+        if type(head) not in (nn.Linear, ColumnParallelLinear):
             return [f"{name}: left as it is, since it is a {type(head).__name__}"]
+        self._load(head)
         bits = self._packing.bits and max(self._packing.bits, _FEWEST_BITS_OF_A_HEAD)
         packing = Packing(dtype=self._packing.dtype, bits=bits, group_size=self._packing.group_size)
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, packing.pack(head.weight, head.bias))
+        setattr(model.get_submodule(parent), attribute, packed_like(head, head.weight, head.bias, packing))
         return [f"{name}: packed"]
+
+    def _load(self, module: nn.Module) -> None:
+        """Have what is still without values in a module filled."""
+        if self._fill is not None:
+            self._fill(module)
 
     def _surround(self, family: Family, holder: Any, blocks: Any) -> None:
         """Give the module that holds the blocks its forward."""
@@ -79,7 +104,7 @@ class Fusion:
             rotary=_rotary_of(family, holder, dtype),
             norm=norm and Norm(norm, dtype, unit_offset=family.unit_offset),
             embedding_norm=Norm(embedding_norm, dtype, unit_offset=False) if embedding_norm else None,
-            slopes=_slopes_of(family, holder.config, shapes[0], device),
+            slopes=_slopes_of(family, holder.config, blocks[0], device),
         )
         holder.forward = FusedDecoder(parts).forward
 
@@ -118,10 +143,11 @@ def misfit(family: Family, holder: Any, layers: Any) -> str | None:
         return f"no kernel is for the activation {type(find(layers[0], family.activation)).__name__}"
     for layer in layers:
         for path in (*family.qkv, family.out, *family.up, family.down):
-            if type(find(layer, path)).__name__ not in _LINEAR:
-                return f"{path} is a {type(find(layer, path)).__name__}"
-    if any(param.is_meta for param in holder.parameters()):
-        return "its weights are not loaded"
+            linear = find(layer, path)
+            if type(linear).__name__ not in _LINEAR:
+                return f"{path} is a {type(linear).__name__}"
+            if getattr(linear, "parts", None) is not None:
+                return f"{path} is split over ranks by itself, and not with the rest of its half of the block"
     return None
 
 
@@ -148,7 +174,10 @@ def _rotary_of(family: Family, holder: nn.Module, dtype: torch.dtype) -> RotaryT
     return RotaryTable(find(holder, family.rotary), positions, dtype)
 
 
-def _slopes_of(family: Family, config: Any, geometry: Geometry, device: torch.device) -> Tensor | None:
+def _slopes_of(family: Family, config: Any, block: FusedBlock, device: torch.device) -> Tensor | None:
+    """ALiBi's, of the heads that this rank has."""
     if family.positions != "alibi":
         return None
-    return alibi_slopes(int(config.num_attention_heads))[: geometry.heads].to(device)
+    heads = block.geometry.heads
+    first = heads * block.out.rank if isinstance(block.out, SplitLinear) else 0
+    return alibi_slopes(int(config.num_attention_heads))[first : first + heads].to(device)

@@ -9,20 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepspeedlite.inference.blocks.families import ACTIVATIONS, Family, Residual
 from deepspeedlite.ops.transformer_inference import PackedLinear, activations, add_norm
+from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear
+from deepspeedlite.parallel.tensor.collectives import gather_out, sum_out
 from deepspeedlite.runtime.errors import UnsupportedError
-
-
-class Reducer(Protocol):
-    """Adds up what the ranks of a group have, in place (tensor parallelism's outputs)."""
-
-    def __call__(self, x: Tensor) -> None: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,22 +70,35 @@ class Norm(nn.Module):
         )
 
 
-class ReducedLinear(nn.Module):
-    """A product whose inputs are shared out over ranks: their results are added up, then the bias."""
+class SplitLinear(nn.Module):
+    """A packed product of which every rank of a group has a part; its output is whole on every rank.
+
+    Args:
+        packed: this rank's part; where outputs are added up, without the bias.
+        layer: what it stands for: inputs that are shared out (`RowParallelLinear`), or outputs.
+    """
 
     bias: Tensor | None
 
-    def __init__(self, packed: PackedLinear, bias: Tensor | None, reduce: Reducer) -> None:
+    def __init__(self, packed: PackedLinear, layer: RowParallelLinear | ColumnParallelLinear) -> None:
         super().__init__()
         self.packed = packed
-        self._reduce = reduce
-        self.register_buffer("bias", bias)
+        self._group, self._parts = layer.group, layer.parts
+        self._sums = isinstance(layer, RowParallelLinear)
+        self.register_buffer("bias", _buffer(layer.bias, packed.dtype) if self._sums else None)
+
+    @property
+    def rank(self) -> int:
+        """Which part this is."""
+        return self._group.rank
 
     def forward(self, x: Tensor) -> Tensor:
-        """`[..., in / ranks]` -> `[..., out]`, the same on every rank."""
+        """`[..., in, or this rank's]` -> `[..., out]`."""
         y = self.packed(x)
-        self._reduce(y)
-        return y if self.bias is None else y.add_(self.bias)
+        if not self._sums:
+            return y if self._parts is None else gather_out(y, self._group, self._parts)
+        y = sum_out(y, self._group)
+        return y if self.bias is None else y + self.bias
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,14 +200,12 @@ def _buffer(tensor: Any, dtype: torch.dtype) -> Tensor | None:
 
 
 def _take(layer: nn.Module, path: str) -> tuple[Tensor, Tensor | None, Any]:
-    """A linear layer's weight `[out, in]`, its bias and its group of ranks, where it has one."""
+    """A linear layer's weight `[out, in]` and bias, and the layer, of which a stand-in is left."""
     linear = find(layer, path)
-    weight = linear.weight.detach()
-    bias = None if linear.bias is None else linear.bias.detach()
     parent, _, name = path.rpartition(".")
-    group = getattr(linear, "group", None) if type(linear).__name__ == "RowParallelLinear" else None
     setattr(find(layer, parent) if parent else layer, name, nn.Identity())
-    return (weight.t() if _is_conv1d(linear) else weight), bias, group
+    weight = linear.weight.detach()
+    return (weight.t() if _is_conv1d(linear) else weight), linear.bias, linear
 
 
 def _joined(layer: nn.Module, paths: Sequence[str], packing: Packing, *, by_head: int | None = None) -> PackedLinear:
@@ -216,7 +223,7 @@ def _joined(layer: nn.Module, paths: Sequence[str], packing: Packing, *, by_head
         biases = [None if bias is None else _stacked(bias, by_head) for bias in biases]
     weight = weights[0] if len(weights) == 1 else torch.cat([each.to(packing.dtype) for each in weights])
     del weights
-    bias = None if biases[0] is None else torch.cat([each for each in biases if each is not None])
+    bias = None if biases[0] is None else torch.cat([each.detach() for each in biases if each is not None])
     return packing.pack(weight, bias)
 
 
@@ -227,7 +234,12 @@ def _stacked(rows: Tensor, head_dim: int) -> Tensor:
 
 def _reduced(layer: nn.Module, path: str, packing: Packing) -> nn.Module:
     """The product that ends a half of the block; where ranks have a part of its inputs each, with their sum."""
-    weight, bias, group = _take(layer, path)
-    if group is None:
+    weight, bias, linear = _take(layer, path)
+    return packed_like(linear, weight, bias, packing)
+
+
+def packed_like(linear: Any, weight: Tensor, bias: Tensor | None, packing: Packing) -> nn.Module:
+    """A product that does what `linear` does, with its weight `[out, in]`."""
+    if not isinstance(linear, (RowParallelLinear, ColumnParallelLinear)):
         return packing.pack(weight, bias)
-    raise UnsupportedError("outputs that ranks share are not fused yet")
+    return SplitLinear(packing.pack(weight, None if isinstance(linear, RowParallelLinear) else bias), linear)
