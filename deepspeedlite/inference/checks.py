@@ -5,7 +5,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -15,6 +15,7 @@ from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import DistributedError, InferenceError
 from deepspeedlite.runtime.tensors import tensors_in
 
+_T = TypeVar("_T")
 _LOOK_EVERY = 64  # forward passes between looks at a device's flag
 
 
@@ -43,6 +44,37 @@ def check_prompt(
             f"a prompt of {tokens} tokens{f' and {least} to follow (min_out_tokens)' if least > 1 else ''} is more "
             f"than max_out_tokens = {most}; give a larger max_out_tokens to init_inference, or a shorter prompt"
         )
+
+
+def together(group: Group, model: torch.nn.Module, make: Callable[[], _T]) -> _T:
+    """Do something with a model on every rank of a group, or fail on all of them.
+
+    Raises:
+        InferenceError: the ranks' models are not alike, or it failed on another rank.
+    """
+    if group.size == 1:
+        return make()
+    shapes = zlib.crc32(repr([(name, tuple(param.shape)) for name, param in model.named_parameters()]).encode())
+    models = group.all_gather_objects((shapes, type(model).__name__))
+    others = [rank for rank, one in enumerate(models) if one != models[0]]
+    if others:
+        raise InferenceError(
+            f"the ranks of one model have different ones: rank {group.ranks[0]} a {models[0][1]}, and rank "
+            f"{group.ranks[others[0]]} a {models[others[0]][1]}, or one with other shapes; give every rank the same"
+        )
+    made: list[_T] = []
+    failed: Exception | None = None
+    try:
+        made.append(make())
+    except Exception as error:
+        failed = error
+    told = group.all_gather_objects("" if failed is None else f"{type(failed).__name__}: {failed}")
+    if failed is not None:
+        raise failed
+    if any(told):
+        rank = next(rank for rank, problem in enumerate(told) if problem)
+        raise InferenceError(f"no inference engine, as rank {group.ranks[rank]} failed: {told[rank]}")
+    return made[0]
 
 
 def check_same_inputs(group: Group, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

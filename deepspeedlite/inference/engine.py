@@ -17,10 +17,16 @@ import torch
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.ranks import get_local_rank
-from deepspeedlite.inference.checks import check_prompt, check_same_inputs, finite_logits, follow_first_rank
+from deepspeedlite.inference.checks import (
+    check_prompt,
+    check_same_inputs,
+    finite_logits,
+    follow_first_rank,
+    together,
+)
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig, read_inference_config
 from deepspeedlite.inference.groups import TensorGroup
-from deepspeedlite.inference.prepare import hold, is_trained, prepare, release, setting_of
+from deepspeedlite.inference.prepare import Setting, hold, is_trained, prepare, release, setting_of
 from deepspeedlite.inference.recorded import RecordedForward
 from deepspeedlite.metrics.stall_watch import watch_for_stalls
 from deepspeedlite.runtime.device import pick_device
@@ -63,14 +69,17 @@ class InferenceEngine(torch.nn.Module):
         group = self._tensor_group.group
         if group.size > 1:
             watch_for_stalls()
-        try:
+
+        def make() -> tuple[torch.nn.Module, Setting]:
             setting = setting_of(self._config, model, group, self._device)
-            self.module = prepare(model, self._config, setting, group, self._device, formats or Formats())
+            return prepare(model, self._config, setting, group, self._device, formats or Formats()), setting
+
+        try:
+            self.module, self._setting = together(group, model, make)
         except BaseException:
             self._tensor_group.close()
             raise
         hold(self.module, self)
-        self._setting = setting
         records = self._config.enable_cuda_graph and self._device.type == "cuda"
         self._recorded: RecordedForward | None = RecordedForward(self.module) if records else None
         if self._config.enable_cuda_graph and not records:

@@ -7,12 +7,13 @@ import copy
 import pytest
 import torch
 from harness import distributed
+from safetensors.torch import save_file
 from tiny_transformers import ENCODERS, FAMILIES, logits_of, prompts, tiny
 
 import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_model
-from deepspeedlite.runtime.errors import ConfigError, DistributedError, InferenceError
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, DistributedError, InferenceError
 
 pytest.importorskip("transformers")
 
@@ -137,6 +138,21 @@ def test_ranks_with_different_prompts():
 
 _SIX = {"num_attention_heads": 6, "hidden_size": 96}
 _FIVE = {"num_attention_heads": 5, "hidden_size": 80}
+
+
+@distributed(world_size=2)
+def test_rank_that_cannot_make_its_part(tmp_path):
+    """Ends the others with its reason; and so do models that differ."""
+    rank = Group().rank
+    if rank:
+        values = {name: value.clone() for name, value in tiny("gpt2").state_dict().items()}
+        save_file(values, tmp_path / "model.safetensors")
+    folder = tmp_path if rank else tmp_path / "nowhere"
+    errors = (CheckpointError, InferenceError)
+    with pytest.raises(errors[0] if rank == 0 else errors[1], match=r"nowhere does not exist|rank 0 failed: Check"):
+        deepspeedlite.init_inference(tiny("gpt2"), dtype="fp32", mp_size=2, checkpoint=folder)
+    with pytest.raises(InferenceError, match="rank 0 a GPT2LMHeadModel, and rank 1 a LlamaForCausalLM"):
+        deepspeedlite.init_inference(tiny("llama" if rank else "gpt2"), dtype="fp32", mp_size=2)
 
 
 @pytest.mark.parametrize(
