@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import forked
+import psutil
 import pytest
 
 from deepspeedlite.launcher.start import save_pid
@@ -129,8 +130,8 @@ def test_a_start_goes_well_among_strangers(tmp_path: Path, port: int) -> None:
     secret, marker = "5e" * 16, tmp_path / "ran"
     with running(tmp_path, "zero", RANK, 0, port, secret, 0, 60) as (zero, out, err):
         await_listener(port)
-        listening = subprocess.run(["ss", "-Hltn", f"sport = :{port}"], capture_output=True, text=True).stdout
-        assert [line.split()[3] for line in listening.splitlines()] == [f"127.0.0.1:{port}"]
+        listening = {c.laddr for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr.port == port}
+        assert listening == {("127.0.0.1", port)}
         with running(tmp_path, "false", RANK, 1, port, "", STRANGER, 1) as (false, false_out, false_err):
             mischief = forked.run(MISCHIEF, port, marker, folder=tmp_path, timeout_s=60)
             assert mischief.returncode == 0, mischief.stderr
@@ -227,8 +228,9 @@ def test_the_secret_stands_on_no_command_line(tmp_path: Path) -> None:
     """Each start has another one, which ranks have and a dry run does not show."""
     script = tmp_path / "script.py"
     script.write_text(
-        f"import os, subprocess\nprint(os.environ[{JOB_SECRET!r}])\n"
-        f"assert os.environ[{JOB_SECRET!r}] not in subprocess.check_output(['ps', '-eo', 'args'], text=True)\n"
+        f"import os, psutil\nprint(os.environ[{JOB_SECRET!r}])\n"
+        f"assert not any(os.environ[{JOB_SECRET!r}] in ' '.join(p.info['cmdline'] or ())"
+        " for p in psutil.process_iter(['cmdline']))\n"
     )
     command = [sys.executable, "-m", "deepspeedlite.launcher", "--num_gpus", "2", "--master_port", "0"]
     secrets = set()
