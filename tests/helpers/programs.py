@@ -18,7 +18,8 @@ import pytest
 PACKAGES = {
     "c++": "g++", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "clang++-19": "clang-19", "ninja": "ninja-build",
     "qemu-aarch64-static": "qemu-user-static", "nvcc": "nvidia-cuda-toolkit",
-    "ip": "iproute2", "bridge": "iproute2", "mount": "mount", "mkfs.ext4": "e2fsprogs",
+    "ip": "iproute2", "bridge": "iproute2", "ss": "iproute2", "ps": "procps", "mount": "mount",
+    "mkfs.ext4": "e2fsprogs",
     "ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",
     "mpirun.openmpi": "openmpi-bin", "mpirun.mpich": "mpich", "mpiexec.hydra": "mpich",
     "srun": "slurm-client", "sinfo": "slurm-client", "slurmctld": "slurmctld", "slurmd": "slurmd", "munged": "munge",
