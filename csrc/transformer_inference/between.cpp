@@ -1,10 +1,11 @@
-// The ops deepspeedlite::add_norm, rotary_to_cache, decode_attention and gated_activation, on the CPU.
+// The ops deepspeedlite::add_norm, rotary_to_cache, decode_attention and gated_activation, on GPUs and the CPU.
 #include "transformer_inference/between.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include "common/arguments.h"
 #include "common/isa.h"
+#include "common/on_gpu.h"
 
 namespace {
 
@@ -38,6 +39,12 @@ void add_norm(Tensor x, MaybeTensor residual, MaybeTensor weight, MaybeTensor bi
     how.eps = static_cast<float>(eps);
     how.layer = layer;
     how.unit_offset = unit_offset;
+#if defined(DSL_GPU)
+    if (!arguments.on_cpu) {
+        return dsl::on_gpu("add_norm", arguments.device_index,
+                           [&](void* stream) { return dsl_gpu_norm(&how, numel / hidden, stream); });
+    }
+#endif
     dsl_norm_kernel* const norm = DSL_BEST(dsl_norm);
     share(numel / hidden, hidden, [&](int64_t begin, int64_t end) { norm(&how, begin, end); });
 }
@@ -92,6 +99,12 @@ void rotary_to_cache(Tensor qkv, MaybeTensor cos, MaybeTensor sin, Tensor keys, 
         how.cos_batch = cos->size(0) == 1 ? 0 : cos->stride(0);
         how.cos_token = cos->stride(1);
     }
+#if defined(DSL_GPU)
+    if (!arguments.on_cpu) {
+        return dsl::on_gpu("rotary_to_cache", arguments.device_index,
+                           [&](void* stream) { return dsl_gpu_rotary(&how, batch, stream); });
+    }
+#endif
     dsl_rotary_kernel* const turn = DSL_BEST(dsl_rotary);
     share(batch * how.tokens, (how.heads + 2 * how.kv_heads) * how.dim,
           [&](int64_t begin, int64_t end) { turn(&how, begin, end); });
@@ -109,7 +122,8 @@ void decode_attention(Tensor q, Tensor keys, Tensor values, MaybeTensor mask, Ma
                     "length must be that of the tokens at least, and of the cache at most");
     arguments.check(how.kv_heads > 0 && how.heads % how.kv_heads == 0, "kv heads must divide heads");
     if (q.numel() == 0) return;
-    const dsl_tensor queries = arguments.floats("q", q, q.numel());
+    how.queries = arguments.floats("q", q, q.numel());
+    how.scale = static_cast<float>(scale);
     how.out = arguments.floats("out", out, q.numel());
     how.keys = part_of(arguments, "keys", keys, 0);
     how.values = part_of(arguments, "values", values, 0);
@@ -127,8 +141,17 @@ void decode_attention(Tensor q, Tensor keys, Tensor values, MaybeTensor mask, Ma
     if (slopes.has_value()) how.slopes = arguments.data<float>("slopes", *slopes, ScalarType::Float, how.heads);
     how.chunks = (length + DSL_CHUNK - 1) / DSL_CHUNK;
     const int64_t rows = batch * how.heads * how.tokens;
-    float* const wide = dsl::scratch_of_thread(rows * how.dim + rows * how.chunks * (how.dim + 2));
-    DSL_BEST(dsl_scaled)(&queries, rows * how.dim, static_cast<float>(scale), wide);
+    const int64_t parts_numel = rows * how.chunks * (how.dim + 2);
+#if defined(DSL_GPU)
+    if (!arguments.on_cpu) {
+        const Tensor parts = dsl::scratch(arguments.device_index, parts_numel);
+        how.parts = static_cast<float*>(parts.data_ptr());
+        return dsl::on_gpu("decode_attention", arguments.device_index,
+                           [&](void* stream) { return dsl_gpu_attention(&how, batch, stream); });
+    }
+#endif
+    float* const wide = dsl::scratch_of_thread(rows * how.dim + parts_numel);
+    DSL_BEST(dsl_scaled)(&how.queries, rows * how.dim, how.scale, wide);
     how.q = wide;
     how.parts = wide + rows * how.dim;
     dsl_attend_kernel* const attend = DSL_BEST(dsl_attend);
@@ -150,10 +173,23 @@ void gated_activation(Tensor x, Tensor out, int64_t activation, bool gated) {
     how.activation = static_cast<int32_t>(activation);
     how.gated = gated;
     how.width = gated ? width : numel;  // without a gate, rows do not matter
+#if defined(DSL_GPU)
+    if (!arguments.on_cpu) {
+        return dsl::on_gpu("gated_activation", arguments.device_index,
+                           [&](void* stream) { return dsl_gpu_gate(&how, numel, stream); });
+    }
+#endif
     dsl_gate_kernel* const gate = DSL_BEST(dsl_gate);
     constexpr int64_t EACH = 1024;
     share(numel / how.width * ((how.width + EACH - 1) / EACH), EACH,
           [&](int64_t begin, int64_t end) { gate(&how, begin, end); });
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("add_norm", TORCH_BOX(&add_norm));
+    m.impl("rotary_to_cache", TORCH_BOX(&rotary_to_cache));
+    m.impl("decode_attention", TORCH_BOX(&decode_attention));
+    m.impl("gated_activation", TORCH_BOX(&gated_activation));
 }
 
 }  // namespace
@@ -171,9 +207,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deepspeedlite, m) {
     m.def("gated_activation(Tensor x, Tensor(a!) out, int activation, bool gated) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deepspeedlite, CPU, m) {
-    m.impl("add_norm", TORCH_BOX(&add_norm));
-    m.impl("rotary_to_cache", TORCH_BOX(&rotary_to_cache));
-    m.impl("decode_attention", TORCH_BOX(&decode_attention));
-    m.impl("gated_activation", TORCH_BOX(&gated_activation));
-}
+DSL_IMPLEMENT(implement)

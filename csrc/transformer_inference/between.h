@@ -1,4 +1,4 @@
-// What stands between a transformer's products, on the CPU: the C ABI between the kernels and bindings.
+// What stands between a transformer's products: the C ABI between the kernels, on the CPU and on GPUs, and bindings.
 #pragma once
 
 #include "common/tensor.h"
@@ -25,7 +25,9 @@ struct dsl_rotary {
 };
 
 struct dsl_attention {
-    const float* q;           // (batch, heads, tokens, dim), times the scale
+    const float* q;      // (batch, heads, tokens, dim), times the scale; the CPU's alone
+    dsl_tensor queries;  // the same as they were given, and the scale: GPUs'
+    float scale;
     dsl_tensor keys, values;  // (batch, kv_heads, length, dim)
     int64_t kv_batch, kv_head, kv_token;
     dsl_tensor out;       // (batch, tokens, heads, dim)
@@ -55,9 +57,17 @@ typedef void dsl_mix_parts_kernel(const dsl_attention* attention, int64_t begin,
 typedef void dsl_scaled_kernel(const dsl_tensor* x, int64_t numel, float scale, float* to);
 typedef void dsl_gate_kernel(const dsl_gate* gate, int64_t begin, int64_t end);  // tiles of all rows
 
-extern "C" dsl_norm_kernel dsl_norm_baseline, dsl_norm_avx2, dsl_norm_avx512;
-extern "C" dsl_rotary_kernel dsl_rotary_baseline, dsl_rotary_avx2, dsl_rotary_avx512;
-extern "C" dsl_attend_kernel dsl_attend_baseline, dsl_attend_avx2, dsl_attend_avx512;
-extern "C" dsl_mix_parts_kernel dsl_mix_parts_baseline, dsl_mix_parts_avx2, dsl_mix_parts_avx512;
-extern "C" dsl_scaled_kernel dsl_scaled_baseline, dsl_scaled_avx2, dsl_scaled_avx512;
-extern "C" dsl_gate_kernel dsl_gate_baseline, dsl_gate_avx2, dsl_gate_avx512;
+extern "C" {
+dsl_norm_kernel dsl_norm_baseline, dsl_norm_avx2, dsl_norm_avx512;
+dsl_rotary_kernel dsl_rotary_baseline, dsl_rotary_avx2, dsl_rotary_avx512;
+dsl_attend_kernel dsl_attend_baseline, dsl_attend_avx2, dsl_attend_avx512;
+dsl_mix_parts_kernel dsl_mix_parts_baseline, dsl_mix_parts_avx2, dsl_mix_parts_avx512;
+dsl_scaled_kernel dsl_scaled_baseline, dsl_scaled_avx2, dsl_scaled_avx512;
+dsl_gate_kernel dsl_gate_baseline, dsl_gate_avx2, dsl_gate_avx512;
+
+// On a GPU; 0, or the error code of the runtime.
+int dsl_gpu_norm(const dsl_norm* norm, int64_t rows, void* stream);
+int dsl_gpu_rotary(const dsl_rotary* rotary, int64_t batch, void* stream);
+int dsl_gpu_attention(const dsl_attention* attention, int64_t batch, void* stream);
+int dsl_gpu_gate(const dsl_gate* gate, int64_t numel, void* stream);  // numel: of out
+}

@@ -1,10 +1,11 @@
-// The ops deepspeedlite::few_row_product and unpack_weight: products of one to eight rows with a weight, whole or packed.
+// The ops deepspeedlite::few_row_product and unpack_weight, on GPUs and on the CPU.
 #include "transformer_inference/product.h"
 
 #include <torch/csrc/stable/library.h>
 
 #include "common/arguments.h"
 #include "common/isa.h"
+#include "common/on_gpu.h"
 
 namespace {
 
@@ -18,7 +19,7 @@ dsl_product describe(const dsl::Arguments& arguments, const Tensor& weight, cons
     dsl_product p{};
     p.bits = static_cast<int32_t>(bits);
     p.out = out;
-    p.width = width;
+    p.width = p.columns = width;
     if (bits == 0) {
         p.weight = arguments.floats("weight", weight, out * width);
         return p;
@@ -44,6 +45,13 @@ void few_row_product(Tensor x, Tensor weight, MaybeTensor scales, MaybeTensor bi
     p.bias = arguments.floats("bias", bias, out);
     p.y = arguments.floats("y", y, rows * out);
     p.rows = rows;
+    p.input = from;
+#if defined(DSL_GPU)
+    if (!arguments.on_cpu) {
+        return dsl::on_gpu("few_row_product", arguments.device_index,
+                           [&](void* stream) { return dsl_gpu_product(&p, stream); });
+    }
+#endif
     p.padded_rows = rows <= 2 ? rows : rows <= 4 ? 4 : 8;
     p.x_stride = p.width;
     const int64_t numel = p.padded_rows * p.x_stride, groups = bits == 0 ? 0 : p.padded_rows * (p.width / group);
@@ -69,9 +77,20 @@ void unpack_weight(Tensor weight, Tensor scales, Tensor out, int64_t bits, int64
     arguments.check(out.dim() == 2, "out must be a matrix");
     const dsl_product p = describe(arguments, weight, scales, out.size(1), out.size(0), bits, group);
     const dsl_tensor to = arguments.floats("out", out, out.numel());
+#if defined(DSL_GPU)
+    if (!arguments.on_cpu) {
+        return dsl::on_gpu("unpack_weight", arguments.device_index,
+                           [&](void* stream) { return dsl_gpu_unpack(&p, &to, stream); });
+    }
+#endif
     dsl_unpack_kernel* const unpack = DSL_BEST(dsl_unpack);
     dsl::parallel_for((p.out + DSL_PANEL - 1) / DSL_PANEL,
-                      [&](int64_t begin, int64_t end) { unpack(&p, &to, out.size(1), begin, end); });
+                      [&](int64_t begin, int64_t end) { unpack(&p, &to, begin, end); });
+}
+
+void implement(torch::stable::detail::StableLibrary& m) {
+    m.impl("few_row_product", TORCH_BOX(&few_row_product));
+    m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
 }
 
 }  // namespace
@@ -83,7 +102,4 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deepspeedlite, m) {
     m.def("unpack_weight(Tensor weight, Tensor scales, Tensor(a!) out, int bits, int group) -> ()");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(deepspeedlite, CPU, m) {
-    m.impl("few_row_product", TORCH_BOX(&few_row_product));
-    m.impl("unpack_weight", TORCH_BOX(&unpack_weight));
-}
+DSL_IMPLEMENT(implement)

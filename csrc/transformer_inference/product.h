@@ -1,4 +1,4 @@
-// Products of a few rows with a weight matrix, on the CPU: the C ABI between product_kernel.cpp and bindings.
+// Products of a few rows with a weight matrix: the C ABI between kernels, on the CPU and on GPUs, and bindings.
 #pragma once
 
 #include "common/tensor.h"
@@ -25,6 +25,8 @@ struct dsl_product {
     dsl_tensor bias;         // (out), or absent
     dsl_tensor y;            // (rows, out)
     dsl_integers integers;   // of x, or null
+    dsl_tensor input;        // x as it was given, (rows, columns): GPUs read it
+    int64_t columns;         // of x, and of a packed weight without what was added
 };
 
 // Panels [begin, end) of the outputs.
@@ -37,11 +39,16 @@ typedef void dsl_spread_rows_kernel(const dsl_tensor* x, int64_t rows, int64_t w
 // x (rows, width) as integers; false, and nothing is written, where there are no products of bytes to use them.
 typedef bool dsl_integers_kernel(const float* x, int64_t rows, int64_t width, int64_t group, dsl_integers* to);
 
-// The weight of panels [begin, end), times its scales, into `to` (out, columns); columns: without what was added.
-typedef void dsl_unpack_kernel(const dsl_product* product, const dsl_tensor* to, int64_t columns, int64_t begin,
-                               int64_t end);
+// The weight of panels [begin, end), times its scales, into `to` (out, columns).
+typedef void dsl_unpack_kernel(const dsl_product* product, const dsl_tensor* to, int64_t begin, int64_t end);
 
-extern "C" dsl_product_kernel dsl_product_baseline, dsl_product_avx2, dsl_product_avx512;
-extern "C" dsl_spread_rows_kernel dsl_spread_rows_baseline, dsl_spread_rows_avx2, dsl_spread_rows_avx512;
-extern "C" dsl_integers_kernel dsl_integers_baseline, dsl_integers_avx2, dsl_integers_avx512;
-extern "C" dsl_unpack_kernel dsl_unpack_baseline, dsl_unpack_avx2, dsl_unpack_avx512;
+extern "C" {
+dsl_product_kernel dsl_product_baseline, dsl_product_avx2, dsl_product_avx512;
+dsl_spread_rows_kernel dsl_spread_rows_baseline, dsl_spread_rows_avx2, dsl_spread_rows_avx512;
+dsl_integers_kernel dsl_integers_baseline, dsl_integers_avx2, dsl_integers_avx512;
+dsl_unpack_kernel dsl_unpack_baseline, dsl_unpack_avx2, dsl_unpack_avx512;
+
+// On a GPU; 0, or the error code of the runtime.
+int dsl_gpu_product(const dsl_product* product, void* stream);
+int dsl_gpu_unpack(const dsl_product* product, const dsl_tensor* to, void* stream);
+}

@@ -236,10 +236,9 @@ extern "C" void DSL_NAMED(dsl_spread_rows)(const dsl_tensor* x, int64_t rows, in
     }
 }
 
-extern "C" void DSL_NAMED(dsl_unpack)(const dsl_product* product, const dsl_tensor* to, int64_t columns, int64_t begin,
-                                      int64_t end) {
+extern "C" void DSL_NAMED(dsl_unpack)(const dsl_product* product, const dsl_tensor* to, int64_t begin, int64_t end) {
     const dsl_product& p = *product;
-    const int64_t groups = p.width / p.group, bytes = p.bits == 8 ? Eight::BYTES : Four::BYTES;
+    const int64_t columns = p.columns, groups = p.width / p.group, bytes = p.bits == 8 ? Eight::BYTES : Four::BYTES;
     alignas(64) float rows[PANEL][64];  // 64 columns of a panel at a time
     for (int64_t panel = begin; panel < end; ++panel) {
         const int64_t first = panel * PANEL, count = p.out - first < PANEL ? p.out - first : PANEL;

@@ -187,6 +187,35 @@ def async_io() -> str:
     return f"a file written and read by {engine}"
 
 
+def transformer_inference() -> str:
+    """A product with packed weights, and a norm."""
+    import torch
+
+    from deepspeedlite.ops import load
+    from deepspeedlite.ops.transformer_inference import PackedLinear, add_norm
+
+    load("few_row_product"), load("add_norm")
+    x, weight = torch.randn(3, 96), torch.randn(40, 96)
+    torch.testing.assert_close(PackedLinear.pack(weight)(x), x @ weight.T, rtol=1e-4, atol=1e-4)
+    normed, _ = add_norm(x, None, None, 1e-5, kind="layer")
+    torch.testing.assert_close(normed, torch.nn.functional.layer_norm(x, (96,)), rtol=1e-4, atol=1e-5)
+    return "a product and a norm equal torch's"
+
+
+def quantizer() -> str:
+    """Numbers to 8 bits and back."""
+    import torch
+
+    from deepspeedlite.ops import load
+    from deepspeedlite.ops.quantizer import dequantize, quantize
+
+    load("quantize_groups"), load("dequantize_groups")
+    x = torch.randn(3, 96)
+    back = dequantize(quantize(x))
+    torch.testing.assert_close(back, x, rtol=0, atol=float(x.abs().max()) / 254)
+    return "numbers come back from 8 bits"
+
+
 CHECKS: dict[str, Callable[[], str]] = {
     "cpu_adam": lambda: adam("DeepSpeedCPUAdam"),
     "fused_adam": lambda: adam("FusedAdam"),
@@ -196,6 +225,8 @@ CHECKS: dict[str, Callable[[], str]] = {
     "fused_lamb": lamb,
     "utils": utils,
     "async_io": async_io,
+    "transformer_inference": transformer_inference,
+    "quantizer": quantizer,
 }
 
 

@@ -135,6 +135,11 @@ _ROWS = (
             "transformer_inference/norm_kernel.cpp",
             "transformer_inference/gate_kernel.cpp",
         ),
+        gpu=(
+            "transformer_inference/product.cu",
+            "transformer_inference/attention.cu",
+            "transformer_inference/between.cu",
+        ),
     ),
     OpSpec(
         "quantizer",
