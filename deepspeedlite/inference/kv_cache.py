@@ -10,8 +10,9 @@ This file imports transformers, and is imported where one of its models is fused
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from transformers.cache_utils import (
 )
 
 from deepspeedlite.runtime.errors import UnsupportedError
+
+_T = TypeVar("_T")
 
 # Memory is given in whole multiples of so many tokens, so that a sequence that grows by one token is not copied each
 # time.
@@ -65,7 +68,7 @@ class Buffers:
 
 
 class BufferPool:
-    """Lends memory to caches, and keeps the largest that was given back.
+    """Lends memory to caches, and keeps what was given back last.
 
     Args:
         shape: what is stored.
@@ -76,8 +79,9 @@ class BufferPool:
     def __init__(self, shape: CacheShape, *, batch: int, tokens: int) -> None:
         self.shape = shape
         self._batch, self._tokens = max(batch, 1), max(tokens, 1)
-        # At most one: that of the last generation.
-        self._free: Buffers | None = None
+        # At most one: that of the last generation. A list, since threads may generate beside each other: its pop and
+        # append are whole.
+        self._free: list[Buffers] = []
 
     def lend(self, batch: int, tokens: int) -> Lease:
         """Memory for at least so many sequences and positions. What it holds is undefined."""
@@ -85,10 +89,13 @@ class BufferPool:
 
     def take(self, batch: int, tokens: int) -> Buffers:
         """As `lend`, without somebody who gives it back."""
-        free, self._free = self._free, None
-        if free is not None and free.batch >= batch and free.tokens >= tokens:
-            return free
-        del free  # before there is more
+        try:
+            free = self._free.pop()
+            if free.batch >= batch and free.tokens >= tokens:
+                return free
+            del free  # before there is more
+        except IndexError:
+            pass
         rows = max(batch, self._batch)
         # A batch larger than expected gets no more memory than expected, unless it needs it.
         expected = self._tokens if batch <= self._batch else self._batch * self._tokens // batch
@@ -96,9 +103,8 @@ class BufferPool:
         return Buffers(self.shape, rows, max(at_once, expected))
 
     def give_back(self, buffers: Buffers) -> None:
-        """For the next one; the larger of two is kept."""
-        if self._free is None or buffers.batch * buffers.tokens >= self._free.batch * self._free.tokens:
-            self._free = buffers
+        """For the next one; what was given back before is let go."""
+        self._free[:] = [buffers]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> BufferPool:
         return BufferPool(self.shape, batch=self._batch, tokens=self._tokens)
@@ -110,6 +116,15 @@ class Lease:
     def __init__(self, pool: BufferPool, buffers: Buffers) -> None:
         self.pool = pool
         self.buffers = buffers
+        # What a model has made for this very memory; see `kept`.
+        self._made: dict[Any, Any] = {}
+
+    def kept(self, key: Any, is_good: Callable[[_T], bool], make: Callable[[], _T]) -> _T:
+        """What was made for `key` before, if it is still good; else it is made. Let go when the memory changes."""
+        found = self._made.get(key)
+        if found is None or not is_good(found):
+            found = self._made[key] = make()
+        return found
 
     def reserve(self, batch: int, tokens: int) -> None:
         """Room for so many, with what is there kept. Memory at least doubles when it grows."""
@@ -121,6 +136,7 @@ class Lease:
         more = self.pool.take(max(batch, mine.batch), tokens)
         more.copy_from(mine)
         self.buffers = more
+        self._made.clear()
 
     def __del__(self) -> None:
         self.pool.give_back(self.buffers)

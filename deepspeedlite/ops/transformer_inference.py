@@ -16,7 +16,16 @@ from deepspeedlite.ops import inference_reference as reference
 from deepspeedlite.ops.packed_linear import PackedLinear
 from deepspeedlite.runtime.errors import OpError
 
-__all__ = ["PackedLinear", "activate", "activations", "add_norm", "decode_attention", "gated", "rotary_to_cache"]
+__all__ = [
+    "PackedLinear",
+    "activate",
+    "activation_number",
+    "activations",
+    "add_norm",
+    "decode_attention",
+    "gated",
+    "rotary_to_cache",
+]
 
 _KINDS = ("rms", "layer")
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -166,7 +175,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
     Raises:
         OpError: there is no such activation.
     """
-    index = _activation(activation)
+    index = activation_number(activation)
     if (op := _op("gated_activation", x)) is not None:
         x = x.contiguous()
         out = torch.empty_like(x)
@@ -181,7 +190,7 @@ def gated(gate_up: Tensor, activation: str) -> Tensor:
     Raises:
         OpError: there is no such activation.
     """
-    index = _activation(activation)
+    index = activation_number(activation)
     if (op := _op("gated_activation", gate_up)) is not None:
         out = gate_up.new_empty((*gate_up.shape[:-1], gate_up.shape[-1] // 2))
         op(gate_up.contiguous(), out, index, True)
@@ -196,8 +205,12 @@ def _op(name: str, x: Tensor) -> Any:
     return find_op(name, "cpu" if x.is_cpu else x.device.type)
 
 
-def _activation(name: str) -> int:
-    """Its number in `csrc/transformer_inference/between.h`."""
+def activation_number(name: str) -> int:
+    """An activation's number in `csrc/transformer_inference/between.h`, for who calls the op itself.
+
+    Raises:
+        OpError: there is no such activation.
+    """
     try:
         return _ACTIVATION_NUMBERS[name]
     except KeyError:

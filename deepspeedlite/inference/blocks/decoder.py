@@ -17,6 +17,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 
 from deepspeedlite.inference.blocks.attention import Step
 from deepspeedlite.inference.blocks.block import FusedBlock, final_norm
+from deepspeedlite.inference.blocks.decode import DecodePlan
 from deepspeedlite.inference.blocks.families import Family
 from deepspeedlite.inference.blocks.parts import Norm, find
 from deepspeedlite.inference.blocks.positions import RotaryTable, counted_positions, learned_positions
@@ -131,6 +132,11 @@ class FusedDecoder:
     ) -> Tensor:
         parts = self._parts
         stream: Tensor | None = None
+        if layers is not None and states is None and DecodePlan.fits(parts.blocks, delta, step):
+            plan = self._plan(delta, layers)
+            delta, stream = plan.run(delta, step)
+            # A norm has memory of its own; without one, what is returned would be written over by the next step.
+            return self._ended(delta if parts.norm is not None else delta.clone(), stream, step, layers)
         keys, values = self._scratch(delta) if layers is None else (delta, delta)
         for index, block in enumerate(parts.blocks):
             if states is not None:
@@ -138,12 +144,23 @@ class FusedDecoder:
             if layers is not None:
                 keys, values = layers[index].buffer_keys, layers[index].buffer_values
             delta, stream = block.forward(delta, stream, step, keys, values)
-        for layer in layers or ():
-            layer.advance(step.tokens)
-        x = final_norm(parts.norm, delta, stream)
-        project = parts.family.project_out and find(parts.holder, parts.family.project_out)
+        x = self._ended(delta, stream, step, layers)
         if states is not None:
             states.append(x)
+        return x
+
+    def _plan(self, x: Tensor, layers: list[StaticKVLayer]) -> DecodePlan:
+        blocks = self._parts.blocks
+        return layers[0].lease.kept(
+            x.shape[:2], lambda plan: plan.still_fits(blocks), lambda: DecodePlan(blocks, layers, x)
+        )
+
+    def _ended(self, delta: Tensor, stream: Tensor | None, step: Step, layers: list[StaticKVLayer] | None) -> Tensor:
+        """The last sum and norm, in memory that is the caller's; what was cached counts from now on."""
+        for layer in layers or ():
+            layer.advance(step.tokens)
+        x = final_norm(self._parts.norm, delta, stream)
+        project = self._parts.family.project_out and find(self._parts.holder, self._parts.family.project_out)
         return project(x) if project is not None and project else x
 
     def _scratch(self, x: Tensor) -> tuple[Tensor, Tensor]:
