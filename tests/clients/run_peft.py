@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from common import BATCH, JOB, LEARNING_RATE, RANK, Clock, Tokens, engine_config, gpt2, meet, report
 
 
@@ -39,6 +40,7 @@ def main() -> None:
         data_seed=7,
     )
     base = gpt2()
+    torch.manual_seed(5)  # the adapter's values are drawn, and a model that was loaded leaves no seed behind
     model = get_peft_model(base, LoraConfig(r=4, lora_dropout=0.0, target_modules=["c_attn"], task_type="CAUSAL_LM"))
     trainer = Trainer(model=model, args=args, train_dataset=Tokens(), callbacks=[Watch()])
     trainer.train(resume_from_checkpoint=JOB.get("resume"))
