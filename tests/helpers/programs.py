@@ -16,8 +16,8 @@ import pytest
 
 # What brings a program on Debian, where the package is not called like it.
 PACKAGES = {
-    "c++": "g++", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "clang++-19": "clang-19", "ninja": "ninja-build",
-    "qemu-aarch64-static": "qemu-user-static", "nvcc": "nvidia-cuda-toolkit",
+    "c++": "g++", "g++": "g++", "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu", "clang++-19": "clang-19",
+    "ninja": "ninja-build", "qemu-aarch64-static": "qemu-user-static", "nvcc": "nvidia-cuda-toolkit",
     "ip": "iproute2", "bridge": "iproute2", "ss": "iproute2", "ps": "procps", "mount": "mount",
     "mkfs.ext4": "e2fsprogs",
     "ssh": "openssh-client", "ssh-keygen": "openssh-client", "sshd": "openssh-server",

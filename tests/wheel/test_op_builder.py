@@ -466,6 +466,7 @@ def test_cuda_home_in_each_of_its_usual_forms(form, conda, clean):
         gpu.find_gpu_compiler(CUDA_TORCH)
 
 
+@needs("g++")
 @pytest.mark.parametrize("cxx", ["ccache g++", "g++ -m64", "env LC_ALL=C g++ -DMINE='a b'", "{folder}/a compiler"])
 def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
     called = tmp_path / "called"
@@ -490,10 +491,18 @@ def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
 @pytest.mark.parametrize(
     ("cxx", "reason"),
     [
-        ("ccache g++", "CXX=ccache g\\+\\+: ccache is not a program; install it or correct CXX"),
+        pytest.param(
+            "ccache g++",
+            "CXX=ccache g\\+\\+: ccache is not a program; install it or correct CXX",
+            marks=needs("g++"),
+        ),
         ("no-such -m64", "CXX=no-such -m64 is not a program; install a C\\+\\+17 compiler"),
         ("g++ 'x", "CXX=g\\+\\+ 'x is not a program"),
-        ("g++ -std=c++98 -nonsense", "does not compile what ops are made of: .*-nonsense.*; install a newer"),
+        pytest.param(
+            "g++ -std=c++98 -nonsense",
+            "does not compile what ops are made of: .*-nonsense.*; install a newer",
+            marks=needs("g++"),
+        ),
     ],
 )
 def test_a_cxx_that_cannot_be_used_says_why(cxx, reason, cold, clean):
