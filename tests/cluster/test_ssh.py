@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from children import hear_signals
 from cluster import Cluster, needs_cluster
@@ -125,8 +126,7 @@ def test_a_signal_while_hosts_still_start_leaves_no_ssh(tmp_path: Path) -> None:
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=10)
         assert (process.returncode, err) == (130, "dslite_ssh: stopped; what runs on the hosts may go on there\n")
-    left = subprocess.run(["pgrep", "-f", f"sleep 6{mark}"], capture_output=True, text=True)
-    assert left.stdout == ""
+    assert not [line for p in psutil.process_iter(["cmdline"]) if f"6{mark}" in (line := p.info["cmdline"] or ())]
 
 
 @needs_cluster()
