@@ -263,12 +263,15 @@ def _told(places: list[Place], total: int, dtype_of: Callable[[str, torch.Tensor
 
 
 class LayerReader:
-    """Reads tensors of a model's checkpoint by the model's names, whole, as `StreamedWeights` asks for them.
+    """Gives a model on the meta device its values, a module at a time and whole: for what is made of them at once.
 
     Args:
-        model: its names count.
+        model: its names count, and what it is made of now; it is in its dtypes.
         checkpoint: see `open_weights`, as are `base_dir` and `formats`.
-        dtype_of: the dtype that a tensor is wanted in.
+        device: where `fill` puts values; None: the CPU.
+
+    Raises:
+        CheckpointError: tensors are missing or have other shapes, all named.
     """
 
     def __init__(
@@ -277,21 +280,35 @@ class LayerReader:
         checkpoint: Any,
         base_dir: str,
         formats: Formats,
-        dtype_of: Callable[[str, torch.Tensor], torch.dtype],
+        *,
+        device: torch.device | None = None,
     ) -> None:
-        self._weights = open_weights(checkpoint, base_dir, formats)
-        self._dtype_of = dtype_of
-        places = plan_loading(model, self._weights.tensors, {})
-        self._places = {name: place for place in places for name in place.names}
+        self._weights, self._device = open_weights(checkpoint, base_dir, formats), device
+        try:
+            places = plan_loading(model, self._weights.tensors, {})
+        except BaseException:
+            self.close()
+            raise
+        self._by_name = {name: place for place in places for name in place.names}
+        self._by_tensor = {id(place.tensor): place for place in places}  # which `places` keep alive
+        self._slots = _slots_of(model)
 
     def __call__(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """These tensors, on the CPU."""
-        found: dict[str, torch.Tensor] = {}
-        for name in names:
-            place = self._places[name]
-            found[name] = torch.empty(place.tensor.shape, dtype=self._dtype_of(name, place.tensor))
-            self._weights.read(place.stored, None, found[name])
-        return found
+        """The tensors with these names, on the CPU."""
+        return {name: self._values(self._by_name[name]) for name in names}
+
+    def fill(self, module: torch.nn.Module) -> None:
+        """Give what a part of the model has on the meta device its values. A tied tensor gets them everywhere."""
+        for part in module.modules():
+            for tensor in [*part._parameters.values(), *part._buffers.values()]:
+                if tensor is not None and tensor.is_meta and (place := self._by_tensor.get(id(tensor))) is not None:
+                    values = self._values(place).to(self._device or "cpu")
+                    _put(self._slots[id(tensor)], tensor, values)
+
+    def _values(self, place: Place) -> torch.Tensor:
+        values = torch.empty(place.tensor.shape, dtype=place.tensor.dtype)
+        self._weights.read(place.stored, None, values)
+        return values
 
     def close(self) -> None:
         """Close the files."""

@@ -8,17 +8,20 @@ that wants it otherwise.
 from __future__ import annotations
 
 import copy
-import importlib
 import re
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.comm import Group
+from deepspeedlite.inference.blocks import fuse
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig, checkpoint_of
+from deepspeedlite.inference.loading import LayerReader, fill_computed, load_checkpoint
+from deepspeedlite.inference.quantized import quantize_linears
 from deepspeedlite.inference.streamed import StreamedWeights
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import InferenceError, UnsupportedError
@@ -40,6 +43,11 @@ class Setting(NamedTuple):
     group_size: int
     max_tokens: int
     zero: str = ""  # the section that says how weights are streamed; empty: they are not
+
+    @property
+    def packing(self) -> dict[str, Any]:
+        """How packed weights are kept."""
+        return {"dtype": self.dtype, "bits": self.bits, "group_size": self.group_size}
 
     @property
     def is_lasting(self) -> bool:
@@ -115,15 +123,23 @@ def prepare(
             return model
         model = _copy_of_engines(model, mark.setting)
     pieces = _split(model, config, group)
-    _load(model, config, setting, pieces, formats)
     cast(model, setting.dtype)
     streamed = None
-    if setting.zero:
-        streamed = StreamedWeights(model, config.zero, device.torch_device)
-    elif setting.device is not None:
-        model.to(setting.device)
-    if setting.fused or setting.bits is not None:
-        _fuse(model, setting)
+    with _loaded(model, config, setting, pieces, formats) as reader:
+        if setting.zero:
+            streamed = StreamedWeights(model, config.zero, device.torch_device, read=reader)
+        elif reader is None:
+            _move(model, setting.device)
+        fill = None if reader is None else reader.fill
+        if setting.fused:
+            _tell(fuse(model, **setting.packing, max_tokens=setting.max_tokens, batch=1, fill=fill))
+        if setting.bits is not None:
+            _tell(quantize_linears(model, **setting.packing, fill=fill))
+        if reader is not None:
+            reader.fill(model)
+            fill_computed(model, setting.device)
+            _move(model, setting.device)
+    _refuse_empty(model)
     model.__dict__[_ENGINES] = Engines(setting, streamed)
     return model
 
@@ -207,22 +223,47 @@ def _split(model: torch.nn.Module, config: DeepSpeedInferenceConfig, group: Grou
     return split_model(model, group, config.injection_policy)
 
 
-def _load(
+def _move(model: torch.nn.Module, device: torch.device | None) -> None:
+    """Move it as a whole; what is streamed sees to its own place."""
+    if device is not None and not owners_of(model.parameters()):
+        model.to(device)
+        return
+    for part in model.modules() if device is not None else ():
+        for key, buffer in part._buffers.items():
+            part._buffers[key] = None if buffer is None else buffer.to(device)
+
+
+@contextmanager
+def _loaded(
     model: torch.nn.Module, config: DeepSpeedInferenceConfig, setting: Setting, pieces: Any, formats: Formats
-) -> None:
+) -> Iterator[LayerReader | None]:
+    """The model has its checkpoint's weights, where there is one; or gets them from what is yielded.
+
+    The latter where something smaller is made of each layer at once: a model that needs that may not fit as it is.
+    """
     checkpoint, base_dir = checkpoint_of(config)
-    if checkpoint is not None:
-        from deepspeedlite.inference.loading import load_checkpoint  # with what only files need
+    if checkpoint is None:
+        _refuse_empty(model)
+        yield None
+        return
+    one_by_one = setting.zero or setting.bits is not None
+    if one_by_one and pieces is None and any(param.is_meta for param in model.parameters()):
+        with closing(LayerReader(model, checkpoint, base_dir, formats, device=setting.device)) as reader:
+            yield reader
+        return
+    load_checkpoint(
+        model,
+        checkpoint,
+        base_dir,
+        formats,
+        dtype_of=lambda name, tensor: tensor.dtype,
+        device=setting.device,
+        pieces=pieces or {},
+    )
+    yield None
 
-        keep = keeps_fp32(model, setting.dtype)
 
-        def dtype_of(name: str, tensor: torch.Tensor) -> torch.dtype:
-            is_cast = isinstance(tensor, torch.nn.Parameter) and tensor.is_floating_point()
-            return tensor.dtype if not is_cast else torch.float32 if keep(name) else setting.dtype
-
-        load_checkpoint(
-            model, checkpoint, base_dir, formats, dtype_of=dtype_of, device=setting.device, pieces=pieces or {}
-        )
+def _refuse_empty(model: torch.nn.Module) -> None:
     empty = [name for name, tensor in model.named_parameters() if tensor.is_meta]
     empty += [name for name, tensor in model.named_buffers() if tensor.is_meta]
     if empty:
@@ -257,20 +298,6 @@ def keeps_fp32(model: torch.nn.Module, dtype: torch.dtype) -> Callable[[str], bo
     return lambda name: any(pattern.search(name) for pattern in patterns)
 
 
-def _fuse(model: torch.nn.Module, setting: Setting) -> None:
-    """Replace blocks by fused ones, and say what was replaced."""
-    try:
-        blocks = importlib.import_module("deepspeedlite.inference.blocks")
-    except ModuleNotFoundError:
-        log_dist_once("inference engine: fused blocks are not in this release; nothing is replaced")
-        return
-    lines = blocks.fuse(
-        model,
-        dtype=setting.dtype,
-        max_tokens=setting.max_tokens,
-        batch=1,
-        bits=setting.bits,
-        group_size=setting.group_size,
-    )
+def _tell(lines: list[str]) -> None:
     for line in lines:
         log_dist(f"inference engine: {line}")

@@ -66,7 +66,8 @@ def quantize_linears(
     quantized = 0
     left: dict[str, int] = {}
     for parent in list(model.modules()):
-        for name, module in list(parent.named_children()):
+        children: list[tuple[str, Any]] = list(parent.named_children())
+        for name, module in children:
             if not isinstance(getattr(module, "weight", None), nn.Parameter) or module.weight.dim() != 2:
                 continue
             reason = _why_not(module, holders)
@@ -76,8 +77,7 @@ def quantize_linears(
             if fill is not None:
                 fill(module)
             weight = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
-            bias: Any = module.bias
-            packed = PackedLinear.pack(weight, bias, dtype=dtype, bits=bits, group_size=group_size)
+            packed = PackedLinear.pack(weight, module.bias, dtype=dtype, bits=bits, group_size=group_size)
             setattr(parent, name, QuantizedLinear(packed))
             quantized += 1
     lines = [f"{counted(quantized, 'linear layer')} quantized to {bits} bits"] if quantized else []
