@@ -62,6 +62,15 @@ def together(group: Group, model: torch.nn.Module, make: Callable[[], _T]) -> _T
             f"the ranks of one model have different ones: rank {group.ranks[0]} a {models[0][1]}, and rank "
             f"{group.ranks[others[0]]} a {models[others[0]][1]}, or one with other shapes; give every rank the same"
         )
+    return on_all(group, make)
+
+
+def on_all(group: Group, make: Callable[[], _T]) -> _T:
+    """Do something on every rank of a group, or fail on all of them.
+
+    Raises:
+        InferenceError: it failed on another rank.
+    """
     made: list[_T] = []
     failed: Exception | None = None
     try:

@@ -67,7 +67,8 @@ class InferenceEngine(torch.nn.Module):
         self._timers: list[Any] = []  # hooks
         self._is_compiled = self._destroyed = False
         group = self._tensor_group.group
-        if group.size > 1:
+        everyone = Group() if self._config.zero.stage == 3 else group  # streamed weights are all ranks'
+        if everyone.size > 1:
             watch_for_stalls()
 
         def make() -> tuple[torch.nn.Module, Setting]:
@@ -75,7 +76,7 @@ class InferenceEngine(torch.nn.Module):
             return prepare(model, self._config, setting, group, self._device, formats or Formats()), setting
 
         try:
-            self.module, self._setting = together(group, model, make)
+            self.module, self._setting = together(everyone, model, make)
         except BaseException:
             self._tensor_group.close()
             raise

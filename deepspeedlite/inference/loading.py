@@ -297,10 +297,10 @@ class LayerReader:
         """The tensors with these names, on the CPU."""
         return {name: self._values(self._by_name[name]) for name in names}
 
-    def fill(self, module: torch.nn.Module) -> None:
+    def fill(self, module: torch.nn.Module, buffers_alone: bool = False) -> None:
         """Give what a part of the model has on the meta device its values. A tied tensor gets them everywhere."""
         for part in module.modules():
-            for tensor in [*part._parameters.values(), *part._buffers.values()]:
+            for tensor in [*(() if buffers_alone else part._parameters.values()), *part._buffers.values()]:
                 if tensor is not None and tensor.is_meta and (place := self._by_tensor.get(id(tensor))) is not None:
                     values = self._values(place).to(self._device or "cpu")
                     _put(self._slots[id(tensor)], tensor, values)

@@ -12,6 +12,7 @@ import re
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +20,7 @@ import torch
 from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.comm import Group
 from deepspeedlite.inference.blocks import fuse
+from deepspeedlite.inference.checks import on_all
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig, checkpoint_of
 from deepspeedlite.inference.loading import LayerReader, fill_computed, load_checkpoint
 from deepspeedlite.inference.quantized import quantize_linears
@@ -137,7 +139,6 @@ def prepare(
             _tell(quantize_linears(model, **setting.packing, fill=fill))
         if reader is not None:
             reader.fill(model)
-            fill_computed(model, setting.device)
             _move(model, setting.device)
     _refuse_empty(model)
     model.__dict__[_ENGINES] = Engines(setting, streamed)
@@ -248,7 +249,10 @@ def _loaded(
         return
     one_by_one = setting.zero or setting.bits is not None
     if one_by_one and pieces is None and any(param.is_meta for param in model.parameters()):
-        with closing(LayerReader(model, checkpoint, base_dir, formats, device=setting.device)) as reader:
+        open_all = partial(LayerReader, model, checkpoint, base_dir, formats, device=setting.device)
+        with closing(on_all(Group(), open_all) if setting.zero else open_all()) as reader:
+            reader.fill(model, buffers_alone=True)
+            fill_computed(model, setting.device)
             yield reader
         return
     load_checkpoint(

@@ -20,7 +20,7 @@ import deepspeedlite
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.inference.config import read_inference_config
 from deepspeedlite.inference.streamed import StreamedWeights
-from deepspeedlite.runtime.errors import ConfigError, InferenceError
+from deepspeedlite.runtime.errors import CheckpointError, ConfigError, InferenceError
 
 CPU = torch.device("cpu")
 
@@ -123,8 +123,9 @@ def values_here(streamed: StreamedWeights) -> int:
 
 
 @needs("c++")
+@pytest.mark.parametrize("is_meta", [False, True])
 @distributed(world_size=[1, 2])
-def test_an_engine_generates_with_streamed_weights(tmp_path, world_size):
+def test_an_engine_generates_with_streamed_weights(tmp_path, world_size, is_meta):
     """Prompts are each rank's own, and so is how many tokens it generates."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
@@ -134,18 +135,35 @@ def test_an_engine_generates_with_streamed_weights(tmp_path, world_size):
     ids = torch.randint(5, 50, (2, 6), generator=torch.Generator().manual_seed(rank))
     words = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 5 + 3 * rank, "do_sample": False}
     expected = model.generate(ids, **words), model.generate(ids, num_beams=2, **words)
-    zero = section("nvme", tmp_path).model_dump(exclude_unset=True)
+    disk = tmp_path / "disk"
+    disk.mkdir(exist_ok=True)
+    zero = section("nvme", disk).model_dump(exclude_unset=True)
     config = {"dtype": "fp32", "zero": zero, "replace_with_kernel_inject": True}
+    if is_meta:
+        folder = tmp_path / "weights"
+        if rank == 0:
+            model.save_pretrained(folder)
+        dist.barrier()
+        with torch.device("meta"):
+            model = transformers.LlamaForCausalLM(model.config).eval()
+        last = world_size - 1  # the only one that looks elsewhere; the others are told
+        with pytest.raises(CheckpointError if rank == last else InferenceError, match="nowhere"):
+            place = tmp_path / "nowhere" if rank == last else folder
+            deepspeedlite.init_inference(model, config={**config, "checkpoint": str(place)})
+        first = deepspeedlite.init_inference(model, config={**config, "checkpoint": str(folder)})
+        assert torch.equal(first.generate(ids, **words), expected[0])
     engine = deepspeedlite.init_inference(model, config=config)
     second = deepspeedlite.init_inference(model, config=config)
     assert torch.equal(engine.generate(ids, **words), expected[0])
     assert torch.equal(second.generate(ids, num_beams=2, **words), expected[1])
     engine.destroy()
+    if is_meta:
+        first.destroy()
     assert torch.equal(second.generate(ids, **words), expected[0])
     with pytest.raises(InferenceError, match="build it anew"):
         deepspeedlite.init_inference(model, config={"dtype": "fp32"})
     second.destroy()
-    assert not list(tmp_path.iterdir()), "the disk has its space back"
+    assert not list(disk.iterdir()), "the disk has its space back"
     with pytest.raises(InferenceError, match="build it anew"):
         deepspeedlite.init_inference(model, config=config)
 

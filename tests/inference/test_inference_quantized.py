@@ -68,6 +68,30 @@ def test_weights_are_filled_one_layer_at_a_time():
     assert asked == ["0", "1"] and torch.equal(net(x), expected(x))
 
 
+@pytest.mark.slow_unless(family=["llama-tied"])
+@pytest.mark.parametrize("fused", [False, True])
+@pytest.mark.parametrize("family", ["llama-tied", "gpt2", "t5", "bert"])
+def test_a_checkpoint_is_quantized_as_it_is_read(family, fused, tmp_path):
+    """The same as quantizing the model that has it."""
+    pytest.importorskip("transformers")
+    from tiny_transformers import logits_of, tiny
+
+    model = tiny(family)
+    model.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        empty = tiny(family)
+    config = {
+        "dtype": "fp32",
+        "quant": {"weight": {"num_bits": 8, "group_size": 32}},
+        "replace_with_kernel_inject": fused,
+    }
+    read = deepspeedlite.init_inference(empty, config={**config, "checkpoint": str(tmp_path)})
+    whole = logits_of(model, family)
+    made = logits_of(deepspeedlite.init_inference(model, config=config), family)
+    assert torch.equal(logits_of(read, family), made) and not torch.equal(made, whole)
+    assert (made - whole).norm() < 0.03 * whole.norm()
+
+
 @pytest.fixture(scope="module")
 def trained():
     """The example's GPT, small, after some steps over Python's own sources; and text that it has not seen."""
