@@ -125,6 +125,8 @@ def test_model_of_a_pipeline():
     wanted = pipe("a b c", max_new_tokens=4, do_sample=False)
     pipe.model = deepspeedlite.init_inference(pipe.model, dtype=torch.float32)
     assert pipe("a b c", max_new_tokens=4, do_sample=False) == wanted
+    given = transformers.pipeline("text-generation", model=pipe.model, tokenizer=fast, device="cpu")
+    assert given("a b c", max_new_tokens=4, do_sample=False) == wanted
 
 
 def test_prompts_that_are_too_long():

@@ -52,6 +52,50 @@ def test_four_ranks(family):
     _as_whole(family, 4)
 
 
+_FUSED = [
+    "llama",
+    "llama-tied",
+    "mistral",
+    "qwen2",
+    "qwen3",
+    "gemma",
+    "phi",
+    "gpt2",
+    "gpt-neox",
+    "opt",
+    "bloom",
+    "bert",
+]
+
+
+def _fused_as_whole(family: str, size: int, **keywords: object) -> None:
+    model = tiny(family)
+    whole = copy.deepcopy(model)
+    given = {"dtype": torch.float32, "mp_size": size, "replace_with_kernel_inject": True, "max_out_tokens": 32}
+    engine = deepspeedlite.init_inference(model, **given, **keywords)
+    assert any("Fused" in type(part).__name__ for part in engine.module.modules())
+    with torch.no_grad():
+        expected = logits_of(whole, family, "left")
+    torch.testing.assert_close(logits_of(engine, family, "left"), expected, rtol=1e-5, atol=1e-5)
+    if family not in ENCODERS:
+        asked = {**prompts("left"), "max_new_tokens": 5, "do_sample": False}
+        assert torch.equal(engine.generate(**asked), whole.generate(**asked))
+
+
+@pytest.mark.slow_unless(family=["llama", "gpt2"])
+@pytest.mark.parametrize("family", _FUSED)
+@distributed(world_size=2, timeout_s=120)
+def test_two_ranks_with_fused_blocks(family):
+    _fused_as_whole(family, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["qwen2", "bloom"])
+@distributed(world_size=4, timeout_s=120)
+def test_four_ranks_with_fused_blocks(family):
+    _fused_as_whole(family, 4)
+
+
 @pytest.mark.slow
 @distributed(world_size=4, timeout_s=120)
 def test_two_models_on_four_ranks():

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,3 +101,31 @@ def test_gpt_writes_what_it_has_learnt(tmp_path):
     ran = run(examples / "generate.py", tmp_path / "gpt", "--prompt", "class ", "--new_bytes", "20")
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.startswith("class ") and "[20 bytes, " in ran.stdout
+
+
+_KILLED = """
+import os, signal, sys, torch, deepspeedlite
+sys.path.insert(0, sys.argv[-1])
+from tiny_transformers import prompts, tiny
+engine = deepspeedlite.init_inference(tiny("llama"), dtype="fp32", mp_size=2)
+seen = 0
+def count(*_):
+    global seen
+    seen += 1
+    if seen == 3 and os.environ["RANK"] == "1":
+        os.kill(os.getpid(), signal.SIGKILL)
+engine.module.register_forward_hook(count)
+engine.generate(**prompts(), max_new_tokens=30, do_sample=False)
+print("generated")
+"""
+
+
+@pytest.mark.slow
+def test_killed_rank_ends_the_others(tmp_path):
+    script = tmp_path / "killed.py"
+    script.write_text(_KILLED)
+    began_s = time.monotonic()
+    ran = run(script, ROOT / "tests" / "helpers", ranks=2)
+    assert ran.returncode != 0 and "generated" not in ran.stdout
+    assert "rank 1 failed first" in ran.stdout + ran.stderr and "SIGKILL" in ran.stdout + ran.stderr
+    assert time.monotonic() - began_s < 90
