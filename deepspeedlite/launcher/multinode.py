@@ -25,7 +25,7 @@ from typing import Any
 from deepspeedlite.env_report.preflight import Found, addresses, check, table
 from deepspeedlite.env_report.rows import BAD, WARN
 from deepspeedlite.launcher import protocol
-from deepspeedlite.launcher.backends import Launch, Reach, find_backend
+from deepspeedlite.launcher.backends import BACKENDS, Backend, Launch, Reach, find_backend
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
 from deepspeedlite.launcher.hostfile import bare
 from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen, rank_argv
@@ -409,6 +409,12 @@ def _is_ready(cluster: RemoteCluster, options: LaunchOptions, attempt: int, scre
     return True
 
 
+def _backend(options: LaunchOptions, hosts: Hosts) -> Backend:
+    """What was asked for; for this machine alone, which may have no ssh and no sshd, the one that needs none there."""
+    is_near = options.launcher is None and all(map(is_here, hosts))
+    return BACKENDS["ssh"] if is_near else find_backend(options.launcher, hosts)
+
+
 def _way_in(options: LaunchOptions, hosts: Hosts) -> tuple[list[Launch], str, socket.socket | None]:
     """What starts the agents, the key by which they are known, and where they come to us; None with ssh.
 
@@ -422,7 +428,7 @@ def _way_in(options: LaunchOptions, hosts: Hosts) -> tuple[list[Launch], str, so
                 f"port {_control_port(options)}, where nodes join, cannot be used: {error.strerror}"
             ) from error
         return _launches(options, hosts, "", ""), os.environ.get(KEY, ""), listener
-    if find_backend(options.launcher, hosts).by_pipes:
+    if _backend(options, hosts).by_pipes:
         return _launches(options, hosts, "", ""), "", None
     key, listener = protocol.new_secret(), listen(0, backlog=1024)
     own = ",".join([*addresses(), "127.0.0.1"])
@@ -436,7 +442,7 @@ def _launches(options: LaunchOptions, hosts: Hosts, connect_to: str, key: str) -
     reach = Reach(list(hosts), here, connect_to, keys, options.ssh_port, shlex.split(options.launcher_args), path)
     if options.no_ssh:
         return [Launch(reach.agent("--index", "0"), node=0)]
-    return find_backend(options.launcher, hosts).launches(reach)
+    return _backend(options, hosts).launches(reach)
 
 
 def _control_port(options: LaunchOptions) -> int:
@@ -478,7 +484,7 @@ def dry_run(options: LaunchOptions, hosts: Hosts) -> str:
         known = ",".join(map(str, one.slots)) if hosts[one.host] else "as many as it has devices"
         rows.append((one.host, f"{one.first_rank}-{one.first_rank + len(one.slots) - 1}", known))
     lines = columns(rows)
-    is_piped = options.no_ssh or find_backend(options.launcher, hosts).by_pipes
+    is_piped = options.no_ssh or _backend(options, hosts).by_pipes
     launches = _launches(options, hosts, "ADDRESS:PORT", "" if is_piped else "KEY")
     lines += [shlex.join(launch.argv) for launch in launches]
     script = rank_argv(options, "N", "python")

@@ -226,6 +226,19 @@ def test_torchrun_around_the_launcher_is_refused(script: Script, tmp_path: Path,
 
 
 @pytest.mark.slow
+def test_one_machine_is_checked_without_ssh(script: Script, tmp_path: Path) -> None:
+    """Nor does --force_multi go through it, whatever is installed."""
+    for name in ("pdsh", "ssh"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 9\n")
+        (tmp_path / name).chmod(0o755)
+    for path in (str(tmp_path), str(tmp_path / "none")):  # with both, and with none
+        checked = launch("--check", script("print('ran')"), PATH=path)
+        assert checked.returncode == 0 and b"the machine is ready" in checked.stderr, checked.stderr
+        done = launch("--force_multi", script("print('ran')"), PATH=path)
+        assert done.returncode == 0 and done.stdout == b"ran\n", done.stderr
+
+
+@pytest.mark.slow
 def test_two_parts_may_be_on_one_machine(script: Script, tmp_path: Path) -> None:
     """As somebody tries things out who has one machine: --no_ssh, by hand."""
     path = script(
