@@ -26,7 +26,7 @@ from deepspeedlite.env_report.rows import (
     version_numbers,
 )
 from deepspeedlite.runtime.env import discover_world
-from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.runtime.errors import ConfigError, DistributedError
 
 MIN_PYTHON = (3, 10)
 MIN_TORCH = "2.10"
@@ -46,7 +46,7 @@ OPTIONAL = {
 
 _PREFIXES = ("MASTER_", "LOCAL_", "CROSS_", "SLURM_JOB", "OMPI_COMM_", "MV2_", "UCX_", "OMP_", "MKL_", "KMP_")
 _PREFIXES_GPU = ("CUDA_", "HIP_", "ROCR_", "HSA_", "NCCL_", "RCCL_", "GLOO_")
-_PREFIXES_OWN = ("TORCH_", "PYTORCH_", "DS_", "DSL_", "DEEPSPEED_")
+_PREFIXES_OWN = ("TORCH_", "PYTORCH_", "DS_", "DSL_", "DEEPSPEED")
 _NAMES = ("RANK", "WORLD_SIZE", "PYTHONPATH", "LD_LIBRARY_PATH", "LD_PRELOAD", "CC", "CXX", "MAX_JOBS", "TMPDIR")
 _SECRET_NAME = re.compile(r"KEY|TOKEN|SECRET|PASSW|PASSPHRASE|CREDENTIAL|AUTH|COOKIE|PRIVATE", re.IGNORECASE)
 _SECRET_IN_URL = re.compile(r"(?<=://)[^/\s@]+(?=@)")
@@ -196,6 +196,10 @@ def _fault_of(name: str) -> tuple[str, str]:
             builder.named_archs()
         elif name == "MAX_JOBS":
             builder.max_jobs()
+        elif name == builder.ISA_VARIABLE:
+            builder.named_isa()
+    except ConfigError as error:
+        return BAD, str(error)
     except builder.OpBuildError as error:
         return WARN, str(error)
     return INFO, ""

@@ -5,14 +5,11 @@
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
-from deepspeedlite.runtime.errors import ConfigError, OpError
+from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.runtime.log import log_once
-
-ISA_VARIABLE, _ISAS = "DEEPSPEEDLITE_ISA", ("baseline", "avx2", "avx512")
 
 
 @cache
@@ -22,15 +19,14 @@ def load(name: str, device_type: str = "cpu") -> Any:
     Raises:
         OpError: there is none of that name, or it cannot be compiled or loaded here, or not for that device; the
             message says why.
+        ConfigError: of the variable that names an instruction set.
     """
-    from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops  # 6 ms, for who loads none
+    from deepspeedlite.ops.op_builder import OPS, OpBuildError, load_ops, named_isa  # 6 ms, for who loads none
 
     spec = next((spec for spec in OPS.values() if name in spec.ops), None)
     if spec is None:
         raise OpError(f"there is no op {name}; the ops are {', '.join(op for spec in OPS.values() for op in spec.ops)}")
-    isa = os.environ.get(ISA_VARIABLE, "")
-    if isa not in ("", *_ISAS):
-        raise ConfigError(f"{ISA_VARIABLE}={isa} is none of {', '.join(_ISAS)}; use one of them, or unset it")
+    named_isa()
     try:
         op = getattr(load_ops(spec), name)
     except OpBuildError as error:

@@ -18,6 +18,8 @@ from programs import find, needs, program
 
 import deepspeedlite.ops
 from deepspeedlite.compat import op_builders
+from deepspeedlite.env_report.packages import variables
+from deepspeedlite.env_report.rows import BAD
 from deepspeedlite.ops import op_builder
 from deepspeedlite.ops.op_builder import (
     OPS,
@@ -577,6 +579,8 @@ def test_words_that_variables_do_not_take_are_refused_by_name(clean):
         assert done.returncode == 2 and "DSL_LOG_LEVEL=loud is no level" in done.stderr
         assert "Traceback" not in done.stderr
     clean.setenv("DEEPSPEEDLITE_ISA", "foo")
+    (row,) = [row for row in variables() if row.name == "DEEPSPEEDLITE_ISA"]
+    assert row.status == BAD and "DEEPSPEEDLITE_ISA=foo is none of baseline, avx2, avx512" in row.remedy
     deepspeedlite.ops.load.cache_clear()  # what an earlier test has loaded is not looked at again
     for ask in (deepspeedlite.ops.load, deepspeedlite.ops.is_available):
         with pytest.raises(ConfigError, match="DEEPSPEEDLITE_ISA=foo is none of baseline, avx2, avx512; use one"):

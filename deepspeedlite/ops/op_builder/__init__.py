@@ -13,10 +13,11 @@ from deepspeedlite.ops.op_builder.jit import LEAST_BYTES, CacheEntry, built, cac
 from deepspeedlite.ops.op_builder.library_file import NO_SUM, load_error
 from deepspeedlite.ops.op_builder.prebuilt import Record, installed_libraries, misfit, read_record
 from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
-from deepspeedlite.ops.op_builder.toolchain import check_cxx, find_cxx, max_jobs
+from deepspeedlite.ops.op_builder.toolchain import ISA_VARIABLE, check_cxx, find_cxx, max_jobs, named_isa
 from deepspeedlite.ops.op_builder.torch_build import find_torch
 
 __all__ = [
+    "ISA_VARIABLE",
     "LEAST_BYTES",
     "NO_SUM",
     "OPS",
@@ -37,6 +38,7 @@ __all__ = [
     "max_jobs",
     "misfit",
     "named_archs",
+    "named_isa",
     "places",
     "read_record",
     "why_not",

@@ -23,6 +23,7 @@ from deepspeedlite.ops.op_builder.gpu import GpuCompiler, find_gpu_compiler
 from deepspeedlite.ops.op_builder.spec import OpSpec
 from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
 from deepspeedlite.runtime.cores import usable_cores
+from deepspeedlite.runtime.errors import ConfigError
 
 OLDEST_TORCH = 0x020A000000000000  # TORCH_TARGET_VERSION: 2.10
 _COMMON = ("-std=c++17", "-fPIC", "-pthread", "-fvisibility=hidden")
@@ -34,6 +35,7 @@ _AVX512 = (*_AVX2, *(f"-mavx512{part}" for part in ("f", "bw", "vl", "dq")), "-m
 # Instruction sets per family of processors; csrc/common/isa.h chooses among them when the op runs.
 _ISAS: dict[str, dict[str, tuple[str, ...]]] = {"x86_64": {"baseline": (), "avx2": _AVX2, "avx512": _AVX512}}
 _ONE_ISA: dict[str, tuple[str, ...]] = {"baseline": ()}
+ISA_VARIABLE = "DEEPSPEEDLITE_ISA"  # keeps ops from using a larger one
 
 
 # Programs that are written before a compiler to call it.
@@ -243,6 +245,18 @@ def max_jobs() -> int:
     if not named.isdecimal() or int(named) < 1:
         raise OpBuildError(f"MAX_JOBS={named} is no number of compilers", "set it to 1 or more, or unset it")
     return int(named)
+
+
+def named_isa() -> str:
+    """`$DEEPSPEEDLITE_ISA`, or "".
+
+    Raises:
+        ConfigError: it is none that ops are compiled for.
+    """
+    named, known = os.environ.get(ISA_VARIABLE, ""), _ISAS["x86_64"]
+    if named and named not in known:
+        raise ConfigError(f"{ISA_VARIABLE}={named} is none of {', '.join(known)}; use one of them, or unset it")
+    return named
 
 
 def _run(name: str, command: list[str], objects: Path) -> None:
