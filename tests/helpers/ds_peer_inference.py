@@ -8,6 +8,7 @@ and MASTER_PORT tell. Rank 0 writes {family: logits, or the text of the error} t
 
 from __future__ import annotations
 
+import importlib
 import os
 import sys
 from typing import Any
@@ -28,9 +29,9 @@ def policy_of(model: Any, family: str) -> dict[str, Any]:
 def main() -> None:
     out, *families = sys.argv[1:]
     import deepspeed
-    import deepspeed.comm.torch
 
-    deepspeed.comm.torch.build_shm_op = lambda: None  # a minute's compilation, for what gloo can do
+    backend = importlib.import_module("deepspeed.comm.torch")
+    backend.build_shm_op = lambda: None  # a minute's compilation, for what gloo can do
     deepspeed.init_distributed("gloo")
 
     found: dict[str, Any] = {}
