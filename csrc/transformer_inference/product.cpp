@@ -1,4 +1,5 @@
-// The ops deepspeedlite::few_row_product and unpack_weight, on GPUs and on the CPU.
+// The ops deepspeedlite::few_row_product and unpack_weight, on GPUs and on the CPU, and multiplies_bytes, which says
+// whether the first is quick with more than eight rows of packed weights.
 #include "transformer_inference/product.h"
 
 #include <torch/csrc/stable/library.h>
@@ -35,42 +36,61 @@ dsl_product describe(const dsl::Arguments& arguments, const Tensor& weight, cons
     return p;
 }
 
+// For all of `rows`, on torch's threads where there are many.
+template <class Work>
+void for_rows(int64_t rows, const Work& work) {
+    rows <= DSL_FEW_ROWS ? work(0, rows) : dsl::parallel_for(rows, work);
+}
+
+// The product on the CPU, once x is as the kernels want it: in memory that this thread keeps.
+void multiply(dsl_product& p) {
+    const int64_t eights = (p.rows + DSL_FEW_ROWS - 1) / DSL_FEW_ROWS * DSL_FEW_ROWS;
+    const int64_t rows = p.rows <= 2 ? p.rows : p.rows <= 4 ? 4 : eights;
+    const int64_t numel = rows * p.width, groups = p.bits == 0 ? 0 : rows * (p.width / p.group);
+    float* const wide = dsl::scratch_of_thread(numel + numel / 2 + 2 * groups);
+    p.x_stride = p.width;
+    p.x = static_cast<const float*>(p.input.data);
+    if (p.input.dtype != DSL_FP32 || p.width != p.columns || rows != p.rows) {
+        p.x = wide;
+        dsl_spread_rows_kernel* const spread = DSL_BEST(dsl_spread_rows);
+        for_rows(rows, [&](int64_t begin, int64_t end) {
+            spread(&p.input, p.rows, p.columns, wide, p.x_stride, begin, end);
+        });
+    }
+    if (p.bits != 0 && p.group <= DSL_INTEGER_GROUP && DSL_BEST(dsl_has_integers)()) {
+        auto* const high = reinterpret_cast<int8_t*>(wide + numel);
+        auto* const sums = reinterpret_cast<int32_t*>(high + 2 * numel);
+        p.integers = {high, high + numel, sums, reinterpret_cast<float*>(sums + groups)};
+        dsl_integers_kernel* const make_integers = DSL_BEST(dsl_integers);
+        for_rows(rows,
+                 [&](int64_t begin, int64_t end) { make_integers(p.x, p.width, p.group, &p.integers, begin, end); });
+    }
+    dsl_product_kernel* const kernel = DSL_BEST(dsl_product);
+    dsl::parallel_for((p.out + DSL_PANEL - 1) / DSL_PANEL, [&](int64_t begin, int64_t end) { kernel(&p, begin, end); });
+}
+
 void few_row_product(Tensor x, Tensor weight, MaybeTensor scales, MaybeTensor bias, Tensor y, int64_t bits,
                      int64_t group) {
     const dsl::Arguments arguments("few_row_product", x);
-    const int64_t width = x.size(-1), out = y.size(-1), rows = width == 0 ? 0 : x.numel() / width;
-    arguments.check(rows >= 1 && rows <= DSL_FEW_ROWS, "x must have one to eight rows that are not empty");
+    const int64_t width = x.dim() == 0 ? 0 : x.size(-1), out = y.dim() == 0 ? 0 : y.size(-1);
+    const int64_t rows = width == 0 ? 0 : x.numel() / width;
+    arguments.check(rows >= 1, "x must have rows that are not empty");
+    arguments.check(rows <= DSL_FEW_ROWS || (bits != 0 && arguments.on_cpu), "x must have at most eight rows");
     dsl_product p = describe(arguments, weight, scales, width, out, bits, group);
-    const dsl_tensor from = arguments.floats("x", x, rows * width);
+    p.input = arguments.floats("x", x, rows * width);
     p.bias = arguments.floats("bias", bias, out);
     p.y = arguments.floats("y", y, rows * out);
     p.rows = rows;
-    p.input = from;
 #if defined(DSL_GPU)
     if (!arguments.on_cpu) {
         return dsl::on_gpu("few_row_product", arguments.device_index,
                            [&](void* stream) { return dsl_gpu_product(&p, stream); });
     }
 #endif
-    p.padded_rows = rows <= 2 ? rows : rows <= 4 ? 4 : 8;
-    p.x_stride = p.width;
-    const int64_t numel = p.padded_rows * p.x_stride, groups = bits == 0 ? 0 : p.padded_rows * (p.width / group);
-    float* const wide = dsl::scratch_of_thread(numel + numel / 2 + 2 * groups);
-    if (from.dtype == DSL_FP32 && p.width == width && p.padded_rows == rows) {
-        p.x = static_cast<const float*>(from.data);
-    } else {
-        DSL_BEST(dsl_spread_rows)(&from, rows, width, wide, p.padded_rows, p.x_stride);
-        p.x = wide;
-    }
-    if (bits != 0) {
-        auto* const high = reinterpret_cast<int8_t*>(wide + numel);
-        dsl_integers whole{high, high + numel, reinterpret_cast<int32_t*>(high + 2 * numel), nullptr};
-        whole.scales = reinterpret_cast<float*>(whole.sums + groups);
-        if (DSL_BEST(dsl_integers)(p.x, p.padded_rows, p.width, group, &whole)) p.integers = whole;
-    }
-    dsl_product_kernel* const multiply = DSL_BEST(dsl_product);
-    dsl::parallel_for((out + DSL_PANEL - 1) / DSL_PANEL, [&](int64_t begin, int64_t end) { multiply(&p, begin, end); });
+    multiply(p);
 }
+
+bool multiplies_bytes() { return DSL_BEST(dsl_has_integers)(); }
 
 void unpack_weight(Tensor weight, Tensor scales, Tensor out, int64_t bits, int64_t group) {
     const dsl::Arguments arguments("unpack_weight", weight);
@@ -99,7 +119,12 @@ STABLE_TORCH_LIBRARY_FRAGMENT(deepspeedlite, m) {
     m.def(
         "few_row_product(Tensor x, Tensor weight, Tensor? scales, Tensor? bias, Tensor(a!) y, int bits, int group) -> "
         "()");
+    m.def("multiplies_bytes() -> bool");
     m.def("unpack_weight(Tensor weight, Tensor scales, Tensor(a!) out, int bits, int group) -> ()");
 }
 
 DSL_IMPLEMENT(implement)
+
+STABLE_TORCH_LIBRARY_IMPL(deepspeedlite, CompositeExplicitAutograd, m) {
+    m.impl("multiplies_bytes", TORCH_BOX(&multiplies_bytes));
+}

@@ -1,5 +1,5 @@
-// Products of one to eight rows with a weight matrix: as fast as the weight can be read, which is done once, in the order
-// in which it lies.
+// Products of rows with a weight matrix: of up to eight as fast as the weight can be read, which is done once, in the order
+// in which it lies. More are taken eight at a time for a panel of outputs.
 //
 // A whole weight lies output by output: one is read at a time, and the lanes of its sums are added up at its end. A packed
 // one lies in panels of 16 outputs, each a lane of its own. Rows beyond those asked for (there are 1, 2, 4 or 8) are 0.
@@ -192,47 +192,58 @@ void panel_of(const dsl_product& p, int64_t panel, int64_t count, float (*y)[PAN
     }
 }
 
+// `count` of x's rows from `first_row` on.
 template <int ROWS>
-void panels(const dsl_product& p, int64_t begin, int64_t end) {
-    for (int64_t panel = begin; panel < end; ++panel) {
-        const int64_t first = panel * PANEL, count = p.out - first < PANEL ? p.out - first : PANEL;
-        alignas(64) float y[ROWS][PANEL];
-        panel_of<ROWS>(p, panel, count, y);
-        const Tile bias(p.bias, first, count);
-        for (int64_t r = 0; r < p.rows; ++r) {
-            if (p.bias.data != nullptr) {
-                for (int64_t o = 0; o < count; ++o) y[r][o] += bias.floats[o];
-            }
-            write(y[r], p.y, r * p.out + first, count);
+void rows_of_panel(const dsl_product& all, int64_t first_row, int64_t count, int64_t panel) {
+    dsl_product p = all;
+    p.x += first_row * p.x_stride;
+    if (p.integers.high != nullptr) {
+        const int64_t groups = p.width / p.group;
+        p.integers.high += first_row * p.x_stride, p.integers.low += first_row * p.x_stride;
+        p.integers.sums += first_row * groups, p.integers.scales += first_row * groups;
+    }
+    const int64_t first = panel * PANEL, outputs = p.out - first < PANEL ? p.out - first : PANEL;
+    alignas(64) float y[ROWS][PANEL];
+    panel_of<ROWS>(p, panel, outputs, y);
+    const Tile bias(p.bias, first, outputs);
+    for (int64_t r = 0; r < count; ++r) {
+        if (p.bias.data != nullptr) {
+            for (int64_t o = 0; o < outputs; ++o) y[r][o] += bias.floats[o];
         }
+        write(y[r], p.y, (first_row + r) * p.out + first, outputs);
     }
 }
 
 }  // namespace
 
 extern "C" void DSL_NAMED(dsl_product)(const dsl_product* product, int64_t begin, int64_t end) {
-    switch (product->padded_rows) {
-        case 1:
-            return panels<1>(*product, begin, end);
-        case 2:
-            return panels<2>(*product, begin, end);
-        case 4:
-            return panels<4>(*product, begin, end);
-        default:
-            return panels<8>(*product, begin, end);
+    for (int64_t panel = begin; panel < end; ++panel) {
+        for (int64_t row = 0; row < product->rows; row += DSL_FEW_ROWS) {  // the panel stays in the cache
+            const int64_t count = product->rows - row < DSL_FEW_ROWS ? product->rows - row : DSL_FEW_ROWS;
+            if (count == 1) {
+                rows_of_panel<1>(*product, row, count, panel);
+            } else if (count == 2) {
+                rows_of_panel<2>(*product, row, count, panel);
+            } else if (count <= 4) {
+                rows_of_panel<4>(*product, row, count, panel);
+            } else {
+                rows_of_panel<8>(*product, row, count, panel);
+            }
+        }
     }
 }
 
 extern "C" void DSL_NAMED(dsl_spread_rows)(const dsl_tensor* x, int64_t rows, int64_t width, float* to,
-                                           int64_t padded_rows, int64_t to_stride) {
-    for (int64_t r = 0; r < padded_rows; ++r, to += to_stride) {
+                                           int64_t to_stride, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
         const int64_t there = r < rows ? width : 0;
+        float* const row = to + r * to_stride;
         if (x->dtype == DSL_FP32) {
-            std::memcpy(to, static_cast<const float*>(x->data) + r * width, there * sizeof(float));
+            std::memcpy(row, static_cast<const float*>(x->data) + r * width, there * sizeof(float));
         } else {
-            widen(to, static_cast<const uint16_t*>(x->data) + r * width, x->dtype, there);
+            widen(row, static_cast<const uint16_t*>(x->data) + r * width, x->dtype, there);
         }
-        std::memset(to + there, 0, (to_stride - there) * sizeof(float));
+        std::memset(row + there, 0, (to_stride - there) * sizeof(float));
     }
 }
 
@@ -264,18 +275,25 @@ extern "C" void DSL_NAMED(dsl_unpack)(const dsl_product* product, const dsl_tens
     }
 }
 
-// Whole numbers of 16 bits by groups, as 256 * high + low. A group with a NaN or an infinity gets NaN as its scale.
-extern "C" bool DSL_NAMED(dsl_integers)(const float* x, int64_t rows, int64_t width, int64_t group, dsl_integers* to) {
+extern "C" bool DSL_NAMED(dsl_has_integers)() {
 #if defined(DSL_VNNI)
-    if (!DSL_VNNI || group > 256) return false;  // more could overflow 32 bits
-    for (int64_t at = 0, of = 0; at < rows * width; at += group, ++of) {
+    return DSL_VNNI;
+#else
+    return false;
+#endif
+}
+
+// Whole numbers of 16 bits by groups, as 256 * high + low. A group with a NaN or an infinity gets NaN as its scale.
+extern "C" void DSL_NAMED(dsl_integers)(const float* x, int64_t width, int64_t group, const dsl_integers* to,
+                                        int64_t begin, int64_t end) {
+    for (int64_t at = begin * width, of = begin * (width / group); at < end * width; at += group, ++of) {
         float most = 0, beyond = 0;
         for (int64_t i = at; i < at + group; ++i) {
             const float size = std::fabs(x[i]);
             most = size > most ? size : most;
             beyond += x[i] - x[i];  // NaN where it is not finite
         }
-        const float inverse = most > 0 ? 32639 / most : 0;
+        const float inverse = most > 0 ? DSL_INTEGER_STEPS / most : 0;
         const bool bad = beyond != 0 || !(inverse <= 3.4e38f);
         int32_t sum = 0;
         for (int64_t i = at; i < at + group; ++i) {
@@ -286,11 +304,6 @@ extern "C" bool DSL_NAMED(dsl_integers)(const float* x, int64_t rows, int64_t wi
             sum += whole;
         }
         to->sums[of] = sum;
-        to->scales[of] = beyond != 0 ? beyond : most / 32639;
+        to->scales[of] = beyond != 0 ? beyond : most / DSL_INTEGER_STEPS;
     }
-    return true;
-#else
-    (void)x, (void)rows, (void)width, (void)group, (void)to;
-    return false;
-#endif
 }

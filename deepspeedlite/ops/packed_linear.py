@@ -14,6 +14,7 @@ scale for all inputs of a group, and none of its lanes has to be added up.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from deepspeedlite.runtime.errors import OpError
 
 PANEL = 16
 FEW_ROWS = 8
+_MOST_PACKED_ROWS = 128
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _TILE_NUMEL = 1 << 22  # weights that are dequantized at a time for products of many rows
 
@@ -59,6 +61,9 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = shape
         self.dtype, self.bits, self.group_size = dtype, bits, group_size
         self._most_numel = FEW_ROWS * self.in_features  # of inputs that have few rows
+        if bits and weight.is_cpu and (quick := find_op("multiplies_bytes")) is not None and quick():
+            # Products of 16-bit numbers are so quick that they make up for unpacking the weight, once rows are many.
+            self._most_numel = sys.maxsize if dtype == torch.float32 else _MOST_PACKED_ROWS * self.in_features
         self.register_buffer("weight", weight)
         self.register_buffer("scales", scales)
         self.register_buffer("bias", bias)

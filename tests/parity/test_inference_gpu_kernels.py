@@ -64,7 +64,7 @@ CGate = struct("CGate", x__out=TENSOR, width=INT64, activation__gated=INT32)
 CProduct = struct(
     "CProduct",
     x=POINTER,
-    x_stride__rows__padded_rows__width__out=INT64,
+    x_stride__rows__width__out=INT64,
     bits=INT32,
     weight=TENSOR,
     scales=POINTER,
@@ -218,7 +218,7 @@ def c_product(packed: PackedLinear, x: Tensor | None, y: Tensor | None) -> ctype
         width += -width % packed.group_size
     scales = None if packed.scales is None else packed.scales.data_ptr()
     return CProduct(
-        *(None, 0, 0 if x is None else len(x), 0, width, packed.out_features, packed.bits or 0, given(packed.weight)),
+        *(None, 0, 0 if x is None else len(x), width, packed.out_features, packed.bits or 0, given(packed.weight)),
         *(scales, packed.group_size, given(packed.bias), given(y), None, None, None, None, given(x)),
         packed.in_features,
     )

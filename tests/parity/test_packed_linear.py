@@ -44,15 +44,15 @@ def rounding(x: Tensor, weight: Tensor, group_size: int) -> Tensor:
 
 
 def check_products(bits: int | None, dtype: torch.dtype) -> None:
-    for (out, width), group_size in product(SHAPES, (64, 8) if bits else (64,)):
+    for (out, width), group_size in product(SHAPES, (64, 8, 264) if bits else (64,)):
         packed = layer(out, width, dtype, bits, group_size)
         weight = exact_weight(packed)
-        for rows in (1, 2, 3, 5, 8, 9):
+        for rows in (1, 2, 3, 5, 8, 19):
             x = torch.randn(rows, width, generator=torch.Generator().manual_seed(rows)).to(dtype)
             found, expected = packed(x).double(), x.double() @ weight.T + packed.bias.double()
             sums = x.double().abs() @ weight.abs().T + packed.bias.double().abs()
             allowed = 1e-6 * sums + torch.finfo(dtype).eps * (expected.abs() + (sums if rows > 8 else 0))
-            if bits:
+            if bits and group_size <= 256:
                 allowed += rounding(x, weight, group_size)
             assert ((found - expected).abs() <= allowed).all(), (bits, dtype, out, width, rows)
 
@@ -144,7 +144,9 @@ def test_many_rows_leading_dimensions_gradients_and_other_layouts():
     for bits in (None, 8, 4):
         packed, x = layer(33, 100, torch.float32, bits), torch.randn(2, 3, 5, 100)
         expected = x.double() @ exact_weight(packed).T + packed.bias.double()
-        torch.testing.assert_close(packed(x).double(), expected, rtol=1e-5, atol=1e-4)
+        torch.testing.assert_close(
+            packed(x).double(), expected, rtol=1e-3 if bits else 1e-5, atol=3e-3 if bits else 1e-4
+        )
         torch.testing.assert_close(packed(x[0, 0]), packed(x)[0, 0], rtol=1e-3, atol=3e-3)
         assert packed(x[:, :, 0].transpose(0, 1)[:2]).shape == (2, 2, 33), "not contiguous"
         assert packed(x[:0]).shape == (0, 3, 5, 33)

@@ -123,6 +123,7 @@ _ROWS = (
         ops=(
             "few_row_product",
             "unpack_weight",
+            "multiplies_bytes",
             "add_norm",
             "rotary_to_cache",
             "decode_attention",
