@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import threading
 from typing import Any
 
 import pytest
@@ -58,6 +59,8 @@ def test_decoders(name):
         seen = inputs["attention_mask"].bool()
         torch.testing.assert_close(found[seen], wanted[seen], rtol=0, atol=1e-5)
         assert torch.equal(greedy(fused, inputs), greedy(plain, inputs)), pad or "whole"
+    alone = prompts(batch=1)
+    assert torch.equal(greedy(fused, alone), greedy(plain, alone))
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
@@ -103,9 +106,30 @@ def test_every_way_to_generate(name):
         torch.manual_seed(3)
         drawn.append(model.generate(**inputs, max_new_tokens=10, do_sample=True, top_k=5, temperature=0.8))
     assert torch.equal(*drawn)
+    alone = prompts(batch=1)
+    assert torch.equal(greedy(fused, alone, prompt_lookup_num_tokens=3), greedy(plain, alone))
     longer = prompts(batch=5, tokens=70)  # more than the cache was made for
     assert torch.equal(greedy(fused, longer), greedy(plain, longer))
     assert torch.equal(greedy(fused, inputs), greedy(plain, inputs))
+
+
+def test_generations_in_threads():
+    """Beside each other, on one model: each has memory of its own."""
+    plain, fused = both("llama")
+    found: dict[int, list[torch.Tensor]] = {}
+
+    def generate(tokens: int) -> None:
+        found[tokens] = [greedy(fused, prompts(batch=2, tokens=tokens)) for _ in range(3)]
+
+    threads = [threading.Thread(target=generate, args=(tokens,)) for tokens in (10, 13, 16)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for tokens, texts in found.items():
+        wanted = greedy(plain, prompts(batch=2, tokens=tokens))
+        assert all(torch.equal(text, wanted) for text in texts)
+    assert len(found) == 3
 
 
 def test_streamer_and_stopping():

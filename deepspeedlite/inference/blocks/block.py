@@ -70,7 +70,7 @@ class FusedBlock(nn.Module):
         shape = self.geometry
         qkv = self.qkv(x)
         if len(self.qk_norms):
-            self._norm_heads(qkv)
+            qkv = self.norm_heads(qkv)
         q = rotary_to_cache(
             *(qkv, step.cos, step.sin, keys, values, step.start),
             heads=shape.heads,
@@ -80,12 +80,13 @@ class FusedBlock(nn.Module):
         )
         return self.out(attend(q, keys, values, step, shape))
 
-    def _norm_heads(self, qkv: Tensor) -> None:
-        """Norms of each head's queries and keys, in place."""
+    def norm_heads(self, qkv: Tensor) -> Tensor:
+        """Norms of each head's queries and keys in `[batch, tokens, (heads + 2 kv_heads) * head_dim]`, in place."""
         shape, norms = self.geometry, self.qk_norms
         heads = qkv.unflatten(-1, (-1, shape.head_dim))
         for part, norm in zip((heads[:, :, : shape.heads], heads[:, :, shape.heads : -shape.kv_heads]), norms):
             part.copy_(norm(part)[0])
+        return qkv
 
     def _widen(self, x: Tensor) -> Tensor:
         wide = self.up(x)

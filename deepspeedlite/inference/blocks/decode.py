@@ -49,8 +49,8 @@ class DecodePlan:
 
     @staticmethod
     def fits(blocks: Sequence[FusedBlock], x: Tensor, step: Step) -> bool:
-        """Whether a step is one for a plan: few rows, ops for its device, and no norms of single heads."""
-        if not step.is_decode or x.shape[0] * x.shape[1] > FEW_ROWS or len(blocks[0].qk_norms):
+        """Whether a step is one for a plan: few rows, and ops for its device."""
+        if not step.is_decode or x.shape[0] * x.shape[1] > FEW_ROWS:
             return False
         return all(find_op(name, x.device.type) is not None for name in _OPS)
 
@@ -138,11 +138,36 @@ class DecodePlan:
         attended = self._memory("attended", shape.heads * shape.head_dim)
         q = like.new_empty((like.shape[0], shape.heads, like.shape[1], shape.head_dim))
         scale, softcap, window = shape.scale, shape.softcap, shape.window
+        norm_heads = self._head_norms(block)
 
         def run(x: Tensor, step: Step) -> Tensor:
-            turn(qkv(x), step.cos, step.sin, keys, values, q, step.start, step.rotary_dim, False)
+            turn(norm_heads(qkv(x)), step.cos, step.sin, keys, values, q, step.start, step.rotary_dim, False)
             attend(q, keys, values, step.padding, step.slopes, attended, step.length, scale, softcap, window)
             return out(attended)
+
+        return run
+
+    def _head_norms(self, block: FusedBlock) -> _Linear:
+        """Norms of each head's queries and keys, in place, where the block has some."""
+        if not len(block.qk_norms):
+            return lambda qkv: qkv
+        if self._like.shape[:-1].numel() > 1:
+            return block.norm_heads
+        op, shape = self._ops["add_norm"], block.geometry
+        queries = shape.heads * shape.head_dim
+        # Of one token, all queries lie in one piece, and so do all keys.
+        bound: list[tuple[slice, Any]] = [
+            (slice(0, queries), block.qk_norms[0]),
+            (slice(queries, queries + shape.kv_heads * shape.head_dim), block.qk_norms[1]),
+        ]
+        parts = [(where, norm.weight, norm.bias, norm.eps, norm.kind == "layer") for where, norm in bound]
+
+        def run(qkv: Tensor) -> Tensor:
+            flat = qkv.view(-1)
+            for where, weight, bias, eps, is_layer in parts:
+                heads = flat[where].view(-1, shape.head_dim)
+                op(heads, None, weight, bias, heads, None, eps, is_layer, False)
+            return qkv
 
         return run
 
