@@ -108,6 +108,7 @@ def _slurm(reach: Reach, program: str) -> list[Launch]:
     argv = [program, "-N", count, "-n", count, "--ntasks-per-node=1", f"--nodelist={','.join(reach.hosts)}"]
     argv += ["--cpu-bind=none", "--input=none", "--export=ALL", "--kill-on-bad-exit=0"]
     argv += [] if "SLURM_JOB_ID" in os.environ else ["--exclusive"]
+    argv += ["--overlap"] if "SLURM_STEP_ID" in os.environ else []  # `srun --pty bash` holds what it would wait for
     return [Launch([*argv, *reach.extra, *reach.agent("--connect", reach.connect)], reach.variables)]
 
 

@@ -88,6 +88,15 @@ def test_a_launcher_that_is_started_on_every_node_is_refused(cluster: Cluster, t
     assert (tmp_path / "0").exists() and (tmp_path / "1").exists()
 
 
+@needs_cluster(*SLURM)
+def test_a_launcher_within_a_step_of_slurm_shares_its_nodes(cluster: Cluster, tmp_path: Path) -> None:
+    """As in the shell of `srun --pty bash`."""
+    around = ("salloc", "-N2", "-n2", "srun", "-N1", "-n1")
+    done = launch(cluster, "--launcher", "slurm", write(tmp_path), before=around)
+    assert done.returncode == 0, done.stderr
+    assert sorted(done.stdout.splitlines()) == ["[worker-1:0] ran 0", "[worker-2:1] ran 1"]
+
+
 def test_a_machine_under_two_names_is_found_and_its_own_name_not_needed(cluster: Cluster, tmp_path: Path) -> None:
     first, address = cluster.hosts["worker-1"].name, cluster.hosts["worker-1"].address
     twice = hostfile(tmp_path, f"{first} slots=1\nroot@{address} slots=1 max_slots=2\n")
