@@ -95,8 +95,9 @@ def build_job(
     if not devices.ids or cores[0]:
         share = len(cores[0]) or max(1, usable_cores() // size)
         filled["OMP_NUM_THREADS"] = str(share)  # else each rank takes every core
-    if assignment.num_nodes > 1:  # else gloo asks for the machine's own name, which often is a loopback address
-        filled["GLOO_SOCKET_IFNAME"] = _interface_towards(assignment.master_addr)
+    # Else gloo asks for the machine's own name, which may be a loopback address, one that all can reach, or none.
+    is_alone = assignment.num_nodes == 1
+    filled["GLOO_SOCKET_IFNAME"] = "lo" if is_alone else _interface_towards(assignment.master_addr)
     filled = {name: value for name, value in filled.items() if value and name not in environ}
     for name, value in filled.items():
         logger.debug("%s=%s for each rank; set it yourself to change it", name, value, extra=EVERY_RANK)
