@@ -785,6 +785,22 @@ def test_two_ranks_reduce_over_gloo(script: Script) -> None:
     assert sorted(done.stdout.splitlines()) == [b"[0] [3.0, 3.0, 3.0]", b"[1] [3.0, 3.0, 3.0]"]
 
 
+def test_nothing_of_a_job_on_one_machine_listens_beyond_it(script: Script) -> None:
+    """Neither the store nor gloo, which would ask for the machine's own name."""
+    path = script(
+        """
+        import deepspeedlite, psutil, torch, torch.distributed as dist
+        deepspeedlite.init_distributed(verbose=False)
+        dist.all_reduce(torch.ones(1))
+        found = psutil.Process().net_connections("tcp")
+        print({c.laddr.ip for c in found if c.status == psutil.CONN_LISTEN})
+        dist.destroy_process_group()
+        """
+    )
+    done = launch("--num_gpus", 2, "--master_port", 0, path, timeout=120, OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME=None)
+    assert sorted(done.stdout.splitlines()) == [b"[0] {'127.0.0.1'}", b"[1] {'127.0.0.1'}"], done.stderr
+
+
 @pytest.mark.slow
 def test_a_rank_that_raises_between_collectives_is_blamed(script: Script) -> None:
     pytest.importorskip("torch")
