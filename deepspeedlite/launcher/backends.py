@@ -6,9 +6,11 @@ failures go over the agents' links. A new backend is a function and a row of `BA
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -156,6 +158,13 @@ BACKENDS = {
 }
 
 
+def _runs_commands(pdsh: str | None) -> bool:
+    """Whether it has the module that runs a command here for each host, which Fedora packs apart."""
+    with contextlib.suppress(OSError):
+        return pdsh is not None and b"rcmd/exec" in subprocess.run([pdsh, "-L"], capture_output=True).stdout
+    return False
+
+
 def find_backend(name: str | None, hosts: Iterable[str] = (), path: str | None = None) -> Backend:
     """The backend of this name; pdsh where it is installed and can reach these hosts, else ssh.
 
@@ -163,13 +172,18 @@ def find_backend(name: str | None, hosts: Iterable[str] = (), path: str | None =
         LaunchError: there is no such backend, its program is not installed, or it cannot log in as a host's name says.
     """
     logins = {mark: host for host in hosts for mark in "@:" if mark in host}
+    has_pdsh = name in (None, "pdsh") and _runs_commands(shutil.which("pdsh", path=path))
     if name is None:
-        name = "pdsh" if ":" not in logins and shutil.which("pdsh", path=path) else "ssh"
+        name = "pdsh" if ":" not in logins and has_pdsh else "ssh"
     if name not in BACKENDS:
         raise LaunchError(f"--launcher {name}: the launchers are {', '.join(BACKENDS)}")
     programs = BACKENDS[name].programs
     if not any(shutil.which(program, path=path) for program in programs):
         raise LaunchError(f"--launcher {name}: {programs[-1]} is not installed here; --launcher ssh needs only ssh")
+    if name == "pdsh" and not has_pdsh:
+        raise LaunchError(
+            "--launcher pdsh: its module exec is not there (Fedora: pdsh-rcmd-exec); --launcher ssh needs none"
+        )
     if odd := [host for mark, host in logins.items() if mark not in BACKENDS[name].login]:
         raise LaunchError(
             f"--launcher {name}: it cannot be told the user or port of {odd[0]}; use --launcher ssh, or "

@@ -785,6 +785,7 @@ def test_two_ranks_reduce_over_gloo(script: Script) -> None:
     assert sorted(done.stdout.splitlines()) == [b"[0] [3.0, 3.0, 3.0]", b"[1] [3.0, 3.0, 3.0]"]
 
 
+@pytest.mark.slow
 def test_nothing_of_a_job_on_one_machine_listens_beyond_it(script: Script) -> None:
     """Neither the store nor gloo, which would ask for the machine's own name."""
     path = script(

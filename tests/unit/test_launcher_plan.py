@@ -195,7 +195,7 @@ def test_two_parts_on_one_machine_are_a_mistake_of_a_hostfile_alone() -> None:
 
 def test_every_backend_starts_one_agent_per_host(tmp_path: Path) -> None:
     for name in ("ssh", "pdsh", "mpirun", "srun"):
-        (tmp_path / name).write_text("")
+        (tmp_path / name).write_text("#!/bin/sh\necho Module: rcmd/exec\n")
         (tmp_path / name).chmod(0o755)
     secret = {"DSL_LAUNCHER_KEY": "s3cr3t"}
     reach = Reach(["a", "b"], frozenset(), "10.0.0.1:99", secret, 2222, ("-v",), "/lib x", "/py")
@@ -213,6 +213,18 @@ def test_every_backend_starts_one_agent_per_host(tmp_path: Path) -> None:
     for launch, pin in ((impi, "I_MPI_PIN"), (mvapich, "MV2_ENABLE_AFFINITY")):
         assert list(launch.argv[:8]) == ["mpirun", "-n", "2", "-ppn", "1", "-hosts", "a,b", "-genvlist"]
         assert launch.env[pin] == "0"
+
+
+def test_pdsh_is_used_where_it_can_run_a_command_for_each_host(tmp_path: Path) -> None:
+    for name, says in (("ssh", ""), ("pdsh", "echo Module: rcmd/ssh")):  # as Fedora's has it alone
+        (tmp_path / name).write_text(f"#!/bin/sh\n{says}\n")
+        (tmp_path / name).chmod(0o755)
+    assert find_backend(None, path=str(tmp_path)) is BACKENDS["ssh"]
+    with pytest.raises(LaunchError, match=r"its module exec is not there \(Fedora: pdsh-rcmd-exec\); --launcher ssh"):
+        find_backend("pdsh", path=str(tmp_path))
+    (tmp_path / "pdsh").write_text("#!/bin/sh\necho Module: rcmd/ssh\necho Module: rcmd/exec\n")
+    assert find_backend(None, path=str(tmp_path)) is find_backend("pdsh", path=str(tmp_path)) is BACKENDS["pdsh"]
+    assert find_backend(None, ["a:22"], str(tmp_path)) is BACKENDS["ssh"]
 
 
 # Cores
