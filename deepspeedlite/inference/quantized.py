@@ -14,11 +14,15 @@ import torch
 from torch import Tensor, nn
 
 from deepspeedlite.ops.packed_linear import PackedLinear
+from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
+from deepspeedlite.parallel.tensor.collectives import gather_out, slice_in, sum_out
 from deepspeedlite.runtime.text import counted
 
 Fill = Callable[[nn.Module], None]
 
-_LIKE_LINEAR = ("Linear", "Conv1D")  # exactly these: a subclass may do something else; the latter is transformers'
+# Exactly these: a subclass may do something else. Those after the first are transformers'.
+_LIKE_LINEAR = ("Linear", "Conv1D", "FalconLinear")
+_PARTS = (ColumnParallelLinear, RowParallelLinear)
 
 
 class QuantizedLinear(nn.Module):
@@ -44,6 +48,31 @@ class QuantizedLinear(nn.Module):
         """`[..., in]` to `[..., out]`."""
         out: Tensor = self.packed(x)
         return out
+
+
+class QuantizedPart(QuantizedLinear):
+    """One rank's part of a linear layer that is split over ranks.
+
+    Args:
+        packed: the product; without the bias, where outputs are summed over the ranks.
+        layer: what it stands for.
+    """
+
+    def __init__(self, packed: PackedLinear, layer: ColumnParallelLinear | RowParallelLinear) -> None:
+        super().__init__(packed)
+        self._sums = isinstance(layer, RowParallelLinear)
+        self._bias = layer.bias if self._sums else None
+        self._group, self._parts = layer.group, layer.parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the layer's own."""
+        if not self._sums:
+            out = super().forward(x)
+            return out if self._parts is None else gather_out(out, self._group, self._parts)
+        if self._parts is not None:
+            x = slice_in(x, self._group, self._parts)
+        out = sum_out(super().forward(x), self._group)
+        return out if self._bias is None else out + self._bias
 
 
 @torch.no_grad()
@@ -77,8 +106,10 @@ def quantize_linears(
             if fill is not None:
                 fill(module)
             weight = module.weight.t() if type(module).__name__ == "Conv1D" else module.weight
-            packed = PackedLinear.pack(weight, module.bias, dtype=dtype, bits=bits, group_size=group_size)
-            setattr(parent, name, QuantizedLinear(packed))
+            bias = None if isinstance(module, RowParallelLinear) else module.bias
+            packed = PackedLinear.pack(weight, bias, dtype=dtype, bits=bits, group_size=group_size)
+            made = QuantizedPart(packed, module) if isinstance(module, _PARTS) else QuantizedLinear(packed)
+            setattr(parent, name, made)
             quantized += 1
     lines = [f"{counted(quantized, 'linear layer')} quantized to {bits} bits"] if quantized else []
     return lines + [f"{counted(number, 'module')} not quantized: {reason}" for reason, number in left.items() if number]
@@ -87,11 +118,10 @@ def quantize_linears(
 def _why_not(module: Any, holders: Counter[int]) -> str | None:
     """None: it is to be quantized; empty: it is none of those that could be."""
     kind = type(module).__name__
-    if isinstance(module, (nn.Embedding, PackedLinear)):
+    if isinstance(module, (nn.Embedding, VocabParallelEmbedding, PackedLinear)):
         return ""
-    if kind not in _LIKE_LINEAR or not (
-        type(module) is nn.Linear or type(module).__module__.startswith("transformers.")
-    ):
+    is_theirs = kind in _LIKE_LINEAR and type(module).__module__.startswith("transformers.")
+    if not (type(module) is nn.Linear or is_theirs or isinstance(module, _PARTS)):
         return f"{kind} is no plain linear layer"
     if holders[id(module.weight)] > 1:
         return "the weight is another module's too"

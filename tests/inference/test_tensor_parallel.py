@@ -12,6 +12,7 @@ from tiny_transformers import ENCODERS, FAMILIES, logits_of, prompts, tiny
 
 import deepspeedlite
 from deepspeedlite.comm import Group
+from deepspeedlite.inference.quantized import QuantizedLinear
 from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_model
 from deepspeedlite.runtime.errors import CheckpointError, ConfigError, DistributedError, InferenceError
 
@@ -94,6 +95,22 @@ def test_two_ranks_with_fused_blocks(family):
 @distributed(world_size=4, timeout_s=120)
 def test_four_ranks_with_fused_blocks(family):
     _fused_as_whole(family, 4)
+
+
+@pytest.mark.slow_unless(family=["t5"])
+@pytest.mark.parametrize("family", ["t5", "olmo2", "falcon-7b", "llama"])
+@distributed(world_size=2, timeout_s=120)
+def test_quantized_parts(family):
+    """As near to the whole model as when it is quantized on one rank: the groups of columns are others."""
+    whole = tiny(family)
+    found = {}
+    for size in (1, 2):
+        quant = {"weight": {"num_bits": 8, "group_size": 16}}
+        engine = deepspeedlite.init_inference(tiny(family), dtype=torch.float32, mp_size=size, quant=quant)
+        assert sum(isinstance(part, QuantizedLinear) for part in engine.module.modules()) >= 8
+        with torch.no_grad():
+            found[size] = logits_of(engine, family) - logits_of(whole, family)
+    assert 0 < found[2].norm() < 2 * found[1].norm()
 
 
 @pytest.mark.slow
