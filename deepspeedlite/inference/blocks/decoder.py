@@ -61,13 +61,19 @@ class FusedDecoder:
         # Positional arguments come in the order of the module's own forward.
         self._names = [name for name in inspect.signature(type(parts.holder).forward).parameters if name != "self"]
 
-    @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """One forward: `last_hidden_state [batch, tokens, hidden]`, the cache, and hidden states where asked for.
 
         Raises:
             UnsupportedError: the call asks for what fused blocks do not have.
         """
+        if torch.compiler.is_compiling():
+            # A compiler finds nothing to fuse here, and would look for minutes.
+            return torch._dynamo.disable(self._forward)(args, kwargs)
+        return self._forward(args, kwargs)
+
+    @torch.no_grad()
+    def _forward(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         kwargs.update(zip(self._names, args))
         for name, reason in _REFUSED.items():
             if kwargs.get(name) is not None and kwargs[name] is not False:
