@@ -44,6 +44,12 @@ void for_rows(int64_t rows, const Work& work) {
 
 // The product on the CPU, once x is as the kernels want it: in memory that this thread keeps.
 void multiply(dsl_product& p) {
+    const int32_t extensions = DSL_BEST(dsl_extensions)();
+    dsl_product_kernel* const kernel = DSL_BEST(dsl_product);
+    const auto panels = [&](int64_t begin, int64_t end) { kernel(&p, begin, end); };
+    const int64_t all = (p.out + DSL_PANEL - 1) / DSL_PANEL;
+    const bool pairs = (extensions & DSL_BF16_PAIRS) != 0 && p.bits == 0;
+    if (pairs && p.weight.dtype == DSL_BF16 && p.input.dtype == DSL_BF16) return dsl::parallel_for(all, panels);
     const int64_t eights = (p.rows + DSL_FEW_ROWS - 1) / DSL_FEW_ROWS * DSL_FEW_ROWS;
     const int64_t rows = p.rows <= 2 ? p.rows : p.rows <= 4 ? 4 : eights;
     const int64_t numel = rows * p.width, groups = p.bits == 0 ? 0 : rows * (p.width / p.group);
@@ -57,7 +63,7 @@ void multiply(dsl_product& p) {
             spread(&p.input, p.rows, p.columns, wide, p.x_stride, begin, end);
         });
     }
-    if (p.bits != 0 && p.group <= DSL_INTEGER_GROUP && DSL_BEST(dsl_has_integers)()) {
+    if (p.bits != 0 && p.group <= DSL_INTEGER_GROUP && (extensions & DSL_BYTES) != 0) {
         auto* const high = reinterpret_cast<int8_t*>(wide + numel);
         auto* const sums = reinterpret_cast<int32_t*>(high + 2 * numel);
         p.integers = {high, high + numel, sums, reinterpret_cast<float*>(sums + groups)};
@@ -65,8 +71,7 @@ void multiply(dsl_product& p) {
         for_rows(rows,
                  [&](int64_t begin, int64_t end) { make_integers(p.x, p.width, p.group, &p.integers, begin, end); });
     }
-    dsl_product_kernel* const kernel = DSL_BEST(dsl_product);
-    dsl::parallel_for((p.out + DSL_PANEL - 1) / DSL_PANEL, [&](int64_t begin, int64_t end) { kernel(&p, begin, end); });
+    dsl::parallel_for(all, panels);
 }
 
 void few_row_product(Tensor x, Tensor weight, MaybeTensor scales, MaybeTensor bias, Tensor y, int64_t bits,
@@ -90,7 +95,7 @@ void few_row_product(Tensor x, Tensor weight, MaybeTensor scales, MaybeTensor bi
     multiply(p);
 }
 
-bool multiplies_bytes() { return DSL_BEST(dsl_has_integers)(); }
+bool multiplies_bytes() { return (DSL_BEST(dsl_extensions)() & DSL_BYTES) != 0; }
 
 void unpack_weight(Tensor weight, Tensor scales, Tensor out, int64_t bits, int64_t group) {
     const dsl::Arguments arguments("unpack_weight", weight);

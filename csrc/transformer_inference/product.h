@@ -16,7 +16,8 @@ struct dsl_integers {
 };
 
 struct dsl_product {
-    const float* x;          // rows x_stride apart; those that `rows` lacks to 1, 2, 4 or whole eights are 0
+    const float*
+        x;  // null: pairs of `input` are multiplied; else rows x_stride apart; those that `rows` lacks to 1, 2, 4 or whole eights are 0
     int64_t x_stride, rows;  // rows: of y
     int64_t width, out;      // width: of the weight as it lies, whole groups where it is packed
     int32_t bits;            // 0: weight is (out, width); 8 or 4: packed, as ops/packed_linear.py says
@@ -26,7 +27,7 @@ struct dsl_product {
     dsl_tensor bias;         // (out), or absent
     dsl_tensor y;            // (rows, out)
     dsl_integers integers;   // of x, or null
-    dsl_tensor input;        // x as it was given, (rows, columns): GPUs read it
+    dsl_tensor input;        // x as it was given, (rows, columns)
     int64_t columns;         // of x, and of a packed weight without what was added
 };
 
@@ -37,8 +38,10 @@ typedef void dsl_product_kernel(const dsl_product* product, int64_t begin, int64
 typedef void dsl_spread_rows_kernel(const dsl_tensor* x, int64_t rows, int64_t width, float* to, int64_t to_stride,
                                     int64_t begin, int64_t end);
 
-// Whether there are products of bytes, so that x is better multiplied as integers.
-typedef bool dsl_has_integers_kernel();
+// What the processor multiplies beside floats: bytes, so that rows for packed weights are better made integers, and
+// pairs of bfloat16, so that rows of it are better left as they are.
+enum : int32_t { DSL_BYTES = 1, DSL_BF16_PAIRS = 2 };
+typedef int32_t dsl_extensions_kernel();
 
 // Rows [begin, end) of x, as wide as `width`, as integers.
 typedef void dsl_integers_kernel(const float* x, int64_t width, int64_t group, const dsl_integers* to, int64_t begin,
@@ -50,7 +53,7 @@ typedef void dsl_unpack_kernel(const dsl_product* product, const dsl_tensor* to,
 extern "C" {
 dsl_product_kernel dsl_product_baseline, dsl_product_avx2, dsl_product_avx512;
 dsl_spread_rows_kernel dsl_spread_rows_baseline, dsl_spread_rows_avx2, dsl_spread_rows_avx512;
-dsl_has_integers_kernel dsl_has_integers_baseline, dsl_has_integers_avx2, dsl_has_integers_avx512;
+dsl_extensions_kernel dsl_extensions_baseline, dsl_extensions_avx2, dsl_extensions_avx512;
 dsl_integers_kernel dsl_integers_baseline, dsl_integers_avx2, dsl_integers_avx512;
 dsl_unpack_kernel dsl_unpack_baseline, dsl_unpack_avx2, dsl_unpack_avx512;
 

@@ -10,17 +10,18 @@
 namespace {
 
 constexpr int PANEL = DSL_PANEL;
-constexpr int AHEAD_BYTES = 2048;  // how far memory is asked for before it is needed
+[[maybe_unused]] constexpr int AHEAD_BYTES = 2048;  // how far memory is asked for before it is needed
 
-// Products of bytes: AVX-512's processors have them since 2019, but not all.
-#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 9)
-#define DSL_VNNI __builtin_cpu_supports("avx512vnni")
+// Products of bytes and of bfloat16 pairs: AVX-512 for some of its processors, which are asked when the op runs.
+#if defined(__AVX512F__) && (defined(__clang__) || __GNUC__ >= 11)
+#define DSL_EXTENSIONS
 #if defined(__clang__)
-#define DSL_VNNI_ON _Pragma("clang attribute push(__attribute__((target(\"avx512vnni\"))), apply_to = function)")
-#define DSL_VNNI_OFF _Pragma("clang attribute pop")
+#define DSL_EXTENSIONS_ON \
+    _Pragma("clang attribute push(__attribute__((target(\"avx512vnni,avx512bf16\"))), apply_to = function)")
+#define DSL_EXTENSIONS_OFF _Pragma("clang attribute pop")
 #else
-#define DSL_VNNI_ON _Pragma("GCC push_options") _Pragma("GCC target(\"avx512vnni\")")
-#define DSL_VNNI_OFF _Pragma("GCC pop_options")
+#define DSL_EXTENSIONS_ON _Pragma("GCC push_options") _Pragma("GCC target(\"avx512vnni,avx512bf16\")")
+#define DSL_EXTENSIONS_OFF _Pragma("GCC pop_options")
 #endif
 #endif
 
@@ -119,8 +120,8 @@ void packed(const dsl_product& p, int64_t panel, float (*y)[PANEL]) {
     }
 }
 
-#if defined(DSL_VNNI)
-DSL_VNNI_ON
+#if defined(DSL_EXTENSIONS)
+DSL_EXTENSIONS_ON
 
 inline __m512i dot(__m512i sums, __m512i integers, const int8_t* x) {
     int32_t four;
@@ -170,20 +171,74 @@ void packed_vnni(const dsl_product& p, int64_t panel, float (*y)[PANEL]) {
     p.bits == 8 ? packed_vnni<ROWS, 8>(p, panel, y) : packed_vnni<ROWS, 4>(p, panel, y);
 }
 
-DSL_VNNI_OFF
+// As `whole`, of bfloat16 rows: pairs of products, whose sums are float32; subnormal numbers count as 0. Rows are those of
+// x as it was given, of which the last stands in for those beyond it.
+template <int ROWS, int OUTS>
+void whole_bf16(const dsl_product& p, int64_t first, float (*y)[PANEL]) {
+    constexpr int CHAINS = ROWS * OUTS >= 4 ? 1 : 4 / (ROWS * OUTS), PAIRS = 32;
+    const auto* const w = static_cast<const uint16_t*>(p.weight.data) + first * p.width;
+    const uint16_t* x[ROWS];
+    for (int r = 0; r < ROWS; ++r) {
+        x[r] = static_cast<const uint16_t*>(p.input.data) + (r < p.rows ? r : p.rows - 1) * p.columns;
+    }
+    __m512 sums[OUTS][ROWS][CHAINS];
+    for (int o = 0; o < OUTS; ++o) {
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 0; c < CHAINS; ++c) sums[o][r][c] = _mm512_setzero_ps();
+        }
+    }
+    int64_t k = 0;
+    for (; k + CHAINS * PAIRS <= p.width; k += CHAINS * PAIRS) {
+        for (int c = 0; c < CHAINS; ++c) {
+            __m512bh wide[OUTS];
+            for (int o = 0; o < OUTS; ++o) {
+                const uint16_t* const at = w + o * p.width + k + c * PAIRS;
+                if (OUTS > 1) __builtin_prefetch(at + OUTS * p.width);  // one alone is found by the processor
+                wide[o] = (__m512bh)_mm512_loadu_si512(at);
+            }
+            for (int r = 0; r < ROWS; ++r) {
+                const auto row = (__m512bh)_mm512_loadu_si512(x[r] + k + c * PAIRS);
+                for (int o = 0; o < OUTS; ++o) sums[o][r][c] = _mm512_dpbf16_ps(sums[o][r][c], wide[o], row);
+            }
+        }
+    }
+    for (; k < p.width; k += PAIRS) {
+        const __mmask32 there = p.width - k >= PAIRS ? ~__mmask32{0} : (__mmask32{1} << (p.width - k)) - 1;
+        for (int r = 0; r < ROWS; ++r) {
+            const auto row = (__m512bh)_mm512_maskz_loadu_epi16(there, x[r] + k);
+            for (int o = 0; o < OUTS; ++o) {
+                const auto wide = (__m512bh)_mm512_maskz_loadu_epi16(there, w + o * p.width + k);
+                sums[o][r][0] = _mm512_dpbf16_ps(sums[o][r][0], wide, row);
+            }
+        }
+    }
+    for (int o = 0; o < OUTS; ++o) {
+        for (int r = 0; r < ROWS; ++r) {
+            for (int c = 1; c < CHAINS; ++c) sums[o][r][0] = _mm512_add_ps(sums[o][r][0], sums[o][r][c]);
+            y[r][o] = _mm512_reduce_add_ps(sums[o][r][0]);
+        }
+    }
+}
+
+DSL_EXTENSIONS_OFF
 #endif
 
 template <int ROWS>
 void panel_of(const dsl_product& p, int64_t panel, int64_t count, float (*y)[PANEL]) {
-    if (p.bits == 0) {
+    constexpr int OUTS = ROWS >= 4 ? 2 : 1;
+    int64_t o = 0;
+    if (p.x == nullptr) {
+#if defined(DSL_EXTENSIONS)
+        for (; o + OUTS <= count; o += OUTS) whole_bf16<ROWS, OUTS>(p, panel * PANEL + o, (float(*)[PANEL]) & y[0][o]);
+        for (; o < count; ++o) whole_bf16<ROWS, 1>(p, panel * PANEL + o, (float(*)[PANEL]) & y[0][o]);
+#endif
+    } else if (p.bits == 0) {
         with_elements(p.weight, [&](const auto* weight) {
-            constexpr int OUTS = ROWS >= 4 ? 2 : 1;
-            int64_t o = 0;
             for (; o + OUTS <= count; o += OUTS)
                 whole<ROWS, OUTS>(p, weight, panel * PANEL + o, (float(*)[PANEL]) & y[0][o]);
             for (; o < count; ++o) whole<ROWS, 1>(p, weight, panel * PANEL + o, (float(*)[PANEL]) & y[0][o]);
         });
-#if defined(DSL_VNNI)
+#if defined(DSL_EXTENSIONS)
     } else if (p.integers.high != nullptr) {
         packed_vnni<ROWS>(p, panel, y);
 #endif
@@ -196,7 +251,7 @@ void panel_of(const dsl_product& p, int64_t panel, int64_t count, float (*y)[PAN
 template <int ROWS>
 void rows_of_panel(const dsl_product& all, int64_t first_row, int64_t count, int64_t panel) {
     dsl_product p = all;
-    p.x += first_row * p.x_stride;
+    if (p.x != nullptr) p.x += first_row * p.x_stride;
     if (p.integers.high != nullptr) {
         const int64_t groups = p.width / p.group;
         p.integers.high += first_row * p.x_stride, p.integers.low += first_row * p.x_stride;
@@ -275,11 +330,12 @@ extern "C" void DSL_NAMED(dsl_unpack)(const dsl_product* product, const dsl_tens
     }
 }
 
-extern "C" bool DSL_NAMED(dsl_has_integers)() {
-#if defined(DSL_VNNI)
-    return DSL_VNNI;
+extern "C" int32_t DSL_NAMED(dsl_extensions)() {
+#if defined(DSL_EXTENSIONS)
+    const bool bytes = __builtin_cpu_supports("avx512vnni"), pairs = __builtin_cpu_supports("avx512bf16");
+    return bytes && pairs ? DSL_BYTES | DSL_BF16_PAIRS : bytes ? DSL_BYTES : 0;
 #else
-    return false;
+    return 0;
 #endif
 }
 
