@@ -15,6 +15,7 @@ transformers = pytest.importorskip("transformers")
 from families import prompts, tiny  # noqa: E402
 from test_blocks import both, greedy, logits, one_thread  # noqa: E402, F401
 
+from deepspeedlite.inference.blocks import fuse  # noqa: E402
 from deepspeedlite.inference.kv_cache import StaticKVLayer  # noqa: E402
 
 
@@ -171,10 +172,42 @@ def test_hidden_states_and_tuples():
     assert found.past_key_values is None
 
 
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt"])
+def test_types_of_tokens(name):
+    """GPT-2 embeds them; to the others they are a word of the tokenizer's that changes nothing."""
+    plain, fused = both(name)
+    inputs = prompts(batch=2)
+    inputs["token_type_ids"] = torch.ones_like(inputs["input_ids"])
+    torch.testing.assert_close(logits(fused, **inputs), logits(plain, **inputs), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "mistral-window", "gpt2"])
+def test_packed_texts(name):
+    """Texts in one sequence, told apart by their positions, where nothing is cached."""
+    plain, fused = both(name)
+    inputs = {"input_ids": prompts(batch=1)["input_ids"], "use_cache": False}
+    positions = torch.cat([torch.arange(8), torch.arange(12)])[None]
+    wanted, found = (logits(model, **inputs, position_ids=positions) for model in (plain, fused))
+    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+    assert not torch.allclose(found, logits(fused, **inputs), atol=1e-3)
+
+
+def test_choices():
+    """GPT-2's second head is given several sequences for each row."""
+    torch.manual_seed(0)
+    config = transformers.GPT2Config(vocab_size=50, n_embd=64, n_layer=2, n_head=4, n_positions=32, num_labels=1)
+    plain = transformers.GPT2DoubleHeadsModel(config).eval()
+    fused = copy.deepcopy(plain)
+    fuse(fused, dtype=torch.float32, max_tokens=32, batch=2)
+    ids = torch.randint(0, 50, (2, 3, 7), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted, found = (model(ids, mc_token_ids=torch.full((2, 3), 6)) for model in (plain, fused))
+    torch.testing.assert_close(found.logits, wanted.logits, rtol=0, atol=1e-5)
+    torch.testing.assert_close(found.mc_logits, wanted.mc_logits, rtol=0, atol=1e-5)
+
+
 def test_what_is_left_as_it_is():
     """One line says so, and the model is what it was."""
-    from deepspeedlite.inference.blocks import fuse
-
     for model, said in (
         (torch.nn.Linear(2, 2), "of no family"),
         (tiny("gpt2", activation_function="quick_gelu"), "QuickGELU"),
@@ -194,8 +227,6 @@ def test_weights_are_never_there_twice(name):
     """What fused blocks took is gone, and the head shares its memory with the embedding that it is tied to."""
     model = tiny(name, tie_word_embeddings=True)
     numel = sum(param.numel() for param in model.parameters())
-    from deepspeedlite.inference.blocks import fuse
-
     fuse(model, dtype=torch.float32, max_tokens=8, batch=1)
     kept = {
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]

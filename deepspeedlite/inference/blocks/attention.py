@@ -157,6 +157,21 @@ def _capped(q: Tensor, keys: Tensor, values: Tensor, mask: Tensor | None, geomet
     return torch.softmax(scores, -1, dtype=torch.float32).to(q.dtype) @ values
 
 
+def packed_mask(position_ids: Tensor) -> Tensor | None:
+    """A whole mask for several texts in one sequence, each of which begins where positions do not count on; or None.
+
+    Args:
+        position_ids: `[batch, tokens]`.
+    """
+    begins = F.pad(position_ids.diff(dim=-1) != 1, (1, 0))
+    if not bool(begins.any()):
+        return None
+    text = begins.cumsum(-1)
+    tokens = text.shape[-1]
+    causal = torch.ones(tokens, tokens, dtype=torch.bool, device=text.device).tril()
+    return (text[:, None, :, None] == text[:, None, None, :]) & causal
+
+
 def _has_gaps(padding: Tensor) -> bool:
     """Whether padding follows a token."""
     return bool((padding[:, 1:] < padding[:, :-1]).any())

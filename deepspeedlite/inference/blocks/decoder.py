@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
-from deepspeedlite.inference.blocks.attention import Step
+from deepspeedlite.inference.blocks.attention import Step, packed_mask
 from deepspeedlite.inference.blocks.block import FusedBlock, final_norm
 from deepspeedlite.inference.blocks.decode import DecodePlan
 from deepspeedlite.inference.blocks.families import Family
@@ -89,10 +89,13 @@ class FusedDecoder:
         if layers is not None:
             for layer in layers:
                 layer.reserve(batch, tokens)
-        x, step = self._placed(x, layers[0].length if layers else 0, kwargs)
+        x, step = self._placed(x, layers[0].length if layers else 0, kwargs, is_cached=layers is not None)
         wanted = kwargs.get("output_hidden_states")
         states: list[Tensor] | None = [] if (self._config.output_hidden_states if wanted is None else wanted) else None
         x = self._through_blocks(x, step, layers, states)
+        ids = kwargs.get("input_ids")
+        if ids is not None and ids.dim() > 2:  # choices, which are sequences to the blocks
+            x = x.view(*ids.shape, -1)
         output = BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=x, hidden_states=None if states is None else tuple(states), **{_CACHE: cache}
         )
@@ -108,14 +111,14 @@ class FusedDecoder:
         if x is None:
             assert ids is not None
             x = embedding(ids.view(-1, ids.shape[-1]))
-        if kwargs.get("token_type_ids") is not None:
+        if family.embeds_types and kwargs.get("token_type_ids") is not None:
             x = x + embedding(kwargs["token_type_ids"].view(x.shape[:2]))
         if parts.embedding_norm is not None:
             x = parts.embedding_norm(x)[0]
         project = family.project_in and find(parts.holder, family.project_in)
         return project(x) if project is not None and project else x
 
-    def _placed(self, x: Tensor, start: int, kwargs: dict[str, Any]) -> tuple[Tensor, Step]:
+    def _placed(self, x: Tensor, start: int, kwargs: dict[str, Any], *, is_cached: bool) -> tuple[Tensor, Step]:
         """The embeddings, with their positions where those are added, and what blocks are to know."""
         parts, family = self._parts, self._parts.family
         tokens = x.shape[1]
@@ -123,6 +126,8 @@ class FusedDecoder:
         places = kwargs.get("position_ids")
         if places is not None:
             places = places[..., -tokens:]
+            if not is_cached and padding is None and whole is None and not family.positions_skip_padding:
+                whole = packed_mask(places)
         rotation = None
         if parts.rotary is not None:
             rotation = parts.rotary(places, start, tokens)

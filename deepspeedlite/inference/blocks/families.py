@@ -32,6 +32,8 @@ class Family:
     layers: str = "layers"
     embedding: str = "embed_tokens"
     embedding_norm: str | None = None
+    # Types of tokens are rows of the embedding too (GPT-2); elsewhere they change nothing.
+    embeds_types: bool = False
     # Between an embedding and a block of other widths (OPT).
     project_in: str | None = None
     project_out: str | None = None
@@ -148,6 +150,7 @@ FAMILIES: tuple[Family, ...] = (
         holder="GPT2Model",
         layers="h",
         embedding="wte",
+        embeds_types=True,
         final_norm="ln_f",
         positions="learned",
         position_table="wpe",
