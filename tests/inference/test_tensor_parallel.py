@@ -128,6 +128,62 @@ def test_two_models_on_four_ranks():
     engine.destroy()
 
 
+_SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+_SIZES |= {"pad_token_id": 0, "bos_token_id": None, "eos_token_id": None}
+_GPTJ = {"vocab_size": 99, "n_embd": 64, "n_layer": 2, "n_head": 4}
+_BART = {"vocab_size": 99, "d_model": 64, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 96, "decoder_ffn_dim": 96}
+_XGLM = {"vocab_size": 99, "d_model": 64, "ffn_dim": 96, "num_layers": 2, "attention_heads": 4}
+
+
+def _other(model_class: str, config_class: str, sizes: dict[str, object]) -> torch.nn.Module:
+    import transformers
+
+    torch.manual_seed(0)
+    return getattr(transformers, model_class)(getattr(transformers, config_class)(**sizes)).eval()
+
+
+@pytest.mark.slow
+@distributed(world_size=2, timeout_s=120)
+def test_other_models():
+    """Of which the splitting code knows nothing by name: right, or refused by the name of what cannot be split."""
+    for given in (
+        ("GPTJForCausalLM", "GPTJConfig", {**_GPTJ, "rotary_dim": 8}),
+        ("Gemma3ForCausalLM", "Gemma3TextConfig", {**_SIZES, "num_key_value_heads": 2, "head_dim": 16}),
+        ("BartForConditionalGeneration", "BartConfig", _BART),
+        ("XGLMForCausalLM", "XGLMConfig", _XGLM),
+        ("DistilBertForMaskedLM", "DistilBertConfig", {"vocab_size": 99, "dim": 64, "n_layers": 2, "n_heads": 4}),
+    ):
+        model = _other(*given)
+        with torch.no_grad():
+            expected = model(**prompts()).logits
+        engine = deepspeedlite.init_inference(model, dtype=torch.float32, mp_size=2)
+        torch.testing.assert_close(engine(**prompts()).logits, expected, rtol=1e-5, atol=1e-5, msg=given[0])
+    experts = {**_SIZES, "num_key_value_heads": 2, "num_local_experts": 4}
+    for given, said in (
+        (("MixtralForCausalLM", "MixtralConfig", experts), r"layers.0.mlp.experts \(moe_tp_experts\).*not split"),
+        (("GPTBigCodeForCausalLM", "GPTBigCodeConfig", _GPTJ), "h.0.attn .* in an order that is not known"),
+    ):
+        with pytest.raises(InferenceError, match=said):
+            deepspeedlite.init_inference(_other(*given), dtype=torch.float32, mp_size=2)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@distributed(world_size=2)
+def test_bf16(family):
+    model = tiny(family)
+    whole = copy.deepcopy(model).bfloat16()
+    engine = deepspeedlite.init_inference(model, dtype=torch.bfloat16, mp_size=2)
+    with torch.no_grad():
+        torch.testing.assert_close(logits_of(engine, family), logits_of(whole, family), rtol=2e-2, atol=2e-2)
+
+
 @distributed(world_size=2)
 def test_injection_policy():
     """DeepSpeed's own example: the layers of a T5 block whose outputs are summed."""

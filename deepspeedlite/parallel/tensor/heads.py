@@ -23,7 +23,7 @@ ROLES: dict[str, str] = {
 _HEADS = ("num_heads", "num_attention_heads", "n_heads", "n_head", "num_attn_heads")
 _KV_HEADS = ("num_key_value_heads", "num_kv_heads")
 _HEAD_DIMS = ("head_dim", "attention_head_size", "head_size", "key_value_proj_dim", "d_kv")
-_WIDTHS = ("split_size", "all_head_size", "inner_dim")  # heads x their width
+_WIDTHS = ("split_size", "all_head_size", "inner_dim", "embed_dim")  # heads x their width
 _BY_HEAD = ("alibi", "position_bias", "attention_mask")  # arguments that may have a value per head
 
 
