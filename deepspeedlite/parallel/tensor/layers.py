@@ -21,60 +21,8 @@ def _part(param: torch.nn.Parameter) -> torch.nn.Parameter:
     return param
 
 
-class ColumnParallelLinear(torch.nn.Module):
-    """This rank's output columns of a linear layer; the input is whole on every rank.
-
-    Args:
-        weight: `[out of this rank, in]`.
-        bias: `[out of this rank]`, or None.
-        group: the ranks that have the other columns.
-        parts: output columns of every rank, where the output is to be gathered and whole; None: it stays split.
-    """
-
-    def __init__(
-        self,
-        weight: torch.nn.Parameter,
-        bias: torch.nn.Parameter | None,
-        group: Group,
-        parts: Sequence[int] | None = None,
-    ) -> None:
-        super().__init__()
-        self.weight = _part(weight)
-        self.bias = None if bias is None else _part(bias)
-        self.group = group
-        self.parts = parts
-
-    @property
-    def in_features(self) -> int:
-        """Columns of the input."""
-        return self.weight.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        """Columns of this rank's output."""
-        return self.weight.shape[0]
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """`[..., in]` to `[..., out of this rank]`, or `[..., out]` where the output is gathered."""
-        out = F.linear(copy_in(x, self.group), self.weight, self.bias)
-        return out if self.parts is None else gather_out(out, self.group, self.parts)
-
-    def extra_repr(self) -> str:
-        """For people."""
-        return (
-            f"in={self.in_features}, out={self.out_features} of {self.group.size} ranks, bias={self.bias is not None}"
-        )
-
-
-class RowParallelLinear(torch.nn.Module):
-    """This rank's input columns of a linear layer, whose outputs are summed over the ranks.
-
-    Args:
-        weight: `[out, in of this rank]`.
-        bias: `[out]`, whole on every rank, added once, after the sum; or None.
-        group: the ranks that have the other columns.
-        parts: input columns of every rank, where the input comes whole and is to be sliced; None: it comes split.
-    """
+class _SplitLinear(torch.nn.Module):
+    """What both ways to split a linear layer have."""
 
     def __init__(
         self,
@@ -91,13 +39,53 @@ class RowParallelLinear(torch.nn.Module):
 
     @property
     def in_features(self) -> int:
-        """Columns of this rank's input."""
+        """Columns of the input, of this rank's where it is split."""
         return self.weight.shape[1]
 
     @property
     def out_features(self) -> int:
-        """Columns of the output."""
+        """Columns of the output, of this rank's where it is split."""
         return self.weight.shape[0]
+
+    def extra_repr(self) -> str:
+        """For people."""
+        return f"{self.in_features}, {self.out_features}; one of {self.group.size} ranks, bias={self.bias is not None}"
+
+
+class ColumnParallelLinear(_SplitLinear):
+    """This rank's output columns of a linear layer; the input is whole on every rank.
+
+    Args:
+        weight: `[out of this rank, in]`.
+        bias: `[out of this rank]`, or None.
+        group: the ranks that have the other columns.
+        parts: output columns of every rank, where the output is to be gathered and whole; None: it stays split.
+    """
+
+    def __init__(
+        self,
+        weight: torch.nn.Parameter,
+        bias: torch.nn.Parameter | None,
+        group: Group,
+        parts: Sequence[int] | None = None,
+    ) -> None:
+        super().__init__(weight, None if bias is None else _part(bias), group, parts)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """`[..., in]` to `[..., out of this rank]`, or `[..., out]` where the output is gathered."""
+        out = F.linear(copy_in(x, self.group), self.weight, self.bias)
+        return out if self.parts is None else gather_out(out, self.group, self.parts)
+
+
+class RowParallelLinear(_SplitLinear):
+    """This rank's input columns of a linear layer, whose outputs are summed over the ranks.
+
+    Args:
+        weight: `[out, in of this rank]`.
+        bias: `[out]`, whole on every rank, added once, after the sum; or None.
+        group: the ranks that have the other columns.
+        parts: input columns of every rank, where the input comes whole and is to be sliced; None: it comes split.
+    """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """`[..., in of this rank]` to `[..., out]`; `[..., in]` where the input comes whole."""
@@ -105,12 +93,6 @@ class RowParallelLinear(torch.nn.Module):
             x = slice_in(x, self.group, self.parts)
         out = sum_out(F.linear(x, self.weight), self.group)
         return out if self.bias is None else out + self.bias
-
-    def extra_repr(self) -> str:
-        """For people."""
-        return (
-            f"in={self.in_features} of {self.group.size} ranks, out={self.out_features}, bias={self.bias is not None}"
-        )
 
 
 class VocabParallelEmbedding(torch.nn.Module):
