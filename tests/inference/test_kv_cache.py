@@ -232,3 +232,12 @@ def test_weights_are_never_there_twice(name):
         t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in [*model.parameters(), *model.buffers()]
     }
     assert sum(kept.values()) <= 4 * numel + 4096
+
+
+def test_a_head_cast_while_it_is_fused_stays_tied():
+    """The embedding is what the head's product reads, in the dtype that was asked for."""
+    model = tiny("llama", tie_word_embeddings=True)
+    fuse(model, dtype=torch.bfloat16, max_tokens=8, batch=1)
+    embedding, head = model.get_input_embeddings().weight, model.lm_head.weight
+    assert embedding.dtype == head.dtype == torch.bfloat16
+    assert embedding.data_ptr() == head.data_ptr()

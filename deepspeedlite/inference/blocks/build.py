@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -76,9 +77,14 @@ class Fusion:
             return [f"{name}: left as it is, since it is a {type(head).__name__}"]
         self._load(head)
         bits = self._packing.bits and max(self._packing.bits, _FEWEST_BITS_OF_A_HEAD)
-        packing = Packing(dtype=self._packing.dtype, bits=bits, group_size=self._packing.group_size)
+        packing = replace(self._packing, bits=bits)
         parent, _, attribute = name.rpartition(".")
-        setattr(model.get_submodule(parent), attribute, packed_like(head, head.weight, head.bias, packing))
+        packed: Any = packed_like(head, head.weight, head.bias, packing)
+        product = packed.packed if isinstance(packed, SplitLinear) else packed
+        if not bits:
+            # An embedding that the head is tied to goes where the head's weight has gone: they are there once.
+            head.weight.data = product.weight
+        setattr(model.get_submodule(parent), attribute, packed)
         return [f"{name}: packed"]
 
     def _load(self, module: nn.Module) -> None:

@@ -8,13 +8,14 @@ is joined.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepspeedlite.inference.blocks.families import ACTIVATIONS, Family, Residual
+from deepspeedlite.inference.blocks.huge_pages import HugePages
 from deepspeedlite.ops.transformer_inference import PackedLinear, activations, add_norm
 from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear
 from deepspeedlite.parallel.tensor.collectives import gather_out, sum_out
@@ -28,10 +29,13 @@ class Packing:
     dtype: torch.dtype
     bits: int | None = None
     group_size: int = 64
+    pages: HugePages = field(default_factory=HugePages)
 
     def pack(self, weight: Tensor, bias: Tensor | None) -> PackedLinear:
         """A product of `weight [out, in]`."""
-        return PackedLinear.pack(weight, bias, dtype=self.dtype, bits=self.bits, group_size=self.group_size)
+        packed = PackedLinear.pack(weight, bias, dtype=self.dtype, bits=self.bits, group_size=self.group_size)
+        self.pages.move(packed)
+        return packed
 
 
 @dataclass(frozen=True, kw_only=True)
