@@ -14,7 +14,7 @@ from deepspeedlite.checkpoint.files import check_folder
 from deepspeedlite.checkpoint.formats import FORMATS
 from deepspeedlite.compat.consolidate import consolidated_state_dict, write_weights
 from deepspeedlite.compat.engine_accessors import EngineAccessors
-from deepspeedlite.compat.offload_states import OffloadedStates, states_of
+from deepspeedlite.compat.offload_states import StatesAway
 from deepspeedlite.compat.stage3_names import NamedOptimizer
 from deepspeedlite.compat.zero_params import describe
 from deepspeedlite.data.loader import DeepSpeedDataLoader
@@ -38,7 +38,8 @@ class DeepSpeedEngine(EngineAccessors):
     def __init__(self, module: torch.nn.Module, parts: EngineParts) -> None:
         super().__init__(module, parts)
         self.collate_fn = parts.loading.collate_fn
-        self._offloaded: OffloadedStates | None = None
+        optimizer: Any = self._parts.optimizer
+        self._away = StatesAway(self._reducer.units, dict) if optimizer is None else optimizer.states_away
         # Whether a script, and no count, says which micro-step is the last: every call of `step` is one then.
         self._steps_at_every_call = not parts.config.managed_gradient_accumulation
         if self._steps_at_every_call:
@@ -158,22 +159,15 @@ class DeepSpeedEngine(EngineAccessors):
             non_blocking: taken for DeepSpeed's sake; they have left when this returns.
         """
         self._check_alive("offload_states")
-        state = self.optimizer.state if self.optimizer is not None else {}
-        self._offloaded = OffloadedStates(states_of(self._reducer.units, state), include, device, pin_memory)
-        for unit in self._reducer.units:
-            unit.flat.follow_memory()
+        self._away.offload(include, device, pin_memory)
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what `offload_states` took away."""
-        if self._offloaded is not None:
-            self._offloaded.reload(non_blocking)
-            for unit in self._reducer.units:
-                unit.flat.follow_memory()
-        self._offloaded = None
+        self._away.reload(non_blocking)
 
     def _check_alive(self, what: str) -> None:
         super()._check_alive(what)
-        if self._offloaded is not None:
+        if self._away.away is not None:
             raise EngineStateError(f"engine.{what}() after offload_states: call reload_states first")
 
     def destroy(self) -> None:

@@ -6,7 +6,7 @@ content. On CPU ranks the states are in the host's memory already, and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from enum import Enum
 from typing import Any
 
@@ -90,6 +90,35 @@ class OffloadedStates:
                 host, non_blocking=non_blocking
             )
         self._kept.clear()
+
+
+class StatesAway:
+    """Takes an engine's model states off the device and brings them back; one at a time is away, or none.
+
+    Args:
+        units: the engine's.
+        state: its optimizer's, asked for anew each time.
+    """
+
+    def __init__(self, units: Sequence[Any], state: Callable[[], Mapping[torch.Tensor, Mapping[str, Any]]]) -> None:
+        self._units, self._state = units, state
+        self.away: OffloadedStates | None = None
+
+    def offload(self, include: Container[Any] | None, device: Any, pinned: bool) -> None:
+        """See `OffloadedStates`."""
+        self.away = OffloadedStates(states_of(self._units, self._state()), include, device, pinned)
+        self._follow()
+
+    def reload(self, non_blocking: bool) -> None:
+        """Bring back what is away, if anything is."""
+        if self.away is not None:
+            self.away.reload(non_blocking)
+            self._follow()
+        self.away = None
+
+    def _follow(self) -> None:
+        for unit in self._units:
+            unit.flat.follow_memory()
 
 
 def is_on_device(storage: torch.UntypedStorage) -> bool:

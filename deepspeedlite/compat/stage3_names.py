@@ -6,12 +6,13 @@ may stay: inside `GatheredParameters` they find every value there, and do nothin
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from functools import cached_property
 from typing import Any
 
 import torch
 
+from deepspeedlite.compat.offload_states import StatesAway
 from deepspeedlite.optim.step import ShardedOptimizer
 
 
@@ -37,6 +38,25 @@ class NamedOptimizer(ShardedOptimizer):
         if not self._reducer.plan.shard_params:
             raise AttributeError("parameter_offload is there at stage 3")
         return ParameterOffload(self._module)
+
+    @cached_property
+    def states_away(self) -> StatesAway:
+        """What `offload_states` has taken off the device, here or on the engine."""
+        return StatesAway(self._reducer.units, lambda: self.state)
+
+    def offload_states(
+        self,
+        include: Container[Any] | None = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """As the engine's, which clients such as OpenRLHF ask the optimizer for."""
+        self.states_away.offload(include, device, pin_memory)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """As the engine's."""
+        self.states_away.reload(non_blocking)
 
 
 class _WithExternal:

@@ -68,7 +68,7 @@ DeepSpeed takes them, and said once each; under our own name alone they are erro
 | Lightning 2.6 (Trainer and Fabric) | stages 0 to 3, modules built sharded, checkpoints and resuming |
 | PEFT 0.21 | LoRA at stage 3, the adapter saved and loaded again |
 | TRL 1.16 | supervised fine-tuning with a generation in between, DPO and GRPO, at stages 2 and 3 |
-| LLaMA-Factory 0.9.5 | `make test-llamafactory`: its configurations for SFT and DPO, whole and LoRA; resuming, saved weights |
+| LLaMA-Factory 0.9.5 | `make test-llamafactory`: its own configurations for SFT and DPO, resuming, saved weights |
 | Megatron core 0.16 | its groups as the mpu, its split linear layers on four ranks, stages 0 to 3, checkpoints |
 
 What was found, beside DeepSpeed {STANDS_IN_FOR} (DSL_PEER_PYTHON) and each client's own data parallelism:
