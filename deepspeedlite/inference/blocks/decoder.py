@@ -106,7 +106,7 @@ class FusedDecoder:
         parts, family = self._parts, self._parts.family
         ids, x = kwargs.get("input_ids"), kwargs.get("inputs_embeds")
         if (ids is None) == (x is None):
-            raise ValueError("You must specify exactly one of input_ids or inputs_embeds")
+            raise ValueError("a fused model needs input_ids or inputs_embeds, and not both")
         embedding = find(parts.holder, family.embedding)
         if x is None:
             assert ids is not None
