@@ -1,4 +1,4 @@
-// Numbers as integers by groups, as ops/quantizer.py says: the C ABI of the kernels, on the CPU and on GPUs.
+// Numbers as integers by groups, as ops/group_quantize.py says: the C ABI of the kernels, on the CPU and on GPUs.
 #pragma once
 
 #include "common/tensor.h"

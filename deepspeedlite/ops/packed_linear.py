@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from deepspeedlite.ops import find_op
-from deepspeedlite.ops.quantizer import quantize
+from deepspeedlite.ops.group_quantize import quantize
 from deepspeedlite.runtime.errors import OpError
 
 PANEL = 16

@@ -207,7 +207,7 @@ def quantizer() -> str:
     import torch
 
     from deepspeedlite.ops import load
-    from deepspeedlite.ops.quantizer import dequantize, quantize
+    from deepspeedlite.ops.group_quantize import dequantize, quantize
 
     load("quantize_groups"), load("dequantize_groups")
     x = torch.randn(3, 96)

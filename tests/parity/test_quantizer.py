@@ -16,7 +16,7 @@ from programs import needs
 from test_gpu_kernels import CTensor, compile_for_host, compile_with
 from torch import Tensor
 
-from deepspeedlite.ops.quantizer import Quantized, dequantize, dequantize_in_torch, quantize, quantize_in_torch
+from deepspeedlite.ops.group_quantize import Quantized, dequantize, dequantize_in_torch, quantize, quantize_in_torch
 from deepspeedlite.runtime.errors import OpError
 
 SOURCE = str(ROOT / "csrc" / "quantizer" / "quantizer.cu")
