@@ -458,7 +458,9 @@ def test_ranks_that_wait_for_one_that_has_left_fail_soon(script: Script, call: s
     assert done.returncode == 1 and time.monotonic() - started_s < 40, text
     said = rf"rank {gone} has ended|ranks \[{gone}\] did not call it \(of these, \[{gone}\] have ended\)"
     assert re.search(rf"(Distributed|Checkpoint)Error: [^$]*({said})", text) or gone == 0, text
-    assert f"ended before it, with exit code 0: rank {gone}\n" in text, text
+    # Its sockets may be closed a while before its process has ended.
+    soon = "the other 1 of 2 ranks were ended or had ended" if gone == 0 else "-"
+    assert f"ended before it, with exit code 0: rank {gone}\n" in text or soon in text, text
 
 
 @pytest.mark.slow

@@ -149,6 +149,7 @@ def test_nothing_secret_stands_on_a_command_line(backend: str, request: pytest.F
     print(*(f"LISTEN {c.laddr.ip}" for c in psutil.net_connections("tcp")
             if c.status == "LISTEN" and c.laddr.port == port))
     print("secret", os.environ["DSL_JOB_SECRET"], flush=True)
+    torch.distributed.barrier()  # who leaves before all have met ends the others' start
     torch.distributed.destroy_process_group()
     """
     words = command("--hostfile", cluster.hostfile(1), "--launcher", backend, write(tmp_path, body))
@@ -158,6 +159,7 @@ def test_nothing_secret_stands_on_a_command_line(backend: str, request: pytest.F
     while process.poll() is None:
         for host in cluster.hosts:
             seen.update(cluster.processes(host).values())
+        time.sleep(0.05)
     out = process.communicate()[0]
     assert process.returncode == 0 and out.count("secret") == 3, out
     assert any("launcher.node" in line for line in seen)

@@ -102,6 +102,7 @@ def trained():
     finally:
         del sys.path[0]
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # beside other tests two threads wait for each other most of the time
     train, validation = (Windows(text, 64) for text in library_text(600_000))
     net = GPT(GPTConfig(context=64, width=128, layers=2, heads=4))
     optimizer = torch.optim.AdamW(net.parameters(), lr=3e-3)

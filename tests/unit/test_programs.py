@@ -84,6 +84,7 @@ def asked_for_by(tree: ast.Module) -> set[str]:
 ELSEWHERE = {
     "test_gpu_kernels.py": {"clang++-19", "hipcc"},  # a table's, by its first word
     "test_cluster_bed.py": {"pdsh", "mpirun.openmpi", "mpirun.mpich", "mpiexec.hydra", "srun", "setpriv"},
+    "test_launcher.py": {"pdsh"},  # a stand-in's name
     "test_images.py": {"docker", "pdsh"},  # by needs_engine; inside containers
 }
 

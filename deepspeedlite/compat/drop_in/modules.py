@@ -247,8 +247,7 @@ MODULES: Mapping[str, Names] = {
     ),
     # --- inference ----------------------------------------------------------------------------------------------------
     "inference": at("inference.config", "DeepSpeedTPConfig", _INFERENCE_CONFIG)
-    | no(_NO_BATCHING, "InferenceEngineV2 RaggedInferenceEngineConfig build_hf_engine build_engine_from_ds_checkpoint")
-    | no(_NO_BATCHING, "KVCacheConfig"),
+    | no(_NO_BATCHING, "InferenceEngineV2 RaggedInferenceEngineConfig build_hf_engine build_engine_from_ds_checkpoint"),
     "inference.engine": at("inference.engine", "InferenceEngine", _INFERENCE),
     "inference.config": at(
         "inference.config",
