@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+torch.set_num_threads(1)  # other tests run beside these, and two threads would wait for each other
 VOCABULARY = 99  # which 2 and 4 ranks have unequal parts of
 _NO_TOKENS = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 _LLAMA = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, **_NO_TOKENS}

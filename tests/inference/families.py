@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import transformers
 
+torch.set_num_threads(1)  # other tests run beside these, and two threads would wait for each other
 VOCABULARY = 101
 _SIZES = {"vocab_size": VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 _WIDE = {"intermediate_size": 96, "max_position_embeddings": 128}
