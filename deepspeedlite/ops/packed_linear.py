@@ -162,11 +162,12 @@ class PackedLinear(nn.Module):
 
 def _panels(weight: Tensor, bits: int, group_size: int) -> tuple[Tensor, Tensor]:
     out, width = weight.shape
-    padded = F.pad(weight, (0, -width % group_size, 0, -out % PANEL))
+    more = (0, -width % group_size, 0, -out % PANEL)
+    padded = F.pad(weight, more) if any(more) else weight  # the head of a model is large enough without a copy
     quantized = quantize(padded, bits=bits, group_size=group_size, scale_dtype=torch.bfloat16)
     scales = quantized.scales.view(-1, PANEL, quantized.scales.shape[-1]).transpose(1, 2).contiguous()
     if bits == 8:
-        integers = (quantized.values.to(torch.int16) + 128).to(torch.uint8)
+        integers = quantized.values.view(torch.uint8) ^ 0x80  # + 128, in no wider numbers on the way
     else:
         pairs = quantized.values ^ 0x88  # two's complement, of neighbours
         integers = torch.stack((pairs & 15, pairs >> 4), -1).view(-1, padded.shape[1] // 8, 2, 4)
