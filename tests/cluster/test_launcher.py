@@ -754,7 +754,17 @@ def test_prefixes_have_colours_on_a_terminal_alone(script: Script) -> None:
 
 
 def test_each_rank_has_its_log(script: Script, tmp_path: Path) -> None:
-    path = script("print('out', os.environ['RANK']); print('err', file=sys.stderr); sys.exit(int(os.environ['RANK']))")
+    path = script(
+        f"""
+        rank, said = os.environ["RANK"], {str(tmp_path / "said")!r}
+        print("out", rank, flush=True), print("err", file=sys.stderr, flush=True)
+        if rank == "0":
+            open(said, "w").close()
+        while not os.path.exists(said):  # the failure ends the other, which is to have said its words before
+            time.sleep(0.01)
+        sys.exit(int(rank))
+        """
+    )
     done = launch("--num_gpus", 2, "--enable_each_rank_log", tmp_path / "a/b", path)
     logs = sorted((tmp_path / "a/b").iterdir())
     assert [re.sub(r"^\d{14}_", "", log.name) for log in logs] == ["rank0.log", "rank1.log"]
