@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import timedelta
+from unittest import mock
 
 import pytest
 import torch
@@ -158,3 +159,15 @@ def test_before_init_distributed() -> None:
         with pytest.raises(DistributedError, match="before init_distributed"):
             call(*[torch.ones(1)][: call is not comm.barrier])
     assert (comm.get_rank(), comm.get_world_size(), comm.is_available()) == (0, 1, True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@distributed(world_size=[2, 3])
+def test_small_sums_go_through_memory_that_is_shared_already(dtype, world_size):
+    group = comm.Group()
+    group.all_gather_into(torch.empty(4 * world_size), torch.ones(4))  # connects
+    for number in range(3):
+        x = (torch.arange(5) + number).to(dtype) * (group.rank + 1)
+        with mock.patch("torch.distributed.all_reduce", side_effect=AssertionError("by gloo")):
+            group.all_reduce(x)
+        assert torch.equal(x, (torch.arange(5) + number).to(dtype) * sum(range(1, world_size + 1)))
