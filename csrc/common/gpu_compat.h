@@ -4,6 +4,7 @@
 //     return dsl::launch_error();                                   0, or the runtime's error code
 //     dsl::shuffle_xor(value, mask), dsl::wave_size()               a wave is 32 lanes (NVIDIA, RDNA) or 64 (CDNA)
 //     dsl::from_bf16, to_bf16, from_fp16, to_fp16                   16-bit floats as uint16_t, rounded to nearest even
+//     dsl::mma<F>(c, a, b)                                          c += a b by a whole wave; its operands: gpu_mma.h
 //
 // Everything else that kernels use (threadIdx, __syncthreads, __shared__, ...) has CUDA's names on all three.
 // HIP is held to what 5.2 has: no hip_bf16.h, no __shfl_*_sync. The host (any C++17 compiler, `g++ -x c++ kernel.cu`) is
@@ -12,6 +13,7 @@
 
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #if defined(__CUDACC__)
 #include <cuda_bf16.h>
@@ -25,6 +27,16 @@
 #include "common/tile.h"
 #define DSL_GPU_HOST
 #endif
+
+#if defined(DSL_GPU_HOST)
+#define DSL_UNROLL
+#define DSL_CALLERS_LINE , int line = __builtin_LINE()  // it tells one meeting of a wave from another
+#else
+#define DSL_UNROLL _Pragma("unroll")
+#define DSL_CALLERS_LINE
+#endif
+
+#include "common/gpu_mma.h"
 
 #if defined(__CUDACC__)
 // At least so many blocks on a multiprocessor: a bound on registers. (HIP's compiler counts otherwise, and needs none.)
@@ -59,6 +71,23 @@ __device__ inline float from_fp16(uint16_t bits) { return __half2float(__ushort_
 __device__ inline uint16_t to_fp16(float value) { return __half_as_ushort(__float2half_rn(value)); }
 __device__ inline bool check_aligned(const void*, int) { return true; }
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+#define DSL_TENSOR_CORES MmaSync
+#define DSL_MMA_SYNC(type)                                                                             \
+    asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                                \
+                 ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                \
+                 : "+f"(c.values[0]), "+f"(c.values[1]), "+f"(c.values[2]), "+f"(c.values[3])          \
+                 : "r"(a.registers[0]), "r"(a.registers[1]), "r"(a.registers[2]), "r"(a.registers[3]), \
+                   "r"(b.registers[0]), "r"(b.registers[1]))
+__device__ inline void tensor_cores(Sums& c, const Packed<Bf16, 8>& a, const Packed<Bf16, 4>& b) {
+    DSL_MMA_SYNC("bf16");
+}
+__device__ inline void tensor_cores(Sums& c, const Packed<Fp16, 8>& a, const Packed<Fp16, 4>& b) {
+    DSL_MMA_SYNC("f16");
+}
+#undef DSL_MMA_SYNC
+#endif
+
 #elif defined(DSL_GPU_HIP)
 
 using Stream = hipStream_t;
@@ -86,6 +115,25 @@ __device__ inline uint16_t to_fp16(float value) {
 }
 __device__ inline bool check_aligned(const void*, int) { return true; }
 
+#if defined(__gfx90a__) || defined(__gfx940__) || defined(__gfx941__) || defined(__gfx942__) || defined(__gfx950__)
+#define DSL_TENSOR_CORES Mfma
+using FourFloats = __attribute__((ext_vector_type(4))) float;
+using FourHalves = __attribute__((ext_vector_type(4))) _Float16;
+using FourShorts = __attribute__((ext_vector_type(4))) short;
+__device__ inline void tensor_cores(Sums& c, const Packed<Bf16, 4>& a, const Packed<Bf16, 4>& b) {
+    const auto sums =
+        __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(__builtin_bit_cast(FourShorts, a), __builtin_bit_cast(FourShorts, b),
+                                                  __builtin_bit_cast(FourFloats, c), 0, 0, 0);
+    c = __builtin_bit_cast(Sums, sums);
+}
+__device__ inline void tensor_cores(Sums& c, const Packed<Fp16, 4>& a, const Packed<Fp16, 4>& b) {
+    const auto sums =
+        __builtin_amdgcn_mfma_f32_16x16x16f16(__builtin_bit_cast(FourHalves, a), __builtin_bit_cast(FourHalves, b),
+                                              __builtin_bit_cast(FourFloats, c), 0, 0, 0);
+    c = __builtin_bit_cast(Sums, sums);
+}
+#endif
+
 #else
 
 static inline int launch_error() { return host::launch_error(); }
@@ -98,5 +146,84 @@ inline float from_fp16(uint16_t bits) { return widen_fp16(bits); }
 inline uint16_t to_fp16(float value) { return narrow_fp16(value); }
 
 #endif
+
+// Numbers as they are stored, and back.
+template <class T>
+__device__ inline float widen(typename T::Stored stored) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+        return from_bf16(stored);
+    } else if constexpr (std::is_same_v<T, Fp16>) {
+        return from_fp16(stored);
+    } else {
+        return stored;
+    }
+}
+
+template <class T>
+__device__ inline typename T::Stored narrow(float value) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+        return to_bf16(value);
+    } else if constexpr (std::is_same_v<T, Fp16>) {
+        return to_fp16(value);
+    } else {
+        return value;
+    }
+}
+
+template <class T>
+__device__ inline void Plain<T>::A::set(int i, typename T::Stored stored) {
+    values[i] = widen<T>(stored);
+}
+
+// c += a b. All lanes of a wave must call it.
+template <class F>
+__device__ inline void mma(typename F::C& c, const typename F::A& a, const typename F::B& b DSL_CALLERS_LINE) {
+    using T = typename F::Type;
+    if constexpr (std::is_same_v<F, Plain<T>>) {
+        DSL_UNROLL
+        for (int i = 0; i < F::C::COUNT; ++i) {
+            DSL_UNROLL
+            for (int k = 0; k < F::DEPTH; ++k) {
+                c.values[i] += a.values[i / 2 * F::DEPTH + k] * b.values[i % 2 * F::DEPTH + k];
+            }
+        }
+    } else {
+#if defined(DSL_GPU_HOST)
+        host::product_of_wave<F>(c, a, b, [](uint16_t bits) { return widen<T>(bits); }, line);
+#elif defined(DSL_TENSOR_CORES)
+        tensor_cores(c, a, b);
+#endif
+    }
+}
+
+// A kernel that multiplies numbers of type T is a template of one of these, and takes its Here.
+template <class T>
+struct ByArchitecture {
+#if defined(DSL_TENSOR_CORES)
+    using Here = std::conditional_t<std::is_same_v<T, Fp32>, Plain<T>, DSL_TENSOR_CORES<T>>;
+#else
+    using Here = Plain<T>;
+#endif
+};
+template <class F>
+struct Always {
+    using Here = F;
+};
+
+// Calls launch(choice), with the choice a kernel for numbers of type T is to be a template of.
+template <class T, class Launch>
+void with_products_of(const Launch& launch) {
+    if constexpr (std::is_same_v<T, Fp32>) {
+        launch(Always<Plain<T>>{});
+    } else {
+#if !defined(DSL_GPU_HOST)
+        launch(ByArchitecture<T>{});
+#else
+        if (host::device().plain_products) return launch(Always<Plain<T>>{});
+        if (host::device().wave == 64) return launch(Always<Mfma<T>>{});
+        launch(Always<MmaSync<T>>{});
+#endif
+    }
+}
 
 }  // namespace dsl

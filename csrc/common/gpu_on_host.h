@@ -1,7 +1,7 @@
 // A GPU made of fibers, for tests: gpu_compat.h's third target runs kernels in the calling thread, on any machine.
 //
 // Blocks run one after the other; the threads of a block are fibers that run until they wait. A wait ends when every
-// thread of the block (__syncthreads) or of the wave (a shuffle) has come to the same line of the source. Where that
+// thread of the block (__syncthreads) or of the wave (a shuffle, dsl::mma) has come to the same line. Where that
 // cannot happen any more (some threads returned, or wait at another line) the launch fails, with a text that says which
 // thread waits where. A misaligned vector access fails likewise. What it does not find: races between barriers, and
 // accesses out of bounds. Compile with -U_FORTIFY_SOURCE.
@@ -68,6 +68,7 @@ struct Fiber {
 class Device {
  public:
     unsigned wave = 32;
+    bool plain_products = false;                 // of 16-bit numbers too, as on a GPU without tensor cores
     unsigned first_block = 0, last_block = ~0u;  // of every grid, these alone are run
     std::string failure;                         // of the first launch that failed since it was last taken
 
@@ -98,6 +99,20 @@ class Device {
         self.source = current_ ^ mask;
         wait(Wait::wave, line);
         return self.got;
+    }
+
+    // Has all lanes of a wave meet, each with an address; the first of them is then told of all, the others of none.
+    std::vector<void*> meet(void* given, int line) {
+        Fiber& self = fibers_[current_];
+        self.given = reinterpret_cast<uintptr_t>(given);
+        self.source = current_;
+        const unsigned begin = current_ / wave * wave;
+        wait(Wait::wave, line);
+        std::vector<void*> all;
+        for (unsigned i = begin; i < begin + wave && current_ == begin; ++i) {
+            all.push_back(reinterpret_cast<void*>(fibers_[i].given));
+        }
+        return all;
     }
 
     void fail(const std::string& what) {
@@ -159,7 +174,7 @@ class Device {
             text += (begin ? ", " : "threads ") + std::to_string(begin) + "-" + std::to_string(i) +
                     (fiber.wait == Wait::finished ? " returned"
                      : fiber.wait == Wait::block  ? " at __syncthreads" + line
-                                                  : " at a shuffle" + line);
+                                                  : " at a shuffle or product" + line);
             begin = i + 1;
         }
         return text;
@@ -215,6 +230,47 @@ T shuffle_xor(T value, unsigned mask, int line) {
     return value;
 }
 
+// dsl::mma as tensor cores do it: a lane's registers are of the matrices' parts what F's tables say, in pairs of 16 bits.
+// The first lane that goes on does it for all, in the others' places.
+template <class F, class Widen>
+void product_of_wave(typename F::C& c, const typename F::A& a, const typename F::B& b, const Widen& widen, int line) {
+    struct Lane {
+        typename F::C* c;
+        const typename F::A* a;
+        const typename F::B* b;
+    } mine{&c, &a, &b};
+    if (device().wave != F::LANES) {
+        return device().fail("a product of " + std::to_string(F::LANES) + " lanes by a wave of " +
+                             std::to_string(device().wave));
+    }
+    const std::vector<void*> lanes = device().meet(&mine, line);
+    if (lanes.empty()) return;
+    double left[F::ROWS][F::DEPTH], right[F::DEPTH][F::COLUMNS];
+    auto number = [&](const uint32_t* registers, int i) {
+        return widen(static_cast<uint16_t>(registers[i / 2] >> (i % 2 * 16)));
+    };
+    for (int lane = 0; lane < F::LANES; ++lane) {
+        const Lane& from = *static_cast<const Lane*>(lanes[lane]);
+        for (int i = 0; i < F::A::COUNT; ++i) {
+            const auto place = F::a_place(lane, i);
+            left[place.row][place.column] = number(from.a->registers, i);
+        }
+        for (int i = 0; i < F::B::COUNT; ++i) {
+            const auto place = F::b_place(lane, i);
+            right[place.row][place.column] = number(from.b->registers, i);
+        }
+    }
+    for (int lane = 0; lane < F::LANES; ++lane) {
+        const Lane& to = *static_cast<const Lane*>(lanes[lane]);
+        for (int i = 0; i < F::C::COUNT; ++i) {
+            const auto place = F::c_place(lane, i);
+            double sum = 0;
+            for (int k = 0; k < F::DEPTH; ++k) sum += left[place.row][k] * right[k][place.column];
+            to.c->values[i] += static_cast<float>(sum);
+        }
+    }
+}
+
 // Stops a kernel that reads or writes `bytes` at once at a place that is no multiple of it, as a GPU does.
 inline bool check_aligned(const void* place, int bytes) {
     const bool aligned = reinterpret_cast<uintptr_t>(place) % bytes == 0;
@@ -228,6 +284,10 @@ inline int launch_error() { return device().failure.empty() ? 0 : 1; }
 }  // namespace dsl
 
 // What tests call.
+extern "C" __attribute__((used)) inline void dsl_host_plain_products(int plain) {
+    dsl::host::device().plain_products = plain != 0;
+}
+
 extern "C" __attribute__((used)) inline void dsl_host_configure(unsigned wave, unsigned first_block,
                                                                 unsigned last_block) {
     dsl::host::device().wave = wave;

@@ -516,7 +516,7 @@ def test_a_kernel_that_would_hang_a_gpu_is_an_error(folder):
 
     assert launch(0) == "block 0 waits for ever: threads 0-39 at __syncthreads in line 3, 40-63 returned"
     assert "0-0 at __syncthreads in line 5, 1-1 at __syncthreads in line 4" in launch(1)
-    assert "threads 0-7 at a shuffle in line 6, 8-63 returned" in launch(2)
+    assert "threads 0-7 at a shuffle or product in line 6, 8-63 returned" in launch(2)
     assert launch(3) == "a shuffle takes from a lane that is not there, line 7"
     assert "0-63 returned, 64-127 at __syncthreads in line 8" in launch(4)
     assert launch(5) == "a vector access of 16 bytes is misaligned"

@@ -1,0 +1,121 @@
+// The operands of dsl::mma (gpu_compat.h), a product of small matrices by all lanes of a wave together: c += a b.
+//
+//     using F = MmaSync<Bf16>;                   or Mfma<Fp16>, or Plain<Fp32>
+//     F::ROWS, F::COLUMNS, F::DEPTH              a is (ROWS, DEPTH), b (DEPTH, COLUMNS), c (ROWS, COLUMNS)
+//     F::LANES                                   neighbours that hold them, each a part: F::A, F::B, F::C
+//     F::a_place(lane, i), b_place, c_place      the row and column of number i of a lane's part
+//     fill_a<F>(a, lane, get), fill_b            number i of a lane's part becomes get(row, column), as it is stored
+//
+// Where a number lies is the instruction's to say: "Matrix Fragments for mma.m16n8k16 with floating point type" in
+// NVIDIA's PTX ISA, and for v_mfma_f32_16x16x16 AMD's CDNA ISA and its matrix instruction calculator. The tables are here
+// as functions, so that a kernel is written once.
+#pragma once
+
+#include <cstdint>
+
+namespace dsl {
+
+// Types of numbers, and what they are stored as.
+struct Fp32 {
+    using Stored = float;
+};
+struct Bf16 {
+    using Stored = uint16_t;
+};
+struct Fp16 {
+    using Stored = uint16_t;
+};
+
+struct Place {
+    int row, column;
+};
+
+// A lane's part of an operand of 16-bit numbers, two to a register, the first in its lower half.
+template <class T, int N>
+struct Packed {
+    static constexpr int COUNT = N;
+    uint32_t registers[N / 2];
+
+    __device__ void set(int i, uint16_t bits) {
+        uint32_t& word = registers[i / 2];
+        word = i % 2 == 0 ? bits : word | static_cast<uint32_t>(bits) << 16;  // the first of a pair comes first
+    }
+};
+
+// A lane's part of a sum.
+struct Sums {
+    static constexpr int COUNT = 4;
+    float values[4];
+};
+
+// mma.sync.aligned.m16n8k16: NVIDIA's, from sm_80 on.
+template <class T>
+struct MmaSync {
+    using Type = T;
+    static constexpr int LANES = 32, ROWS = 16, COLUMNS = 8, DEPTH = 16;
+    using A = Packed<T, 8>;
+    using B = Packed<T, 4>;
+    using C = Sums;
+
+    __device__ static constexpr Place a_place(int lane, int i) {
+        return {lane / 4 + (i / 2 % 2) * 8, lane % 4 * 2 + i % 2 + i / 4 * 8};
+    }
+    __device__ static constexpr Place b_place(int lane, int i) { return {lane % 4 * 2 + i % 2 + i / 2 * 8, lane / 4}; }
+    __device__ static constexpr Place c_place(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
+};
+
+// v_mfma_f32_16x16x16: AMD's CDNA 2 and 3.
+template <class T>
+struct Mfma {
+    using Type = T;
+    static constexpr int LANES = 64, ROWS = 16, COLUMNS = 16, DEPTH = 16;
+    using A = Packed<T, 4>;
+    using B = Packed<T, 4>;
+    using C = Sums;
+
+    __device__ static constexpr Place a_place(int lane, int i) { return {lane % 16, lane / 16 * 4 + i}; }
+    __device__ static constexpr Place b_place(int lane, int i) { return {lane / 16 * 4 + i, lane % 16}; }
+    __device__ static constexpr Place c_place(int lane, int i) { return {lane / 16 * 4 + i, lane % 16}; }
+};
+
+// Multiplications and additions of each lane by itself: any GPU's, in fp32 for all types. Sums lie as MmaSync's do, and a
+// lane holds all rows of a and columns of b that its own sums take, so several lanes hold the same.
+template <class T>
+struct Plain {
+    using Type = T;
+    static constexpr int LANES = 32, ROWS = 16, COLUMNS = 8, DEPTH = 4;
+    struct A {
+        static constexpr int COUNT = 2 * DEPTH;
+        float values[COUNT];
+        __device__ void set(int i, typename T::Stored stored);
+    };
+    using B = A;
+    using C = Sums;
+
+    __device__ static constexpr Place a_place(int lane, int i) { return {lane % 32 / 4 + i / DEPTH * 8, i % DEPTH}; }
+    __device__ static constexpr Place b_place(int lane, int i) { return {i % DEPTH, lane % 4 * 2 + i / DEPTH}; }
+    __device__ static constexpr Place c_place(int lane, int i) {
+        return {lane % 32 / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
+    }
+};
+
+// Number i of a lane's part of a becomes get(row, column), as it is stored.
+template <class F, class Get>
+__device__ inline void fill_a(typename F::A& part, int lane, const Get& get) {
+    DSL_UNROLL
+    for (int i = 0; i < F::A::COUNT; ++i) {
+        const Place place = F::a_place(lane, i);
+        part.set(i, get(place.row, place.column));
+    }
+}
+
+template <class F, class Get>
+__device__ inline void fill_b(typename F::B& part, int lane, const Get& get) {
+    DSL_UNROLL
+    for (int i = 0; i < F::B::COUNT; ++i) {
+        const Place place = F::b_place(lane, i);
+        part.set(i, get(place.row, place.column));
+    }
+}
+
+}  // namespace dsl
