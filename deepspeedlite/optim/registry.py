@@ -60,8 +60,8 @@ _BY_OP: dict[tuple[type[Optimizer], str], tuple[type[Optimizer], str, dict[str, 
 _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
 
 _ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
-    {cls for name, cls in _TORCH_CLASSES.items() if name not in WHOLE_TENSOR}
-    | {*_OURS.values(), FusedAdam, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
+    {cls for name, cls in {**_TORCH_CLASSES, **_OURS}.items() if name not in WHOLE_TENSOR}
+    | {FusedAdam, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
 )
 
 

@@ -1,4 +1,4 @@
-"""The accelerator this process trains on: the one place that asks torch for cuda, rocm or cpu.
+"""The accelerator this process trains on: where the library asks torch for cuda, rocm or cpu.
 
 torch's ROCm build answers to the name "cuda", so two types suffice; `Device.is_rocm` tells them apart where it
 matters. A `Device` is made once by `pick_device` and passed to whoever needs it; importing this module touches
