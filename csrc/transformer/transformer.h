@@ -39,7 +39,8 @@ struct dsl_drop_norm_backward {
     float *grad_bias, *grad_weight,
         *grad_shift;  // (hidden), each may be null: sums of grad_x, grad_normed * normalized,
                       // grad_normed
-    float* parts;     // (rows / DSL_PART, rounded up; 3; hidden): of the three above
+    float* parts;     // (rows / DSL_PART, rounded up; 3; hidden): of the three above; on a GPU it is there where
+                      // grad_normed is, and after them has room for 2 more numbers a row
     int64_t rows, hidden;
     dsl_dropout dropout;
 };
