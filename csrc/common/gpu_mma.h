@@ -26,7 +26,7 @@ struct Fp16 {
     using Stored = uint16_t;
 };
 
-struct Place {
+struct MatrixPlace {
     int row, column;
 };
 
@@ -57,11 +57,15 @@ struct MmaSync {
     using B = Packed<T, 4>;
     using C = Sums;
 
-    __device__ static constexpr Place a_place(int lane, int i) {
+    __device__ static constexpr MatrixPlace a_place(int lane, int i) {
         return {lane / 4 + (i / 2 % 2) * 8, lane % 4 * 2 + i % 2 + i / 4 * 8};
     }
-    __device__ static constexpr Place b_place(int lane, int i) { return {lane % 4 * 2 + i % 2 + i / 2 * 8, lane / 4}; }
-    __device__ static constexpr Place c_place(int lane, int i) { return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2}; }
+    __device__ static constexpr MatrixPlace b_place(int lane, int i) {
+        return {lane % 4 * 2 + i % 2 + i / 2 * 8, lane / 4};
+    }
+    __device__ static constexpr MatrixPlace c_place(int lane, int i) {
+        return {lane / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
+    }
 };
 
 // v_mfma_f32_16x16x16: AMD's CDNA 2 and 3.
@@ -73,9 +77,9 @@ struct Mfma {
     using B = Packed<T, 4>;
     using C = Sums;
 
-    __device__ static constexpr Place a_place(int lane, int i) { return {lane % 16, lane / 16 * 4 + i}; }
-    __device__ static constexpr Place b_place(int lane, int i) { return {lane / 16 * 4 + i, lane % 16}; }
-    __device__ static constexpr Place c_place(int lane, int i) { return {lane / 16 * 4 + i, lane % 16}; }
+    __device__ static constexpr MatrixPlace a_place(int lane, int i) { return {lane % 16, lane / 16 * 4 + i}; }
+    __device__ static constexpr MatrixPlace b_place(int lane, int i) { return {lane / 16 * 4 + i, lane % 16}; }
+    __device__ static constexpr MatrixPlace c_place(int lane, int i) { return {lane / 16 * 4 + i, lane % 16}; }
 };
 
 // Multiplications and additions of each lane by itself: any GPU's, in fp32 for all types. Sums lie as MmaSync's do, and a
@@ -92,9 +96,11 @@ struct Plain {
     using B = A;
     using C = Sums;
 
-    __device__ static constexpr Place a_place(int lane, int i) { return {lane % 32 / 4 + i / DEPTH * 8, i % DEPTH}; }
-    __device__ static constexpr Place b_place(int lane, int i) { return {i % DEPTH, lane % 4 * 2 + i / DEPTH}; }
-    __device__ static constexpr Place c_place(int lane, int i) {
+    __device__ static constexpr MatrixPlace a_place(int lane, int i) {
+        return {lane % 32 / 4 + i / DEPTH * 8, i % DEPTH};
+    }
+    __device__ static constexpr MatrixPlace b_place(int lane, int i) { return {i % DEPTH, lane % 4 * 2 + i / DEPTH}; }
+    __device__ static constexpr MatrixPlace c_place(int lane, int i) {
         return {lane % 32 / 4 + i / 2 * 8, lane % 4 * 2 + i % 2};
     }
 };
@@ -104,7 +110,7 @@ template <class F, class Get>
 __device__ inline void fill_a(typename F::A& part, int lane, const Get& get) {
     DSL_UNROLL
     for (int i = 0; i < F::A::COUNT; ++i) {
-        const Place place = F::a_place(lane, i);
+        const MatrixPlace place = F::a_place(lane, i);
         part.set(i, get(place.row, place.column));
     }
 }
@@ -113,7 +119,7 @@ template <class F, class Get>
 __device__ inline void fill_b(typename F::B& part, int lane, const Get& get) {
     DSL_UNROLL
     for (int i = 0; i < F::B::COUNT; ++i) {
-        const Place place = F::b_place(lane, i);
+        const MatrixPlace place = F::b_place(lane, i);
         part.set(i, get(place.row, place.column));
     }
 }

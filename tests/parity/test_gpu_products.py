@@ -58,7 +58,7 @@ __global__ void matrices_kernel(const void* left, const void* right, float* sums
     fill_b<F>(b, lane, [&](int k, int column) { return from_b[column * F::DEPTH + k]; });
     mma<F>(c, a, b);
     for (int i = 0; i < F::C::COUNT; ++i) {
-        const Place place = F::c_place(lane, i);
+        const MatrixPlace place = F::c_place(lane, i);
         sums[place.row * F::COLUMNS + place.column] = c.values[i];
     }
 }
@@ -85,7 +85,7 @@ __global__ void half_a_wave_kernel() {
 template <class F>
 int places_of(int* to) {
     for (int lane = 0; lane < F::LANES; ++lane) {
-        auto add = [&](Place place) { *to++ = place.row, *to++ = place.column; };
+        auto add = [&](MatrixPlace place) { *to++ = place.row, *to++ = place.column; };
         for (int i = 0; i < F::A::COUNT; ++i) add(F::a_place(lane, i));
         for (int i = 0; i < F::B::COUNT; ++i) add(F::b_place(lane, i));
         for (int i = 0; i < F::C::COUNT; ++i) add(F::c_place(lane, i));
