@@ -10,6 +10,7 @@ from typing import Any
 from deepspeedlite import comm
 from deepspeedlite.config import load_config
 from deepspeedlite.metrics.monitor.registry import WRITERS, Monitor, monitor_sections
+from deepspeedlite.ops.sparse_attention.sparsity_config import arguments_of
 
 # DeepSpeed's attribute -> where it is in ours.
 _ATTRIBUTES = {
@@ -64,6 +65,12 @@ class DeepSpeedConfig:
     def monitor_config(self) -> MonitorConfig:
         """The sections of the monitors."""
         return MonitorConfig(**monitor_sections(self._checked))
+
+    @property
+    def sparse_attention(self) -> dict[str, Any] | None:
+        """The section's mode and what its pattern is made with, to take apart; None where there is no such section."""
+        section = attrgetter("sparse_attention")(self._checked)
+        return None if section is None else {"mode": section.mode, **arguments_of(section)}
 
     def __getattr__(self, name: str) -> Any:
         if name == "_checked":  # not there yet: a copy, or an unpickled one

@@ -32,8 +32,8 @@ param_persistence_threshold prefetch_bucket_size
 """
 _TOP = """
 communication_data_type dataloader_drop_last dump_state gradient_clipping gradient_predivide_factor log_level
-managed_gradient_accumulation memory_breakdown steps_per_print wall_clock_breakdown zero_allow_untested_optimizer
-zero_force_ds_cpu_optimizer
+managed_gradient_accumulation memory_breakdown sparse_attention steps_per_print wall_clock_breakdown
+zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
 """
 _FLOPS = "enabled recompute_fwd_factor profile_step module_depth top_modules detailed output_file"
 

@@ -375,7 +375,7 @@ FAULTS = [
     ({"prescale_gradients": 1.0}, "prescale_gradients", ["true or false"]),
     ({"weight_quantization": {}}, "weight_quantization", ["quantizing"]),
     ({"amp": {"enabled": True, "opt_level": "O1"}}, "amp", ["torch_autocast"]),
-    ({"sparse_attention": {"mode": "fixed"}}, "sparse_attention", ["flex_attention"]),
+    ({"sparse_attention": {"mode": "fixd"}}, "sparse_attention.mode", ['did you mean "fixed"']),
     ({"elasticity": {"enabled": True}}, "elasticity", ["batch sizes"]),
     ({"datastates_ckpt": True}, "datastates_ckpt", ["remove"]),
     (

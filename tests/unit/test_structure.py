@@ -67,6 +67,7 @@ WIDE_SIGNATURES = {
     "init.py:__init__",
     "schedules.py:__init__",  # OneCycle
     "flops.py:get_model_profile",
+    "sparsity_config.py:__init__",
     # Called for every layer of every token: nothing is made to carry arguments.
     "transformer_inference.py:rotary_to_cache",
     "transformer_inference.py:decode_attention",
