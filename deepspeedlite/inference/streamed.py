@@ -68,6 +68,16 @@ class ValuesOfOneRank(FlatParams):
         self.store.close()
 
 
+class RepeatedPasses(ParamPrefetcher):
+    """Passes follow each other, and nothing is written in between: buffers that the last layers of one leave idle are
+    filled with the first layers of the next. Else they would all be read at once when it begins, and waited for.
+    """
+
+    def _prefetch(self) -> None:
+        super()._prefetch()
+        all(map(FlatParams.fetch, self.trace.known))  # as far as there are buffers that this pass has no use for
+
+
 class StreamedWeights:
     """The weights of a model, sharded over all ranks and kept where `zero.offload_param` says. Collective.
 
@@ -115,7 +125,8 @@ class StreamedWeights:
             ]
         self._dicts = StateDicts(model, leaves)
         limits = PrefetchLimits.from_config(zero)
-        self._prefetcher = ParamPrefetcher(model, self._values, leaves, limits, trace=trace, state_dicts=self._dicts)
+        prefetcher = RepeatedPasses if self._offload.placement.uses_disk else ParamPrefetcher
+        self._prefetcher = prefetcher(model, self._values, leaves, limits, trace=trace, state_dicts=self._dicts)
         self._hooks = [
             model.register_forward_pre_hook(lambda *_: self._prefetcher.begin_forward(False), prepend=True),
             model.register_forward_hook(self._end_pass, always_call=True),
@@ -156,6 +167,8 @@ class StreamedWeights:
             hook.remove()
         self._prefetcher.close()
         self._dicts.close()
+        for values in self._values:
+            values.store.forget()  # what is on its way for a next pass has to arrive before its memory goes
         self._offload.close()
 
 

@@ -38,7 +38,7 @@ class UseTrace:
     """The order in which values were used in the last pass, and where the present one stands in it."""
 
     def __init__(self) -> None:
-        self._known: list[FlatParams] = []
+        self.known: list[FlatParams] = []  # the uses of the last pass, in order
         self._recorded: list[FlatParams] = []
         self._known_forward = self._recorded_forward = 0  # how many of the uses were forward's
         self._position = 0  # of the next use expected
@@ -50,7 +50,7 @@ class UseTrace:
 
     def begin(self) -> None:
         """A forward pass of the whole model starts."""
-        if not self._known:  # the last one had no backward pass: this one may be alike
+        if not self.known:  # the last one had no backward pass: this one may be alike
             self._learn(self._recorded, len(self._recorded))
         self._recorded = []
         self._recorded_forward = 0
@@ -58,7 +58,7 @@ class UseTrace:
 
     def turn(self) -> None:
         """What is used from now on is used by a backward pass."""
-        if self._known_forward == len(self._known):  # it was not learnt from one that had a backward pass
+        if self._known_forward == len(self.known):  # it was not learnt from one that had a backward pass
             self._learn([], 0)
         self._recorded_forward = self._recorded_forward or len(self._recorded)
 
@@ -70,9 +70,9 @@ class UseTrace:
 
     def _learn(self, uses: list[FlatParams], forward: int) -> None:
         self._known_forward = forward
-        if uses == self._known:
+        if uses == self.known:
             return
-        self._known = uses
+        self.known = uses
         self._before = [0, *accumulate(values.numel for values in uses)]
         self._places = {}
         for index, values in enumerate(uses):
@@ -81,7 +81,7 @@ class UseTrace:
     def use(self, values: FlatParams) -> None:
         """`values` are used now."""
         self._recorded.append(values)
-        if self._position < len(self._known) and self._known[self._position] is values:
+        if self._position < len(self.known) and self.known[self._position] is values:
             self._position += 1
             return
         places = self._places.get(values)
@@ -145,7 +145,7 @@ class LookAhead:
             numel: only for uses before which there are fewer elements to come; None: for all.
             forward_only: only for those of the forward pass.
         """
-        trace, known = self._trace, self._trace._known
+        trace, known = self._trace, self._trace.known
         position, before = trace._position, trace._before
         stop = trace._known_forward if forward_only else len(known)
         while self._again and self._again[0] < stop:

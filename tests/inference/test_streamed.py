@@ -114,7 +114,10 @@ def test_layers_are_read_ahead_and_let_go(tmp_path):
         model(torch.arange(3))
     for number in range(1, len(used)):
         assert events.index(f"read {number}") < events.index(f"used {number - 1}"), events
+    assert events.index("read 0", events.index("used 0")) < events.index(f"used {len(used) - 1}"), "the next pass's"
+    assert values_here(streamed)
     streamed.close()
+    assert not values_here(streamed), "what was on its way has its memory until it is there"
 
 
 def values_here(streamed: StreamedWeights) -> int:
