@@ -151,6 +151,13 @@ _ROWS = (
         kernels=("quantizer/quantizer_kernel.cpp",),
         gpu=("quantizer/quantizer.cu",),
     ),
-    OpSpec("sparse_attn", "SparseAttnBuilder", "DS_BUILD_SPARSE_ATTN", pending=_LATER),
+    OpSpec(
+        "sparse_attn",
+        "SparseAttnBuilder",
+        "DS_BUILD_SPARSE_ATTN",
+        ops=("sparse_attention_forward", "sparse_attention_backward"),
+        bindings=("sparse_attn/sparse_attn.cpp",),
+        kernels=("sparse_attn/backward_kernel.cpp", "sparse_attn/forward_kernel.cpp"),
+    ),
 )
 OPS = {spec.name: spec for spec in _ROWS}
