@@ -13,6 +13,7 @@ from deepspeedlite.compat import groups
 from deepspeedlite.compat.comm import init_distributed
 from deepspeedlite.compat.engine import DeepSpeedEngine
 from deepspeedlite.factory import Given, Parameters, build_engine
+from deepspeedlite.ops.late_compiler import import_compiler_late
 from deepspeedlite.parallel.pipe import Pipeline
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist_once
@@ -72,6 +73,7 @@ def initialize(
     model_parameters = _parameters(model_parameters, older)
     if not isinstance(model, torch.nn.Module):
         raise UnsupportedError(f"initialize needs model=, a torch.nn.Module; got {type(model).__name__}")
+    import_compiler_late()
     init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     given = Given(
         optimizer=optimizer,

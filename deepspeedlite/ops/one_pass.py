@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspeedlite.ops import is_available, load
+from deepspeedlite.ops.late_compiler import import_compiler_late
 from deepspeedlite.runtime.errors import OptimizerError
 
 
@@ -28,6 +29,10 @@ class OnePassOptimizer(torch.optim.Optimizer):
     """An optimizer whose `_update` does all that a step does to some parameters of one group."""
 
     _handed_over: tuple[Sequence[OnePassUpdate], float] | None = None
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        import_compiler_late()
+        super().__init__(params, defaults)
 
     def _update_all(self, groups: list[tuple[dict[str, Any], list[OnePassUpdate]]], grad_scale: float) -> None:
         """One step: of each group the parameters that take part in it. Groups without any are left out."""
