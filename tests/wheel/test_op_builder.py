@@ -488,6 +488,19 @@ def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
     assert (jit._key(spec, host) != jit._key(spec, Toolchain(host.compiler, host.torch))) is bool(host.options)
 
 
+@needs("g++")
+def test_links_to_ccache_are_the_compilers_that_it_calls(tmp_path, clean):
+    """As in /usr/lib/ccache, which people put first on PATH."""
+    real = Toolchain.find(OPS["cpu_adam"])
+    (tmp_path / "ccache").touch(mode=0o755)
+    for name in ("g++", "other++"):
+        (tmp_path / name).symlink_to("ccache")
+    clean.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    linked = Toolchain(tmp_path / "g++", real.torch)
+    assert linked.identity() == Toolchain(Path("/usr/bin/g++"), real.torch).identity()
+    assert linked.identity() != Toolchain(tmp_path / "other++", real.torch).identity()
+
+
 @pytest.mark.parametrize(
     ("cxx", "reason"),
     [
@@ -505,9 +518,10 @@ def test_cxx_with_arguments_compiles(cxx, cold, tmp_path, clean):
         ),
     ],
 )
-def test_a_cxx_that_cannot_be_used_says_why(cxx, reason, cold, clean):
-    if find("ccache") and cxx.startswith("ccache"):
-        pytest.skip("there is a ccache here")
+def test_a_cxx_that_cannot_be_used_says_why(cxx, reason, cold, clean, tmp_path):
+    if cxx.startswith("ccache"):
+        (tmp_path / "g++").symlink_to(find("g++"))
+        clean.setenv("PATH", str(tmp_path))
     clean.setenv("CXX", cxx)
     with pytest.raises(OpBuildError, match=reason):
         built(OPS["cpu_adam"])

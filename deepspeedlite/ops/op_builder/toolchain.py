@@ -86,9 +86,10 @@ class Toolchain:
 
     def identity(self) -> str:
         """What changes when a compiler or torch does, found without running them."""
-        stat = self.compiler.stat()  # of the file that links lead to
+        compiler = _behind_wrapper(self.compiler)
+        stat = compiler.stat()
         gpu = self.gpu.identity() if self.gpu else ""
-        return f"{self.torch.version} {self.compiler.resolve()} {stat.st_size} {stat.st_mtime_ns} {gpu}"
+        return f"{self.torch.version} {compiler} {stat.st_size} {stat.st_mtime_ns} {gpu}"
 
     def commands(self, spec: OpSpec, csrc: Path, objects: Path) -> list[list[str]]:
         """A command per object file, whose last argument is that file; those that take longest come first."""
@@ -147,6 +148,16 @@ def check_cxx(cxx: Sequence[str]) -> None:
             f"{shlex.join(cxx)} does not compile what ops are made of: {said}",
             "install a newer C++17 compiler (GCC 9 or newer, clang 10 or newer) and set CXX to it",
         )
+
+
+def _behind_wrapper(compiler: Path) -> Path:
+    """The file that a compiler's links lead to; of a link to ccache, as in /usr/lib/ccache, what ccache calls by it."""
+    found = compiler.resolve()
+    if found.name not in _WRAPPERS:
+        return found
+    named = [Path(folder, compiler.name) for folder in os.environ.get("PATH", "").split(os.pathsep) if folder]
+    others = (path.resolve() for path in named if os.access(path, os.X_OK))
+    return next((path for path in others if path.name not in _WRAPPERS), found)
 
 
 def _parts(named: str) -> tuple[tuple[str, ...], str, tuple[str, ...]]:
