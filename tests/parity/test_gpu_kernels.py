@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import os
 import subprocess
 from pathlib import Path
 
@@ -524,39 +523,3 @@ def test_a_kernel_that_would_hang_a_gpu_is_an_error(folder):
     thread = torch.arange(128)
     expected = torch.stack([((thread ^ 3) + 1) % 128 + block for block in range(3)])
     assert torch.equal(out, expected.int())
-
-
-# --- the GPUs' compilers ----------------------------------------------------------------------------------------------
-
-HIP = ["-std=c++17", "-O3", "-x", "hip"]
-COMPILERS = {
-    "nvcc, sm_80 and sm_90": [
-        *("nvcc", "-std=c++17", "-O3", "-Werror", "all-warnings", "-c"),
-        *("-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90,code=sm_90"),
-    ],
-    "hipcc, gfx90a": ["hipcc", *HIP, "-Werror", "--offload-arch=gfx90a", "-fPIC", "-c"],
-    # Newer than the HIP that Debian has; without its device library, and so without a linker, to assembly.
-    "clang, gfx942": [
-        *("clang++-19", *HIP, "-Werror", "--offload-arch=gfx942", "--offload-device-only", "-nogpulib", "-S"),
-    ],
-}
-
-
-def compile_with(name: str, sources: list[str], folder: Path) -> None:
-    """Each of the sources, by one of `COMPILERS`."""
-    compiler, *flags = COMPILERS[name]
-    program(compiler)
-    environment = {**os.environ, "HIP_PLATFORM": "amd"}  # hipcc takes the nvcc on PATH otherwise
-    for source in sources:
-        command = [compiler, *flags, f"-I{CSRC}", source, "-o", str(folder / f"{Path(source).stem}.o")]
-        done = subprocess.run(command, capture_output=True, text=True, env=environment)
-        assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", COMPILERS)
-def test_it_compiles_for(name, tmp_path):
-    compile_with(name, KERNELS, tmp_path)
-    if "gfx942" in name:
-        text = (tmp_path / "adam.o").read_text()
-        assert ".wavefront_size: 64" in text and "global_load_dwordx4" in text, "16 bytes at a time"

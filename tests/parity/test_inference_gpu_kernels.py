@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from paths import ROOT
-from test_gpu_kernels import CTensor, compile_for_host, compile_with
+from test_gpu_kernels import CTensor, compile_for_host
 from test_packed_linear import exact_weight, layer
 from torch import Tensor
 
@@ -237,8 +237,3 @@ def test_products_of_few_rows_and_packed_weights_made_whole(device, dtype, bits)
             whole = device.empty(out, width, dtype=dtype)
             device.call("dsl_gpu_unpack", c_product(packed, None, None), given(whole))
             assert torch.equal(whole, exact_weight(packed).to(dtype))
-
-
-@pytest.mark.parametrize("name", ["nvcc, sm_80 and sm_90", "hipcc, gfx90a", "clang, gfx942"])
-def test_it_compiles_for(name, tmp_path: Path):
-    compile_with(name, SOURCES, tmp_path)

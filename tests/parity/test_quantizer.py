@@ -7,13 +7,12 @@ import os
 import subprocess
 import sys
 from itertools import product
-from pathlib import Path
 
 import pytest
 import torch
 from paths import BOOT, ROOT
 from programs import needs
-from test_gpu_kernels import CTensor, compile_for_host, compile_with
+from test_gpu_kernels import CTensor, compile_for_host
 from torch import Tensor
 
 from deepspeedlite.ops.group_quantize import Quantized, dequantize, dequantize_in_torch, quantize, quantize_in_torch
@@ -159,9 +158,3 @@ def test_gpu_kernels_do_what_torch_does(on_host, wave):
             back = torch.zeros_like(x)
             assert on_host.dsl_gpu_dequantize(ctypes.byref(c_groups(back, found)), None) == 0
             assert_near(back, dequantize_in_torch(found, dtype))
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["nvcc, sm_80 and sm_90", "hipcc, gfx90a", "clang, gfx942"])
-def test_it_compiles_for(name, tmp_path: Path):
-    compile_with(name, [SOURCE], tmp_path)

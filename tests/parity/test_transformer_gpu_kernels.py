@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT
-from test_gpu_kernels import compile_for_host, compile_with
+from test_gpu_kernels import compile_for_host
 from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, Device, given, random, struct
 from torch import Tensor
 from torch.nn import functional as F
@@ -323,8 +323,3 @@ def test_the_stochastic_build_moves_results_a_little(libraries):
         found.append(normed)
     moved = (found[1] - found[0]).abs().max()
     assert 0 < moved < 1e-4 * found[0].abs().max()
-
-
-@pytest.mark.parametrize("name", ["nvcc, sm_80 and sm_90", "hipcc, gfx90a", "clang, gfx942"])
-def test_it_compiles_for(name, tmp_path: Path):
-    compile_with(name, [SOURCE], tmp_path)

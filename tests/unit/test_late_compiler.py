@@ -1,4 +1,4 @@
-"""A process that compiles nothing never imports torch's compiler; in one that does, torch's functions are as torch left them."""
+"""A process that compiles nothing never imports torch's compiler; in one that does, torch's methods are its own."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from programs import needs
 SCRIPT = """
 import sys, torch, deepspeedlite
 
-config = {"train_batch_size": 1, "zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW", "params": {"lr": 0.1}}}
+config = {"train_batch_size": 1, "zero_optimization": {"stage": 2}}
+config["optimizer"] = {"type": "AdamW", "params": {"lr": 0.1}}
 engine, optimizer, *_ = deepspeedlite.initialize(model=torch.nn.Linear(4, 4), config=config)
 methods = ("add_param_group", "zero_grad", "state_dict", "load_state_dict")
 

@@ -371,9 +371,11 @@ def test_each_environment_has_its_own_library(tmp_path, clean):
     assert len(keys) == 4
 
 
-COMPILE = (
-    "from deepspeedlite.ops.op_builder import OPS, built, load_ops; load_ops(OPS['utils']); print(built(OPS['utils']))"
-)
+COMPILE = """
+from deepspeedlite.ops.op_builder import OPS, built, load_ops
+load_ops(OPS["fused_lion"])
+print(built(OPS["fused_lion"]))
+"""
 
 
 @pytest.mark.slow
@@ -399,19 +401,21 @@ def test_ninja_compiles_too_and_shows_the_first_error(cold, tmp_path, clean):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["gfx90a", "gfx942"])
-def test_clang_compiles_every_kernel_for_amds_gpus(arch, tmp_path):
-    """To device code; a newer ROCm than Debian's is needed to link gfx942's."""
+def test_a_newer_clang_compiles_every_kernel_for_newer_gpus_of_amds(tmp_path):
+    """To assembly: the HIP that Debian has knows no gfx942 to link for. (gfx90a, and nvcc: see test_wheel.py.)"""
     clang = program("clang++-19")
     if not Path("/usr/include/hip/hip_runtime.h").exists():
         pytest.skip("needs HIP's headers (Debian's package libamdhip64-dev)")
+    flags = ["-std=c++17", "-O3", "-Werror", "-x", "hip", "--rocm-path=/usr", "-nogpulib", "--cuda-device-only", "-S"]
     for source in sorted({source for spec in HERE for source in spec.gpu}):
         target = tmp_path / "kernel.s"
-        flags = ["-x", "hip", "--rocm-path=/usr", "-nogpulib", "--cuda-device-only", f"--offload-arch={arch}", "-S"]
-        command = [clang, *flags, "-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", str(ROOT / "csrc" / source)]
+        command = [clang, *flags, "--offload-arch=gfx942", f"-I{ROOT / 'csrc'}", str(ROOT / "csrc" / source)]
         done = subprocess.run([*command, "-o", str(target)], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
-        assert f"amdgcn-amd-amdhsa--{arch}" in target.read_text()
+        text = target.read_text()
+        assert "amdgcn-amd-amdhsa--gfx942" in text and ".wavefront_size: 64" in text
+        if source == "gpu_optim/adam.cu":
+            assert "global_load_dwordx4" in text, "16 bytes at a time"
 
 
 # --- compilers as people name them ------------------------------------------------------------------------------------
