@@ -68,6 +68,7 @@ WIDE_SIGNATURES = {
     "schedules.py:__init__",  # OneCycle
     "flops.py:get_model_profile",
     "sparsity_config.py:__init__",
+    "sparse_attention_utils.py:pad_to_block_size",
     "function.py:sparse_attention",  # the masks and modes of DeepSpeed's SparseSelfAttention
     # Called for every layer of every token: nothing is made to carry arguments.
     "transformer_inference.py:rotary_to_cache",

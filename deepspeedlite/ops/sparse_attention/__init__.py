@@ -1,7 +1,10 @@
 """Block-sparse attention: patterns, the function that computes only the blocks of one, and modules made of it."""
 
+from deepspeedlite.ops.sparse_attention.bert_sparse_self_attention import BertSparseSelfAttention
 from deepspeedlite.ops.sparse_attention.block_lists import BlockLists
 from deepspeedlite.ops.sparse_attention.function import sparse_attention
+from deepspeedlite.ops.sparse_attention.sparse_attention_utils import SparseAttentionUtils
+from deepspeedlite.ops.sparse_attention.sparse_self_attention import SparseSelfAttention
 from deepspeedlite.ops.sparse_attention.sparsity_config import (
     BigBirdSparsityConfig,
     BSLongformerSparsityConfig,
@@ -15,11 +18,14 @@ from deepspeedlite.ops.sparse_attention.sparsity_config import (
 
 __all__ = [
     "BSLongformerSparsityConfig",
+    "BertSparseSelfAttention",
     "BigBirdSparsityConfig",
     "BlockLists",
     "DenseSparsityConfig",
     "FixedSparsityConfig",
     "LocalSlidingWindowSparsityConfig",
+    "SparseAttentionUtils",
+    "SparseSelfAttention",
     "SparsityConfig",
     "VariableSparsityConfig",
     "sparse_attention",
