@@ -14,7 +14,7 @@ DSL_PAIRS_ON
 template <class Kind>
 void change(const Strip& strip, const dsl::SparseRoom& room, const float* kept) {
     const int64_t queries = strip.queries;
-    const Vector factor = to_all(strip.altered ? 1 : strip.how.scale * LOG2_E);
+    const Vector factor = to_all(factor_of(strip));
     for (int64_t j = 0; j < strip.keys; j += Kind::EACH) {
         for (int64_t i = 0; i < queries; i += LANES) {
             const Vector lse = load(room.each_query[0] + i), delta = load(room.each_query[1] + i);
@@ -99,7 +99,7 @@ void tile(const Strip& strip, const dsl_sparse_work& work, const dsl::SparseRoom
     const dsl_sparse_attention& how = strip.how;
     const Operand keys = rows_operand(strip, how.k, PAIRS, room.rows);
     scores_of<Kind>(strip, how.k, keys, room.q_columns, how.dim / Kind::EACH, room.scores);
-    if (strip.altered) alter(strip, room.scores);
+    alter(strip, room.scores);
     const Operand values = rows_operand(strip, how.v, PAIRS, room.more_rows);
     scores_of<Kind>(strip, how.v, values, room.dout_columns, how.dim / Kind::EACH, room.products);
     const bool drops = how.dropout.threshold != 0;

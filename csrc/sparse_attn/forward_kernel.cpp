@@ -53,7 +53,7 @@ Vector exponentials(float* scores, float* pairs, const float* kept, int64_t keys
 // A tile's scores become weights in view of the new maximum, and what the strip had so far is scaled to it.
 template <class Kind>
 void weigh(const Strip& strip, const dsl::SparseRoom& room, const float* kept) {
-    const float factor = strip.altered ? 1 : strip.how.scale * LOG2_E;
+    const float factor = factor_of(strip);
     const int64_t queries = strip.queries;
     for (int64_t i = 0; i < queries; i += LANES) {
         const Vector before = load(room.each_query[0] + i);
@@ -97,7 +97,7 @@ void forward(const dsl_sparse_attention& how, const dsl_sparse_work& work, const
     while (strip.next(room.keys)) {
         const Operand keys = rows_operand(strip, how.k, PAIRS, room.rows);
         scores_of<Kind>(strip, how.k, keys, room.q_columns, how.dim / Kind::EACH, room.scores);
-        if (strip.altered) alter(strip, room.scores);
+        alter(strip, room.scores);
         const bool drops = how.dropout.threshold != 0;
         if (drops) dropped(strip, room.kept, room.line);
         weigh<Kind>(strip, room, drops ? room.kept : nullptr);

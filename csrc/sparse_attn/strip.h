@@ -56,15 +56,18 @@ class Strip {
         const int64_t seen =
             how.causal ? std::min(work.end_key, first + queries) : work.end_key;  // no key from there on
         end_ = std::lower_bound(blocks + entry_, blocks + starts[1], (seen + how.block - 1) / how.block) - blocks;
-        altered_ = !(how.scale >= 0);  // its largest product would not be its largest score
-        for (const dsl_bias& bias : how.biases) altered_ |= bias.kind != DSL_NO_BIAS;
+        scaled = !(how.scale > 0);  // the largest product would not be the largest score
+        for (const dsl_bias& bias : how.biases) {
+            scaled |= bias.kind == DSL_ADDED;
+            hides_ |= bias.kind != DSL_NO_BIAS;
+        }
     }
 
     // The next tile's segments, of at most `most` keys together; false where there are none.
     bool next(int64_t most) {
         count = 0;
         keys = 0;
-        altered = altered_;
+        hides = hides_;
         while (entry_ < end_ && keys < most) {
             const int64_t key = how.by_row.blocks[entry_] * how.block + offset_;
             const int64_t partial = how.by_row.partial == nullptr ? -1 : how.by_row.partial[entry_];
@@ -88,7 +91,8 @@ class Strip {
     const int64_t batch, head, first, queries;
     Segment segments[dsl::MOST_KEYS / 16];
     int64_t count = 0, keys = 0;  // of the tile
-    bool altered = false;         // something is added to its scores or hides some
+    bool hides = false;           // something says which of its positions are seen, or is added
+    bool scaled = false;          // scores are made before they are weighed; else their scale is part of that
 
  private:
     void add(int64_t key, int64_t some, int64_t partial) {
@@ -97,7 +101,7 @@ class Strip {
         if (partial >= 0) {
             mask = how.partial_masks + (partial * how.block + first % how.block) * how.block + key % how.block;
         }
-        altered |= edge || mask != nullptr;
+        hides |= edge || mask != nullptr;
         Segment& last = segments[count - (count > 0)];
         if (count > 0 && last.key + last.count == key && last.mask == nullptr && mask == nullptr) {
             last.count += some;
@@ -108,7 +112,7 @@ class Strip {
     }
 
     int64_t entry_, end_, offset_ = 0;
-    bool altered_ = false;
+    bool hides_ = false;
 };
 
 // --- operands ----------------------------------------------------------------------------------------------------------
@@ -263,12 +267,11 @@ inline void hide(const Strip& strip, const Segment& segment, float* scores) {
     }
 }
 
-// Products become scores times log2 e, and what is hidden -infinity.
+// Whether scores are scaled here is the same for all tiles: a position's arithmetic depends on no other's.
 inline void alter(const Strip& strip, float* scores) {
-    for (int64_t i = 0; i < strip.keys * strip.queries; i += LANES) {
-        store(scores + i, load(scores + i) * to_all(strip.how.scale));
-    }
-    for (int64_t s = 0; s < strip.count; ++s) {
+    const int64_t all = strip.scaled ? strip.keys * strip.queries : 0;
+    for (int64_t i = 0; i < all; i += LANES) store(scores + i, load(scores + i) * to_all(strip.how.scale));
+    for (int64_t s = 0; strip.hides && s < strip.count; ++s) {
         const Segment& segment = strip.segments[s];
         float* const some = scores + segment.at * strip.queries;
         for (const dsl_bias& bias : strip.how.biases) {
@@ -281,10 +284,11 @@ inline void alter(const Strip& strip, float* scores) {
         }
         hide(strip, segment, some);
     }
-    for (int64_t i = 0; i < strip.keys * strip.queries; i += LANES) {
-        store(scores + i, load(scores + i) * to_all(LOG2_E));
-    }
+    for (int64_t i = 0; i < all; i += LANES) store(scores + i, load(scores + i) * to_all(LOG2_E));
 }
+
+// What a score is multiplied by on its way into an exponent of 2.
+inline float factor_of(const Strip& strip) { return strip.scaled ? 1 : strip.how.scale * LOG2_E; }
 
 // What dropout multiplies the tile by.
 inline void dropped(const Strip& strip, float* to, float* line) {

@@ -157,26 +157,31 @@ class BlockLists:
         return dataclasses.replace(self, **moved)
 
     def to_block_mask(self) -> BlockMask:
-        """The same for FlexAttention: blocks that are seen as a whole are full ones, the others have a `mask_mod`."""
-        from torch.nn.attention.flex_attention import BlockMask, noop_mask
+        """The same for FlexAttention: full blocks, and partial ones where not all positions are seen.
 
-        kept = self.layout
-        partial, seen = torch.zeros_like(kept), None
+        Its `mask_mod` knows the whole layout, since FlexAttention asks nothing else where it is not compiled.
+        """
+        from torch.nn.attention.flex_attention import BlockMask
+
+        kept, block, batches, heads = self.layout, self.block, self.batches, self.heads
+        number, masks = (
+            torch.full(kept.shape, -1, dtype=torch.int64, device=kept.device),
+            kept.new_ones(1, block, block),
+        )
         if self.partial is not None and self.masks is not None:
-            number = torch.full(kept.shape, -1, dtype=torch.int64, device=kept.device)
             number[kept] = self.partial.long()
-            partial, masks, block = number >= 0, self.masks, self.block
-            batches, heads = self.batches, self.heads
+            masks = self.masks
+        partial = number >= 0
 
-            def seen(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
-                which = number[b % batches, h % heads, q_idx // block, kv_idx // block]
-                return (which < 0) | masks[which.clamp(min=0), q_idx % block, kv_idx % block]
+        def seen(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+            of = (b % batches, h % heads, q_idx // block, kv_idx // block)
+            return kept[of] & (~partial[of] | masks[number[of].clamp(min=0), q_idx % block, kv_idx % block])
 
         return BlockMask.from_kv_blocks(
             *_ordered(partial),
             *_ordered(kept & ~partial),
             BLOCK_SIZE=self.block,
-            mask_mod=noop_mask if seen is None else seen,
+            mask_mod=seen,
             seq_lengths=(self.rows * self.block, self.columns * self.block),
         )
 
