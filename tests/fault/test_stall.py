@@ -115,7 +115,7 @@ def sleep_in_user_code(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("shared_memory", ["1", "0"])
-@pytest.mark.slow_unless(shared_memory="1")
+@pytest.mark.slow
 @distributed(2, env=WATCHED)
 def test_a_rank_that_is_busy_elsewhere_is_said_to_be_while_the_other_waits(shared_memory):
     """With the place in its code, once and once again, over shared memory and over gloo; and training goes on."""

@@ -149,6 +149,7 @@ def test_a_start_goes_well_among_strangers(tmp_path: Path, port: int) -> None:
     assert secret not in values and not marker.exists()
 
 
+@pytest.mark.slow
 @needs_root
 @pytest.mark.parametrize("is_believed", [False, True])
 def test_what_a_stranger_writes_over_a_value_is_not_believed(tmp_path: Path, port: int, is_believed: bool) -> None:

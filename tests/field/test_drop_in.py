@@ -296,6 +296,7 @@ def test_absent_modules_say_why(path):
     assert not inside.exists() and not inside.with_suffix(".py").exists(), "there is a file of ours at an absent path"
 
 
+@pytest.mark.slow
 def test_all_that_deepspeed_has_is_answered_for():
     """Each of its modules is found and imported, from its parents too, and each of its names is there or says why."""
     code = """

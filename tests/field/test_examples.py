@@ -183,6 +183,7 @@ def test_cifar_reader_refuses_what_is_not_cifar(tmp_path, fault, message):
         load("cifar10", "pictures").read_cifar10(path)
 
 
+@pytest.mark.slow
 def test_digits_split_is_fixed_and_stratified():
     pytest.importorskip("sklearn", reason="needs scikit-learn (pip install 'deepspeedlite[examples]')")
     data = load("cifar10", "pictures")

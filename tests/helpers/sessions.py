@@ -27,6 +27,7 @@ from typing import Any
 import pytest
 from children import hear_signals
 from harness import start_origin
+from paths import ROOT
 
 LAST_WORDS_CHARS = 4000
 END_WAIT_S = 60.0  # what an interrupted session may take to remove its containers and hosts
@@ -34,16 +35,24 @@ POLL_S = 0.2
 # The files that take longest, in that order: what is begun last should be short. First those that have more than
 # a minute each, then those that have 5 s of `make test-fast`.
 LONGEST = (
-    "image/test_images", "cluster/test_launcher_cluster", "fault/test_checkpoint_kills", "wheel/test_wheel",
-    "parity/test_checkpoint_deepspeed_peer", "fault/test_offload_faults", "parity/test_checkpoint_elastic",
-    "fault/test_checkpoint_faults", "parity/test_pipe_peer", "cluster/test_install", "field/test_examples",
-    "parity/test_zero_models", "cluster/test_launcher", "cluster/test_ssh", "parity/test_mpu_peer",
-    "cluster/test_planted", "wheel/test_cache", "cluster/test_cluster_bed", "field/test_planted_faults",
-    "field/test_documentation", "field/test_drop_in", "field/test_env_report", "parity/test_pipe", "parity/test_ops",
-    "field/test_tutorials", "unit/test_checkpoint_direct", "parity/test_optimizers", "parity/test_cpu_optimizers",
-    "unit/test_structure", "unit/test_aio", "parity/test_parity", "unit/test_zero_keys", "unit/test_engine_lifecycle",
-    "parity/test_zero_adapters", "unit/test_zero_inspect", "parity/test_offload", "parity/test_mpu", "unit/test_comm",
-    "unit/test_zero_scale", "unit/test_config", "parity/test_lamb_sharded", "unit/test_zero_use_order",
+    "image/test_images", "wheel/test_wheel", "cluster/test_launcher_cluster", "fault/test_checkpoint_kills",
+    "cluster/test_install", "parity/test_checkpoint_deepspeed_peer", "fault/test_offload_faults",
+    "field/test_tutorials", "fault/test_checkpoint_faults", "field/test_examples", "parity/test_checkpoint_elastic",
+    "parity/test_pipe_peer", "inference/test_inference_programs", "inference/test_loading", "cluster/test_launcher",
+    "parity/test_zero_models", "field/test_same_values", "cluster/test_ssh", "parity/test_mpu_peer",
+    "cluster/test_planted", "wheel/test_cache", "wheel/test_op_builder", "cluster/test_cluster_bed",
+    "field/test_planted_faults", "unit/test_comm", "unit/test_helpers", "unit/test_harness", "image/test_env",
+    "field/test_documentation", "field/test_drop_in", "field/test_env_report", "inference/test_blocks",
+    "parity/test_pipe", "parity/test_ops", "parity/test_optimizers", "parity/test_cpu_optimizers",
+    "inference/test_generate", "fault/test_strangers", "fault/test_blame", "fault/test_exit", "fault/test_stall",
+    "parity/test_transformer_inference", "parity/test_quantizer", "parity/test_packed_linear",
+    "inference/test_streamed", "inference/test_kv_cache", "inference/test_inference_quantized",
+    "inference/test_inference_engine", "inference/test_tensor_parallel", "parity/test_mpu_checkpoints",
+    "unit/test_checkpoint_direct", "unit/test_structure", "unit/test_aio", "parity/test_parity",
+    "unit/test_zero_keys", "unit/test_engine_lifecycle", "parity/test_zero_adapters", "unit/test_zero_inspect",
+    "parity/test_offload", "parity/test_mpu", "unit/test_comm_stub", "parity/test_zero_building",
+    "unit/test_zero_scale", "unit/test_zero_fit", "unit/test_config", "parity/test_lamb_sharded",
+    "unit/test_zero_use_order",
 )  # fmt: skip
 
 
@@ -175,8 +184,9 @@ class _OtherSession:
 
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtestloop(self, session: pytest.Session) -> bool:
-        start_origin()
-        importlib.import_module("torch")
+        if self.config.rootpath == ROOT:  # else these are other tests, which may need neither
+            start_origin()
+            importlib.import_module("torch")
         groups = self.queue.read()
         for number in self.queue.take():
             _run(session, session.perform_collect(groups[number]))

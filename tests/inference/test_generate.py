@@ -52,6 +52,7 @@ def prompts(pad: str = "") -> dict[str, torch.Tensor]:
     ],
     ids=str,
 )
+@pytest.mark.slow_unless(pad="left")
 @pytest.mark.parametrize("pad", ["", "left", "right"])
 def test_generate_is_the_models(arguments, pad):
     model = llama()
@@ -160,6 +161,7 @@ def test_times_of_passes_in_generate():
     assert len(engine.model_times()) == 4
 
 
+@pytest.mark.slow
 def test_transformers_is_not_imported_by_us():
     import subprocess
     import sys

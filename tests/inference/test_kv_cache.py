@@ -30,6 +30,7 @@ def caches(model: Any) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow_unless(name=("llama", "qwen2-some-windows"))
 @pytest.mark.parametrize("name", ["llama", "qwen2-some-windows", "bloom", "opt"])
 def test_a_conversation(name):
     """A cache goes from call to call, of one token and of several, and holds what it should."""

@@ -217,14 +217,12 @@ assert torch.isfinite(engine(ids).logits).all()
 _FOUR_BITS = {"quant": {"weight": {"num_bits": 4}}}
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "size, more", [(1, {}), (2, {}), (1, _FOUR_BITS), (1, {**_FOUR_BITS, "replace_with_kernel_inject": True})]
-)
-def test_peak_memory(size, more, tmp_path):
-    """A model of 560 MB: a rank needs its share of that, and no copy of it or of the whole on the way."""
+@pytest.fixture(scope="module")
+def large(tmp_path_factory):
+    """A folder with a model of 560 MB."""
     import transformers
 
+    folder = tmp_path_factory.mktemp("large")
     config = transformers.LlamaConfig(
         vocab_size=32000, hidden_size=1280, intermediate_size=3456, num_hidden_layers=10, num_attention_heads=16,
         num_key_value_heads=16, dtype="bfloat16", pad_token_id=0,
@@ -232,11 +230,21 @@ def test_peak_memory(size, more, tmp_path):
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in transformers.LlamaForCausalLM(config).state_dict().items()}
     values = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
-    save_file(values, tmp_path / "model.safetensors")
-    config.save_pretrained(tmp_path)
+    save_file(values, folder / "model.safetensors")
+    config.save_pretrained(folder)
+    yield folder
+    (folder / "model.safetensors").unlink()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, more", [(1, {}), (2, {}), (1, _FOUR_BITS), (1, {**_FOUR_BITS, "replace_with_kernel_inject": True})]
+)
+def test_peak_memory(size, more, large, tmp_path):
+    """A rank needs its share of the weights, and no copy of it or of the whole on the way."""
     script = tmp_path / "measured.py"
     script.write_text(_MEASURED)
-    command = [sys.executable, str(script), str(tmp_path), str(size), json.dumps(more)]
+    command = [sys.executable, str(script), str(large), str(size), json.dumps(more)]
     if size > 1:
         command = [sys.executable, "-m", "deepspeedlite.launcher", "--num_gpus", str(size), *command[1:]]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=200)

@@ -51,6 +51,12 @@ ranks: int = comm.get_world_size()
 """
 
 
+# Most of torch, and none of what the script and the stub name: half a minute less.
+NOT_READ = [f"torch.{part}.*" for part in ("_dynamo", "_inductor", "_export", "_functorch", "_higher_order_ops")]
+NOT_READ += [f"torch.{part}.*" for part in ("_subclasses", "ao", "cuda", "distributions", "export", "fx", "nn", "onnx")]
+NOT_READ += ["torch.optim.*", "torch.testing.*", "torch.utils.*", "sympy.*", "numpy.*"]
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_mypy_reads_a_users_script(tmp_path):
@@ -61,6 +67,7 @@ def test_mypy_reads_a_users_script(tmp_path):
     bad.write_text(
         "from deepspeedlite import comm\n\ncomm.all_reduce(3)\ncomm.all_reduced\ncomm.barrier(profile=True)\n"
     )
+    (tmp_path / "mypy.ini").write_text(f"[mypy]\n[mypy-{','.join(NOT_READ)}]\nfollow_imports = skip\n")
     ran = subprocess.run(
         [sys.executable, "-m", "mypy", "--strict", "--follow-imports=silent", str(good), str(bad)],
         capture_output=True,

@@ -299,6 +299,7 @@ def documented_paths() -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_paths_that_users_import():
     """Each of them resolves, in one process, whichever room it is served from."""
     paths = sorted(documented_paths() | {f"deepspeedlite.{name}" for name in REACHED + COMMANDS})

@@ -442,6 +442,7 @@ def test_two_engines_are_kept_apart(stage):
     engines["fp16"].destroy()
 
 
+@pytest.mark.slow
 @distributed(world_size=2)
 def test_a_part_that_one_rank_asks_for_alone_is_an_error_within_seconds():
     engine = engine_of(nn.Linear(11, 3, bias=False), 3)

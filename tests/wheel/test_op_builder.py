@@ -446,6 +446,7 @@ def conda(tmp_path, clean) -> Path:
 CUDA_TORCH = TorchBuild(Path("/somewhere/torch"), "2.14.0+cpu", None, None)
 
 
+@pytest.mark.slow
 def test_condas_layout_compiles_and_links(conda, tmp_path, clean):
     clean.setenv("PATH", f"{conda / 'bin'}:{os.environ['PATH']}")
     clean.setenv("TORCH_CUDA_ARCH_LIST", "9.0")

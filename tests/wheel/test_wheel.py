@@ -149,6 +149,8 @@ print(faked, "called, of", op_builder.read_record().accelerator)
 
 def check_without_compiler(python: Path, folder: Path) -> str:
     variables = {"PATH": "", "TORCH_EXTENSIONS_DIR": str(folder / "cache"), "HOME": str(folder)}
+    if prefix := os.environ.get("PYTHONPYCACHEPREFIX"):  # else all of torch's bytecode is made anew
+        variables["PYTHONPYCACHEPREFIX"] = prefix
     done = subprocess.run([python, "-c", CALL_EVERYTHING], env=variables, cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     return done.stdout
