@@ -232,6 +232,7 @@ def large(tmp_path_factory):
     values = {name: torch.full(shape, 0.01, dtype=torch.bfloat16) for name, shape in shapes.items()}
     save_file(values, folder / "model.safetensors")
     config.save_pretrained(folder)
+    del values
     yield folder
     (folder / "model.safetensors").unlink()
 
