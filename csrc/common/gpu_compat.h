@@ -30,9 +30,11 @@
 
 #if defined(DSL_GPU_HOST)
 #define DSL_UNROLL
+#define DSL_ROLLED
 #define DSL_CALLERS_LINE , int line = __builtin_LINE()  // it tells one meeting of a wave from another
 #else
 #define DSL_UNROLL _Pragma("unroll")
+#define DSL_ROLLED _Pragma("unroll 1")  // a loop that is long enough, and whose body is
 #define DSL_CALLERS_LINE
 #endif
 

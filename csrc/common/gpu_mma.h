@@ -5,6 +5,7 @@
 //     F::LANES                                   neighbours that hold them, each a part: F::A, F::B, F::C
 //     F::a_place(lane, i), b_place, c_place      the row and column of number i of a lane's part
 //     fill_a<F>(a, lane, get), fill_b            number i of a lane's part becomes get(row, column), as it is stored
+//     load_a<F>(a, lane, from, stride), load_b, load_b_transposed    the same from a matrix in memory
 //
 // Where a number lies is the instruction's to say: "Matrix Fragments for mma.m16n8k16 with floating point type" in
 // NVIDIA's PTX ISA, and for v_mfma_f32_16x16x16 AMD's CDNA ISA and its matrix instruction calculator. The tables are here
@@ -40,6 +41,8 @@ struct Packed {
         uint32_t& word = registers[i / 2];
         word = i % 2 == 0 ? bits : word | static_cast<uint32_t>(bits) << 16;  // the first of a pair comes first
     }
+    // Numbers i and i + 1, i even, which lie side by side at a multiple of 4 bytes.
+    __device__ void set_pair(int i, const uint16_t* pair) { memcpy(&registers[i / 2], pair, 4); }
 };
 
 // A lane's part of a sum.
@@ -92,6 +95,7 @@ struct Plain {
         static constexpr int COUNT = 2 * DEPTH;
         float values[COUNT];
         __device__ void set(int i, typename T::Stored stored);
+        __device__ void set_pair(int i, const typename T::Stored* pair) { set(i, pair[0]), set(i + 1, pair[1]); }
     };
     using B = A;
     using C = Sums;
@@ -122,6 +126,31 @@ __device__ inline void fill_b(typename F::B& part, int lane, const Get& get) {
         const MatrixPlace place = F::b_place(lane, i);
         part.set(i, get(place.row, place.column));
     }
+}
+
+// The same of matrices that lie in rows of `stride` numbers, an even number of them: of a, of b's transpose, and of b.
+template <class F>
+__device__ inline void load_a(typename F::A& part, int lane, const typename F::Type::Stored* from, int stride) {
+    DSL_UNROLL
+    for (int i = 0; i < F::A::COUNT; i += 2) {  // two numbers of a lane are neighbours along the depth
+        const MatrixPlace place = F::a_place(lane, i);
+        part.set_pair(i, from + place.row * stride + place.column);
+    }
+}
+
+template <class F>
+__device__ inline void load_b_transposed(typename F::B& part, int lane, const typename F::Type::Stored* from,
+                                         int stride) {
+    DSL_UNROLL
+    for (int i = 0; i < F::B::COUNT; i += 2) {
+        const MatrixPlace place = F::b_place(lane, i);
+        part.set_pair(i, from + place.column * stride + place.row);
+    }
+}
+
+template <class F>
+__device__ inline void load_b(typename F::B& part, int lane, const typename F::Type::Stored* from, int stride) {
+    fill_b<F>(part, lane, [&](int row, int column) { return from[row * stride + column]; });
 }
 
 }  // namespace dsl
