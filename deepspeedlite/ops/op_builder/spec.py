@@ -158,6 +158,7 @@ _ROWS = (
         ops=("sparse_attention_forward", "sparse_attention_backward"),
         bindings=("sparse_attn/sparse_attn.cpp",),
         kernels=("sparse_attn/backward_kernel.cpp", "sparse_attn/forward_kernel.cpp"),
+        gpu=("sparse_attn/sparse_attn.cu",),
     ),
 )
 OPS = {spec.name: spec for spec in _ROWS}
