@@ -86,6 +86,14 @@ struct dsl_softmax_backward {
     dsl_dropout dropout;
 };
 
+// Parts that are summed: `count` of them, `step` apart, in order or those that `which` names. The CPU's alone.
+struct dsl_parts {
+    const float* from;
+    int64_t count, step;
+    const int64_t* which;
+    float* to;
+};
+
 // On the CPU [begin, end) are parts of DSL_PART rows, of the softmax rows.
 typedef void dsl_drop_norm_kernel(const dsl_drop_norm* how, int64_t begin, int64_t end);
 typedef void dsl_drop_norm_backward_kernel(const dsl_drop_norm_backward* how, int64_t begin, int64_t end);
@@ -93,9 +101,8 @@ typedef void dsl_bias_gelu_kernel(const dsl_bias_gelu* how, int64_t begin, int64
 typedef void dsl_bias_gelu_backward_kernel(const dsl_bias_gelu_backward* how, int64_t begin, int64_t end);
 typedef void dsl_softmax_kernel(const dsl_softmax* how, int64_t begin, int64_t end);
 typedef void dsl_softmax_backward_kernel(const dsl_softmax_backward* how, int64_t begin, int64_t end);
-// Columns [begin, end) of (parts, parts_step apart; columns) are summed over the parts.
-typedef void dsl_sum_parts_kernel(const float* parts, int64_t parts_numel, int64_t parts_step, float* to, int64_t begin,
-                                  int64_t end);
+// Columns [begin, end).
+typedef void dsl_sum_parts_kernel(const dsl_parts* parts, int64_t begin, int64_t end);
 
 extern "C" {
 dsl_drop_norm_kernel dsl_drop_norm_baseline, dsl_drop_norm_avx2, dsl_drop_norm_avx512;

@@ -22,6 +22,7 @@ class OpSpec:
         kernels: plain C++, compiled once for each instruction set that the processor's family has.
         plain: plain C++ that is compiled once, without torch.
         gpu: kernels of plain C ABI for nvcc or hipcc, left out where torch has no GPU.
+        defines: macros that all of its sources are compiled with, for libraries of the same sources.
         pending: why there is nothing to compile yet. Who asks for the op is told so.
     """
 
@@ -33,6 +34,7 @@ class OpSpec:
     kernels: tuple[str, ...] = ()
     plain: tuple[str, ...] = ()
     gpu: tuple[str, ...] = ()
+    defines: tuple[str, ...] = ()
     pending: str = ""
 
     def __post_init__(self) -> None:
@@ -41,6 +43,11 @@ class OpSpec:
 
 
 _LATER = "its kernels are not part of this release"
+_TRANSFORMER_OPS = tuple(
+    f"{name}{way}" for name in ("drop_norm", "bias_gelu", "masked_softmax") for way in ("", "_backward")
+)
+_TRANSFORMER_BINDINGS = ("transformer/transformer.cpp",)
+_TRANSFORMER_KERNELS = tuple(f"transformer/{name}_kernel.cpp" for name in ("drop_norm", "bias_gelu", "softmax"))
 _ROWS = (
     OpSpec(
         "cpu_adam",
@@ -114,8 +121,23 @@ _ROWS = (
         bindings=("aio/async_io.cpp",),
         plain=("aio/engine.cpp", "aio/request.cpp", "aio/uring.cpp", "aio/native.cpp", "aio/threads.cpp"),
     ),
-    OpSpec("transformer", "TransformerBuilder", "DS_BUILD_TRANSFORMER", pending=_LATER),
-    OpSpec("stochastic_transformer", "StochasticTransformerBuilder", "DS_BUILD_STOCHASTIC_TRANSFORMER", pending=_LATER),
+    OpSpec(
+        "transformer",
+        "TransformerBuilder",
+        "DS_BUILD_TRANSFORMER",
+        ops=_TRANSFORMER_OPS,
+        bindings=_TRANSFORMER_BINDINGS,
+        kernels=_TRANSFORMER_KERNELS,
+    ),
+    OpSpec(
+        "stochastic_transformer",
+        "StochasticTransformerBuilder",
+        "DS_BUILD_STOCHASTIC_TRANSFORMER",
+        ops=tuple(f"stochastic_{name}" for name in _TRANSFORMER_OPS),
+        bindings=_TRANSFORMER_BINDINGS,
+        kernels=_TRANSFORMER_KERNELS,
+        defines=("DSL_STOCHASTIC",),
+    ),
     OpSpec(
         "transformer_inference",
         "InferenceBuilder",

@@ -93,7 +93,8 @@ class Toolchain:
 
     def commands(self, spec: OpSpec, csrc: Path, objects: Path) -> list[list[str]]:
         """A command per object file, whose last argument is that file; those that take longest come first."""
-        first = [*self.cxx, *_COMMON, f"-I{csrc}"]
+        defines = [f"-D{name}" for name in spec.defines]
+        first = [*self.cxx, *_COMMON, *defines, f"-I{csrc}"]
         torch = [f"-isystem{self.torch.home / 'include'}", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
         torch += [self.gpu.define] if self.gpu else []
 
@@ -106,7 +107,8 @@ class Toolchain:
             for source in spec.gpu:
                 output = objects / f"{spec.name}.{Path(source).stem}.gpu.o"
                 host = [str(self.compiler), *self.options]
-                found.append(self.gpu.command(csrc / source, csrc, host, output))
+                program, *rest = self.gpu.command(csrc / source, csrc, host, output)
+                found.append([program, *defines, *rest])
         found += [compile_with(source, "binding", [*_BINDING, *torch]) for source in spec.bindings]
         for isa, flags in _ISAS.get(platform.machine(), _ONE_ISA).items():
             found += [compile_with(source, isa, [*_KERNEL, *flags]) for source in spec.kernels]
