@@ -157,7 +157,8 @@ def main() -> None:
             }
             print_json(benchmark="transformer_layer", batch=arguments.batch, tokens=arguments.tokens, **result)
             rows.append(tuple(result.values()))
-    title = f"A layer's forward and backward pass, {arguments.batch} x {arguments.tokens}, {arguments.threads} thread(s)"
+    sizes = f"{arguments.batch} x {arguments.tokens}"
+    title = f"A layer's forward and backward pass, {sizes}, {arguments.threads} thread(s)"
     print_table(title, ("dtype", "layer", "median ms", "quickest ms", "ours / it", "kept MB"), rows)
 
 

@@ -129,7 +129,8 @@ void drop_norm_backward(MaybeTensor grad_normed, MaybeTensor grad_summed, MaybeT
     how.grad_bias = sums_of(arguments, "grad_bias", grad_bias, hidden);
     how.grad_weight = sums_of(arguments, "grad_weight", grad_weight, hidden);
     how.grad_shift = sums_of(arguments, "grad_shift", grad_shift, hidden);
-    how.parts = arguments.data<float>("parts", parts, ScalarType::Float, parts_of(how.rows) * 3 * hidden);
+    how.parts = arguments.data<float>("parts", parts, ScalarType::Float,
+                                      parts_of(how.rows) * 3 * hidden + (arguments.on_cpu ? 0 : 2 * how.rows));
     how.dropout = dropout_of(arguments, ratio, seed, stream);
     arguments.check(
         !grad_normed.has_value() || (how.weight.data != nullptr && how.shift.data != nullptr && how.rstd != nullptr &&

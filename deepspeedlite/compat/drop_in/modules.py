@@ -27,7 +27,6 @@ _NO_UNIVERSAL = (
     "there is no universal format: a checkpoint loads at any number of ranks and any stage as it is, and "
     "`python -m deepspeedlite.checkpoint` imports and exports DeepSpeed's own"
 )
-_NO_KERNELS = "the fused transformer layers are not in this release; torch's scaled_dot_product_attention is fused too"
 _ONE_SPARSE_OP = "ops.sparse_attention.sparse_attention is products and softmax in one; see docs/sparse-attention.md"
 INTERNAL = "an internal of DeepSpeed, of which nothing is here"
 _ONE_OPTIMIZER = "one class does all stages; isinstance tells them apart as in DeepSpeed"
@@ -72,6 +71,9 @@ _EXPERT_GROUPS = (
     "_get_expert_parallel_world_size _get_expert_data_parallel_group _get_expert_data_parallel_group_dict "
     "_get_expert_data_parallel_rank _get_expert_data_parallel_world_size _get_max_expert_size "
     "_get_max_expert_size_name _get_max_expert_parallel_group"
+)
+_LAYERS = (
+    "takes the dtype of its weights, any batch, and one argument more, gelu=; adjusts initial weights on every rank"
 )
 _AIO = "loads the module ops.aio; failures are errors, and files of any length will do"
 _FILE_WRITERS = at("compat.file_writers", "FastFileWriter FastFileWriterConfig PyFileWriter MockFileWriter")
@@ -127,7 +129,6 @@ ABSENT_MODULES: Mapping[str, str] = {
     "checkpoint.zero_checkpoint": _NO_UNIVERSAL,
     "launcher.launch": "the agent is part of `deepspeedlite`, which starts ranks here and elsewhere",
     "launcher.multinode_runner": "launchers are small functions in deepspeedlite.launcher.backends",
-    "ops.transformer": _NO_KERNELS,
     "ops.fp_quantizer": "floating point of few bits is not in this release; ops.group_quantize makes integers",
     "ops.quantizer": "training with rounded weights is not in this release; ops.group_quantize makes integers",
     "ops.deepspeed4science": "use torch.nn.attention.flex_attention",
@@ -170,7 +171,7 @@ MODULES: Mapping[str, Names] = {
     | at("pipe", "PipelineModule", _PIPELINE)
     | at("compat.pipeline_engine", "PipelineEngine", _PIPELINE_ENGINE)
     | no(_NO_DUALPIPE, "DualPipeVModule DualPipeVEngine")
-    | no(_NO_KERNELS, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig")
+    | at("ops.transformer", "DeepSpeedTransformerLayer DeepSpeedTransformerConfig", _LAYERS)
     | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
     | no("resolved when heads are split, which is not in this release", "resolve_per_head_muon_after_sharding")
     | no(INTERNAL, "set_optimizer_flags"),
@@ -347,6 +348,11 @@ MODULES: Mapping[str, Names] = {
     "ops.lion.fused_lion": at("ops.lion", "FusedLion"),
     "ops.lamb": at("ops.lamb", "FusedLamb"),
     "ops.lamb.fused_lamb": at("ops.lamb", "FusedLamb"),
+    "ops.transformer": at("ops.transformer", "DeepSpeedTransformerLayer DeepSpeedTransformerConfig", _LAYERS)
+    | no(_NO_POLICIES, "DeepSpeedTransformerInference"),
+    "ops.transformer.transformer": at(
+        "ops.transformer", "DeepSpeedTransformerLayer DeepSpeedTransformerConfig TransformerConfig", _LAYERS
+    ),
     "ops.op_builder": at("compat.op_builders", "CPUAdamBuilder CPUAdagradBuilder CPULionBuilder")
     | at("compat.op_builders", "AsyncIOBuilder", _AIO)
     | at(
@@ -354,11 +360,7 @@ MODULES: Mapping[str, Names] = {
         "FusedAdamBuilder FusedLambBuilder FusedLionBuilder UtilsBuilder InferenceBuilder QuantizerBuilder OpBuilder",
     )
     | at("compat.op_builders", "PinMemoryBuilder", "compiles nothing")
-    | at(
-        "compat.op_builders",
-        "TransformerBuilder StochasticTransformerBuilder",
-        "not compatible anywhere: their kernels are not in this release, and load says so",
-    )
+    | at("compat.op_builders", "TransformerBuilder StochasticTransformerBuilder")
     | at(
         "compat.op_builders",
         "InferenceCoreBuilder InferenceCutlassBuilder RaggedOpsBuilder RaggedUtilsBuilder SpatialInferenceBuilder "

@@ -128,6 +128,7 @@ _ROWS = (
         ops=_TRANSFORMER_OPS,
         bindings=_TRANSFORMER_BINDINGS,
         kernels=_TRANSFORMER_KERNELS,
+        gpu=("transformer/transformer.cu",),
     ),
     OpSpec(
         "stochastic_transformer",
@@ -136,6 +137,7 @@ _ROWS = (
         ops=tuple(f"stochastic_{name}" for name in _TRANSFORMER_OPS),
         bindings=_TRANSFORMER_BINDINGS,
         kernels=_TRANSFORMER_KERNELS,
+        gpu=("transformer/transformer.cu",),
         defines=("DSL_STOCHASTIC",),
     ),
     OpSpec(

@@ -1,6 +1,6 @@
 """Transformer layers that train: kernels for what stands between their products, and layers made of them.
 
-`functions` are differentiable and can be used alone; `DeepSpeedTransformerLayer` is a whole layer under DeepSpeed's name.
+`functions` are differentiable and can be used alone; `DeepSpeedTransformerLayer` is a layer under DeepSpeed's name.
 """
 
 from deepspeedlite.ops.transformer.config import DeepSpeedTransformerConfig, TransformerConfig

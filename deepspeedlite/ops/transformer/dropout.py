@@ -56,7 +56,7 @@ def kept(dropout: Dropout, numel: int, device: torch.device | str = "cpu") -> Te
 
 def _philox(seed: int, stream: int, blocks: Tensor) -> Tensor:
     """The four words of each block, `[blocks, 4]`: 32 bits in 64-bit integers."""
-    a, b = blocks & _LOW, blocks >> 32
+    a, b = blocks & _LOW, blocks >> 32 & _LOW
     c, d = torch.full_like(a, stream & _LOW), torch.full_like(a, stream >> 32 & _LOW)
     low, high = seed & _LOW, seed >> 32 & _LOW
     for _ in range(10):

@@ -1,4 +1,4 @@
-"""What stands between a transformer layer's products, with gradients: each function is one kernel forward, one backward.
+"""What stands between a transformer layer's products, differentiable: each is one kernel forward, one backward.
 
 They take float32, bfloat16 and float16 on CPUs and GPUs and compute in float32; where the op `transformer` cannot be
 had, and for float64, plain torch (`reference`) does the same. Sums over rows have one order, whatever the number of
@@ -38,7 +38,7 @@ def drop_add_norm(
     invertible: bool = False,
     stochastic: bool = False,
 ) -> tuple[Tensor | None, Tensor]:
-    """`summed = dropout(x + bias) + residual` and its layer norm (Ba et al. 2016, arXiv:1607.06450): `(summed, normed)`.
+    """`summed = dropout(x + bias) + residual`, and `normed`, its layer norm (Ba et al. 2016, arXiv:1607.06450).
 
     Args:
         x: `[..., hidden]`; `residual` has its shape and gets its dtype.
@@ -53,6 +53,9 @@ def drop_add_norm(
             anyway, by the product that follows. Where the norm's weight is 0 there is nothing to make it from: that
             number counts as the row's mean, and that weight gets no gradient.
         stochastic: see above.
+
+    Returns:
+        `(summed, normed)`, of x's shape and dtype.
 
     Raises:
         OpError: shapes or dtypes do not go together.
@@ -135,8 +138,8 @@ def dropout_attention(
     Args:
         qkv: `[batch, tokens, 3 * heads * dim]`: queries, keys, values, each head by head.
         heads: of queries, keys and values.
-        mask: lies over `[batch, heads, queries, keys]`: bool, True where a key is seen, or a float that is added. It gets
-            no gradient. A query that sees nothing gets 0.
+        mask: lies over `[batch, heads, queries, keys]`: bool, True where a key is seen, or floats that are added. It
+            gets no gradient. A query that sees nothing gets 0.
         dropout: of the probabilities.
         recompute: keep queries, keys and values alone, and compute probabilities once more in the backward pass.
         stochastic: see above.
@@ -148,7 +151,9 @@ def dropout_attention(
         OpError: shapes do not go together, or the mask is of another kind.
     """
     if qkv.dim() != 3 or heads < 1 or qkv.shape[-1] % (3 * heads):
-        raise OpError(f"dropout_attention: qkv is {_told(qkv)}; for {heads} heads it must be [batch, tokens, 3 * {heads} * dim]")
+        raise OpError(
+            f"dropout_attention: qkv is {_told(qkv)}; for {heads} heads it must be [batch, tokens, 3 * {heads} * dim]"
+        )
     mask = checked_mask("dropout_attention", mask, qkv.shape[0], heads, qkv.shape[1])
     mixed: Tensor = _DropoutAttention.apply(qkv, mask, _AttentionPlan(heads, dropout, recompute, stochastic))
     return mixed
@@ -164,7 +169,7 @@ def checked_mask(whose: str, mask: Tensor | None, batch: int, heads: int, tokens
         return None
     if mask.dtype != torch.bool and mask.dtype not in (*_DTYPES, torch.float64):
         raise OpError(
-            f"{whose}: the mask is {mask.dtype}; make it bool (True where a key is seen), or floating point, to be added"
+            f"{whose}: the mask is {mask.dtype}; make it bool (True: a key is seen) or, to be added, floating point"
         )
     if mask.requires_grad:
         raise OpError(f"{whose}: the mask requires a gradient, and gets none; detach it")
@@ -179,7 +184,7 @@ def checked_mask(whose: str, mask: Tensor | None, batch: int, heads: int, tokens
     return mask
 
 
-# --- as autograd has them -----------------------------------------------------------------------------------------------
+# --- as autograd has them ---------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -240,9 +245,7 @@ class _DropNorm(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(
-        ctx: Any, grad_summed: Tensor | None, grad_normed: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_summed: Tensor | None, grad_normed: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_summed is None and grad_normed is None:
             return (None,) * 6
         kept, weight, shift, mean, rstd, bias = ctx.saved_tensors
@@ -268,7 +271,7 @@ class _DropNorm(torch.autograd.Function):
             grad_x if dropping or grad_residual is None else None,
             grad_residual,
             *sums,
-            _floats(first, (-(-rows // PART) * 3 * hidden,)),
+            _floats(first, (-(-rows // PART) * 3 * hidden + (0 if first.is_cpu else 2 * rows),)),
             *how.dropout,
         )
         grads = [None if one is None else one.to(like.dtype) for one, like in zip(sums, (bias, weight, shift))]
@@ -341,7 +344,7 @@ class _DropoutAttention(torch.autograd.Function):
 def _probabilities(
     parts: Tensor, mask: Tensor | None, how: _AttentionPlan, *, parts_wanted: bool
 ) -> tuple[Tensor, Tensor]:
-    """Of `[3, batch, heads, tokens, dim]`: before dropout (or, where they are not wanted, after it too), and after it."""
+    """Of `[3, batch, heads, tokens, dim]`: before dropout (after it where they are not wanted), and after it."""
     _, batch, heads, tokens, dim = parts.shape
     q, k, _ = parts.view(3, -1, tokens, dim)
     scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, tokens, tokens)
@@ -352,7 +355,7 @@ def _probabilities(
     return scores, scores if dropped is None else dropped
 
 
-# --- what they share ----------------------------------------------------------------------------------------------------
+# --- what they share --------------------------------------------------------------------------------------------------
 
 
 def _op(name: str, x: Tensor, stochastic: bool) -> Callable[..., None]:
@@ -361,7 +364,8 @@ def _op(name: str, x: Tensor, stochastic: bool) -> Callable[..., None]:
         op: Callable[..., None] | None = find_op(f"stochastic_{name}" if stochastic else name, x.device.type)
         if op is not None:
             return op
-    return getattr(reference, name)  # type: ignore[no-any-return]
+    in_torch: Callable[..., None] = getattr(reference, name)
+    return in_torch
 
 
 def _floats(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

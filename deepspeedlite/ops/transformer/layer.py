@@ -21,6 +21,7 @@ from deepspeedlite.ops.transformer.functions import (
 )
 from deepspeedlite.runtime.errors import ConfigError, OpError
 
+Dropouts = tuple[Dropout, Dropout, Dropout]
 _WEIGHTS = 8  # in initial_weights and initial_biases: q, k, v, attn_o, attn_n, inter, output, norm
 
 
@@ -140,7 +141,7 @@ class DeepSpeedTransformerLayer(nn.Module):
         Args:
             hidden_states: `[batch, tokens, hidden]`, of the weights' dtype (or any under autocast).
             attention_mask: floating point, which is added to scores (0 where a key is seen, -10000 where not), or bool
-                (True where it is seen); it lies over `[batch, heads, queries, keys]`. Two dimensions are batch and keys.
+                (True where it is seen); it lies over `[batch, heads, queries, keys]`. Two are batch and keys.
             head_mask: None, as are those after it but the last: DeepSpeed's interface has them.
             layer_head_mask: None.
             encoder_hidden_states: None.
@@ -184,7 +185,7 @@ class DeepSpeedTransformerLayer(nn.Module):
             )
         return x, weights
 
-    def _dropouts(self) -> tuple[Dropout, Dropout, Dropout]:
+    def _dropouts(self) -> Dropouts:
         """Of attention's probabilities, of attention's result, of the MLP's."""
         config = self.config
         attention, hidden = max(config.attn_dropout_ratio, 0), max(config.hidden_dropout_ratio, 0)
@@ -222,49 +223,48 @@ class DeepSpeedTransformerLayer(nn.Module):
             stochastic=config.stochastic_mode,
         )
 
-    def _pre_norm(
-        self, x: Tensor, mask: Tensor | None, weights: dict[str, Tensor], dropouts: tuple[Dropout, Dropout, Dropout]
-    ) -> Tensor:
+    def _norm(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        shift: Tensor,
+        *,
+        bias: Tensor | None = None,
+        residual: Tensor | None = None,
+        dropout: Dropout = NO_DROPOUT,
+        keep_sum: bool = False,
+    ) -> tuple[Tensor | None, Tensor]:
         config = self.config
-        eps = config.layer_norm_eps
-        options = {"invertible": config.normalize_invertible, "stochastic": config.stochastic_mode}
-        _, normed = drop_add_norm(x, self.norm_w, self.norm_b, eps, keep_sum=False, **options)
-        attended = self._attention(normed, mask, weights, dropouts[0])
-        added, normed = drop_add_norm(
-            *(attended, self.attn_nw, self.attn_nb, eps),
-            bias=self.attn_ob,
-            residual=x,
-            dropout=dropouts[1],
-            **options,
-        )
-        return drop_add(
-            self._mlp(normed, weights), self.output_b, added, dropouts[2], stochastic=config.stochastic_mode
+        return drop_add_norm(
+            *(x, weight, shift, config.layer_norm_eps),
+            bias=bias,
+            residual=residual,
+            dropout=dropout,
+            keep_sum=keep_sum,
+            invertible=config.normalize_invertible,
+            stochastic=config.stochastic_mode,
         )
 
-    def _post_norm(
-        self, x: Tensor, mask: Tensor | None, weights: dict[str, Tensor], dropouts: tuple[Dropout, Dropout, Dropout]
-    ) -> Tensor:
-        config = self.config
-        eps = config.layer_norm_eps
-        options = {
-            "keep_sum": False,
-            "invertible": config.normalize_invertible,
-            "stochastic": config.stochastic_mode,
-        }
-        _, normed = drop_add_norm(
-            *(self._attention(x, mask, weights, dropouts[0]), self.attn_nw, self.attn_nb, eps),
+    def _pre_norm(self, x: Tensor, mask: Tensor | None, weights: dict[str, Tensor], dropouts: Dropouts) -> Tensor:
+        _, normed = self._norm(x, self.norm_w, self.norm_b)
+        attended = self._attention(normed, mask, weights, dropouts[0])
+        added, normed = self._norm(
+            *(attended, self.attn_nw, self.attn_nb),
             bias=self.attn_ob,
             residual=x,
             dropout=dropouts[1],
-            **options,
+            keep_sum=True,
         )
-        return drop_add_norm(
-            *(self._mlp(normed, weights), self.norm_w, self.norm_b, eps),
-            bias=self.output_b,
-            residual=normed,
-            dropout=dropouts[2],
-            **options,
-        )[1]
+        stochastic = self.config.stochastic_mode
+        return drop_add(self._mlp(normed, weights), self.output_b, added, dropouts[2], stochastic=stochastic)
+
+    def _post_norm(self, x: Tensor, mask: Tensor | None, weights: dict[str, Tensor], dropouts: Dropouts) -> Tensor:
+        attended = self._attention(x, mask, weights, dropouts[0])
+        _, normed = self._norm(attended, self.attn_nw, self.attn_nb, bias=self.attn_ob, residual=x, dropout=dropouts[1])
+        product = self._mlp(normed, weights)
+        return self._norm(product, self.norm_w, self.norm_b, bias=self.output_b, residual=normed, dropout=dropouts[2])[
+            1
+        ]
 
     def extra_repr(self) -> str:
         """What is printed of it."""

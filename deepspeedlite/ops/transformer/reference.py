@@ -1,4 +1,4 @@
-"""The ops of `csrc/transformer` in plain torch: what stands in where they cannot be had, with the same arguments and bits.
+"""The ops of `csrc/transformer` in plain torch: what stands in where they cannot be had, with the same bits.
 
 Arithmetic is float32, or float64 for float64 tensors, which kernels do not take.
 """
@@ -115,9 +115,7 @@ def bias_gelu_backward(
     """Gradients of `bias_gelu`, and its result once more where `out` is there."""
     value = _wide(x) if bias is None else _wide(x) + _wide(bias)
     form = "tanh" if tanh_form else "none"
-    grad = torch.ops.aten.gelu_backward(
-        _dropped(_wide(grad_out), ratio, seed, stream), value, approximate=form
-    )
+    grad = torch.ops.aten.gelu_backward(_dropped(_wide(grad_out), ratio, seed, stream), value, approximate=form)
     _put(grad_x, grad)
     _put(grad_bias, grad.view(-1, grad.shape[-1]).sum(0))
     if out is not None:
