@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from deepspeedlite.ops import find_op
 from deepspeedlite.ops.transformer import (
     Dropout,
+    Norm,
     bias_gelu_linear,
     drop_add,
     drop_add_norm,
@@ -91,14 +92,14 @@ def check_norms(dtype: torch.dtype) -> None:
         given = leaves(x, bias if with_bias else None, residual if with_residual else None, weight, shift)
         exact = [leaf(one) for one in given]
         how = {"bias": given[1], "residual": given[2], "dropout": dropout, "invertible": invertible}
-        summed, normed = drop_add_norm(given[0], given[3], given[4], 1e-5, **how)
+        summed, normed = drop_add_norm(given[0], Norm(given[3], given[4], 1e-5), **how)
         mask = mask_of(dropout, rows, hidden)
         sums = exact_sum(*exact[:3], mask)
         near(summed, sums, sums=8)
         sums = sums + (summed.double() - sums).detach()  # of which the norm is
         expected = F.layer_norm(sums, (hidden,), exact[3], exact[4], 1e-5)
         near(normed, expected, sums=8)
-        only_normed = drop_add_norm(given[0], given[3], given[4], 1e-5, keep_sum=False, **how)
+        only_normed = drop_add_norm(given[0], Norm(given[3], given[4], 1e-5), keep_sum=False, **how)
         assert only_normed[0] is None and torch.equal(only_normed[1], normed)
         if hidden == 1:
             continue
@@ -273,7 +274,7 @@ def test_the_number_of_threads_changes_no_bit():
             random(300, 200), random(200, seed=1), random(300, 200, seed=2), random(200), random(200, seed=3)
         )
         summed, normed = drop_add_norm(
-            given[0], given[3], given[4], 1e-5, bias=given[1], residual=given[2], dropout=SOME
+            given[0], Norm(given[3], given[4], 1e-5), bias=given[1], residual=given[2], dropout=SOME
         )
         x, bias, weight = leaves(random(300, 200), random(200, seed=4), torch.eye(200))
         active = bias_gelu_linear(x, bias, weight, dropout=SOME)
@@ -333,7 +334,7 @@ def test_what_is_not_a_number_spoils_its_row_alone():
     x, weight = random(4, 70), torch.ones(70)
     for bad in (math.nan, math.inf):
         x[1, 40] = bad
-        _, normed = drop_add_norm(x, weight, weight, 1e-5, bias=weight)
+        _, normed = drop_add_norm(x, Norm(weight, weight, 1e-5), bias=weight)
         assert normed[1].isnan().all() and normed[[0, 2, 3]].isfinite().all()
         probs = torch.empty(1, 1, 4, 70)
         functions._op("masked_softmax", x, False)(x.view_as(probs), None, probs, None, 1.0, *NONE)
@@ -356,7 +357,7 @@ def test_weights_of_zero_can_be_inverted_around():
     x, weight, shift = leaves(random(5, 12), random(12, seed=1), random(12, seed=2))
     with torch.no_grad():
         weight[3] = 0
-    drop_add_norm(x, weight, shift, 1e-5, invertible=True)[1].backward(random(5, 12, seed=3))
+    drop_add_norm(x, Norm(weight, shift, 1e-5), invertible=True)[1].backward(random(5, 12, seed=3))
     for one in (x, weight, shift):
         assert grad_of(one).isfinite().all()
     assert grad_of(weight)[3] == 0
@@ -386,7 +387,7 @@ def test_the_stochastic_mode_stays_near(dtype):
         )
         x, bias, weight = leaves(random(300, 200, dtype=dtype), random(200, dtype=dtype), torch.eye(200, dtype=dtype))
         how = {"dropout": SOME, "stochastic": stochastic}
-        pair = drop_add_norm(given[0], given[3], given[4], 1e-5, bias=given[1], residual=given[2], **how)
+        pair = drop_add_norm(given[0], Norm(given[3], given[4], 1e-5), bias=given[1], residual=given[2], **how)
         active = bias_gelu_linear(x, bias, weight, **how)
         torch.autograd.backward([*pair, active], [random(300, 200, dtype=dtype, seed=seed) for seed in (5, 6, 7)])
         results.append([*pair, active, *(grad_of(one) for one in (*given, x, bias))])
@@ -400,9 +401,9 @@ def test_the_stochastic_mode_stays_near(dtype):
 def test_what_does_not_go_together_is_refused():
     x, weight = random(4, 8), torch.ones(8)
     with pytest.raises(OpError, match=r"the residual is \[4, 9\]"):
-        drop_add_norm(x, weight, weight, 1e-5, residual=random(4, 9))
+        drop_add_norm(x, Norm(weight, weight, 1e-5), residual=random(4, 9))
     with pytest.raises(OpError, match=r"drop_add_norm: bias is \[7\]"):
-        drop_add_norm(x, weight, weight, 1e-5, bias=torch.ones(7))
+        drop_add_norm(x, Norm(weight, weight, 1e-5), bias=torch.ones(7))
     with pytest.raises(OpError, match=r"x is \[4, 8\] of torch.int64"):
         drop_add(x.long(), None, None, NONE)
     with pytest.raises(OpError, match=r"the weight is \[8, 8\] of torch.bfloat16"):

@@ -57,6 +57,8 @@ LAYERS = dict(
 LAYER_OF = {part: layer for layer, parts in LAYERS.items() for part in parts}
 # Fixed by DeepSpeed's interface, and therefore allowed more than eight parameters.
 WIDE_SIGNATURES = {
+    "config.py:__init__",  # of ops/transformer
+    "layer.py:forward",
     "initialize.py:initialize",
     "comm.py:init_distributed",
     "loader.py:build_dataloader",

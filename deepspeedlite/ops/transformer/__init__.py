@@ -5,7 +5,7 @@
 
 from deepspeedlite.ops.transformer.config import DeepSpeedTransformerConfig, TransformerConfig
 from deepspeedlite.ops.transformer.dropout import NO_DROPOUT, Dropout, draw_stream
-from deepspeedlite.ops.transformer.functions import bias_gelu_linear, drop_add, drop_add_norm, dropout_attention
+from deepspeedlite.ops.transformer.functions import Norm, bias_gelu_linear, drop_add, drop_add_norm, dropout_attention
 from deepspeedlite.ops.transformer.layer import DeepSpeedTransformerLayer
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "DeepSpeedTransformerConfig",
     "DeepSpeedTransformerLayer",
     "Dropout",
+    "Norm",
     "TransformerConfig",
     "bias_gelu_linear",
     "draw_stream",

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -25,11 +25,23 @@ PART = 32  # rows that are summed together: DSL_PART of csrc/transformer/transfo
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+class Norm(NamedTuple):
+    """A layer norm's weights, and what is added to variances.
+
+    Attributes:
+        weight: `[hidden]`.
+        shift: `[hidden]`, is added.
+        eps: above 0, or 0.
+    """
+
+    weight: Tensor
+    shift: Tensor
+    eps: float
+
+
 def drop_add_norm(
     x: Tensor,
-    weight: Tensor,
-    shift: Tensor,
-    eps: float,
+    norm: Norm,
     *,
     bias: Tensor | None = None,
     residual: Tensor | None = None,
@@ -42,10 +54,8 @@ def drop_add_norm(
 
     Args:
         x: `[..., hidden]`; `residual` has its shape and gets its dtype.
-        weight: `[hidden]`, as are `shift` and `bias`; of any of the dtypes.
-        shift: what the norm adds.
-        eps: is added to the variance.
-        bias: None for none.
+        norm: its weights may be of any of the dtypes.
+        bias: `[hidden]`, of any of the dtypes, or None for none.
         residual: None for none.
         dropout: of the sum of x and bias.
         keep_sum: whether `summed` is returned; else it is None.
@@ -60,10 +70,10 @@ def drop_add_norm(
     Raises:
         OpError: shapes or dtypes do not go together.
     """
-    _check_rows("drop_add_norm", x, bias=bias, weight=weight, shift=shift)
+    _check_rows("drop_add_norm", x, bias=bias, weight=norm.weight, shift=norm.shift)
     residual = _like("drop_add_norm", x, residual)
-    how = _NormPlan(eps, dropout, keep_sum, invertible, stochastic)
-    summed, normed = _DropNorm.apply(x, bias, residual, weight, shift, how)
+    how = _NormPlan(norm.eps, dropout, keep_sum, invertible, stochastic)
+    summed, normed = _DropNorm.apply(x, bias, residual, norm.weight, norm.shift, how)
     return x if summed is None and keep_sum else summed, normed
 
 
@@ -239,7 +249,7 @@ class _DropNorm(torch.autograd.Function):
         if weight is not None:
             kept = normed if how.invertible else x if plain else summed
         ctx.save_for_backward(kept, weight, shift, None if how.invertible else mean, rstd, bias)
-        ctx.how = how
+        ctx.chosen = how
         ctx.set_materialize_grads(False)
         return summed if how.keep_sum else None, normed
 
@@ -249,7 +259,7 @@ class _DropNorm(torch.autograd.Function):
         if grad_summed is None and grad_normed is None:
             return (None,) * 6
         kept, weight, shift, mean, rstd, bias = ctx.saved_tensors
-        how, wanted = ctx.how, ctx.needs_input_grad
+        how, wanted = ctx.chosen, ctx.needs_input_grad
         given = [None if one is None else one.contiguous() for one in (grad_summed, grad_normed)]
         first = given[0] if given[0] is not None else given[1]
         assert first is not None
@@ -285,14 +295,14 @@ class _BiasGeluLinear(torch.autograd.Function):
         active = torch.empty_like(x)
         _op("bias_gelu", x, how.stochastic)(x, bias, active, how.tanh_form, *how.dropout)
         ctx.save_for_backward(x, bias, weight, None if how.recompute else active)
-        ctx.how = how
+        ctx.chosen = how
         return torch.mm(_rows(active), weight.t()).view(*x.shape[:-1], -1)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, bias, weight, active = ctx.saved_tensors
-        how, wanted = ctx.how, ctx.needs_input_grad
+        how, wanted = ctx.chosen, ctx.needs_input_grad
         again = torch.empty_like(x) if active is None and wanted[2] else None
         grad_rows = _rows(grad.contiguous())
         grad_x = torch.mm(grad_rows, weight).view_as(x)
@@ -318,14 +328,14 @@ class _DropoutAttention(torch.autograd.Function):
         values = parts[2].view(-1, tokens, dim)
         mixed = torch.bmm(dropped.view(-1, tokens, tokens), values).view(batch, how.heads, tokens, dim)
         ctx.save_for_backward(parts, mask, *((None, None) if how.recompute else (probs, dropped)))
-        ctx.how = how
+        ctx.chosen = how
         return mixed.transpose(1, 2).reshape(batch, tokens, how.heads * dim)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         parts, mask, probs, dropped = ctx.saved_tensors
-        how = ctx.how
+        how = ctx.chosen
         _, batch, heads, tokens, dim = parts.shape
         if probs is None:
             probs, dropped = _probabilities(parts, mask, how, parts_wanted=True)
@@ -364,8 +374,7 @@ def _op(name: str, x: Tensor, stochastic: bool) -> Callable[..., None]:
         op: Callable[..., None] | None = find_op(f"stochastic_{name}" if stochastic else name, x.device.type)
         if op is not None:
             return op
-    in_torch: Callable[..., None] = getattr(reference, name)
-    return in_torch
+    return reference.op(name)
 
 
 def _floats(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:

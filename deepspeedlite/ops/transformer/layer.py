@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from deepspeedlite.ops.transformer.config import DeepSpeedTransformerConfig
 from deepspeedlite.ops.transformer.dropout import NO_DROPOUT, Dropout, draw_stream
 from deepspeedlite.ops.transformer.functions import (
+    Norm,
     bias_gelu_linear,
     checked_mask,
     drop_add,
@@ -236,7 +237,8 @@ class DeepSpeedTransformerLayer(nn.Module):
     ) -> tuple[Tensor | None, Tensor]:
         config = self.config
         return drop_add_norm(
-            *(x, weight, shift, config.layer_norm_eps),
+            x,
+            Norm(weight, shift, config.layer_norm_eps),
             bias=bias,
             residual=residual,
             dropout=dropout,
