@@ -237,7 +237,7 @@ def buildable_ops() -> list[str]:
     """The ops that have sources."""
     from deepspeedlite.ops.op_builder import OPS
 
-    return [spec.name for spec in OPS.values() if not spec.pending]
+    return list(OPS)
 
 
 # --- the constraints --------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ def settings(chosen: argparse.Namespace) -> dict[str, str]:
     if chosen.archs and chosen.accel in ARCHS_VARIABLE:
         environment[ARCHS_VARIABLE[chosen.accel]] = chosen.archs
     os.environ.update(environment)
-    every = [] if os.environ.get("DS_BUILD_OPS") == "0" else [spec.name for spec in OPS.values() if not spec.pending]
+    every = [] if os.environ.get("DS_BUILD_OPS") == "0" else list(OPS)
     ops = chosen.ops.replace(",", " ").split() or every
     if unknown := [name for name in ops if name not in OPS]:
         sys.exit(f"error: there is no op {unknown[0]}; the ops are {', '.join(OPS)}")

@@ -169,8 +169,6 @@ def ops(probe: Probe) -> list[Row]:
 
 
 def _not_compiled(spec: Any, reason: Any) -> Row:
-    if spec.pending:
-        return Row("ops", spec.name, spec.pending)
     if reason is None:
         return Row("ops", spec.name, "compiled when it is first needed", OK)
     remedy = reason.remedy or "install a wheel that has this op"

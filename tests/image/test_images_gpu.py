@@ -24,7 +24,7 @@ pytestmark = [
         os.environ.get("DSL_TEST_GPU_IMAGES") != "1", reason="needs DSL_TEST_GPU_IMAGES=1: takes minutes"
     ),
 ]
-ON_GPU = [spec.name for spec in OPS.values() if spec.gpu and not spec.pending]
+ON_GPU = [spec.name for spec in OPS.values() if spec.gpu]
 
 
 @pytest.fixture(scope="module")

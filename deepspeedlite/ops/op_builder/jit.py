@@ -42,11 +42,9 @@ def built(spec: OpSpec) -> Path:
     """The op's library for this machine and this torch: the wheel's, or compiled now if it was not before.
 
     Raises:
-        OpBuildError: it has no kernels, there is no compiler, it failed, there is no room, no folder can be written, or
+        OpBuildError: there is no compiler, it failed, there is no room, no folder can be written, or
             the wheel's library is damaged.
     """
-    if spec.pending:
-        raise OpBuildError(f"{spec.name}: {spec.pending}")
     if found := _installed(spec):
         return found
     toolchain = Toolchain.find(spec)
@@ -119,8 +117,6 @@ def _compile_if_wrong(spec: OpSpec, toolchain: Toolchain, library: Path) -> None
 
 def compiled(spec: OpSpec) -> Path | None:
     """The library that `built` would give without compiling, or None."""
-    if spec.pending:
-        return None
     try:
         return _installed(spec) or _cached(f"{spec.name}-{_key(spec, Toolchain.find(spec))}")
     except OpBuildError:
@@ -130,7 +126,7 @@ def compiled(spec: OpSpec) -> Path | None:
 def why_not(spec: OpSpec) -> OpBuildError | None:
     """Why the op cannot be had here, or None. Quick: nothing of it is compiled and torch is not imported."""
     try:
-        if not spec.pending and _installed(spec):
+        if _installed(spec):
             return None
     except OpBuildError as error:
         return error
@@ -139,8 +135,6 @@ def why_not(spec: OpSpec) -> OpBuildError | None:
 
 def why_not_compile(spec: OpSpec) -> OpBuildError | None:
     """Why the op cannot be compiled here, or None."""
-    if spec.pending:
-        return OpBuildError(spec.pending)
     try:
         Toolchain.find(spec).check()
     except OpBuildError as error:
@@ -171,9 +165,8 @@ def cache_entries() -> list[CacheEntry]:
     """What lies in the cache. Nothing is written."""
     current = set()
     for spec in OPS.values():
-        if not spec.pending:
-            with suppress(OpBuildError):
-                current |= {path.name for path in _names(Path(), f"{spec.name}-{_key(spec, Toolchain.find(spec))}")}
+        with suppress(OpBuildError):
+            current |= {path.name for path in _names(Path(), f"{spec.name}-{_key(spec, Toolchain.find(spec))}")}
     found = []
     for place in places():
         if not os.path.isdir(place.folder):  # or not to be entered

@@ -23,7 +23,6 @@ class OpSpec:
         plain: plain C++ that is compiled once, without torch.
         gpu: kernels of plain C ABI for nvcc or hipcc, left out where torch has no GPU.
         defines: macros that all of its sources are compiled with, for libraries of the same sources.
-        pending: why there is nothing to compile yet. Who asks for the op is told so.
     """
 
     name: str
@@ -35,14 +34,12 @@ class OpSpec:
     plain: tuple[str, ...] = ()
     gpu: tuple[str, ...] = ()
     defines: tuple[str, ...] = ()
-    pending: str = ""
 
     def __post_init__(self) -> None:
         if not self.ops:
             object.__setattr__(self, "ops", (self.name,))
 
 
-_LATER = "its kernels are not part of this release"
 _TRANSFORMER_OPS = tuple(
     f"{name}{way}" for name in ("drop_norm", "bias_gelu", "masked_softmax") for way in ("", "_backward")
 )

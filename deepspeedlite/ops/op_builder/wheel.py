@@ -87,7 +87,7 @@ class BuildOps(build_ext):
         for spec in OPS.values():
             reason = str(why_not_compile(spec) or "") if spec.name in asked else ""
             if spec.name not in asked:
-                reason = spec.pending or f"not asked for ({spec.flag}=1 does)"
+                reason = f"not asked for ({spec.flag}=1 does)"
             if reason and asked.get(spec.name):
                 raise OpBuildError(f"{spec.flag}=1, but {spec.name} cannot be compiled: {reason}")
             said[spec.name] = reason or "compiled"
