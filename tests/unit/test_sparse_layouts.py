@@ -88,9 +88,9 @@ def test_fixed(blocks, shape, attention, horizontal, choices):
 
 
 @each_pair(
-    blocks=[1, 4, 9],
+    blocks=[1, 4, 9, 11],
     sizes=[(4,), (1,), (1, 2, 3)],
-    shared=[((0,), None), ((), None), ((0, 3, 20), None), ((1, 5), (3, 30))],
+    shared=[((0,), None), ((), None), ((0, 3, 20), None), ((1, 5), (3, 7))],
     attention=["bidirectional", "unidirectional"],
     horizontal=[False, True],
 )

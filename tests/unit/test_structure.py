@@ -69,6 +69,7 @@ WIDE_SIGNATURES = {
     "init.py:__init__",
     "schedules.py:__init__",  # OneCycle
     "flops.py:get_model_profile",
+    "module_inject.py:replace_transformer_layer",
     "sparsity_config.py:__init__",
     "sparse_attention_utils.py:pad_to_block_size",
     "function.py:sparse_attention",  # the masks and modes of DeepSpeed's SparseSelfAttention

@@ -27,6 +27,7 @@ _NO_UNIVERSAL = (
     "there is no universal format: a checkpoint loads at any number of ranks and any stage as it is, and "
     "`python -m deepspeedlite.checkpoint` imports and exports DeepSpeed's own"
 )
+_REPLACED = "of training, as DeepSpeed had it up to 0.6; for inference init_inference puts layers in"
 _ONE_SPARSE_OP = "ops.sparse_attention.sparse_attention is products and softmax in one; see docs/sparse-attention.md"
 INTERNAL = "an internal of DeepSpeed, of which nothing is here"
 _ONE_OPTIMIZER = "one class does all stages; isinstance tells them apart as in DeepSpeed"
@@ -165,7 +166,7 @@ MODULES: Mapping[str, Names] = {
     | at("compat.inference", "default_inference_config", "has this library's defaults")
     | at("inference.engine", "InferenceEngine", _INFERENCE)
     | at("inference.config", "DeepSpeedInferenceConfig", _INFERENCE_CONFIG)
-    | no(_NO_POLICIES, "replace_transformer_layer")
+    | at("compat.module_inject", "replace_transformer_layer", _REPLACED)
     | no(_NO_INFERENCE, "DeepSpeedHybridEngine")
     | no(_NO_TENSOR, "tp_model_init set_autotp_mode")
     | at("pipe", "PipelineModule", _PIPELINE)
@@ -175,6 +176,11 @@ MODULES: Mapping[str, Names] = {
     | no("Muon is not in this release; it needs whole matrices, which ZeRO shards", "MUON_OPTIMIZER")
     | no("resolved when heads are split, which is not in this release", "resolve_per_head_muon_after_sharding")
     | no(INTERNAL, "set_optimizer_flags"),
+    "module_inject": at("compat.module_inject", "replace_transformer_layer revert_transformer_layer", _REPLACED),
+    "module_inject.replace_module": at(
+        "compat.module_inject", "replace_transformer_layer revert_transformer_layer", _REPLACED
+    ),
+    "module_inject.inject": at("compat.module_inject", "module_inject"),
     # --- runtime ------------------------------------------------------------------------------------------------------
     "runtime.engine": at("compat.engine", "DeepSpeedEngine", _MADE)
     | at("compat.names", "DeepSpeedOptimizerCallable DeepSpeedSchedulerCallable")

@@ -33,6 +33,7 @@ SAME_MODULE: Mapping[str, str] = {
 
 # Names of ours, by the module that they were in before.
 MOVED: Mapping[str, Names] = {
+    "": at("compat.module_inject", "revert_transformer_layer"),  # where releases of DeepSpeed before this one had it
     "comm": at("metrics.comms_logger", "CommsLogger comms_logger"),
     "comm.logger": at("metrics.comms_logger", "CommsLogger comms_logger OpStats bus_factor"),
     "engine": at("compat.engine", "DeepSpeedEngine"),
