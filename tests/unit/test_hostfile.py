@@ -93,6 +93,10 @@ WORDS = st.sampled_from(
         "_x",
         "-a",
         "a@b",
+        "@b",
+        "a:22",
+        "a@b:222222",
+        "max_slots=3",
         "slots=1",
         "slots=12",
         "slots=0",
@@ -108,6 +112,14 @@ LINES = st.lists(st.lists(WORDS, max_size=4).map(" ".join), max_size=5).map("\n"
 LETTERS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_"
 
 
+def is_name(word: str) -> bool:
+    return bool(word) and word[0] in LETTERS and all(letter in LETTERS + ".-" for letter in word)
+
+
+def are_digits(word: str) -> bool:
+    return bool(word) and all(digit in "0123456789" for digit in word)
+
+
 def plainly(text: str) -> dict[str, int] | None:
     """The same by the plainest of means; None where the file is to be refused."""
     found: list[tuple[str, int]] = []
@@ -120,11 +132,16 @@ def plainly(text: str) -> dict[str, int] | None:
         if kept.strip() == "":
             continue
         words = kept.split()
-        name_is_good = words[0][0] in LETTERS and all(letter in LETTERS + ".-" for letter in words[0])
-        if len(words) != 2 or not name_is_good or words[1][:6] != "slots=":
+        words = [word for word in words if not (word[:10] in ("max_slots=", "max-slots=") and are_digits(word[10:]))]
+        user, at, place = words[0].rpartition("@") if words else ("", "", "")
+        name, colon, port = place.partition(":")
+        port_is_good = are_digits(port) and len(port) <= 5 if colon else True
+        if len(words) != 2 or not is_name(name) or (at and not is_name(user)) or not port_is_good:
+            return None
+        if words[1][:6] != "slots=":
             return None
         digits = words[1][6:]
-        if not 1 <= len(digits) <= 6 or any(digit not in "0123456789" for digit in digits) or int(digits) == 0:
+        if not are_digits(digits) or len(digits) > 6 or int(digits) == 0:
             return None
         found.append((words[0], int(digits)))
     names = [name for name, _ in found]

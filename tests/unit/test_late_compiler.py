@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 
+import pytest
 from paths import ROOT
 from programs import needs
 
@@ -40,6 +41,7 @@ assert not torch.equal(before[0], next(engine.module.parameters()))
 """
 
 
+@pytest.mark.slow
 @needs("c++")  # torch's own optimizers import it with their first step
 def test_the_compiler_is_imported_by_who_compiles():
     env = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
