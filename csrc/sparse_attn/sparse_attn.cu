@@ -78,7 +78,7 @@ __device__ inline Own own_of(const dsl_sparse_attention& how, bool keys, int64_t
     return own;
 }
 
-// Which tokens a tile has: those of the list's blocks in a row, from number `at` of them on.
+// Which tokens a tile has: those of the list's blocks in a row, from number `at` of them on. A barrier must follow.
 template <class S>
 __device__ inline void gather(const dsl_sparse_attention& how, const Own& own, int64_t at, S& shared) {
     __syncthreads();  // the last tile's have been read
@@ -90,7 +90,6 @@ __device__ inline void gather(const dsl_sparse_attention& how, const Own& own, i
         shared.token[i] = there ? static_cast<int32_t>(lists.blocks[entry] * how.block + (at + i) % how.block) : -1;
         shared.partial[i] = there && lists.partial != nullptr ? lists.partial[entry] : -1;
     }
-    __syncthreads();
 }
 
 // Numbers [column, column + CHUNK) of some tokens' heads, zeros beyond; token_of(i) is -1 where there is none.
@@ -159,7 +158,7 @@ __device__ inline void multiply(S& shared, const dsl_sparse_attention& how, cons
     typename S::C sums[S::SCORES] = {};
     DSL_ROLLED
     for (int64_t column = 0; column < how.dim; column += CHUNK) {
-        __syncthreads();  // what lay there has been read
+        __syncthreads();  // the tile's tokens are there, and what lay where these go has been read
         if (!staged) stage_mine(shared, mine, own, column, how.dim);
         stage_theirs(shared, theirs, own, column, how.dim);
         __syncthreads();

@@ -13,10 +13,13 @@ import numpy as np
 import pytest
 import torch
 from paths import ROOT
+from programs import needs
 from test_gpu_kernels import compile_for_host
 from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, Device, given, random, struct
 from torch import Tensor
 from torch.nn import functional as F
+
+from deepspeedlite.ops import load
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
@@ -303,6 +306,29 @@ def test_a_nan_spoils_its_row_alone(device):
     call = CSoftmax(*map(given, (scores, probs, None, None)), None, *[0] * 4, 1, 1, 4, 130, 1.0, dropout(0))
     device.call("dsl_gpu_softmax", call)
     assert probs[0].isfinite().all() and probs[1:3].isnan().all() and (probs[3] == 0).all()
+
+
+@needs("c++")
+@pytest.mark.parametrize("ratio", [0.1, 0.5])
+def test_the_same_numbers_are_dropped_as_on_the_cpu(device, ratio):
+    """Of ones, through each kernel that drops some; what GELU and the softmax make of them is not 0."""
+    rows, width, seed, stream = 5, 263, 77, 2**40 + 3
+    how, ones = dropout(ratio, seed, stream), torch.ones(rows, width)
+    summed, out, dropped = (device.empty(rows, width, dtype=torch.float32) for _ in range(3))
+    absent = (None,) * 4
+    sums = CDropNorm(*map(given, (ones, None, None, summed, *absent[:3])), None, None, rows, width, 0.0, how)
+    device.call("dsl_gpu_drop_norm", sums)
+    device.call("dsl_gpu_bias_gelu", CBiasGelu(*map(given, (ones, None, out)), rows, width, 0, how))
+    softmax = CSoftmax(*map(given, (ones, None, dropped, None)), None, *[0] * 4, 1, 1, rows, width, 1.0, how)
+    device.call("dsl_gpu_softmax", softmax)
+    found = [torch.empty_like(ones) for _ in range(3)]
+    load("drop_norm")(ones, None, None, None, None, found[0], *absent[:3], 0.0, ratio, seed, stream)
+    load("bias_gelu")(ones, None, found[1], False, ratio, seed, stream)
+    scores = ones.view(1, 1, rows, width)
+    load("masked_softmax")(scores, None, None, found[2].view_as(scores), 1.0, ratio, seed, stream)
+    assert torch.equal(found[0], summed) and 0 < (summed == 0).sum() < summed.numel()
+    for one, other in zip((out, dropped), found[1:]):
+        assert torch.equal(one == 0, other == 0) and torch.equal(one == 0, summed == 0)
 
 
 def test_everything_is_dropped_at_a_ratio_of_one(device):
