@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from deepspeedlite.ops import find_op
 from deepspeedlite.ops.sparse_attention import reference
@@ -175,6 +176,7 @@ class _SparseAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @once_differentiable  # says so to who asks for a gradient of a gradient
     def backward(ctx: Any, dout: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, out, lse, mask, padding, rpe = ctx.saved_tensors
         settings: _Settings = ctx.settings
