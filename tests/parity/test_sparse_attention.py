@@ -226,6 +226,14 @@ def test_the_number_of_threads_changes_no_bit(dtype, batch, heads):
         assert all(torch.equal(one, other) for one, other in zip(found[0], others))
 
 
+def test_gradients_of_gradients_are_refused():
+    q = numbers(1, 1, 16, 16).requires_grad_()
+    out = sparse_attention(q, q, q, torch.ones(1, 1), 16)
+    (grad,) = torch.autograd.grad(out.square().sum(), q, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
 def test_rows_that_see_nothing_give_zeros_and_zero_gradients():
     q, k, v = (numbers(1, 2, 64, 16, seed=seed).requires_grad_() for seed in range(3))
     for given in (

@@ -69,7 +69,7 @@ def sparse_attention(
 
     Raises:
         OpError: shapes, dtypes or devices that do not fit; the message has them and the layout's.
-        UnsupportedError: a gradient of a mask (give it as rpe), or of rpe on a GPU.
+        UnsupportedError: a gradient of a mask (give it as rpe).
     """
     q, k, v = _of_autocast(q, k, v)
     lists = layout if isinstance(layout, BlockLists) else BlockLists.of(layout, block)
@@ -96,8 +96,6 @@ def sparse_attention(
         return reference.sparse_attention(
             q, k, v, lists.to(q.device), scale=scale, causal=causal, biases=tensors, dropout_p=dropout_p
         )
-    if rpe is not None and rpe.requires_grad and not q.is_cpu:
-        raise UnsupportedError("sparse_attention: rpe requires a gradient, which only the CPU's kernel makes")
     seed, stream = torch.randint(-(2**63), 2**63 - 1, (2,)).tolist() if dropout_p > 0 else (0, 0)
     settings = _Settings(
         lists=lists.to(q.device),
