@@ -231,6 +231,8 @@ def test_positions_are_repeated(family, reserved):
         table = model.base_model.embeddings.position_embeddings
         before, held = table.weight.detach().clone(), table.weight.shape[0] - reserved
         assert SparseAttentionUtils.extend_position_embedding(model, 150) is model
+        table = model.base_model.embeddings.position_embeddings
+        assert table.num_embeddings == 150 + reserved and table.weight.requires_grad
         assert table.weight.shape[0] == 150 + reserved == model.config.max_position_embeddings
         for position in (0, 1, held, 149):
             assert torch.equal(table.weight[position + reserved], before[position % held + reserved])

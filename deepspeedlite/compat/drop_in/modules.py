@@ -28,7 +28,7 @@ _NO_UNIVERSAL = (
     "`python -m deepspeedlite.checkpoint` imports and exports DeepSpeed's own"
 )
 _REPLACED = "of training, as DeepSpeed had it up to 0.6; for inference init_inference puts layers in"
-_ONE_SPARSE_OP = "ops.sparse_attention.sparse_attention is products and softmax in one; see docs/sparse-attention.md"
+ONE_SPARSE_OP = "ops.sparse_attention.sparse_attention is products and softmax in one; see docs/sparse-attention.md"
 INTERNAL = "an internal of DeepSpeed, of which nothing is here"
 _ONE_OPTIMIZER = "one class does all stages; isinstance tells them apart as in DeepSpeed"
 
@@ -134,8 +134,8 @@ ABSENT_MODULES: Mapping[str, str] = {
     "ops.quantizer": "training with rounded weights is not in this release; ops.group_quantize makes integers",
     "ops.deepspeed4science": "use torch.nn.attention.flex_attention",
     "ops.random_ltd": "random layer dropping is not part of this library",
-    "ops.sparse_attention.matmul": _ONE_SPARSE_OP,
-    "ops.sparse_attention.softmax": _ONE_SPARSE_OP,
+    "ops.sparse_attention.matmul": ONE_SPARSE_OP,
+    "ops.sparse_attention.softmax": ONE_SPARSE_OP,
     "ops.gds": "GPUDirect Storage is not in this release; ops.aio goes past the page cache",
     "utils.numa": "deepspeedlite --bind_cores_to_rank gives each rank its cores",
     "utils.bwc": INTERNAL,

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from functools import cache
 
 from deepspeedlite.compat.drop_in import release
-from deepspeedlite.compat.drop_in.entry import Names, at
-from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, INTERNAL, MODULES
+from deepspeedlite.compat.drop_in.entry import Names, at, no
+from deepspeedlite.compat.drop_in.modules import ABSENT_MODULES, INTERNAL, MODULES, ONE_SPARSE_OP
 
 # DeepSpeed's path -> ours, for modules that are one and the same object, and everything below them.
 SAME_MODULE: Mapping[str, str] = {
@@ -33,6 +33,7 @@ SAME_MODULE: Mapping[str, str] = {
 
 # Names of ours, by the module that they were in before.
 MOVED: Mapping[str, Names] = {
+    "ops.sparse_attention": no(ONE_SPARSE_OP, "MatMul Softmax"),
     "": at("compat.module_inject", "revert_transformer_layer"),  # where releases of DeepSpeed before this one had it
     "comm": at("metrics.comms_logger", "CommsLogger comms_logger"),
     "comm.logger": at("metrics.comms_logger", "CommsLogger comms_logger OpStats bus_factor"),
@@ -51,6 +52,7 @@ BOTH_HAVE = (
     "inference.engine",
     "tools.io_tune",
     "ops.aio",
+    "ops.sparse_attention",
     "ops.op_builder.builder",
 )
 

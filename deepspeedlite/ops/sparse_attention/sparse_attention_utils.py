@@ -40,8 +40,11 @@ class SparseAttentionUtils:
             raise ConfigError(f"max_position={max_position}, and the model has {held} positions already")
         rows = torch.arange(max_position, device=table.weight.device) % held + reserved
         old = table.weight.detach()
-        table.weight = nn.Parameter(torch.cat([old[:reserved], old[rows]]), requires_grad=table.weight.requires_grad)
-        table.num_embeddings = max_position + reserved
+        base.embeddings.position_embeddings = nn.Embedding.from_pretrained(
+            torch.cat([old[:reserved], old[rows]]),
+            freeze=not table.weight.requires_grad,
+            padding_idx=table.padding_idx,
+        )
         for name, filled in (("position_ids", torch.arange), ("token_type_ids", torch.zeros)):
             buffer = getattr(base.embeddings, name, None)
             if buffer is not None:  # transformers cut these to the length of the input
