@@ -86,7 +86,7 @@ class GlooTransport(TorchTransport):
     def _link_of_small(self, tensor: torch.Tensor, op: str) -> SharedMemoryLink | None:
         """What takes a whole all-reduce in one exchange.
 
-        By it, what ranks agree on is told from what others wait for, and a small sum takes a seventh of gloo's time.
+        By it, what ranks agree on is told from what others wait for, and a small sum takes a fraction of gloo's time.
         That is nothing to connect for: a rank that waits would then not say for which sum.
         """
         if op in _EXTREMES:
@@ -103,7 +103,7 @@ class GlooTransport(TorchTransport):
         if link is not None:
             then = partial(_sum_into, tensor) if op == "sum" else partial(_extreme_into, tensor, _EXTREMES[op])
             same = [tensor] * len(self._ranks)
-            return link.exchange(Pieces(outbox=same, expect=same, tag=_AGREED, then=then, what=what))
+            return link.exchange_small(Pieces(outbox=same, expect=same, tag=_AGREED, then=then, what=what))
         if op == "sum" and self._is_better_split(tensor):
             return self._split_all_reduce(list(tensor.view(-1).tensor_split(len(self._ranks))), what)
         return super().all_reduce(tensor, op, async_op, what)

@@ -28,7 +28,11 @@ taken for an answer in the next.
 
 [Note: the order of memory]
 A write to a block comes before the message about it, and the kernel's locks around a socket's queue order the two for
-the reader. No flag in shared memory is polled, so none of this depends on how a processor orders its stores.
+the reader. No flag in shared memory is polled but those of `slots`, where a processor keeps its stores in order.
+
+[Note: small sums]
+Two messages and a sleep cost a small sum most of its time, so from a link's second on they go by `slots`. Only how they
+arrive is another: what they are for is compared, and who is out of step or has ended is found as for all.
 """
 
 from __future__ import annotations
@@ -58,6 +62,7 @@ import torch.distributed as dist
 from deepspeedlite.comm.guard import objects
 from deepspeedlite.comm.work import Work
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.transports.slots import ARE_ORDERED, BOARD_NBYTES, SLOT_NBYTES, Board, have_shown
 
 SWITCH = "DEEPSPEEDLITE_SHARED_MEMORY"
 """Environment variable; 0 on any rank keeps all ranks on gloo's TCP."""
@@ -68,6 +73,8 @@ _SMALLEST_BLOCK = 1 << 16
 _MESSAGE = struct.Struct("<7q")
 _READ = -1  # as the block of a message: what the receiver of this message sent was read
 _WAITS = -2  # the sender waits for what has this ticket; what that is follows the message
+_BOARD = -3  # with the descriptor of the sender's board
+_SHOWN = -4  # the sender has put something on its board
 _TEXT_NBYTES = 200
 _TELLS_AFTER_S = 0.25  # how long a rank waits before it says so
 _MOST_IN_USE = 3
@@ -76,6 +83,8 @@ KEPT_NBYTES = 1 << 28
 
 _MADV_REMOVE = 9  # from Linux's mman-common.h: free the pages of a shared mapping, which then reads as zeros
 _PATIENCE_S = 1.0
+_LOOKS_AGAIN_S = 0.02  # at boards, if no message comes
+_IN_SLOT = 0  # as the number of a message: there was none, and nobody waits for an answer
 _CONNECT_TIMEOUT_S = 30.0
 
 Ticket = tuple[int, int]
@@ -170,6 +179,11 @@ class SharedMemoryLink:
             peer.setblocking(False)
             self._incoming.register(peer, select.POLLIN)
         self._end = weakref.finalize(self, _close, list(peers.values()), self._blocks, self._maps)
+        own = _Block(-1, BOARD_NBYTES)
+        self._board, self._boards = Board(own.memory), dict[int, Board]()  # this rank's, and the others'
+        for rank in peers:
+            self._post(rank, _MESSAGE.pack(0, 0, 0, _BOARD, 0, 0, 0), [own.fd])
+        os.close(own.fd)
 
     @property
     def held_nbytes(self) -> int:
@@ -199,6 +213,42 @@ class SharedMemoryLink:
             self._send({rank: pieces.outbox[rank] for rank in self._peers}, exchange, pieces.final)
             self._pending.append(exchange)
         return exchange
+
+    def exchange_small(self, pieces: Pieces) -> Work:
+        """As `exchange`, for the same few bytes to every rank, which are waited for before another such is started."""
+        own, what, tag = pieces.outbox[self.rank], pieces.what, pieces.tag
+        # By the first exchange all boards have come.
+        if not ARE_ORDERED or not self._tickets[tag] or self._out_of_step or not 0 < own.nbytes <= SLOT_NBYTES:
+            return self.exchange(pieces)
+        number = self._board.count + 1  # which writes over what was shown two before
+        if any(board.count < number - 1 for board in self._boards.values()):
+            self._end_step("what another rank has not taken yet would be written over")
+        self._tickets[tag] += 1
+        ticket = (tag, self._tickets[tag])
+        exchange = _InSlots(self, own, pieces.expect, ticket, pieces.then, what, _purpose(what), number)
+        self._board.show(number, own, exchange.purpose)
+        for rank in [rank for rank, board in self._boards.items() if board.sleeps]:
+            self._post(rank, _MESSAGE.pack(*ticket, 0, _SHOWN, 0, 0, 0))
+        self._pending.append(exchange)
+        return exchange
+
+    def wait_for_slots(self, exchange: _InSlots) -> None:
+        """Look until all have shown theirs; sleep when that takes long."""
+        self._board.sleeps = not have_shown(list(self._boards.values()), exchange.number)
+        self._look_at_boards()
+        try:
+            if all(self._fits(rank, exchange) for rank in self._peers):
+                self._end_exchange(exchange)
+            self.wait_for(exchange)
+        finally:
+            self._board.sleeps = False
+
+    def _look_at_boards(self) -> None:
+        for exchange in [exchange for exchange in self._pending if isinstance(exchange, _InSlots)]:
+            for rank, board in self._boards.items():
+                if board.count >= exchange.number and (rank, exchange.ticket) not in self._arrived:
+                    self._waiting.pop(rank, None)
+                    self._arrived[rank, exchange.ticket] = (_IN_SLOT, *board.shown(exchange.number))
 
     def _send(self, pieces: dict[int, torch.Tensor], exchange: _Exchange, final: bool) -> None:
         shared = self._shared_block(pieces.values()) if final else None
@@ -291,6 +341,7 @@ class SharedMemoryLink:
         """Read what has come, and end the exchanges that are complete."""
         for rank in self._peers:
             self._read_messages(rank)
+        self._look_at_boards()  # after the messages: who has ended may have shown something before
         for exchange in self._pending[:]:
             if all(self._fits(rank, exchange) for rank in self._peers):
                 self._end_exchange(exchange)
@@ -305,7 +356,8 @@ class SharedMemoryLink:
                 return
             missing = self._missing_of(exchange)
             left_s = start + (self._timeout_s if told else _TELLS_AFTER_S) - time.monotonic()
-            if self._incoming.poll(max(0.0, left_s) * 1e3):
+            look_s = min(left_s, _LOOKS_AGAIN_S) if isinstance(exchange, _InSlots) else left_s
+            if self._incoming.poll(max(0.0, look_s) * 1e3) or look_s < left_s:
                 continue
             if told:
                 raise TimeoutError(
@@ -370,8 +422,8 @@ class SharedMemoryLink:
             numbers[rank], memory, _ = self._arrived.pop((rank, exchange.ticket))
             pieces.append(memory.view(like.dtype).view(like.shape))
         exchange.then(pieces)
-        for rank, number in numbers.items():
-            self._post(rank, _MESSAGE.pack(*exchange.ticket, number, _READ, 0, 0, 0))
+        for rank in [rank for rank, number in numbers.items() if number != _IN_SLOT]:
+            self._post(rank, _MESSAGE.pack(*exchange.ticket, numbers[rank], _READ, 0, 0, 0))
 
     def _read_messages(self, rank: int) -> None:
         """Take in all messages of a rank that are there."""
@@ -399,7 +451,9 @@ class SharedMemoryLink:
             elif block == _WAITS:
                 text = data[_MESSAGE.size :].decode(errors="replace")
                 self._waiting[rank] = ((tag, occurrence), text or "a collective")
-            else:
+            elif block == _BOARD:
+                self._boards[rank] = Board(self._maps[rank, block])
+            elif block != _SHOWN:  # which needs no more than to be woken
                 self._waiting.pop(rank, None)
                 piece = self._maps[rank, block][offset : offset + nbytes]
                 self._arrived[rank, (tag, occurrence)] = (number, piece, purpose)
@@ -429,6 +483,18 @@ class _Exchange:
             DistributedError: a rank sent another number of bytes, or takes part in something else.
         """
         self.link.wait_for(self)
+
+
+@dataclass(eq=False)
+class _InSlots(_Exchange):
+    """One by boards."""
+
+    number: int  # under which all show theirs
+
+    def wait(self) -> None:
+        """See `_Exchange`."""
+        if self in self.link._pending:
+            self.link.wait_for_slots(self)
 
 
 @functools.lru_cache(maxsize=4096)
