@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,12 +11,15 @@ from typing import Any, TypeVar
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.comm.desync import whereabouts
+from deepspeedlite.comm.registry import registry
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import DistributedError, InferenceError
 from deepspeedlite.runtime.tensors import tensors_in
 
 _T = TypeVar("_T")
+_MOST_S = 60.0  # of looking where the others are, before they are waited for as in any collective
 _LOOK_EVERY = 64  # forward passes between looks at a device's flag
 
 
@@ -84,6 +88,28 @@ def on_all(group: Group, make: Callable[[], _T]) -> _T:
         rank = next(rank for rank, problem in enumerate(told) if problem)
         raise InferenceError(f"no inference engine, as rank {group.ranks[rank]} failed: {told[rank]}")
     return made[0]
+
+
+def meet(group: Group, call: str) -> None:
+    """Return when every rank of a split model has made this call, or none of them can be shown never to.
+
+    Raises:
+        DistributedError: another rank waits for this one elsewhere, or has ended.
+    """
+    if group.size == 1 or group.size < Group().size or not group.roll_call(call, call):
+        return  # of other ranks than the model's, a rank may well wait for one that is not in it
+    late_at = time.monotonic() + _MOST_S
+    with whereabouts(f"waits in {call}"):
+        while time.monotonic() < late_at and group.roll_call(call, call):
+            for rank in group.ranks:
+                where = registry.seen(rank) if rank != group.ranks[group.rank] else ""
+                elsewhere = where.startswith("waits in ") and not where.startswith(("waits in no ", "waits in its "))
+                if where == "has ended" or (elsewhere and where != f"waits in {call}"):
+                    raise DistributedError(
+                        f"{call} was called on rank {group.ranks[group.rank]} of a model that is split over ranks "
+                        f"{group.ranks}, and rank {rank} {where}: call it on all of them, with the same inputs (other "
+                        "ranks than the first may ignore what it returns)"
+                    )
 
 
 def check_same_inputs(group: Group, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

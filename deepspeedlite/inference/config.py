@@ -227,11 +227,21 @@ RENAMED: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...] = (
 )
 
 
+# What scripts of older releases of DeepSpeed's give, and it has no more: what to write now.
+FORMER = {
+    "cpu_offload": 'zero: {"stage": 3, "offload_param": {"device": "cpu"}}, which streams weights from the host\'s '
+    "memory, or keep_module_on_host",
+}
+
+
 def modernise(tree: dict[str, Any], faults: list[Fault]) -> dict[tuple[Any, ...], Origin]:
     """Rewrite older spellings in `tree`; {path now: as written}. A key given both ways, differently, is a fault."""
     moved: dict[tuple[Any, ...], Origin] = {}
     if isinstance(tree.get("moe"), bool):
         tree["moe"] = {"enabled": tree["moe"]}
+    for name in FORMER.keys() & tree.keys():
+        if value := tree.pop(name):
+            faults.append(Fault((name,), value, "DeepSpeed has this key no more", f"give {FORMER[name]}"))
     for was, now in RENAMED:
         holder = tree if len(was) == 1 else tree.get(was[0])
         if not isinstance(holder, dict) or was[-1] not in holder:

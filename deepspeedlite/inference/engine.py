@@ -22,6 +22,7 @@ from deepspeedlite.inference.checks import (
     check_same_inputs,
     finite_logits,
     follow_first_rank,
+    meet,
     together,
 )
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig, read_inference_config
@@ -119,13 +120,14 @@ class InferenceEngine(torch.nn.Module):
 
         Raises:
             InferenceError: the model has no `generate`; a prompt is too long; logits are not finite.
-            DistributedError: the ranks of a split model were given different prompts.
+            DistributedError: the ranks of a split model were given different prompts, or not all of them call it.
         """
         self._check_alive("generate")
         if not hasattr(self.module, "generate"):
             raise InferenceError(f"{type(self.module).__name__} has no generate(): call the engine for its outputs")
         group = self._tensor_group.group
         check_prompt(self.module, self._config, inputs, kwargs)
+        meet(group, "engine.generate()")
         check_same_inputs(group, inputs, kwargs)
         follow_first_rank(group, self._device)
         module: Any = self.module

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import time
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from tiny_transformers import ENCODERS, FAMILIES, logits_of, prompts, tiny
 
 import deepspeedlite
 from deepspeedlite.comm import Group
+from deepspeedlite.comm.registry import registry
 from deepspeedlite.inference.quantized import QuantizedLinear
 from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, split_model
 from deepspeedlite.runtime.errors import CheckpointError, ConfigError, DistributedError, InferenceError
@@ -251,6 +254,24 @@ def test_ranks_with_different_prompts():
         ):
             call(mine)
     assert engine.generate(**prompts(), max_new_tokens=1).shape == (2, 8)
+
+
+@distributed(world_size=2)
+def test_a_rank_that_generates_alone():
+    """Hears it when the other cannot come any more, and is waited for as long as it may."""
+    engine = deepspeedlite.init_inference(tiny("llama"), dtype=torch.float32, mp_size=2)
+    group = Group()
+    if group.rank == 0:
+        told = patch.object(registry, "seen", lambda rank: "waits in torch.distributed.barrier")
+        said = r"generate\(\) was called on rank 0 .*rank 1 waits in torch.dist"
+        patient = patch("deepspeedlite.comm.roll_call.PATIENCE_S", 0.5)
+        with told, patient, pytest.raises(DistributedError, match=said):
+            engine.generate(**prompts(), max_new_tokens=1)
+    group.barrier()
+    if group.rank == 1:
+        time.sleep(1.0)
+    with patch("deepspeedlite.comm.roll_call.PATIENCE_S", 0.2):
+        assert engine.generate(**prompts(), max_new_tokens=1).shape == (2, 8)
 
 
 _SIX = {"num_attention_heads": 6, "hidden_size": 96}
