@@ -168,13 +168,41 @@ def test_other_models():
             expected = model(**prompts()).logits
         engine = deepspeedlite.init_inference(model, dtype=torch.float32, mp_size=2)
         torch.testing.assert_close(engine(**prompts()).logits, expected, rtol=1e-5, atol=1e-5, msg=given[0])
-    experts = {**_SIZES, "num_key_value_heads": 2, "num_local_experts": 4}
+    experts = {**_SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "head_dim": 16}
     for given, said in (
-        (("MixtralForCausalLM", "MixtralConfig", experts), r"layers.0.mlp.experts \(moe_tp_experts\).*not split"),
+        (("GptOssForCausalLM", "GptOssConfig", experts), r"layers.0.mlp.experts \(GptOssExperts\).*not split"),
         (("GPTBigCodeForCausalLM", "GPTBigCodeConfig", _GPTJ), "h.0.attn .* in an order that is not known"),
     ):
         with pytest.raises(InferenceError, match=said):
             deepspeedlite.init_inference(_other(*given), dtype=torch.float32, mp_size=2)
+
+
+_EXPERTS = {
+    "Mixtral": {"num_local_experts": 4, "intermediate_size": 72},
+    "Qwen2Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+}
+
+
+@pytest.mark.parametrize("family", _EXPERTS)
+@distributed(world_size=2)
+def test_experts(family):
+    """Of each expert every rank has some inner columns: logits, tokens and the router's gradient are the whole's."""
+    sizes = {**_SIZES, "num_key_value_heads": 2, **_EXPERTS[family]}
+    whole = _other(f"{family}ForCausalLM", f"{family}Config", sizes)
+    trained = copy.deepcopy(whole)
+    split_model(trained, Group())
+    for model in (whole, trained):
+        model(**prompts("left")).logits.square().mean().backward()
+    of_router, expected = (model.model.layers[0].mlp.gate.weight.grad for model in (trained, whole))
+    torch.testing.assert_close(of_router, expected, rtol=1e-4, atol=1e-6)
+    engine = deepspeedlite.init_inference(copy.deepcopy(whole), dtype=torch.float32, mp_size=2)
+    with torch.no_grad():
+        expected = whole(**prompts("left")).logits
+    torch.testing.assert_close(engine(**prompts("left")).logits, expected, rtol=1e-5, atol=1e-5)
+    words = {"max_new_tokens": 5, "do_sample": False}
+    assert torch.equal(engine.generate(**prompts("left"), **words), whole.generate(**prompts("left"), **words))
+    experts = engine.module.model.layers[0].mlp.experts
+    assert experts.down_proj.numel() < 0.6 * whole.model.layers[0].mlp.experts.down_proj.numel()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])

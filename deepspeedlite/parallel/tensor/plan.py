@@ -3,7 +3,7 @@
 Three say it, and for each layer the first that does counts: an injection policy (blocks and the names in them of the
 layers whose outputs are summed), the model's own plan (transformers' `_tp_plan`), and a rule read from the structure:
 in a block of width H, layers named like queries, keys and values and those from H to something else are split by
-columns, until one back to H comes, which is split by rows.
+columns, until one back to H comes, which is split by rows. Experts are split where the model's own plan says so.
 """
 
 from __future__ import annotations
@@ -15,10 +15,13 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from deepspeedlite.parallel.tensor.experts import are_experts
 from deepspeedlite.parallel.tensor.heads import ROLES
 from deepspeedlite.runtime.errors import InferenceError
 
-COLUMNS, ROWS, GATHERED, SLICED = "columns", "rows", "columns, gathered", "rows, sliced"
+COLUMNS, ROWS, GATHERED, SLICED, EXPERTS = "columns", "rows", "columns, gathered", "rows, sliced", "experts"
+# Of a module of experts and its weights, which are split together (`experts`).
+_OF_EXPERTS = {"": "moe_tp_experts", ".gate_up_proj": "packed_colwise", ".down_proj": "rowwise"}
 _STYLES = {
     "colwise": COLUMNS,
     "rowwise": ROWS,
@@ -124,9 +127,17 @@ def _by_model(model: torch.nn.Module, own: Mapping[str, str]) -> dict[str, Rule]
     plan: dict[str, Rule] = {}
     strange: list[str] = []
     heads = _vocabulary(model)
+
+    def style_of(name: str) -> str | None:
+        return next((style for pattern, style in patterns if pattern.match(name)), None)
+
     for name, module in model.named_modules():
-        style = next((style for pattern, style in patterns if pattern.match(name)), None)
+        style = style_of(name)
         if style is None or style in _PASSED or module in heads:
+            continue
+        if are_experts(module) and all(style_of(name + end) == how for end, how in _OF_EXPERTS.items()):
+            plan[name] = Rule(EXPERTS, "the model's plan")
+            parameters = {key: value for key, value in parameters.items() if not key.startswith(f"{name}.")}
             continue
         if style not in _STYLES or not is_linear(module):
             strange.append(f"{name} ({style})")
@@ -135,7 +146,7 @@ def _by_model(model: torch.nn.Module, own: Mapping[str, str]) -> dict[str, Rule]
     strange += [f"{name} ({style})" for name in parameters for pattern, style in patterns if pattern.match(name)]
     if strange:
         raise InferenceError(
-            f"the model's plan splits {_some(strange)} in ways that are not in this release (experts are not split); "
+            f"the model's plan splits {_some(strange)} in ways that are not in this release; "
             "give an injection_policy, or set tp_size to 1"
         )
     return plan
@@ -202,7 +213,7 @@ def _check_kind(path: str, block: torch.nn.Module) -> None:
         if any(param.dim() > 2 for param in part.parameters(recurse=False)) or "Experts" in type(part).__name__:
             raise InferenceError(
                 f"{_joined(path, name)} ({type(part).__name__}) has weights for several experts or positions in one: "
-                "experts are not split in this release; set tp_size to 1"
+                "such experts are not split in this release; set tp_size to 1"
             )
 
 

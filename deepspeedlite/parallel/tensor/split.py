@@ -14,14 +14,26 @@ from typing import Any
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.parallel.tensor.experts import sum_outputs
 from deepspeedlite.parallel.tensor.heads import Heads, heads_of, role_ranges, shrink
 from deepspeedlite.parallel.tensor.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from deepspeedlite.parallel.tensor.pieces import Piece, Range, balanced, own_range
-from deepspeedlite.parallel.tensor.plan import COLUMNS, GATHERED, SLICED, Rule, is_transposed, plan_of, role_of, widths
+from deepspeedlite.parallel.tensor.plan import (
+    COLUMNS,
+    EXPERTS,
+    GATHERED,
+    SLICED,
+    Rule,
+    is_transposed,
+    plan_of,
+    role_of,
+    widths,
+)
 from deepspeedlite.runtime.errors import InferenceError
 from deepspeedlite.runtime.log import log_dist
 
 Say = Callable[[str], None]
+_EXPERTS_STEP = 8
 
 
 def split_model(model: torch.nn.Module, group: Group, policy: Any = None, say: Say = log_dist) -> dict[str, Piece]:
@@ -79,6 +91,8 @@ class _Splitter:
             module = self.model.get_submodule(name)
             if rule.how == COLUMNS:
                 self._columns(name, module)
+            elif rule.how == EXPERTS:
+                self._inner_range(name)
             elif min(widths(module)) < self.group.size:
                 raise InferenceError(f"{name} is {widths(module)}: too small for {self.group.size} ranks")
         for heads in self._attention.values():
@@ -107,6 +121,9 @@ class _Splitter:
         }
         for name, rule in self.plan.items():
             module: Any = self.model.get_submodule(name)
+            if rule.how == EXPERTS:
+                self._split_experts(name, module, rule)
+                continue
             into, out = widths(module)
             size, rank = self.group.size, self.group.rank
             transposed = is_transposed(module)
@@ -127,6 +144,26 @@ class _Splitter:
             self._told[_pattern(name), f"{told}; by {rule.source}"].append(name)
         for path, heads in self._attention.items():
             self._split_by_head(path, heads)
+
+    def _inner_range(self, name: str) -> Range:
+        """Of each expert's inner columns, those of this rank."""
+        inner = self.model.get_parameter(f"{name}.down_proj").shape[2]
+        if inner < self.group.size:
+            raise InferenceError(f"{name}: {inner} inner columns are too few for {self.group.size} ranks")
+        # torch's products of groups want rows of whole 16 bytes.
+        step = _EXPERTS_STEP if inner % _EXPERTS_STEP == 0 and inner >= _EXPERTS_STEP * self.group.size else 1
+        first, stop = own_range(inner // step, self.group.size, self.group.rank)
+        return first * step, stop * step
+
+    def _split_experts(self, name: str, module: Any, rule: Rule) -> None:
+        count, _, inner = module.down_proj.shape
+        first, stop = self._inner_range(name)
+        gate_and_up = (first, stop), (first + inner, stop + inner)
+        module.gate_up_proj = self._part(f"{name}.gate_up_proj", module.gate_up_proj, 1, gate_and_up)
+        module.down_proj = self._part(f"{name}.down_proj", module.down_proj, 2, ((first, stop),))
+        sum_outputs(module, self.group)
+        told = f"{inner} inner columns of {count} experts, {stop - first} each, summed"
+        self._told[_pattern(name), f"{told}; by {rule.source}"].append(name)
 
     def _split_by_head(self, path: str, heads: Heads) -> None:
         """What an attention module has for every head beside its linear layers, and its own numbers."""
