@@ -81,12 +81,8 @@ __device__ inline bool check_aligned(const void*, int) { return true; }
                  : "+f"(c.values[0]), "+f"(c.values[1]), "+f"(c.values[2]), "+f"(c.values[3])          \
                  : "r"(a.registers[0]), "r"(a.registers[1]), "r"(a.registers[2]), "r"(a.registers[3]), \
                    "r"(b.registers[0]), "r"(b.registers[1]))
-__device__ inline void tensor_cores(Sums& c, const Packed<Bf16, 8>& a, const Packed<Bf16, 4>& b) {
-    DSL_MMA_SYNC("bf16");
-}
-__device__ inline void tensor_cores(Sums& c, const Packed<Fp16, 8>& a, const Packed<Fp16, 4>& b) {
-    DSL_MMA_SYNC("f16");
-}
+__device__ inline void tensor_cores(Bf16, Sums& c, const Packed<8>& a, const Packed<4>& b) { DSL_MMA_SYNC("bf16"); }
+__device__ inline void tensor_cores(Fp16, Sums& c, const Packed<8>& a, const Packed<4>& b) { DSL_MMA_SYNC("f16"); }
 #undef DSL_MMA_SYNC
 #endif
 
@@ -122,13 +118,13 @@ __device__ inline bool check_aligned(const void*, int) { return true; }
 using FourFloats = __attribute__((ext_vector_type(4))) float;
 using FourHalves = __attribute__((ext_vector_type(4))) _Float16;
 using FourShorts = __attribute__((ext_vector_type(4))) short;
-__device__ inline void tensor_cores(Sums& c, const Packed<Bf16, 4>& a, const Packed<Bf16, 4>& b) {
+__device__ inline void tensor_cores(Bf16, Sums& c, const Packed<4>& a, const Packed<4>& b) {
     const auto sums =
         __builtin_amdgcn_mfma_f32_16x16x16bf16_1k(__builtin_bit_cast(FourShorts, a), __builtin_bit_cast(FourShorts, b),
                                                   __builtin_bit_cast(FourFloats, c), 0, 0, 0);
     c = __builtin_bit_cast(Sums, sums);
 }
-__device__ inline void tensor_cores(Sums& c, const Packed<Fp16, 4>& a, const Packed<Fp16, 4>& b) {
+__device__ inline void tensor_cores(Fp16, Sums& c, const Packed<4>& a, const Packed<4>& b) {
     const auto sums =
         __builtin_amdgcn_mfma_f32_16x16x16f16(__builtin_bit_cast(FourHalves, a), __builtin_bit_cast(FourHalves, b),
                                               __builtin_bit_cast(FourFloats, c), 0, 0, 0);
@@ -172,11 +168,6 @@ __device__ inline typename T::Stored narrow(float value) {
     }
 }
 
-template <class T>
-__device__ inline void Plain<T>::A::set(int i, typename T::Stored stored) {
-    values[i] = widen<T>(stored);
-}
-
 // c += a b. All lanes of a wave must call it.
 template <class F>
 __device__ inline void mma(typename F::C& c, const typename F::A& a, const typename F::B& b DSL_CALLERS_LINE) {
@@ -186,14 +177,14 @@ __device__ inline void mma(typename F::C& c, const typename F::A& a, const typen
         for (int i = 0; i < F::C::COUNT; ++i) {
             DSL_UNROLL
             for (int k = 0; k < F::DEPTH; ++k) {
-                c.values[i] += a.values[i / 2 * F::DEPTH + k] * b.values[i % 2 * F::DEPTH + k];
+                c.values[i] += widen<T>(a.values[i / 2 * F::DEPTH + k]) * widen<T>(b.values[i % 2 * F::DEPTH + k]);
             }
         }
     } else {
 #if defined(DSL_GPU_HOST)
         host::product_of_wave<F>(c, a, b, [](uint16_t bits) { return widen<T>(bits); }, line);
 #elif defined(DSL_TENSOR_CORES)
-        tensor_cores(c, a, b);
+        tensor_cores(T{}, c, a, b);
 #endif
     }
 }

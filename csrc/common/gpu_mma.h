@@ -3,6 +3,7 @@
 //     using F = MmaSync<Bf16>;                   or Mfma<Fp16>, or Plain<Fp32>
 //     F::ROWS, F::COLUMNS, F::DEPTH              a is (ROWS, DEPTH), b (DEPTH, COLUMNS), c (ROWS, COLUMNS)
 //     F::LANES                                   neighbours that hold them, each a part: F::A, F::B, F::C
+//     F::With<Fp16>                              the same for another type, of the same operands where both have 16 bits
 //     F::a_place(lane, i), b_place, c_place      the row and column of number i of a lane's part
 //     fill_a<F>(a, lane, get), fill_b            number i of a lane's part becomes get(row, column), as it is stored
 //     load_a<F>(a, lane, from, stride), load_b, load_b_transposed    the same from a matrix in memory
@@ -32,7 +33,7 @@ struct MatrixPlace {
 };
 
 // A lane's part of an operand of 16-bit numbers, two to a register, the first in its lower half.
-template <class T, int N>
+template <int N>
 struct Packed {
     static constexpr int COUNT = N;
     uint32_t registers[N / 2];
@@ -42,7 +43,19 @@ struct Packed {
         word = i % 2 == 0 ? bits : word | static_cast<uint32_t>(bits) << 16;  // the first of a pair comes first
     }
     // Numbers i and i + 1, i even, which lie side by side at a multiple of 4 bytes.
-    __device__ void set_pair(int i, const uint16_t* pair) { memcpy(&registers[i / 2], pair, 4); }
+    __device__ void set_pair(int i, const uint16_t* pair) {
+        memcpy(&registers[i / 2], __builtin_assume_aligned(pair, 4), 4);
+    }
+};
+
+// The same of numbers as they are stored.
+template <class Stored, int N>
+struct Unpacked {
+    static constexpr int COUNT = N;
+    Stored values[N];
+
+    __device__ void set(int i, Stored stored) { values[i] = stored; }
+    __device__ void set_pair(int i, const Stored* pair) { values[i] = pair[0], values[i + 1] = pair[1]; }
 };
 
 // A lane's part of a sum.
@@ -55,9 +68,11 @@ struct Sums {
 template <class T>
 struct MmaSync {
     using Type = T;
+    template <class Other>
+    using With = MmaSync<Other>;
     static constexpr int LANES = 32, ROWS = 16, COLUMNS = 8, DEPTH = 16;
-    using A = Packed<T, 8>;
-    using B = Packed<T, 4>;
+    using A = Packed<8>;
+    using B = Packed<4>;
     using C = Sums;
 
     __device__ static constexpr MatrixPlace a_place(int lane, int i) {
@@ -75,9 +90,11 @@ struct MmaSync {
 template <class T>
 struct Mfma {
     using Type = T;
+    template <class Other>
+    using With = Mfma<Other>;
     static constexpr int LANES = 64, ROWS = 16, COLUMNS = 16, DEPTH = 16;
-    using A = Packed<T, 4>;
-    using B = Packed<T, 4>;
+    using A = Packed<4>;
+    using B = Packed<4>;
     using C = Sums;
 
     __device__ static constexpr MatrixPlace a_place(int lane, int i) { return {lane % 16, lane / 16 * 4 + i}; }
@@ -90,13 +107,10 @@ struct Mfma {
 template <class T>
 struct Plain {
     using Type = T;
+    template <class Other>
+    using With = Plain<Other>;
     static constexpr int LANES = 32, ROWS = 16, COLUMNS = 8, DEPTH = 4;
-    struct A {
-        static constexpr int COUNT = 2 * DEPTH;
-        float values[COUNT];
-        __device__ void set(int i, typename T::Stored stored);
-        __device__ void set_pair(int i, const typename T::Stored* pair) { set(i, pair[0]), set(i + 1, pair[1]); }
-    };
+    using A = Unpacked<typename T::Stored, 2 * DEPTH>;
     using B = A;
     using C = Sums;
 

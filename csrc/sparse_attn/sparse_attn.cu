@@ -40,6 +40,26 @@ struct Own {
     bool keys;  // its rows are keys, and those that it meets are queries
 };
 
+// Bf16's kernels are Fp16's too, which halves what there is to compile: a launch's numbers are all of one type.
+template <class F>
+__device__ inline void add_product(const dsl_sparse_attention& how, typename F::C& c, const typename F::A& a,
+                                   const typename F::B& b) {
+    if (how.q.x.dtype == DSL_FP16) {
+        using Other = std::conditional_t<std::is_same_v<typename F::Type, Bf16>, typename F::template With<Fp16>, F>;
+        mma<Other>(c, a, b);
+    } else {
+        mma<F>(c, a, b);
+    }
+}
+
+template <class T>
+__device__ inline typename T::Stored narrow_to(const dsl_sparse_attention& how, float value) {
+    if constexpr (std::is_same_v<T, Bf16>) {
+        if (how.q.x.dtype == DSL_FP16) return narrow<Fp16>(value);
+    }
+    return narrow<T>(value);
+}
+
 // How many blocks of threads share a head's numbers.
 __host__ __device__ inline int64_t parts_of(int64_t dim) { return (dim + CHUNKS * CHUNK - 1) / (CHUNKS * CHUNK); }
 
@@ -169,7 +189,7 @@ __device__ inline void multiply(S& shared, const dsl_sparse_attention& how, cons
                 typename F::B b;
                 load_a<F>(a, lane, shared.mine + row * S::STRIDE + k, S::STRIDE);
                 load_b_transposed<F>(b, lane, shared.theirs + other * S::STRIDE + k, S::STRIDE);
-                mma<F>(sums[i], a, b);
+                add_product<F>(how, sums[i], a, b);
             }
         });
     }
@@ -201,7 +221,7 @@ __device__ inline void add_weighted(S& shared, const dsl_sparse_attention& how, 
                 typename F::B b;
                 load_a<F>(a, lane, weights + row * S::WEIGHTS_STRIDE + k, S::WEIGHTS_STRIDE);
                 load_b<F>(b, lane, shared.theirs + k * S::STRIDE + column, S::STRIDE);
-                mma<F>(sums[chunk][i], a, b);
+                add_product<F>(how, sums[chunk][i], a, b);
             }
         });
     }
@@ -209,7 +229,7 @@ __device__ inline void add_weighted(S& shared, const dsl_sparse_attention& how, 
 
 // factor_of(row) times the sums.
 template <class S, class Factor>
-__device__ inline void write_sums(const dsl_heads& to, const Own& own, int64_t dim,
+__device__ inline void write_sums(const dsl_sparse_attention& how, const dsl_heads& to, const Own& own,
                                   const typename S::C (&sums)[CHUNKS][S::SUMS], const Factor& factor_of) {
     auto* const data = static_cast<typename S::Stored*>(to.x.data) + start_of(to, own);
     DSL_UNROLL
@@ -217,9 +237,9 @@ __device__ inline void write_sums(const dsl_heads& to, const Own& own, int64_t d
         for_fragments<S, S::SUMS, CHUNK>(own.rows, [&](int i, int row, int column) {
             for_numbers<S>(row, chunk * CHUNK + column, [&](int k, int mine, int number) {
                 const int64_t at = own.column + number;
-                if (at >= dim) return;
+                if (at >= how.dim) return;
                 data[(own.first + mine) * to.token + at] =
-                    narrow<typename S::T>(sums[chunk][i].values[k] * factor_of(mine));
+                    narrow_to<typename S::T>(how, sums[chunk][i].values[k] * factor_of(mine));
             });
         });
     }
@@ -283,7 +303,7 @@ __device__ inline void weigh(S& shared, const dsl_sparse_attention& how, const O
         // Four keys in a row begin at a multiple of 4; where there are none all weights are 0.
         drop_four(how.dropout, row_index(how, own, own.first + row) * how.keys + shared.token[j], weight);
         for (int k = 0; k < 4; ++k) {
-            shared.weights[row * S::WEIGHTS_STRIDE + j + k] = narrow<typename S::T>(weight.at[k]);
+            shared.weights[row * S::WEIGHTS_STRIDE + j + k] = narrow_to<typename S::T>(how, weight.at[k]);
         }
     }
     total = sum_over(total, each);
@@ -322,8 +342,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS)
         add_weighted<S>(shared, how, own, shared.weights, how.v, sums);
     }
     __syncthreads();
-    write_sums<S>(how.out, own, how.dim, sums,
-                  [&](int row) { return shared.total[row] == 0 ? 0 : 1 / shared.total[row]; });
+    write_sums<S>(how, how.out, own, sums, [&](int row) { return shared.total[row] == 0 ? 0 : 1 / shared.total[row]; });
     const int row = threadIdx.x;
     if (row < own.rows && own.column == 0) {
         const float total = shared.total[row];
@@ -379,8 +398,8 @@ __device__ inline void change(S& shared, const dsl_sparse_attention& how, const 
                 weight *= kept.at[k];
                 if (positions != nullptr) positions[k] += changed;
             }
-            shared.weights[mine * S::WEIGHTS_STRIDE + theirs] = narrow<typename S::T>(weight);
-            shared.changes[mine * S::WEIGHTS_STRIDE + theirs] = narrow<typename S::T>(changed);
+            shared.weights[mine * S::WEIGHTS_STRIDE + theirs] = narrow_to<typename S::T>(how, weight);
+            shared.changes[mine * S::WEIGHTS_STRIDE + theirs] = narrow_to<typename S::T>(how, changed);
         }
     }
 }
@@ -413,7 +432,7 @@ __global__ void __launch_bounds__(BLOCK_THREADS) sparse_dq_kernel(const __grid_c
                 change(shared, how, own);
                 add_weighted<S>(shared, how, own, shared.changes, how.k, sums);
             }
-            write_sums<S>(how.dq, own, how.dim, sums, [&](int) { return how.scale; });
+            write_sums<S>(how, how.dq, own, sums, [&](int) { return how.scale; });
         }
     }
 }
@@ -433,8 +452,8 @@ __global__ void __launch_bounds__(BLOCK_THREADS) sparse_dkv_kernel(const __grid_
         add_weighted<S>(shared, how, own, shared.weights, how.dout, dv);
         add_weighted<S>(shared, how, own, shared.changes, how.q, dk);
     }
-    write_sums<S>(how.dk, own, how.dim, dk, [&](int) { return how.scale; });
-    write_sums<S>(how.dv, own, how.dim, dv, [&](int) { return 1.0f; });
+    write_sums<S>(how, how.dk, own, dk, [&](int) { return how.scale; });
+    write_sums<S>(how, how.dv, own, dv, [&](int) { return 1.0f; });
 }
 
 static uint32_t blocks_of(const dsl_sparse_attention& how, const Sharing& sharing, int64_t length) {
@@ -473,8 +492,7 @@ int start(const dsl_sparse_attention& how, bool is_forward, void* stream) {
 
 static int start_of_dtype(const dsl_sparse_attention& how, bool is_forward, void* stream) {
     if (how.batch * how.heads * how.queries * how.keys == 0) return 0;
-    if (how.q.x.dtype == DSL_FP32) return start<Fp32>(how, is_forward, stream);
-    return how.q.x.dtype == DSL_BF16 ? start<Bf16>(how, is_forward, stream) : start<Fp16>(how, is_forward, stream);
+    return how.q.x.dtype == DSL_FP32 ? start<Fp32>(how, is_forward, stream) : start<Bf16>(how, is_forward, stream);
 }
 
 }  // namespace dsl
