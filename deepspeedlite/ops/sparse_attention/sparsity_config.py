@@ -197,11 +197,17 @@ class _Random:
             raise ConfigError(f"num_random_blocks={self.per_row}, and a row has {count} blocks")
         # torch's generator for the CPU gives the same numbers on all machines; heads must not share theirs.
         generator = torch.Generator("cpu").manual_seed(self.seed * 1_000_003 + head)
-        rank = torch.rand(count, count, generator=generator, dtype=torch.float32, device="cpu") + 1
-        if unidirectional:
-            rank = rank.tril_()  # what comes later is below all others, and taken away where it is drawn after all
+        rows = torch.arange(count, device="cpu")
+        size = rows + 1 if unidirectional else torch.full_like(rows, count)
         chosen = torch.zeros(count, count, dtype=torch.bool, device="cpu")
-        return chosen.scatter_(1, rank.topk(self.per_row, dim=1).indices, True)
+        # Floyd's sampling without repeats (Bentley 1987, doi:10.1145/30401.315746), for all rows at once.
+        for step in range(self.per_row):
+            last = size - self.per_row + step  # below 0 in rows that have fewer: they need fewer steps
+            share = torch.rand(count, generator=generator, dtype=torch.float64, device="cpu")
+            drawn = (share * (last + 1)).long().clamp(min=0)
+            drawn = torch.where(chosen[rows, drawn], last, drawn)
+            chosen[rows[last >= 0], drawn[last >= 0]] = True
+        return chosen
 
 
 class VariableSparsityConfig(SparsityConfig):
