@@ -372,6 +372,23 @@ def test_a_stochastic_layer_uses_its_own_op():
         torch.testing.assert_close(one, other, rtol=1e-3, atol=2e-4 * one.detach().abs().max().item())
 
 
+@pytest.mark.parametrize("pre_layer_norm", [True, False])
+def test_no_rows_give_no_gradient_and_frozen_weights_get_none(pre_layer_norm):
+    made = layer(pre_layer_norm=pre_layer_norm)
+    x = inputs(0, TOKENS, HIDDEN).requires_grad_()
+    made(x).sum().backward()
+    assert grad_of(x).shape == x.shape and all((grad_of(one) == 0).all() for one in made.parameters())
+    whole = both_passes(made, made)
+    trained = ("attn_nw", "inter_b", "output_w")
+    for name, parameter in made.named_parameters():
+        parameter.requires_grad_(name in trained)
+    made.zero_grad()
+    torch.manual_seed(4)
+    made(inputs()).square().sum().backward()
+    for (name, parameter), expected in zip(made.named_parameters(), whole[2:]):
+        assert torch.equal(grad_of(parameter), expected) if name in trained else parameter.grad is None
+
+
 def test_autocast_multiplies_in_its_dtype():
     made = layer()
     x = inputs().requires_grad_()

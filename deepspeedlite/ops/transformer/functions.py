@@ -296,7 +296,7 @@ class _BiasGeluLinear(torch.autograd.Function):
         _op("bias_gelu", x, how.stochastic)(x, bias, active, how.tanh_form, *how.dropout)
         ctx.save_for_backward(x, bias, weight, None if how.recompute else active)
         ctx.chosen = how
-        return torch.mm(_rows(active), weight.t()).view(*x.shape[:-1], -1)
+        return torch.mm(_rows(active), weight.t()).view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
     @once_differentiable
@@ -348,7 +348,7 @@ class _DropoutAttention(torch.autograd.Function):
         _op("masked_softmax_backward", scores, how.stochastic)(scores, probs, scores, dim**-0.5, *how.dropout)
         torch.bmm(scores, k, out=grad_q)
         torch.bmm(scores.transpose(1, 2), q, out=grad_k)
-        return grads.permute(1, 3, 0, 2, 4).reshape(batch, tokens, -1), None, None
+        return grads.permute(1, 3, 0, 2, 4).reshape(batch, tokens, 3 * heads * dim), None, None
 
 
 def _probabilities(
@@ -379,7 +379,8 @@ def _op(name: str, x: Tensor, stochastic: bool) -> Callable[..., None]:
 
 def _floats(like: Tensor, shape: torch.Size | tuple[int, ...]) -> Tensor:
     dtype = torch.float64 if like.dtype == torch.float64 else torch.float32
-    return torch.empty(shape, dtype=dtype, device=like.device)
+    make = torch.empty if like.numel() else torch.zeros  # the op writes nothing where there are no rows
+    return make(shape, dtype=dtype, device=like.device)
 
 
 def _rows(x: Tensor) -> Tensor:

@@ -298,7 +298,7 @@ def _shapes(config: DeepSpeedTransformerConfig) -> dict[str, tuple[int, ...]]:
 def _fused_attention(qkv: Tensor, heads: int, mask: Tensor | None) -> Tensor:
     """Torch's, `[batch, tokens, hidden]`."""
     batch, tokens, width = qkv.shape
-    q, k, v = qkv.view(batch, tokens, 3, heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    q, k, v = qkv.view(batch, tokens, 3, heads, width // (3 * heads)).permute(2, 0, 3, 1, 4).unbind(0)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(qkv.dtype)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).reshape(batch, tokens, width // 3)
