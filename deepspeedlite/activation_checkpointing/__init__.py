@@ -26,9 +26,8 @@ from deepspeedlite.activation_checkpointing.saved_inputs import InputSaver, Part
 from deepspeedlite.comm import Group
 from deepspeedlite.config import load_config
 from deepspeedlite.metrics.comms_logger import comms_logger
-from deepspeedlite.metrics.memory import current_device
 from deepspeedlite.metrics.timers import Stopwatch
-from deepspeedlite.runtime.device import accelerator
+from deepspeedlite.runtime.device import accelerator, device_in_use
 from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.runtime.log import log_dist
 
@@ -161,7 +160,7 @@ class _Segment:
     def __call__(self, *there: Any) -> Any:
         if _settings.synchronize:
             accelerator().synchronize()
-        watch = Stopwatch(current_device()) if _settings.profile else None
+        watch = Stopwatch(device_in_use()) if _settings.profile else None
         if watch is not None:
             watch.start()
         name, self._is_first = ("forward" if self._is_first else "backward"), False

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from deepspeedlite.runtime.device import accelerator
+from deepspeedlite.runtime.device import accelerator, device_in_use
 from deepspeedlite.runtime.errors import EngineStateError
 
 
@@ -82,13 +82,14 @@ class Generators:
         self._cpu, self._gpu, self._named = self._now()
 
     def _now(self) -> tuple[torch.Tensor, torch.Tensor | None, dict[str, torch.Tensor]]:
-        gpu = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+        device = device_in_use()
+        gpu = device.get_rng_state() if device.is_accelerator else None
         return torch.get_rng_state(), gpu, self._tracker.get_states()
 
     def _set(self, cpu: torch.Tensor, gpu: torch.Tensor | None, named: dict[str, torch.Tensor]) -> None:
         torch.set_rng_state(cpu)
         if gpu is not None:
-            torch.cuda.set_rng_state(gpu)
+            device_in_use().set_rng_state(gpu)
         self._tracker.set_states(named)
 
     @contextlib.contextmanager

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from deepspeedlite.comm import Group
+from deepspeedlite.runtime.device import Device, on_accelerator
 from deepspeedlite.runtime.log import log_once
 
 
@@ -82,7 +83,7 @@ class InputSaver:
         if not isinstance(leaf, torch.Tensor) or isinstance(leaf, torch.nn.Parameter) or not leaf.is_floating_point():
             return False
         shards = self._group is not None and leaf.numel() >= self._group.size
-        return shards or (self._on_host and leaf.is_cuda)
+        return shards or (self._on_host and on_accelerator(leaf))
 
     def save(self, tensor: torch.Tensor) -> SavedInput:
         """Take a copy of the values, or of this rank's part of them."""
@@ -99,7 +100,7 @@ class _Sharded:
         self._shape, self._group = tensor.shape, group
         part_numel = -(-tensor.numel() // group.size)
         mine = tensor.detach().reshape(-1)[group.rank * part_numel : (group.rank + 1) * part_numel]
-        goes_to_host = on_host and tensor.is_cuda
+        goes_to_host = on_host and on_accelerator(tensor)
         room = None if buffers is None else buffers.take(part_numel, mine, self, pinned=goes_to_host)
         part = mine.new_empty(part_numel) if room is None or goes_to_host else room
         part[: mine.numel()] = mine
@@ -119,40 +120,40 @@ class _OnHost:
     """A copy of a GPU's tensor in page-locked CPU memory. See the note above."""
 
     _last: weakref.ref[_OnHost] | None = None  # kept most recently
-    _streams: dict[torch.device, torch.cuda.Stream] = {}
+    _streams: dict[torch.device, torch.Stream] = {}
 
     def __init__(self, tensor: torch.Tensor, room: torch.Tensor | None = None) -> None:
         self.requires_grad = tensor.requires_grad
-        self._device = tensor.device
+        self._device = Device(tensor.device)
         self._back: torch.Tensor | None = None
         self._before, _OnHost._last = _OnHost._last, weakref.ref(self)
         stream = self._stream()
-        stream.wait_stream(torch.cuda.current_stream(self._device))
+        stream.wait_stream(self._device.current_stream())
         source = tensor.detach()
         self._copy = torch.empty_like(source, device="cpu", pin_memory=True) if room is None else room
-        with torch.cuda.stream(stream):
+        with self._device.in_stream(stream):
             self._copy.copy_(source, non_blocking=True)
         source.record_stream(stream)
 
-    def _stream(self) -> torch.cuda.Stream:
-        if self._device not in self._streams:
-            self._streams[self._device] = torch.cuda.Stream(self._device)
-        return self._streams[self._device]
+    def _stream(self) -> torch.Stream:
+        if self._device.torch_device not in self._streams:
+            self._streams[self._device.torch_device] = self._device.new_stream()
+        return self._streams[self._device.torch_device]
 
     def start_back(self) -> None:
         """Start the copy to the GPU, if it is not under way."""
         if self._back is not None:
             return
-        self._back = torch.empty_like(self._copy, device=self._device)
+        self._back = torch.empty_like(self._copy, device=self._device.torch_device)
         stream = self._stream()
-        stream.wait_stream(torch.cuda.current_stream(self._device))
-        with torch.cuda.stream(stream):
+        stream.wait_stream(self._device.current_stream())
+        with self._device.in_stream(stream):
             self._back.copy_(self._copy, non_blocking=True)
         self._back.record_stream(stream)
 
     def fetch(self) -> torch.Tensor:
         self.start_back()
-        torch.cuda.current_stream(self._device).wait_stream(self._stream())
+        self._device.current_stream().wait_stream(self._stream())
         before = self._before() if self._before is not None else None
         if before is not None:
             before.start_back()

@@ -8,13 +8,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from deepspeedlite.runtime.device import Device, accelerators, device_in_use
+
 
 def rng_state() -> dict[str, Any]:
     """The state of each of this process's generators."""
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() and torch.cuda.is_initialized() else None
+    device = device_in_use()
     return {
         "torch": torch.get_rng_state(),
-        "cuda": cuda,
+        "cuda": device.get_rng_state() if device.is_accelerator else None,
         "numpy": np.random.get_state(),
         "python": random.getstate(),
     }
@@ -23,7 +25,7 @@ def rng_state() -> dict[str, Any]:
 def restore_rng(state: dict[str, Any]) -> None:
     """Set the generators to what `rng_state` gave."""
     torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    if state["cuda"] is not None and (device := accelerators()).is_accelerator:
+        Device(device.current).set_rng_state(state["cuda"])
     np.random.set_state(state["numpy"])
     random.setstate(state["python"])

@@ -35,6 +35,7 @@ from deepspeedlite.checkpoint.train_state import MACHINE_OPTIONS, TrainState
 from deepspeedlite.checkpoint.writer import TagWriter, survey
 from deepspeedlite.config.sections.storage import Checkpoint
 from deepspeedlite.offload.swap_file import DiskTensor
+from deepspeedlite.runtime.device import device_in_use, on_accelerator
 from deepspeedlite.runtime.errors import CheckpointError
 from deepspeedlite.runtime.log import logger
 
@@ -318,14 +319,13 @@ class Saver:
                 continue
             host = self._host.get(name)
             if host is None or host.shape != tensor.shape or host.dtype != tensor.dtype:
-                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            if tensor.is_cuda:
+                host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=on_accelerator(tensor))
+            if on_accelerator(tensor):
                 host.copy_(tensor.detach(), non_blocking=True)
             elif tensor.numel():  # memmove, which writes large tensors past the caches: in 60 % of the time of copy_
                 bytes_of(host)[:] = bytes_of(tensor)
             copies[name] = host
-        if any(tensor.is_cuda for tensor in part.tensors.values() if isinstance(tensor, torch.Tensor)):
-            torch.cuda.synchronize()
+        device_in_use().synchronize()
         self._host, part.tensors = copies, {**copies, **stored}
         if stored:
             self._has_read = next(iter(stored.values())).swap_file.has_been_read

@@ -25,6 +25,7 @@ from deepspeedlite.comm.registry import registry
 from deepspeedlite.comm.roll_call import LEFT_ALONE_S, absent_ranks
 from deepspeedlite.comm.transport import OPS, TorchTransport, Transport, copy_unless_same
 from deepspeedlite.comm.work import Work
+from deepspeedlite.runtime.device import accelerator, on_accelerator
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.plugins import plugins
 
@@ -100,7 +101,8 @@ class Group:
     @property
     def device(self) -> torch.device:
         """Where tensors that no other one decides about must be, to be communicated."""
-        return torch.device("cuda", torch.cuda.current_device()) if "nccl" in self.backend else torch.device("cpu")
+        device = accelerator()
+        return device.current if device.is_accelerator and device.backend in self.backend else torch.device("cpu")
 
     # `label` says in an error what was to be moved. `tag` tells apart, on gloo, collectives that must not be mixed up
     # when ranks are out of step: messages of different tags never meet.
@@ -210,7 +212,8 @@ class Group:
     def barrier(self) -> None:
         """Return when every rank has come here."""
         if self.size > 1:
-            devices = [self.device.index] if "nccl" in self.backend else None
+            device = self.device
+            devices = [device.index] if on_accelerator(device) else None
             self._run("barrier", None, False, lambda: self.transport.barrier(devices))
 
     def _run(

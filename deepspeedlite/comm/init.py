@@ -205,7 +205,7 @@ def _check_existing(rank: int, world_size: int) -> None:
 
 
 def _check_backend(backend: str, device: Device) -> None:
-    if backend == "nccl" and device.type != "cuda":
+    if backend == "nccl" and device.backend != "nccl":
         raise DistributedError(
             f"backend nccl needs a GPU, but this process runs on {device.name} "
             f"(DS_ACCELERATOR={os.environ.get('DS_ACCELERATOR', 'unset')}); use gloo"

@@ -32,6 +32,7 @@ from deepspeedlite.comm.work import PendingWork
 from deepspeedlite.config import load_config
 from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.metrics.stall_watch import watch_for_stalls
+from deepspeedlite.runtime.device import on_accelerator
 from deepspeedlite.runtime.errors import ConfigError, DistributedError
 
 if TYPE_CHECKING:
@@ -416,8 +417,8 @@ def barrier(
     **logging: Unpack[_Logging],
 ) -> Any:
     """Return when every rank has come here."""
-    if device_ids is None and "nccl" in dist.get_backend(group):
-        device_ids = [torch.cuda.current_device()]
+    if device_ids is None and on_accelerator(device := Group(group).device):
+        device_ids = [device.index]
     return dist.barrier(group, async_op, device_ids)
 
 
@@ -522,8 +523,7 @@ def initialize_mesh_device(mesh_shape: Sequence[int], mesh_dim_names: Sequence[s
     """All ranks as a grid with named dimensions, of which each has groups: torch's DeviceMesh."""
     from torch.distributed.device_mesh import init_device_mesh
 
-    device = "cuda" if "nccl" in dist.get_backend() else "cpu"
-    return init_device_mesh(device, tuple(mesh_shape), mesh_dim_names=tuple(mesh_dim_names))
+    return init_device_mesh(Group().device.type, tuple(mesh_shape), mesh_dim_names=tuple(mesh_dim_names))
 
 
 def has_all_gather_into_tensor() -> bool:

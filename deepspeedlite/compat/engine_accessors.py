@@ -200,8 +200,7 @@ class EngineAccessors(Engine):
         """Let go of the whole parameters that nobody uses at this moment (stage 3), and of the device's free memory."""
         if self._prefetcher is not None:
             self._prefetcher.reshard()
-        if self._parts.device.torch_device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._parts.device.empty_cache()
 
     # --- its progress ---------------------------------------------------------------------------------------------
 

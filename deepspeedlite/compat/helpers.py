@@ -16,9 +16,10 @@ import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.compat.accelerator import get_accelerator
-from deepspeedlite.metrics.memory import current_device, memory_breakdown
+from deepspeedlite.metrics.memory import memory_breakdown
 from deepspeedlite.parallel.replica import Replica, replica_of
 from deepspeedlite.parallel.replica import is_model_parallel_parameter as is_model_parallel_parameter
+from deepspeedlite.runtime.device import device_in_use
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once, logger
 from deepspeedlite.runtime.tensors import map_tensors
@@ -56,7 +57,7 @@ def empty_cache() -> None:
 
 def get_ma_status() -> int:
     """Bytes of the device that tensors use; 0 on a CPU."""
-    return current_device().memory_stats().get("allocated_bytes", 0)
+    return device_in_use().memory_stats().get("allocated_bytes", 0)
 
 
 def memory_status(msg: str, print_rank: int = -1, reset_max: bool = False) -> None:
@@ -112,7 +113,7 @@ def clip_grad_norm_(
     with_grad = [param for param in listed if param.grad is not None]
     replica = Replica() if mpu is None else replica_of(mpu)
     counted = [param.grad for param in with_grad if replica.counts(param)]
-    device = with_grad[0].grad.device if with_grad else current_device().torch_device  # type: ignore[union-attr]
+    device = with_grad[0].grad.device if with_grad else device_in_use().torch_device  # type: ignore[union-attr]
     total = _total_norm([grad for grad in counted if grad is not None], float(norm_type), replica.group, device)
     scale = float(max_norm) / (total + 1e-6)
     for param in with_grad:
@@ -150,7 +151,7 @@ def get_global_norm_of_tensors(
             "get_global_norm_of_tensors(moe_ep_group=...): expert parallelism is not in this release"
         )
     listed = list(input_tensors)
-    device = listed[0].device if listed else current_device().torch_device
+    device = listed[0].device if listed else device_in_use().torch_device
     group = Group.alone() if mpu is None else replica_of(mpu).group
     return _total_norm(listed, float(norm_type), group, device)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from deepspeedlite.runtime.device import on_accelerator
 from deepspeedlite.runtime.errors import UnsupportedError
 
 
@@ -73,7 +74,7 @@ class OffloadedStates:
 
     def _put_away(self, storage: torch.UntypedStorage, pinned: bool) -> None:
         content = torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
-        host = torch.empty(content.shape, dtype=torch.uint8, pin_memory=pinned and content.is_cuda)
+        host = torch.empty(content.shape, dtype=torch.uint8, pin_memory=pinned and on_accelerator(content))
         self._kept.append((storage, host.copy_(content)))
         storage.resize_(0)
 

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from deepspeedlite.metrics import timers as metrics
-from deepspeedlite.metrics.memory import current_device, memory_breakdown
+from deepspeedlite.metrics.memory import memory_breakdown
 from deepspeedlite.metrics.timers import Stopwatch, Timers
+from deepspeedlite.runtime.device import device_in_use
 from deepspeedlite.runtime.log import log_dist
 
 
@@ -23,7 +24,7 @@ class NamedTimer:
 
     def __init__(self, name: str) -> None:
         self.name_ = name
-        self._watch = Stopwatch(current_device())
+        self._watch = Stopwatch(device_in_use())
         self._sum_ms, self._count = 0.0, 0
 
     @property
@@ -113,7 +114,7 @@ class ThroughputTimer(metrics.ThroughputTimer):
         monitor_memory: bool = False,
         logging_fn: Callable[[str], object] | None = None,
     ) -> None:
-        super().__init__(batch_size or 1, start_step, steps_per_output, current_device(), logging_fn)
+        super().__init__(batch_size or 1, start_step, steps_per_output, device_in_use(), logging_fn)
         self.config, self.monitor_memory = config, monitor_memory
 
     def stop(self, global_step: bool = False, report_speed: bool = True) -> None:
@@ -127,7 +128,7 @@ class NoopTimer(SynchronizedWallClockTimer):
     class _Timer(NamedTimer):
         def __init__(self) -> None:
             self.name_, self._sum_ms, self._count = "", 0.0, 0
-            self._watch = Stopwatch(current_device())
+            self._watch = Stopwatch(device_in_use())
 
         def start(self) -> None:
             """Do nothing."""

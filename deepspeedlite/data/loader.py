@@ -24,7 +24,7 @@ import torch
 from torch.utils.data import DataLoader, IterableDataset, Sampler
 
 from deepspeedlite.config import DeepSpeedConfig
-from deepspeedlite.runtime.device import Device
+from deepspeedlite.runtime.device import Device, accelerators
 from deepspeedlite.runtime.errors import DataError
 from deepspeedlite.runtime.log import log_dist_once
 
@@ -128,7 +128,7 @@ class LoaderOptions:
             collate_fn=collate_fn,
             drop_last=config.dataloader_drop_last,
             split_iterable=config.dataloader_split_iterable,
-            pin_memory=device.type == "cuda",
+            pin_memory=device.is_accelerator,
         )
 
 
@@ -251,7 +251,7 @@ class DeepSpeedDataLoader:
             collate_fn=options.collate_fn,
             drop_last=options.drop_last,
             num_workers=options.num_workers,
-            pin_memory=options.pin_memory and torch.cuda.is_available(),
+            pin_memory=options.pin_memory and accelerators().is_accelerator,
             generator=generator,
         )
         return iter(loader)

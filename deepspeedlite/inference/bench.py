@@ -195,7 +195,7 @@ def _measured(name: str, make: Callable[[], Any], asked: Asked, device: Device, 
 
 def _memory(device: Device) -> int:
     """What this process has of the device's memory, or of the host's."""
-    if device.type == "cuda":
+    if device.is_accelerator:
         return device.memory_stats()["allocated_bytes"]
     import psutil
 

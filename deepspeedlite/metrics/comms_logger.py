@@ -25,6 +25,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm import Group, Work
 from deepspeedlite.config.sections.monitors import CommsLogger as CommsLoggerSection
+from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.log import logger as text_log
 from deepspeedlite.runtime.text import columns, size_text
 
@@ -78,8 +79,8 @@ class _Pending:
     op: str
     size_bytes: int
     ranks: int
-    start: torch.cuda.Event
-    end: torch.cuda.Event
+    start: torch.Event
+    end: torch.Event
 
 
 @dataclass
@@ -105,10 +106,10 @@ class CommsLogger:
         `wanted`: measure it although the settings leave it out.
         """
         size_bytes = message.numel() * message.element_size() if message is not None else 0
-        on_gpu = message is not None and message.device.type == "cuda"
+        device = Device(message.device) if message is not None else Device(torch.device("cpu"))
         wanted = wanted or self.prof_all or op in self.prof_ops
         name = f"{op} < {_caller()}" if self.debug else op
-        return Measurement(self if wanted else None, name, size_bytes, ranks, on_gpu)
+        return Measurement(self if wanted else None, name, size_bytes, ranks, device)
 
     def observe(
         self, op: str, message: torch.Tensor | None, ranks: int, call: Callable[[], Work | None]
@@ -177,9 +178,10 @@ class CommsLogger:
 class Measurement:
     """Times one collective: `with` around the call, and `finish` on what the call returned."""
 
-    def __init__(self, into: CommsLogger | None, op: str, size_bytes: int, ranks: int, on_gpu: bool) -> None:
+    def __init__(self, into: CommsLogger | None, op: str, size_bytes: int, ranks: int, device: Device) -> None:
         self._into, self._op, self._size_bytes, self._ranks = into, op, size_bytes, ranks
-        self._start_event = torch.cuda.Event(enable_timing=True) if on_gpu and into is not None else None
+        self._device = device
+        self._start_event = device.event() if into is not None else None
         self._start_s = 0.0
         self._deferred = False
 
@@ -208,7 +210,8 @@ class Measurement:
             elapsed_ms = (time.perf_counter() - self._start_s) * 1e3
             self._into.record(self._op, self._size_bytes, elapsed_ms, self._ranks)
             return
-        end = torch.cuda.Event(enable_timing=True)
+        end = self._device.event()
+        assert end is not None, "a device whose start was an event has events"
         end.record()
         self._into.record_later(_Pending(self._op, self._size_bytes, self._ranks, self._start_event, end))
 

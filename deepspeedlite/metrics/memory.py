@@ -12,19 +12,10 @@ from __future__ import annotations
 
 import logging
 
-import torch
-
-from deepspeedlite.runtime.device import Device
+from deepspeedlite.runtime.device import Device, device_in_use
 from deepspeedlite.runtime.log import log_dist, logger
 
 _GIB_BYTES = 1 << 30
-
-
-def current_device() -> Device:
-    """The GPU this process has in use, or the CPU when it has started none."""
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
-        return Device(torch.device("cuda", torch.cuda.current_device()))
-    return Device(torch.device("cpu"))
 
 
 def memory_breakdown(device: Device | None = None) -> str:
@@ -34,7 +25,7 @@ def memory_breakdown(device: Device | None = None) -> str:
         device: whose allocator to show; None: the GPU in use, if any.
     """
     parts = ["memory (GiB)"]
-    stats = (device or current_device()).memory_stats()
+    stats = (device or device_in_use()).memory_stats()
     if stats:
         allocated, reserved = (
             f"{kind} {_gib(stats[f'{kind}_bytes'])} (peak {_gib(stats[f'peak_{kind}_bytes'])})"
@@ -58,10 +49,9 @@ def see_memory_usage(message: str, force: bool = False, ranks: list[int] | None 
     """
     if not force and not logger.isEnabledFor(logging.DEBUG):
         return
-    device = current_device()
+    device = device_in_use()
     log_dist(f"{message} | {memory_breakdown(device)}", ranks=ranks, level=logging.INFO if force else logging.DEBUG)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device.torch_device)
+    device.reset_peak_memory()
 
 
 def throughput_memory(device: Device) -> str:

@@ -27,6 +27,7 @@ import torch.distributed as dist
 from deepspeedlite.comm.desync import advice
 from deepspeedlite.comm.registry import Wait, registry
 from deepspeedlite.metrics.rank_status import RankStatus, StatusBoard
+from deepspeedlite.runtime.device import Device, accelerators
 from deepspeedlite.runtime.log import logger
 
 VARIABLE = "DEEPSPEEDLITE_STALL_NOTICE_S"
@@ -83,7 +84,10 @@ class StallWatch(threading.Thread):
         super().__init__(name="deepspeedlite: looks for long waits", daemon=True)
         self.pid, self._rank, self._size = os.getpid(), dist.get_rank(), dist.get_world_size()
         self._world = weakref.ref(world)
-        self._on_device = "nccl" in dist.get_backend(world)
+        # What collectives of the world go through, and may still be busy with when the host is not.
+        self._device = (
+            accelerators() if accelerators().backend in dist.get_backend(world) else Device(torch.device("cpu"))
+        )
         self._notice_s, self._period_s = notice_s, notice_s / _LOOKS
         # Answers of very many ranks are spread out, and take longer.
         self.board = StatusBoard(store, self._rank, self._size, self._period_s * (1 + self._size // 1024))
@@ -163,7 +167,7 @@ class StallWatch(threading.Thread):
         mark: Any = what
         if self._last is not registry.last:
             self._last, self._begun = registry.last, self._begun + 1
-        if what is None and self._on_device and self._last is not None:
+        if what is None and self._device.is_accelerator and self._last is not None:
             mark = self._begun, self._device_mark()
             name = f"its device to end what it was given, the last collective of which is {self._last.what}"
             what = Wait(name, self._last.ranks)
@@ -172,7 +176,7 @@ class StallWatch(threading.Thread):
             self._standstill = None
         elif before is None or before[1] != mark:
             self._standstill = what, mark, now_s
-        elif mark is not what and now_s - before[2] > self._notice_s / 2 and not self._device_is_busy():
+        elif mark is not what and now_s - before[2] > self._notice_s / 2 and self._device.is_idle:
             self._standstill = what, mark, now_s  # a device is asked only now: one that records a graph must not be
 
     def _is_idle(self) -> bool:
@@ -181,14 +185,9 @@ class StallWatch(threading.Thread):
         used_s, self._last_cpu_s = self._last_cpu_s, time.clock_gettime(self._clock)
         return self._last_cpu_s - used_s < _IDLE * self._period_s
 
-    @staticmethod
-    def _device_mark() -> int:
+    def _device_mark(self) -> int:
         """What changes with whatever new is done on a device."""
-        return int(torch.cuda.memory_stats().get("allocation.all.allocated", 0))
-
-    @staticmethod
-    def _device_is_busy() -> bool:
-        return not torch.cuda.default_stream().query()
+        return self._device.memory_stats().get("allocations", 0)
 
     def _longest(self) -> tuple[Wait | None, float]:
         if self._seen:

@@ -23,7 +23,7 @@ from deepspeedlite.runtime.log import log_dist
 # Unread intervals kept before finished ones are folded into the sum; bounds events alive when nobody ever reads.
 MAX_UNREAD_INTERVALS = 64
 
-_Interval = tuple[torch.cuda.Event, torch.cuda.Event]
+_Interval = tuple[torch.Event, torch.Event]
 
 
 class Stopwatch:
@@ -33,9 +33,9 @@ class Stopwatch:
         self._device = device
         self._sum_ms = 0.0
         self._began_s: float | None = None
-        self._began_event: torch.cuda.Event | None = None
+        self._began_event: torch.Event | None = None
         self._unread: deque[_Interval] = deque()
-        self._spare: list[torch.cuda.Event] = []
+        self._spare: list[torch.Event] = []
 
     @property
     def running(self) -> bool:
@@ -69,7 +69,7 @@ class Stopwatch:
             self._sum_ms = 0.0
         return total_ms
 
-    def _record(self) -> torch.cuda.Event | None:
+    def _record(self) -> torch.Event | None:
         event = self._spare.pop() if self._spare else self._device.event()
         if event is not None:
             event.record()

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from deepspeedlite.ops import load
+from deepspeedlite.runtime.device import on_accelerator
 from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.runtime.log import log_once
 
@@ -251,7 +252,7 @@ class aio_handle(pin_handle):  # noqa: N801  (DeepSpeed's name)
             )
         memory = buffer.detach()
         if buffer.device.type != "cpu" or not buffer.is_contiguous():
-            memory = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=buffer.is_cuda)
+            memory = torch.empty(buffer.shape, dtype=buffer.dtype, pin_memory=on_accelerator(buffer))
             if not is_read:
                 memory.copy_(buffer.detach())
         try:

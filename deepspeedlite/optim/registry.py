@@ -30,6 +30,7 @@ from deepspeedlite.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion
 from deepspeedlite.ops.uncorrected_adam import UncorrectedAdam
+from deepspeedlite.runtime.device import accelerators, on_accelerator
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_once
 
@@ -248,7 +249,7 @@ def _is_elementwise(optimizer: Optimizer) -> bool:
     for tensors in layouts:
         noise = torch.Generator().manual_seed(2)
         trial = built_like(optimizer, first, tensors)
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        with torch.random.fork_rng(devices=[device] if on_accelerator(device) else [], device_type=accelerators().type):
             for _ in range(3):
                 grads = [torch.randn(shape, generator=noise).to(device) * 10.0**i for i, shape in enumerate(shapes)]
                 grads = grads if len(tensors) > 1 else [torch.cat([g.flatten() for g in grads])]

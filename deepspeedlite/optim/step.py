@@ -26,6 +26,7 @@ from deepspeedlite.optim.precision import LossScaler
 from deepspeedlite.optim.settings import StepSettings
 from deepspeedlite.optim.skipped import SkippedSteps
 from deepspeedlite.optim.whole_norms import tell_parameters, tell_segments
+from deepspeedlite.runtime.device import on_accelerator
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_once
 from deepspeedlite.zero.clearing import ClearsUnseen
@@ -107,7 +108,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
         room = 0
         most, units = self._settings.sub_group_numel, self._reducer.units
         # Kernels on GPUs read 16-bit gradients as they are, and the fewer launches the better.
-        as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(u.flat.device.type == "cuda" for u in units)
+        as_they_are = isinstance(self.optimizer, FusedOptimizer) and all(on_accelerator(u.flat.device) for u in units)
         as_they_are |= self._settings.low_precision_masters
         if not as_they_are and any(u.grads.dtype.itemsize < 4 for u in units):
             most = min(most, CONVERTED_NUMEL)

@@ -35,6 +35,7 @@ import torch
 
 from deepspeedlite.comm import Group
 from deepspeedlite.parallel.replica import Replica
+from deepspeedlite.runtime.device import device_in_use
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.grad_buffer import GradState, norm_dtype
 from deepspeedlite.zero.prefetch import ParamPrefetcher
@@ -203,7 +204,7 @@ class GradReducer:
         for unit in self.units:
             unit.grads.wait_for_reduce()
         if any(unit.grads.shard.device != unit.flat.device for unit in self.units):
-            torch.cuda.synchronize()  # averages are on their way to the host's memory, in the current stream
+            device_in_use().synchronize()  # averages are on their way to the host's memory, in the current stream
 
     @property
     def has_grads(self) -> bool:

@@ -18,7 +18,7 @@ import psutil
 import torch
 
 from deepspeedlite.ops.aio import aio_handle
-from deepspeedlite.runtime.device import pick_device
+from deepspeedlite.runtime.device import on_accelerator, pick_device
 from deepspeedlite.runtime.errors import OpError
 from deepspeedlite.runtime.tensors import DTYPES
 
@@ -53,14 +53,14 @@ def measure(dtype: str, path: str) -> Machine:
         path: a folder on the disk; a file of 256 MiB is written there, and removed.
     """
     device = pick_device()
-    on_gpu = device.type == "cuda"
+    on_gpu = device.is_accelerator
     host_rate = _copy_rate(torch.device("cpu"), torch.device("cpu"), device.synchronize)
     read_rate, write_rate, note = _disk_rates(path)
-    free_gpu = torch.cuda.mem_get_info(device.torch_device)[0] if on_gpu else 0
+    free_gpu = device.free_bytes()
     free_disk = shutil.disk_usage(path).free if Path(path).is_dir() else 0
     return Machine(
         device=device.name,
-        gpus=torch.cuda.device_count() if on_gpu else 0,
+        gpus=device.module.device_count() if on_gpu else 0,
         gpu_bytes=_usable(free_gpu),
         host_bytes=_usable(psutil.virtual_memory().available),
         disk_bytes=_usable(free_disk),
@@ -100,7 +100,7 @@ def _copy_rate(source: torch.device, target: torch.device, synchronize: Callable
 
 
 def _flops(device: torch.device, dtype: torch.dtype, synchronize: Callable[[], None]) -> float:
-    width = 8192 if device.type == "cuda" else 1024
+    width = 8192 if on_accelerator(device) else 1024
     left, right = (torch.randn(width, width, device=device).to(dtype) for _ in range(2))
     return 2 * width**3 / _best_s(lambda: left @ right, synchronize)
 
