@@ -1,0 +1,53 @@
+"""The library on an accelerator whose streams run late and in any order: results equal those of running at once.
+
+No GPU is needed: `device.cpp` is a device of torch's own, made of the host's memory and queues (its first lines).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from programs import needs
+
+HERE = Path(__file__).parent
+pytestmark = [needs("c++"), pytest.mark.slow]
+
+
+def run(program: str, *arguments: str, folder: Path) -> list[dict[str, Any]]:
+    env = os.environ | {"THREADS_DEVICE_DIR": str(folder), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", str(HERE / program), *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the compiled device, and what it finds of mistakes that are made on purpose."""
+    return tmp_path_factory.mktemp("threads")
+
+
+def test_the_device_shows_mistakes_and_nothing_else(folder):
+    """Else equal results would say nothing."""
+    for row in run("stream_mistakes.py", folder=folder):
+        assert row["wrongly"] == 0, row
+        assert row["shown"] >= 4, row
+
+
+def test_training_is_the_same_in_every_order(folder):
+    rows = run("train_on_threads.py", "all", folder=folder)
+    assert len(rows) == 9
+    for row in rows:
+        for rank, found in enumerate(row["ranks"]):
+            assert isinstance(found, list), f"{row['case']}, rank {rank}: {found}"
+            assert all(loss == loss for loss in found[0]["losses"])
+            for late in found[1:]:
+                said = f"{row['case']}, rank {rank}, seed {late['seed']}"
+                assert late["losses"] == found[0]["losses"], said
+                assert late["norm"] == found[0]["norm"], said
