@@ -37,7 +37,7 @@ TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster fuzz lint format typecheck wheel bench ops report
+.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster test-streams fuzz lint format typecheck wheel bench ops report
 .PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
@@ -72,6 +72,9 @@ test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT, TRL and Megat
 
 test-llamafactory:  ## train with LLaMA-Factory by its own configurations, in an environment of its own (2 GB)
 	$(TIMED) "make test-llamafactory" $(MAKE) --no-print-directory llamafactory-here VENV=$(VENV)-llamafactory
+
+test-streams:  ## train on an accelerator made of late queues: 9 configurations under 3 seeds, equal to running at once
+	$(TIMED) "make test-streams" env DSL_STREAMS=1 $(MAKE) --no-print-directory test-here PYTEST_ARGS="tests/accelerator $(PYTEST_ARGS)"
 
 fuzz:  ## train random small models under random configurations for an hour, each beside an unsharded loop (FUZZ_S, FUZZ_SEED)
 	$(TIMED) "make fuzz" env DSL_FUZZ_S=$(FUZZ_S) DSL_FUZZ_SEED=$(FUZZ_SEED) $(MAKE) --no-print-directory test-here \

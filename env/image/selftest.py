@@ -118,6 +118,40 @@ def adagrad() -> str:
     return same_steps(lambda p: DeepSpeedCPUAdagrad(p, lr=0.01, eps=1e-10), torchs)
 
 
+def transformer_layer(stochastic: bool) -> str:
+    """A layer beside itself in float64, which plain torch does."""
+    import torch
+
+    from deepspeedlite.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "heads": 4, "num_hidden_layers": 1, "initializer_range": 0.02}
+    config = DeepSpeedTransformerConfig(
+        batch_size=2, attn_dropout_ratio=0.0, hidden_dropout_ratio=0.0, stochastic_mode=stochastic, **sizes
+    )
+    layer = DeepSpeedTransformerLayer(config)
+    x = torch.randn(2, 8, 32)
+    found = layer(x)
+    again = layer.double()(x.double())
+    torch.testing.assert_close(found.double(), again, rtol=1e-3, atol=1e-3)
+    return "a layer equal to its like in float64"
+
+
+def sparse_attention() -> str:
+    """Beside dense attention with the same blocks hidden."""
+    import torch
+
+    from deepspeedlite.ops.sparse_attention import sparse_attention
+
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 1, 2, 64, 16).unbind(0)
+    layout = torch.eye(4, dtype=torch.int64).expand(2, 4, 4)
+    seen = layout.bool().repeat_interleave(16, 1).repeat_interleave(16, 2)
+    dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+    torch.testing.assert_close(sparse_attention(q, k, v, layout, 16), dense, rtol=1e-4, atol=1e-4)
+    return "equal to dense attention"
+
+
 def lion(name: str) -> str:
     """Beside the formula of Chen et al. 2023, written out: a step of lr against the sign of the blended moment."""
     import torch
@@ -227,6 +261,9 @@ CHECKS: dict[str, Callable[[], str]] = {
     "async_io": async_io,
     "transformer_inference": transformer_inference,
     "quantizer": quantizer,
+    "transformer": partial(transformer_layer, False),
+    "stochastic_transformer": partial(transformer_layer, True),
+    "sparse_attn": sparse_attention,
 }
 
 

@@ -35,7 +35,7 @@ class Memory final : public c10::Allocator {
         if (nbytes == 0) return {nullptr, nullptr, &release, where};
         const StreamKey stream = current_stream(device);
         const size_t rounded = (nbytes + 511) / 512 * 512;
-        std::lock_guard lock(mutex_);
+        std::lock_guard<std::recursive_mutex> lock(Scheduler::instance().mutex());
         reclaim();
         void* data = nullptr;
         auto& waiting = free_[{stream, rounded}];
@@ -61,7 +61,7 @@ class Memory final : public c10::Allocator {
     }
 
     void record(void* data, StreamKey stream) {
-        std::lock_guard lock(mutex_);
+        std::lock_guard<std::recursive_mutex> lock(Scheduler::instance().mutex());
         auto found = blocks_.find(data);
         if (found != blocks_.end() && found->second.stream != stream) found->second.users.insert(stream);
     }
@@ -88,7 +88,7 @@ class Memory final : public c10::Allocator {
     }
 
     void free(void* data) {
-        std::lock_guard lock(mutex_);
+        std::lock_guard<std::recursive_mutex> lock(Scheduler::instance().mutex());
         auto found = blocks_.find(data);
         Block block = std::move(found->second);
         blocks_.erase(found);
@@ -119,7 +119,6 @@ class Memory final : public c10::Allocator {
         }
     }
 
-    std::mutex mutex_;
     std::unordered_map<void*, Block> blocks_;
     std::map<std::pair<StreamKey, size_t>, std::vector<void*>> free_;
     std::vector<Pending> pending_;

@@ -120,6 +120,9 @@ class Scheduler {
 
     void synchronize_all() { synchronize_device(-1); }
 
+    // The one lock, of memory too: two would be taken in two orders.
+    std::recursive_mutex& mutex() { return mutex_; }
+
     uint64_t syncs() const { return syncs_; }
     std::vector<Traced> take_trace() {
         std::lock_guard<std::recursive_mutex> lock(mutex_);
@@ -215,6 +218,8 @@ class Scheduler {
             is_running_ = false;
             if (front.is_done && !front.is_done()) return;
         }
+        // What it holds may be Python's, whose lock must not be waited for here: see `bury`.
+        over_.push_back(std::move(queue.items.front()));
         queue.items.pop_front();
         queue.put_at.pop_front();
         ++queue.done;
@@ -235,6 +240,7 @@ class Scheduler {
         uint64_t seen = 0;
         for (;;) {
             std::this_thread::sleep_for(std::chrono::milliseconds(3));
+            bury();
             std::lock_guard<std::recursive_mutex> lock(mutex_);
             if (calls_ + syncs_ == seen) {
                 const auto start = std::chrono::steady_clock::now();
@@ -242,6 +248,15 @@ class Scheduler {
                 }
             }
             seen = calls_ + syncs_;
+        }
+    }
+
+    // Destroy what is done, without the lock.
+    void bury() {
+        std::vector<Item> over;
+        {
+            std::lock_guard<std::recursive_mutex> lock(mutex_);
+            over.swap(over_);
         }
     }
 
@@ -253,6 +268,7 @@ class Scheduler {
     std::recursive_mutex mutex_;
     bool is_running_ = false;
     std::map<StreamKey, Queue> queues_;
+    std::vector<Item> over_;
     std::map<StreamKey, double> favours_;
     std::mt19937_64 draw_{0};
     uint64_t seed_ = 0, clock_ = 0, calls_ = 0, progress_ = 0;

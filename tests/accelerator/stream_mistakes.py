@@ -6,6 +6,8 @@ A line ends with how many seeds showed something where nothing was wrong, which 
 from __future__ import annotations
 
 import json
+import os
+import sys
 
 import threads_device
 import torch
@@ -74,3 +76,5 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    sys.stdout.flush()
+    os._exit(0)  # the device's own thread may want Python's lock, which ends with the interpreter

@@ -142,3 +142,5 @@ def main(names: list[str]) -> None:
 
 if __name__ == "__main__":
     main(sys.argv[1:])
+    sys.stdout.flush()
+    os._exit(0)  # the device's own thread may want Python's lock, which ends with the interpreter

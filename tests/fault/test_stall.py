@@ -17,6 +17,7 @@ import weakref
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -225,14 +226,14 @@ def test_a_device_that_does_not_come_to_its_end():
         dist.barrier()
         return
     watch = registry.watch
-    busy = iter([True] * 50)
-    watch._on_device, watch._device_mark, watch._device_is_busy = True, lambda: 7, lambda: next(busy)
+    watch._device = mock.Mock(is_accelerator=True, is_idle=False)
+    watch._device.memory_stats.return_value = {"allocations": 7}
     with heard() as said:
         desync.LabelledWork(Late(0), "all_reduce of the gradients of a", [0, 1])
         sleep_in_user_code(2 * NOTICE_S)
     assert len(said) == 1 and "of which is all_reduce of the gradients of a, at sleep_in_user_code" in said[0], said
     assert "\n  rank 1 waits in torch.distributed.barrier" in said[0], said
-    watch._device_is_busy = lambda: False
+    watch._device.is_idle = True
     with heard() as said:
         sleep_in_user_code(2 * NOTICE_S)
     assert not said

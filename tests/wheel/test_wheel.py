@@ -27,7 +27,8 @@ from deepspeedlite.ops.op_builder import OPS, OpBuildError, wheel
 
 HERE = list(OPS.values())
 ON_GPU = [spec for spec in HERE if spec.gpu]
-pytestmark = [pytest.mark.slow, needs("c++")]
+# The wheel of all ops for two GPUs takes some minutes beside other tests.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900), needs("c++")]
 
 
 def environment(**variables: str) -> dict[str, str]:
