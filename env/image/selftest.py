@@ -125,9 +125,16 @@ def transformer_layer(stochastic: bool) -> str:
     from deepspeedlite.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 64, "heads": 4, "num_hidden_layers": 1, "initializer_range": 0.02}
     config = DeepSpeedTransformerConfig(
-        batch_size=2, attn_dropout_ratio=0.0, hidden_dropout_ratio=0.0, stochastic_mode=stochastic, **sizes
+        batch_size=2,
+        hidden_size=32,
+        intermediate_size=64,
+        heads=4,
+        attn_dropout_ratio=0.0,
+        hidden_dropout_ratio=0.0,
+        num_hidden_layers=1,
+        initializer_range=0.02,
+        stochastic_mode=stochastic,
     )
     layer = DeepSpeedTransformerLayer(config)
     x = torch.randn(2, 8, 32)
