@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 import torch
 
 from deepspeedlite.comm import Group
-from deepspeedlite.comm.desync import whereabouts
+from deepspeedlite.comm.desync import explained, whereabouts
 from deepspeedlite.comm.registry import registry
+from deepspeedlite.comm.roll_call import PATIENCE_S
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import DistributedError, InferenceError
@@ -20,6 +21,9 @@ from deepspeedlite.runtime.tensors import tensors_in
 
 _T = TypeVar("_T")
 _MOST_S = 60.0  # of looking where the others are, before they are waited for as in any collective
+_LOOK_S = 0.02  # at most between two looks at a collective
+_SPIN_S = 0.002  # for which the processor is only offered to others
+_GIVEN = "what the ranks were given"
 _LOOK_EVERY = 64  # forward passes between looks at a device's flag
 
 
@@ -96,27 +100,62 @@ def meet(group: Group, call: str) -> None:
     Raises:
         DistributedError: another rank waits for this one elsewhere, or has ended.
     """
-    if group.size == 1 or group.size < Group().size or not group.roll_call(call, call):
-        return  # of other ranks than the model's, a rank may well wait for one that is not in it
+    if group.size == 1 or _has_strangers(group) or not group.roll_call(call, call):
+        return
     late_at = time.monotonic() + _MOST_S
     with whereabouts(f"waits in {call}"):
         while time.monotonic() < late_at and group.roll_call(call, call):
-            for rank in group.ranks:
-                where = registry.seen(rank) if rank != group.ranks[group.rank] else ""
-                elsewhere = where.startswith("waits in ") and not where.startswith(("waits in no ", "waits in its "))
-                if where == "has ended" or (elsewhere and where != f"waits in {call}"):
-                    raise DistributedError(
-                        f"{call} was called on rank {group.ranks[group.rank]} of a model that is split over ranks "
-                        f"{group.ranks}, and rank {rank} {where}: call it on all of them, with the same inputs (other "
-                        "ranks than the first may ignore what it returns)"
-                    )
+            if refused := _left_alone(group, call, f"waits in {call}"):
+                raise DistributedError(refused)
 
 
-def check_same_inputs(group: Group, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Raise on every rank of a split model where they were given different tensors.
+def _meet_in(group: Group, work: Any, what: str, call: str) -> None:
+    """Return when a collective has ended; it is looked at often at first, and then seldom.
 
     Raises:
-        DistributedError: names the ranks that have other ones than the first.
+        DistributedError: another rank waits elsewhere, or has ended.
+    """
+    refused, start_s = None, time.monotonic()
+    with explained(what, group.ranks):
+        while refused is None and not work.is_completed():
+            waited_s = time.monotonic() - start_s
+            time.sleep(min(waited_s / 10, _LOOK_S) if waited_s > _SPIN_S else 0)
+            if waited_s > PATIENCE_S and not _has_strangers(group):
+                refused = _left_alone(group, call, f"waits in {what}")
+        if refused is None:
+            work.wait()
+    if refused is not None:
+        raise DistributedError(f"{refused}. The ranks are out of step now: this engine cannot be used any more")
+
+
+def _has_strangers(group: Group) -> bool:
+    """Whether there are other ranks than the model's: one of it may well wait for one that is not in it."""
+    return group.size < Group().size
+
+
+def _left_alone(group: Group, call: str, here: str) -> str | None:
+    """What is wrong, if a rank of the model is known to have ended, or to wait elsewhere than `here`."""
+    for rank in group.ranks:
+        where = registry.seen(rank) if rank != group.ranks[group.rank] else ""
+        elsewhere = where.startswith("waits in ") and not where.startswith(("waits in no ", "waits in its "))
+        if where == "has ended" or (elsewhere and where != here):
+            return (
+                f"{call} was called on rank {group.ranks[group.rank]} of a model that is split over ranks "
+                f"{group.ranks}, and rank {rank} {where}: call it on all of them, with the same inputs (other "
+                "ranks than the first may ignore what it returns)"
+            )
+    return None
+
+
+def check_same_inputs(group: Group, call: str, inputs: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Raise on every rank of a split model where they were given different tensors.
+
+    It is one message, as a forward pass may be a single token's; so a rank that was left alone in it cannot take back
+    what it has sent.
+
+    Raises:
+        DistributedError: names the ranks that have other ones than the first; or another rank waits for this one
+            elsewhere, and the ranks are out of step from then on.
     """
     if group.size == 1:
         return
@@ -126,7 +165,7 @@ def check_same_inputs(group: Group, inputs: tuple[Any, ...], kwargs: dict[str, A
         if not one.is_floating_point() and one.numel() <= 1 << 20:
             mine = zlib.crc32(one.detach().cpu().contiguous().numpy().tobytes(), mine)
     both = torch.tensor([mine, -mine], dtype=torch.int64, device=group.device)
-    group.all_reduce(both, "max", label="what the ranks were given")
+    _meet_in(group, group.transport.all_reduce(both, "max", False, _GIVEN), f"all_reduce of {_GIVEN}", call)
     if both[0] == -both[1]:
         return
     told = group.all_gather_objects((mine, str([tuple(one.shape) for one in tensors])))

@@ -105,10 +105,10 @@ class InferenceEngine(torch.nn.Module):
         """Run the model, without recording anything for a backward pass.
 
         Raises:
-            DistributedError: the ranks of a split model were given different inputs.
+            DistributedError: the ranks of a split model were given different inputs, or not all of them call it.
         """
         self._check_alive("forward")
-        check_same_inputs(self._tensor_group.group, inputs, kwargs)
+        check_same_inputs(self._tensor_group.group, "engine()", inputs, kwargs)
         with torch.no_grad(), _evaluating(self.module):
             run = self.module if self._recorded is None else self._recorded
             return run(*inputs, **kwargs)
@@ -128,7 +128,7 @@ class InferenceEngine(torch.nn.Module):
         group = self._tensor_group.group
         check_prompt(self.module, self._config, inputs, kwargs)
         meet(group, "engine.generate()")
-        check_same_inputs(group, inputs, kwargs)
+        check_same_inputs(group, "engine.generate()", inputs, kwargs)
         follow_first_rank(group, self._device)
         module: Any = self.module
         if self._setting.zero and Group().size > 1:

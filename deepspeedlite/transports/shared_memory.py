@@ -38,9 +38,7 @@ arrive is another: what they are for is compared, and who is out of step or has 
 from __future__ import annotations
 
 import bisect
-import ctypes
 import functools
-import mmap
 import os
 import secrets
 import select
@@ -54,7 +52,6 @@ from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -62,6 +59,7 @@ import torch.distributed as dist
 from deepspeedlite.comm.guard import objects
 from deepspeedlite.comm.work import Work
 from deepspeedlite.runtime.errors import DistributedError
+from deepspeedlite.transports.block import Block, map_memory
 from deepspeedlite.transports.slots import ARE_ORDERED, BOARD_NBYTES, SLOT_NBYTES, Board, have_shown
 
 SWITCH = "DEEPSPEEDLITE_SHARED_MEMORY"
@@ -81,7 +79,6 @@ _MOST_IN_USE = 3
 KEPT_NBYTES = 1 << 28
 """Memory that a rank's idle blocks may keep."""
 
-_MADV_REMOVE = 9  # from Linux's mman-common.h: free the pages of a shared mapping, which then reads as zeros
 _PATIENCE_S = 1.0
 _LOOKS_AGAIN_S = 0.02  # at boards, if no message comes
 _IN_SLOT = 0  # as the number of a message: there was none, and nobody waits for an answer
@@ -110,49 +107,6 @@ class Pieces:
     """What the exchange is for, as errors call it; the same on all ranks."""
 
 
-class _Block:
-    """Memory of this rank that others read."""
-
-    def __init__(self, number: int, nbytes: int) -> None:
-        self.number = number
-        self.fd = os.memfd_create("deepspeedlite")
-        os.ftruncate(self.fd, nbytes)
-        self._mapping = _map(self.fd, nbytes)
-        self.memory = torch.frombuffer(self._mapping, dtype=torch.uint8)
-        self.address = self.memory.data_ptr()
-        self.known_to: set[int] = set()
-        self.unread: set[tuple[int, int]] = set()  # message and rank that has not said that it has read it
-        self.touched_nbytes = 0  # how far it was written, which is what has memory
-        self._shared: weakref.ref[memoryview] | None = None
-
-    def alloc_shared(self, nbytes: int) -> torch.Tensor:
-        """Its first bytes, as a tensor; the block is not idle while any tensor of that memory is left."""
-        # torch holds on to the view, and the view to the mapping, so the view lives as long as the memory is used.
-        view = memoryview(self._mapping)[:nbytes]
-        self._shared = weakref.ref(view)
-        self.touched_nbytes = max(self.touched_nbytes, nbytes)
-        return torch.frombuffer(view, dtype=torch.uint8)
-
-    @property
-    def shared_nbytes(self) -> int:
-        view = None if self._shared is None else self._shared()
-        return 0 if view is None else view.nbytes
-
-    @property
-    def is_shared(self) -> bool:
-        return self.shared_nbytes > 0
-
-    @property
-    def is_idle(self) -> bool:
-        return not self.unread and not self.is_shared
-
-    def give_back(self) -> None:
-        """Let the kernel have the memory until the block is written again."""
-        address, nbytes = ctypes.c_void_p(self.address), ctypes.c_size_t(self.memory.numel())
-        if ctypes.CDLL(None).madvise(address, nbytes, _MADV_REMOVE) == 0:
-            self.touched_nbytes = 0
-
-
 class SharedMemoryLink:
     """Sends pieces to and reads pieces from every other rank of a group.
 
@@ -164,8 +118,8 @@ class SharedMemoryLink:
 
     def __init__(self, rank: int, peers: dict[int, socket.socket], timeout_s: float) -> None:
         self.rank, self._peers, self._timeout_s = rank, peers, timeout_s
-        self._blocks: list[_Block] = []  # by address
-        self._in_use: dict[int, _Block] = {}
+        self._blocks: list[Block] = []  # by address
+        self._in_use: dict[int, Block] = {}
         self._sequence = 0
         self._ended: set[int] = set()
         self._incoming = select.poll()
@@ -179,7 +133,7 @@ class SharedMemoryLink:
             peer.setblocking(False)
             self._incoming.register(peer, select.POLLIN)
         self._end = weakref.finalize(self, _close, list(peers.values()), self._blocks, self._maps)
-        own = _Block(-1, BOARD_NBYTES)
+        own = Block(-1, BOARD_NBYTES)
         self._board, self._boards = Board(own.memory), dict[int, Board]()  # this rank's, and the others'
         for rank in peers:
             self._post(rank, _MESSAGE.pack(0, 0, 0, _BOARD, 0, 0, 0), [own.fd])
@@ -262,7 +216,7 @@ class SharedMemoryLink:
             place = (self._sequence, block.number, offset, piece.nbytes)
             self._post(rank, _MESSAGE.pack(*exchange.ticket, *place, exchange.purpose), descriptors)
 
-    def _shared_block(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]] | None:
+    def _shared_block(self, pieces: Collection[torch.Tensor]) -> tuple[Block, list[int]] | None:
         """The block in whose shared memory all the pieces lie, and where."""
         addresses = [piece.data_ptr() for piece in pieces]
         block = self._block_at(addresses[0])
@@ -270,7 +224,7 @@ class SharedMemoryLink:
             return None
         return block, [address - block.address for address in addresses]
 
-    def _block_at(self, address: int) -> _Block | None:
+    def _block_at(self, address: int) -> Block | None:
         index = bisect.bisect_right(self._blocks, address, key=lambda block: block.address) - 1
         block = self._blocks[index] if index >= 0 else None
         return block if block is not None and address < block.address + block.memory.numel() else None
@@ -290,7 +244,7 @@ class SharedMemoryLink:
             ):
                 raise TimeoutError(f"waited {self._timeout_s:.0f} s for ranks {sorted(waiting)} to read what they get")
 
-    def _copied(self, pieces: Collection[torch.Tensor]) -> tuple[_Block, list[int]]:
+    def _copied(self, pieces: Collection[torch.Tensor]) -> tuple[Block, list[int]]:
         """A block that the pieces have been copied into, equal ones once, and where they are."""
         distinct = {piece.data_ptr(): piece for piece in pieces}
         offsets, end = {}, 0
@@ -304,7 +258,7 @@ class SharedMemoryLink:
         block.touched_nbytes = max(block.touched_nbytes, end)
         return block, [offsets[piece.data_ptr()] for piece in pieces]
 
-    def _idle_block(self, nbytes: int) -> _Block:
+    def _idle_block(self, nbytes: int) -> Block:
         capacity = max(_SMALLEST_BLOCK, 1 << (nbytes - 1).bit_length())
         patient_until = time.monotonic() + _PATIENCE_S
         while sum(not block.is_shared for block in self._in_use.values()) >= _MOST_IN_USE and not self._ended:
@@ -313,7 +267,7 @@ class SharedMemoryLink:
             self._catch_up()
         fitting = [block for block in self._blocks if block.is_idle and block.memory.numel() >= capacity]
         if not fitting:
-            fitting = [_Block(len(self._blocks), capacity)]
+            fitting = [Block(len(self._blocks), capacity)]
             bisect.insort(self._blocks, fitting[0], key=lambda block: block.address)
         return min(fitting, key=lambda block: (block.memory.numel(), block.number))  # the oldest, to keep few in use
 
@@ -365,6 +319,14 @@ class SharedMemoryLink:
                 )
             told = True
             self._tell(missing, exchange)
+
+    def is_settled(self, exchange: _Exchange) -> bool:
+        """Whether an exchange has ended, or waiting for it would raise at once."""
+        self._catch_up()
+        try:
+            return exchange not in self._pending or not self._missing_of(exchange)
+        except (ConnectionError, DistributedError):
+            return True
 
     def _tell(self, ranks: Sequence[int], exchange: _Exchange) -> None:
         """Let ranks know that this one waits for them."""
@@ -440,7 +402,7 @@ class SharedMemoryLink:
                 return
             tag, occurrence, number, block, offset, nbytes, purpose = _MESSAGE.unpack_from(data)
             for descriptor in descriptors:
-                mapping = _map(descriptor, os.fstat(descriptor).st_size)
+                mapping = map_memory(descriptor, os.fstat(descriptor).st_size)
                 self._maps[rank, block] = torch.frombuffer(mapping, dtype=torch.uint8)
                 os.close(descriptor)
             if block == _READ:
@@ -483,6 +445,10 @@ class _Exchange:
             DistributedError: a rank sent another number of bytes, or takes part in something else.
         """
         self.link.wait_for(self)
+
+    def is_completed(self) -> bool:
+        """Whether `wait` ends at once, be it with an error."""
+        return self.link.is_settled(self)
 
 
 @dataclass(eq=False)
@@ -577,21 +543,7 @@ def _uid_of(peer: socket.socket) -> int:
     return int(uid)
 
 
-def _map(fd: int, nbytes: int) -> Any:
-    """A file's memory, which the object returned keeps mapped. Python's own mmap would keep a descriptor too."""
-    libc = ctypes.CDLL(None, use_errno=True)
-    libc.mmap.restype = ctypes.c_void_p
-    libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
-    libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-    address = libc.mmap(None, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, mmap.MAP_SHARED, fd, 0)
-    if address == ctypes.c_void_p(-1).value:
-        raise OSError(ctypes.get_errno(), f"cannot map {nbytes} bytes that ranks of this host share")
-    buffer = (ctypes.c_char * nbytes).from_address(address)
-    weakref.finalize(buffer, libc.munmap, address, nbytes)
-    return buffer
-
-
-def _close(sockets: list[socket.socket], blocks: list[_Block], maps: dict[tuple[int, int], torch.Tensor]) -> None:
+def _close(sockets: list[socket.socket], blocks: list[Block], maps: dict[tuple[int, int], torch.Tensor]) -> None:
     for each in sockets:
         each.close()
     for block in blocks:

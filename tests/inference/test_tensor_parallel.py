@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.distributed as dist
 from harness import distributed
 from safetensors.torch import save_file
 from tiny_transformers import ENCODERS, FAMILIES, logits_of, prompts, tiny
@@ -300,6 +301,28 @@ def test_a_rank_that_generates_alone():
         time.sleep(1.0)
     with patch("deepspeedlite.comm.roll_call.PATIENCE_S", 0.2):
         assert engine.generate(**prompts(), max_new_tokens=1).shape == (2, 8)
+
+
+@distributed(world_size=2)
+def test_a_rank_that_runs_a_pass_alone():
+    """Hears the same, by the one message that a pass has for this; the ranks are out of step then."""
+    own = dist.new_group([0, 1])
+    engine = deepspeedlite.init_inference(tiny("llama"), dtype=torch.float32, tensor_parallel={"tp_group": own})
+    group = Group()
+    engine(**prompts())
+    if group.rank == 0:
+        told = patch.object(registry, "seen", lambda rank: "waits in torch.distributed.barrier")
+        said = r"engine\(\) was called on rank 0 .*rank 1 waits in torch.dist.* cannot be used any more"
+        start_s = time.monotonic()
+        with told, patch("deepspeedlite.inference.checks.PATIENCE_S", 0.3), pytest.raises(DistributedError, match=said):
+            engine(**prompts())
+        assert 0.3 < time.monotonic() - start_s < 3
+    group.barrier()
+    time.sleep(0.4 * group.rank)  # late is not away
+    with patch.object(registry, "seen", lambda rank: "waits in no collective, but is at its loader"):
+        again = deepspeedlite.init_inference(tiny("llama"), dtype=torch.float32, mp_size=2)
+        with patch("deepspeedlite.inference.checks.PATIENCE_S", 0.1):
+            again(**prompts())
 
 
 _SIX = {"num_attention_heads": 6, "hidden_size": 96}
