@@ -19,11 +19,12 @@ Gelu by_erf(Vector x) {
     return {x * phi, phi + x * bell * 0.39894228f};
 }
 
-// (1 + tanh u) / 2 is the logistic function of 2 u.
+// (1 + tanh u) / 2 is the logistic function of 2 u. Beyond 10^8 it is 0 or 1, and x's square may be infinite.
 Gelu by_tanh(Vector x) {
-    const Vector squared = x * x, e = exponential(-1.59576912f * x * (1 + 0.044715f * squared));
-    const Vector logistic = 1 / (1 + e);
-    // logistic (1 - logistic) is 0 where either is, also where e is infinite.
+    const Vector product = x * x, most = spread(1e8f);
+    const Vector squared = choose(reinterpret_cast<Ints>(product > most), most, product);
+    const Vector logistic = 1 / (1 + exponential(-1.59576912f * x * (1 + 0.044715f * squared)));
+    // logistic (1 - logistic) is 0 where either is, also where the exponential is infinite.
     const Vector steep = logistic * (1 - logistic) * (1.59576912f + 0.21406445f * squared);
     return {x * logistic, logistic + x * steep};
 }

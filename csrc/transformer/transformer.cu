@@ -222,7 +222,7 @@ __device__ inline Gelu gelu(float x, bool tanh_form) {
     // (1 + tanh u) / 2 is the logistic function of 2 u. Beyond 10^8 it is 0 or 1, and x's square may be infinite.
     const float squared = x * x > 1e8f ? 1e8f : x * x;
     const float logistic = 1 / (1 + expf(-1.59576912f * x * (1 + 0.044715f * squared)));
-    const float steep = logistic * (1 - logistic) * (1.59576912f + 0.21406859f * squared);
+    const float steep = logistic * (1 - logistic) * (1.59576912f + 0.21406445f * squared);
     return {x * logistic, logistic + x * steep};
 }
 

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 
@@ -124,6 +124,7 @@ def prepare(
         if mark.setting == setting and checkpoint_of(config)[0] is None:
             return model
         model = _copy_of_engines(model, mark.setting)
+    shapes = _shapes_of(model)
     pieces = _split(model, config, group)
     cast(model, setting.dtype)
     streamed = None
@@ -141,8 +142,28 @@ def prepare(
             reader.fill(model)
             _move(model, setting.device)
     _refuse_empty(model)
+    if hasattr(model, "save_pretrained") and _shapes_of(model) != shapes:
+        model.__dict__["save_pretrained"] = refuse_saving  # its checkpoint would be read as one without most weights
     model.__dict__[_ENGINES] = Engines(setting, streamed)
     return model
+
+
+def _shapes_of(model: torch.nn.Module) -> dict[str, torch.Size]:
+    """What a checkpoint of the model would have."""
+    return {name: tensor.shape for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+
+
+def refuse_saving(*_: Any, **__: Any) -> NoReturn:
+    """In the place of `save_pretrained` on a model that was split, fused, quantized or streamed.
+
+    Raises:
+        InferenceError: always.
+    """
+    raise InferenceError(
+        "save_pretrained: init_inference has split, fused, quantized or streamed this model, and from_pretrained would "
+        "find neither its weights' names nor their shapes; save it before init_inference, or copy the checkpoint that "
+        "it was loaded from"
+    )
 
 
 def is_trained(model: torch.nn.Module) -> bool:

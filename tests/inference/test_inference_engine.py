@@ -203,6 +203,28 @@ def test_second_engine_of_one_model():
     assert again.module is other.module
 
 
+@pytest.mark.parametrize("given, is_another", [({"kernel_inject": True}, True), ({"dtype": "int8"}, True), ({}, False)])
+def test_saving_a_model_that_is_another_one_now(given, is_another, tmp_path):
+    """Is refused: transformers would read hardly any of its weights, with a warning."""
+    pytest.importorskip("transformers")
+    from tiny_transformers import logits_of, tiny
+
+    engine = deepspeedlite.init_inference(tiny("llama"), **{"dtype": "fp32", **given})
+    if is_another:
+        for call in (
+            engine.save_pretrained,
+            engine.module.save_pretrained,
+            copy.deepcopy(engine.module).save_pretrained,
+        ):
+            with pytest.raises(InferenceError, match="save it before init_inference"):
+                call(tmp_path)
+        assert not list(tmp_path.iterdir())
+    else:
+        engine.save_pretrained(tmp_path)
+        again = type(engine.module).from_pretrained(tmp_path)
+        assert torch.equal(logits_of(again, "llama"), logits_of(engine, "llama"))
+
+
 def test_empty_tensors_need_a_checkpoint():
     with torch.device("meta"):
         model = torch.nn.Linear(4, 4)

@@ -253,6 +253,19 @@ def test_rows_that_see_nothing_give_zeros_and_zero_gradients():
     assert out[0, 1, 40].isnan().all() and out[0, 1, 41:].isfinite().all()
 
 
+@pytest.mark.parametrize("scale", [-2.0, 0.0])
+def test_a_scale_may_turn_scores_around(scale):
+    q, k, v = (numbers(1, 2, 64, 16, seed=seed).mul(3).requires_grad_() for seed in range(3))
+    out = sparse_attention(q, k, v, torch.ones(4, 4), 16, scale=scale, causal=True)
+    exact = tuple(one.detach().double().requires_grad_() for one in (q, k, v))
+    later = torch.ones(64, 64, dtype=torch.bool).triu(1)
+    expected = (exact[0] @ exact[1].mT * scale).masked_fill(later, -torch.inf).softmax(-1) @ exact[2]
+    torch.testing.assert_close(out.double(), expected, rtol=1e-4, atol=1e-5)
+    ours, theirs = torch.autograd.grad(out.sum(), (q, k, v)), torch.autograd.grad(expected.sum(), exact)
+    for one, other in zip(ours, theirs):
+        torch.testing.assert_close(one.double(), other, rtol=1e-4, atol=1e-4)
+
+
 def test_heads_may_lie_as_they_like():
     """[B, L, H, D] seen as [B, H, L, D], parts of one projection, keys that all heads share: the same."""
     block, layout = 16, layout_of(4, 4)

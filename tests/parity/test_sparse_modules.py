@@ -100,6 +100,16 @@ def test_the_module_is_its_definition(pattern, key_mode, mask_mode, with_rpe, tr
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
+def test_padding_may_be_given_by_head():
+    """As AlphaFold2's public implementation does, which repeats it; heads may differ."""
+    q, k, v = (drawn(BATCH, HEADS, LENGTH, DIM, seed=seed) for seed in range(3))
+    module = SparseSelfAttention(PATTERNS["fixed"], "mul", max_seq_length=LENGTH)
+    padding = torch.ones(BATCH, HEADS, LENGTH)
+    padding[1, :, 40:] = padding[0, 2, 50:] = 0
+    expected = dense(q, k, v, entries(PATTERNS["fixed"]), hiding(padding)[:, :, None])
+    torch.testing.assert_close(module(q, k, v, key_padding_mask=padding).double(), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_causal_hides_later_tokens_of_the_diagonal():
     q, k, v = (drawn(1, HEADS, LENGTH, DIM, seed=seed) for seed in range(3))
     module = SparseSelfAttention(PATTERNS["local"], max_seq_length=LENGTH, causal=True)

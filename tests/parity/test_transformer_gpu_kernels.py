@@ -247,6 +247,18 @@ def test_bias_gelu_and_dropout(device, dtype, form):
             assert torch.equal(again, out), "what was not kept is made again"
 
 
+def test_slopes_of_gelu_to_the_last_digits(device):
+    """By tanh, where nothing cancels: to less than what a wrong digit in its constants would change."""
+    width = 512
+    x, ones = torch.linspace(-4, 0.5, width).view(1, width), torch.ones(1, width)
+    exact = x.double().requires_grad_()
+    F.gelu(exact, approximate="tanh").sum().backward()
+    tensors = map(given, (ones, x, None, ones))
+    call = CBiasGeluBackward(*tensors, None, None, given(None), 1, width, True, dropout(0.0))
+    device.call("dsl_gpu_bias_gelu_backward", call)
+    torch.testing.assert_close(ones.double(), exact.grad, rtol=0, atol=4e-7)
+
+
 MASKS = ("none", "added", "added, by columns", "seen")
 
 

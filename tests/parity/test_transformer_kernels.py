@@ -347,6 +347,24 @@ def test_what_is_not_a_number_spoils_its_row_alone():
     assert (nothing == 0).all() and (grad_of(qkv) == 0).all()
 
 
+def test_the_largest_numbers_have_slopes_of_gelu():
+    """Also where their squares are infinite."""
+    x = torch.tensor([3e38, 1e25, -1e25, -3e38] * 5).view(2, 10).requires_grad_()
+    bias_gelu_linear(x, None, torch.eye(10), tanh_form=True).sum().backward()
+    assert torch.equal(grad_of(x), (x > 0).float())
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_where_there_are_no_tokens(shape):
+    qkv = torch.zeros(*shape, 12, requires_grad=True)
+    mixed = dropout_attention(qkv, 2, dropout=SOME)
+    mixed.sum().backward()
+    assert mixed.shape == (*shape, 4) and grad_of(qkv).shape == qkv.shape
+    bias = torch.ones(12, requires_grad=True)
+    drop_add(qkv, bias, None, SOME).sum().backward()
+    assert (grad_of(bias) == 0).all()
+
+
 def test_all_or_nothing_may_be_dropped():
     x = random(3, 8)
     assert torch.equal(drop_add(x, None, x, Dropout(1.0)), x)

@@ -58,7 +58,7 @@ def sparse_attention(
         attn_mask: what broadcasts to `[B, H, L, S]`. bool: True is seen. Numbers: added to scores ("add"), or hide
             where they are 0 and change nothing elsewhere ("mul").
         attn_mask_mode: "add" or "mul".
-        key_padding_mask: `[B, S]`, as attn_mask.
+        key_padding_mask: `[B, S]`, or `[B, H, S]`, as attn_mask.
         key_padding_mask_mode: "add" or "mul".
         rpe: relative position bias, what broadcasts to `[B, H, L, S]`, added. Its gradient is made for all of L x S.
         dropout_p: the share of P's numbers that are dropped, by bits that two numbers of torch's default generator
@@ -77,11 +77,11 @@ def sparse_attention(
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
     padding = key_padding_mask
     if padding is not None:
-        if padding.dim() != 2:
+        if padding.dim() not in (2, 3):
             raise OpError(
                 f"sparse_attention: key_padding_mask of shape {list(padding.shape)}, not [{shape[0]}, {shape[3]}]"
             )
-        padding = padding[:, None, None, :]
+        padding = padding[:, None, None, :] if padding.dim() == 2 else padding[:, :, None, :]
     biases = (
         _Bias.of("attn_mask", attn_mask, attn_mask_mode, shape, q.device),
         _Bias.of("key_padding_mask", padding, key_padding_mask_mode, shape, q.device),

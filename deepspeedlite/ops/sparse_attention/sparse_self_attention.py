@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -92,14 +93,14 @@ class SparseSelfAttention(nn.Module):
             key: likewise, or with the last two dimensions the other way round.
             value: as `query`.
             rpe: relative position bias, `[batch or 1, heads, L, L]`, added to the scaled scores.
-            key_padding_mask: `[batch, L]`, or with dimensions of 1 between.
+            key_padding_mask: `[batch, L]`, or with dimensions of 1 between; or `[batch, heads, L]`.
             attn_mask: `[L, L]`, or with dimensions of 1 before.
 
         Raises:
             ConfigError: a length that does not fit the layout.
             UnsupportedError: keys or values of another shape than the queries.
         """
-        batch, _, length, _ = query.shape
+        batch, heads, length, _ = query.shape
         if key.shape[2] != length:
             key = key.transpose(2, 3)
         if key.shape != query.shape or value.shape != query.shape:
@@ -108,7 +109,9 @@ class SparseSelfAttention(nn.Module):
                 "self-attention, in which all have one shape"
             )
         if key_padding_mask is not None:
-            key_padding_mask = _flat(key_padding_mask, self.key_padding_mask_mode, (batch, length))
+            by_head = tuple(key_padding_mask.shape) == (batch, heads, length)
+            shape = (batch, heads, length) if by_head else (batch, length)
+            key_padding_mask = _flat(key_padding_mask, self.key_padding_mask_mode, shape)
         if attn_mask is not None:
             attn_mask = _flat(attn_mask, self.attn_mask_mode, (length, length))
         return sparse_attention(
@@ -139,9 +142,9 @@ class SparseSelfAttention(nn.Module):
         self._lists.clear()  # another layout may have come
 
 
-def _flat(mask: Tensor, mode: str, shape: tuple[int, int]) -> Tensor:
-    """A mask of two dimensions, as DeepSpeed reads one: where masks are added, True is 1."""
-    if mask.numel() != shape[0] * shape[1]:
+def _flat(mask: Tensor, mode: str, shape: tuple[int, ...]) -> Tensor:
+    """A mask of these dimensions, as DeepSpeed reads one: where masks are added, True is 1."""
+    if mask.numel() != math.prod(shape):
         raise ConfigError(f"a mask of shape {[*mask.shape]}, where one of {[*shape]} is meant")
     if mask.dtype == torch.bool and mode == "add":
         log_once('a mask of true and false adds 1 and 0 to the scores and hides nothing; make the module with "mul"')

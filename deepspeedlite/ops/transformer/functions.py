@@ -325,8 +325,9 @@ class _DropoutAttention(torch.autograd.Function):
         dim = width // (3 * how.heads)
         parts = qkv.view(batch, tokens, 3, how.heads, dim).permute(2, 0, 3, 1, 4).contiguous()
         probs, dropped = _probabilities(parts, mask, how, parts_wanted=not how.recompute)
-        values = parts[2].view(-1, tokens, dim)
-        mixed = torch.bmm(dropped.view(-1, tokens, tokens), values).view(batch, how.heads, tokens, dim)
+        each = batch * how.heads
+        values = parts[2].view(each, tokens, dim)
+        mixed = torch.bmm(dropped.view(each, tokens, tokens), values).view(batch, how.heads, tokens, dim)
         ctx.save_for_backward(parts, mask, *((None, None) if how.recompute else (probs, dropped)))
         ctx.chosen = how
         return mixed.transpose(1, 2).reshape(batch, tokens, how.heads * dim)
@@ -339,11 +340,12 @@ class _DropoutAttention(torch.autograd.Function):
         _, batch, heads, tokens, dim = parts.shape
         if probs is None:
             probs, dropped = _probabilities(parts, mask, how, parts_wanted=True)
-        grad = grad.view(batch, tokens, heads, dim).transpose(1, 2).reshape(-1, tokens, dim)
-        q, k, v = parts.view(3, -1, tokens, dim)
+        each = batch * heads
+        grad = grad.view(batch, tokens, heads, dim).transpose(1, 2).reshape(each, tokens, dim)
+        q, k, v = parts.view(3, each, tokens, dim)
         grads = torch.empty_like(parts)
-        grad_q, grad_k, grad_v = grads.view(3, -1, tokens, dim)
-        torch.bmm(dropped.view(-1, tokens, tokens).transpose(1, 2), grad, out=grad_v)
+        grad_q, grad_k, grad_v = grads.view(3, each, tokens, dim)
+        torch.bmm(dropped.view(each, tokens, tokens).transpose(1, 2), grad, out=grad_v)
         scores = torch.bmm(grad, v.transpose(1, 2))
         _op("masked_softmax_backward", scores, how.stochastic)(scores, probs, scores, dim**-0.5, *how.dropout)
         torch.bmm(scores, k, out=grad_q)
@@ -356,7 +358,7 @@ def _probabilities(
 ) -> tuple[Tensor, Tensor]:
     """Of `[3, batch, heads, tokens, dim]`: before dropout (after it where they are not wanted), and after it."""
     _, batch, heads, tokens, dim = parts.shape
-    q, k, _ = parts.view(3, -1, tokens, dim)
+    q, k, _ = parts.view(3, batch * heads, tokens, dim)
     scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, tokens, tokens)
     dropping = how.dropout.ratio != 0
     probs = scores if parts_wanted or not dropping else None
