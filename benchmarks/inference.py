@@ -6,7 +6,8 @@ Every contender is a process of its own (tensor parallelism: one per rank, each 
 makes the same random model and generates greedily; they take turns, and only one computes at a time. A prompt of 64
 tokens is continued by 64: the time to the first new token is called prompt, (the time of all 64 - that) / 63 is called
 decode, both the median over the rounds. `read` is what reading the weights once takes, by the rate at which this
-machine sums as many bytes; `products` are the prompt's dense products alone, by torch, one after the other.
+machine sums as many bytes; `products` are the prompt's dense products alone, by torch, one after the other; both are
+timed after each turn, for that turn.
 The peer's Python needs DeepSpeed and transformers.
 """
 
@@ -155,35 +156,37 @@ def free_port(folder: str, contender: Contender) -> int:
     return int(kept.read_text())
 
 
-def read_ms(numel: int, itemsize: int, threads: int) -> float:
-    """Milliseconds to read `numel * itemsize` bytes once, at the rate of a sum over as many."""
-    import torch
+class Limits:
+    """What nobody does without, measured beside each turn: others on the machine change the rate of its memory."""
 
-    torch.set_num_threads(threads)
-    memory = torch.ones(numel * itemsize // 4)
-    return min(timed_ms(memory.sum) for _ in range(3))
+    def __init__(self, dtype: str, batch: int, threads: int, numel: int) -> None:
+        import torch
 
+        torch.set_num_threads(threads)
+        hidden, inter, layers = (SIZES[f"{name}"] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
+        of = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
+        wide = hidden + 2 * hidden * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
+        shapes = [(wide, hidden), (hidden, hidden), (2 * inter, hidden), (hidden, inter)]
+        self._weights = [torch.randn(shape, **of) for _ in range(layers) for shape in shapes]
+        self._head = torch.randn(SIZES["vocab_size"], hidden, **of)
+        self._rows = {width: torch.randn(batch * PROMPT, width, **of) for width in (hidden, inter)}
+        self._last = self._rows[hidden][:batch]
+        # As many bytes as the weights have; of the embedding a token's row is read alone.
+        self._read = torch.ones((numel - hidden * SIZES["vocab_size"]) * self._head.element_size() // 4)
 
-def products_ms(dtype: str, batch: int, threads: int) -> float:
-    """Milliseconds of the products of a prompt, by torch, each weight read from memory."""
-    import torch
+    def measured(self) -> dict[str, float]:
+        """Milliseconds of reading the weights once, by a sum, and of a prompt's products, by torch."""
+        return {
+            "read_ms": min(timed_ms(self._read.sum) for _ in range(3)),
+            "products_ms": min(timed_ms(self._products) for _ in range(2)),
+        }
 
-    torch.set_num_threads(threads)
-    hidden, inter, layers = (SIZES[f"{name}"] for name in ("hidden_size", "intermediate_size", "num_hidden_layers"))
-    of = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
-    wide = hidden + 2 * hidden * SIZES["num_key_value_heads"] // SIZES["num_attention_heads"]
-    shapes = [(wide, hidden), (hidden, hidden), (2 * inter, hidden), (hidden, inter)]
-    weights = [torch.randn(shape, **of) for _ in range(layers) for shape in shapes]
-    head = torch.randn(SIZES["vocab_size"], hidden, **of)
-    rows = {width: torch.randn(batch * PROMPT, width, **of) for width in (hidden, inter)}
-    last = rows[hidden][:batch]
+    def _products(self) -> None:
+        import torch
 
-    def all_of_them() -> None:
-        for weight in weights:
-            torch.nn.functional.linear(rows[weight.shape[1]], weight)
-        torch.nn.functional.linear(last, head)
-
-    return statistics.median(timed_ms(all_of_them) for _ in range(5))
+        for weight in self._weights:
+            torch.nn.functional.linear(self._rows[weight.shape[1]], weight)
+        torch.nn.functional.linear(self._last, self._head)
 
 
 def timed_ms(call: Callable[[], object]) -> float:
@@ -248,21 +251,16 @@ def measure(dtype: str, args: argparse.Namespace) -> None:
     """One dtype's table."""
     from machine import machine, print_json, print_table
 
-    itemsize = {"fp32": 4, "bf16": 2}[dtype]
     with all_started(contenders_of(dtype, args.peer_python, args.only), args.threads) as processes:
         for batch in args.batches:
             found: dict[str, list[dict[str, Any]]] = {one.contender.name: [] for one in processes}
-            reading_ms = []
+            limits = Limits(dtype, batch, args.threads, processes[0].about["numel"])
             for number in range(args.rounds + 1):
                 turn = number % len(processes)
                 for process in processes[turn:] + processes[:turn]:
                     answer = process.ask(batch)
                     if number:
-                        found[process.contender.name].append(answer)
-                # The embedding is looked up, not read whole.
-                read = processes[0].about["numel"] - SIZES["hidden_size"] * SIZES["vocab_size"]
-                reading_ms.append(read_ms(read, itemsize, args.threads))
-            limits = {"read": statistics.median(reading_ms), "products": products_ms(dtype, batch, args.threads)}
+                        found[process.contender.name].append({**answer, **limits.measured()})
             reference = found.get(EAGER) or next(iter(found.values()))
             rows = []
             for process in processes:
@@ -272,22 +270,30 @@ def measure(dtype: str, args: argparse.Namespace) -> None:
                     statistics.median(a[which] / b[which] for a, b in zip(found[name], reference))
                     for which in ("decode_ms", "prompt_ms")
                 ]
+                to_limit = [
+                    statistics.median(answer[which] / answer[limit] for answer in found[name])
+                    for which, limit in (("decode_ms", "read_ms"), ("prompt_ms", "products_ms"))
+                ]
                 alike = sum(a == b for a, b in zip(found[name][0]["tokens"], reference[0]["tokens"]))
                 figures = {
                     "decode_ms": round(statistics.median(decode), 2),
                     "to_eager": round(ratio[0], 3),
-                    "to_read": round(statistics.median(decode) / limits["read"], 2),
+                    "to_read": round(to_limit[0], 2),
                     "prompt_ms": round(statistics.median(prompt), 1),
                     "prompt_to_eager": round(ratio[1], 3),
-                    "prompt_to_products": round(statistics.median(prompt) / limits["products"], 2),
+                    "prompt_to_products": round(to_limit[1], 2),
                     "init_s": round(process.about["init_s"], 2),
                     "tokens_alike": alike,
                 }
                 print_json(benchmark="inference", what=name, dtype=dtype, batch=batch, **figures, **machine())
                 rows.append((name, *figures.values()))
             title = f"Llama, {processes[0].about['numel'] / 1e6:.0f} M parameters, {dtype}, batch {batch}"
+            read, products = (
+                statistics.median(answer[limit] for answers in found.values() for answer in answers)
+                for limit in ("read_ms", "products_ms")
+            )
             print_table(
-                f"{title}; weights read in {limits['read']:.1f} ms, prompt's products {limits['products']:.0f} ms",
+                f"{title}; weights read in {read:.1f} ms, prompt's products {products:.0f} ms",
                 (
                     "what",
                     "decode ms/token",
