@@ -185,13 +185,30 @@ def test_what_is_no_arch_is_named(text, clean):
         gpu.cuda_archs((13, 0))
 
 
-def test_ptx_is_asked_for_by_name():
-    assert gpu.gencode(["8.0", "9.0+PTX", "9.0a"]) == [
-        "-gencode=arch=compute_80,code=sm_80",
-        "-gencode=arch=compute_90,code=sm_90",
-        "-gencode=arch=compute_90,code=compute_90",
-        "-gencode=arch=compute_90a,code=sm_90a",
+def test_archs_with_the_same_sources_share_the_way_to_ptx():
+    assert gpu.gencode(["8.0", "9.0"]) == ["-gencode=arch=compute_80,code=[sm_80,sm_90]"]
+    assert gpu.gencode(["12.0", "7.5", "8.6", "8.0+PTX", "8.0", "9.0a", "7.0"]) == [
+        "-gencode=arch=compute_70,code=[sm_70,sm_75]",
+        "-gencode=arch=compute_80,code=[sm_80,compute_80,sm_86,sm_120]",
+        "-gencode=arch=compute_90a,code=[sm_90a]",
     ]
+
+
+def test_ptx_is_asked_for_by_name():
+    assert gpu.gencode(["8.0", "9.0+PTX"]) == [
+        "-gencode=arch=compute_80,code=[sm_80]",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    ]
+
+
+def test_sources_differ_between_gpus_where_the_flags_say():
+    found = {
+        number
+        for path in (ROOT / "csrc").rglob("*")
+        if path.suffix in {".h", ".cu"}
+        for number in re.findall(r"__CUDA_ARCH__\s*\S+\s*(\w+)", path.read_text())
+    }
+    assert found == {"800"}
 
 
 def fake_toolkit(home: Path, version: int) -> Path:

@@ -245,15 +245,29 @@ def _numbers(arch: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
+# From this capability on, and below it, the kernels' sources are the same text; a test looks.
+_SOURCES_DIFFER_AT = (8, 0)
+
+
 def gencode(archs: Sequence[str]) -> list[str]:
-    """Nvcc's flags for the archs."""
-    flags = []
-    for arch in archs:
+    """Nvcc's flags for the archs: what takes long, the way to PTX, is gone once for all whose sources are the same.
+
+    The machine code is as if each had its own, for no kernel uses what a later capability alone has.
+    """
+    lowest: dict[bool, str] = {}
+    flags: dict[str, list[str]] = {}
+    for arch in sorted(archs, key=_capability):
         number = arch.removesuffix("+PTX").replace(".", "")
-        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-        if arch.endswith("+PTX"):
-            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-    return flags
+        is_plain = number.isdecimal() and not arch.endswith("+PTX")
+        shared = lowest.setdefault(_capability(arch) >= _SOURCES_DIFFER_AT, number) if is_plain else number
+        kinds = [f"sm_{number}", f"compute_{number}"] if arch.endswith("+PTX") else [f"sm_{number}"]
+        flags.setdefault(shared, []).extend(kinds)
+    return [f"-gencode=arch=compute_{shared},code=[{','.join(dict.fromkeys(of))}]" for shared, of in flags.items()]
+
+
+def _capability(arch: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", arch)[:2]
+    return int(major), int(minor)
 
 
 @cache
