@@ -63,16 +63,18 @@ def open_weights(checkpoint: Any, base_dir: str, formats: Formats) -> Weights:
     """
     base = Path(base_dir)
     if isinstance(checkpoint, Mapping):
-        return _listed(checkpoint, base, "checkpoint")
+        return _listed(checkpoint, [base], "checkpoint")
     if isinstance(checkpoint, (list, tuple)):
         return _of_files([base / str(one) for one in checkpoint], "checkpoint")
     if not isinstance(checkpoint, (str, os.PathLike)):
         raise CheckpointError(f"checkpoint must be a path, a list of files or a dict; got {type(checkpoint).__name__}")
     path = base / checkpoint
+    if not path.exists() and Path(checkpoint).suffix == ".json" and Path(checkpoint).is_file():
+        path = Path(checkpoint)  # a script's own description, of files that are in base_dir
     if not path.exists():
         raise CheckpointError(f"checkpoint {path} does not exist; give a folder or file of weights, or a list of files")
     if path.is_file():
-        return _of_json(path) if path.suffix == ".json" else _of_files([path], str(path))
+        return _of_json(path, base_dir) if path.suffix == ".json" else _of_files([path], str(path))
     if is_checkpoint(path, formats):
         return _OfCheckpoint(open_tag(path, formats))
     for name in _INDEX:
@@ -87,26 +89,30 @@ def open_weights(checkpoint: Any, base_dir: str, formats: Formats) -> Weights:
     return _OfCheckpoint(open_tag(found, formats))
 
 
-def _of_json(path: Path) -> Weights:
+def _of_json(path: Path, base_dir: str = "") -> Weights:
     try:
         found = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
     if isinstance(found, dict) and isinstance(found.get("weight_map"), dict):
         return _of_files([path.parent / name for name in sorted(set(found["weight_map"].values()))], str(path))
-    return _listed(found, path.parent, str(path))
+    return _listed(found, [*([Path(base_dir)] if base_dir else []), path.parent], str(path))
 
 
-def _listed(found: Any, base: Path, where: str) -> Weights:
-    """DeepSpeed's description of a checkpoint: {"type": ..., "checkpoints": [files], "version": ...}."""
+def _listed(found: Any, bases: Sequence[Path], where: str) -> Weights:
+    """DeepSpeed's description of a checkpoint: {"type": ..., "checkpoints": [files], "version": ...}.
+
+    Its files are in the first folder that has all of them, or `base_dir`, its own, in one of them.
+    """
     files = found.get("checkpoints") if isinstance(found, Mapping) else None
     if not isinstance(files, (list, tuple)) or not all(isinstance(one, (str, os.PathLike)) for one in files):
         raise CheckpointError(
             f"{where} must have a list of files as `checkpoints` (or be a Hugging Face index, with a `weight_map`); "
             "files for each rank of a tensor-parallel training are not put together here"
         )
-    base = base / str(found.get("base_dir") or "")
-    return _of_files([base / one for one in files], where)
+    folders = [base / str(found.get("base_dir") or "") for base in bases]
+    lists = [[folder / one for one in files] for folder in folders]
+    return _of_files(next((paths for paths in lists if all(path.is_file() for path in paths)), lists[0]), where)
 
 
 def _of_files(paths: Sequence[Path], where: str) -> Weights:

@@ -64,8 +64,8 @@ def test_folder_over_two_ranks(family, tmp_path):
     _as_saved(family, tmp_path, 2)
 
 
-@pytest.mark.parametrize("kind", ["file", "list", "dict", "json", "index", "bin", "base_dir"])
-def test_ways_to_name_it(kind, tmp_path):
+@pytest.mark.parametrize("kind", ["file", "list", "dict", "json", "elsewhere", "index", "bin", "base_dir"])
+def test_ways_to_name_it(kind, tmp_path, monkeypatch):
     model = saved("gpt2", tmp_path)
     files = sorted(path.name for path in tmp_path.glob("*.safetensors"))
     values = {name: value.clone() for one in files for name, value in load_file(tmp_path / one).items()}
@@ -79,6 +79,12 @@ def test_ways_to_name_it(kind, tmp_path):
     elif kind == "json":
         (tmp_path / "description.json").write_text(json.dumps({"checkpoints": files}))
         given = {"checkpoint": str(tmp_path / "description.json")}
+    elif kind == "elsewhere":  # as scripts for BLOOM write it: beside themselves, with names alone
+        beside = tmp_path / "scripts"
+        beside.mkdir()
+        monkeypatch.chdir(beside)
+        (beside / "checkpoints.json").write_text(json.dumps({"type": "BLOOM", "checkpoints": files, "version": 1.0}))
+        given["checkpoint"] = "checkpoints.json"
     elif kind == "index":
         given = {"checkpoint": str(tmp_path / "model.safetensors.index.json")}
     elif kind == "base_dir":
