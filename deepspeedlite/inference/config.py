@@ -115,8 +115,9 @@ class QuantizationConfig(Section):
     qkv: QKVQuantConfig = key(QKVQuantConfig, "Projections of attention.")
 
 
-_NO_MP_FILES = (
-    "refused: nothing is gained by files for one number of ranks: each rank reads only what it keeps of any checkpoint"
+_SAVED_TO = (
+    "Folder that the weights are written to before the model is split, for any number of ranks, with a "
+    "`ds_inference_config.json` that `checkpoint` takes; nothing where `checkpoint` is given, which has them."
 )
 
 
@@ -124,7 +125,7 @@ class InferenceCheckpointConfig(Section):
     """The same as `checkpoint`, `base_dir` and `save_mp_checkpoint_path`."""
 
     checkpoint_dir: Path | None = key(None, "Folder of the weights; `checkpoint`, if that is not given.")
-    save_mp_checkpoint_path: Path | None = key(None, "Folder for split weights.", stands=_NO_MP_FILES)
+    save_mp_checkpoint_path: Path | None = key(None, _SAVED_TO)
     base_dir: Path | None = key(None, "Folder that relative paths begin at; `base_dir`, if that is not given.")
 
 
@@ -152,7 +153,7 @@ class DeepSpeedInferenceConfig(Section):
     )
     base_dir: Path = key("", "Folder that relative paths in `checkpoint` begin at.")
     checkpoint_config: InferenceCheckpointConfig = key(InferenceCheckpointConfig, "The same, as a section.")
-    save_mp_checkpoint_path: Path | None = key(None, "Folder for split weights.", stands=_NO_MP_FILES)
+    save_mp_checkpoint_path: Path | None = key(None, _SAVED_TO)
     set_empty_params: Flag = key(
         False, "The model has no values yet.", stands="hint: changes nothing: tensors on the meta device say so"
     )
@@ -336,6 +337,11 @@ def _check_zero(config: DeepSpeedInferenceConfig, found: Findings) -> None:
         )
     if config.dtype == "int8" or ("quant" in config.model_fields_set and config.quant.enabled):
         found.add(("zero", "stage"), 3, "quantized weights are not streamed", "use one of the two")
+
+
+def saved_to(config: DeepSpeedInferenceConfig) -> str | None:
+    """The folder to write the weights to, or None."""
+    return config.save_mp_checkpoint_path or config.checkpoint_config.save_mp_checkpoint_path
 
 
 def checkpoint_of(config: DeepSpeedInferenceConfig) -> tuple[Any, str]:

@@ -21,9 +21,10 @@ from deepspeedlite.checkpoint.foreign import Formats
 from deepspeedlite.comm import Group
 from deepspeedlite.inference.blocks import fuse
 from deepspeedlite.inference.checks import on_all
-from deepspeedlite.inference.config import DeepSpeedInferenceConfig, checkpoint_of
+from deepspeedlite.inference.config import DeepSpeedInferenceConfig, checkpoint_of, saved_to
 from deepspeedlite.inference.loading import LayerReader, fill_computed, load_checkpoint
 from deepspeedlite.inference.quantized import quantize_linears
+from deepspeedlite.inference.saving import save_weights
 from deepspeedlite.inference.streamed import StreamedWeights
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import InferenceError, UnsupportedError
@@ -125,6 +126,8 @@ def prepare(
             return model
         model = _copy_of_engines(model, mark.setting)
     shapes = _shapes_of(model)
+    if folder := saved_to(config):
+        save_weights(model, folder, is_to_be_loaded=checkpoint_of(config)[0] is not None)
     pieces = _split(model, config, group)
     cast(model, setting.dtype)
     streamed = None

@@ -95,6 +95,22 @@ def test_ways_to_name_it(kind, tmp_path, monkeypatch):
     torch.testing.assert_close(logits_of(engine, "gpt2"), logits_of(model, "gpt2").detach(), rtol=1e-5, atol=1e-5)
 
 
+@distributed(world_size=2)
+def test_saved_for_later_and_loaded(tmp_path):
+    """As DeepSpeed's tests do: by one engine on two ranks, then into a model on the meta device, split or not."""
+    config = {"dtype": torch.float32, "tensor_parallel": {"tp_size": 2}}
+    wanted = logits_of(tiny("gpt2"), "gpt2").detach()
+    folder = tmp_path / "shards"
+    deepspeedlite.init_inference(tiny("gpt2"), config={**config, "save_mp_checkpoint_path": str(folder)})
+    assert sorted(path.name for path in folder.iterdir()) == ["ds_inference_config.json", "pytorch_model.bin"]
+    described = str(folder / "ds_inference_config.json")
+    for more in ({}, {"tensor_parallel": {"tp_size": 1}, "replace_with_kernel_inject": True}):
+        loading = {**config, **more, "checkpoint": described, "save_mp_checkpoint_path": str(tmp_path / "none")}
+        engine = deepspeedlite.init_inference(on_meta("gpt2"), config=loading)
+        torch.testing.assert_close(logits_of(engine, "gpt2"), wanted, rtol=1e-5, atol=1e-5)
+    assert not (tmp_path / "none").exists()
+
+
 def test_names_with_and_without_the_models_prefix(tmp_path):
     """A file of the model inside, into the model around it, and the reverse; types are those that are asked for."""
     model = saved("gpt2", tmp_path)
