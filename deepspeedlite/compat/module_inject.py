@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from deepspeedlite.ops.transformer import DeepSpeedTransformerConfig, DeepSpeedTransformerLayer
 from deepspeedlite.runtime.errors import UnsupportedError
+from deepspeedlite.runtime.log import log_once
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -103,6 +104,8 @@ def replace_transformer_layer(
             training=layer.training,
         )
         setattr(parent, name, _fused(layer, ours))
+    if hasattr(model, "save_pretrained"):
+        log_once("replaced layers have names of their own: before save_pretrained, call revert_transformer_layer")
     return model
 
 

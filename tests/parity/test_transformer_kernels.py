@@ -354,6 +354,19 @@ def test_the_largest_numbers_have_slopes_of_gelu():
     assert torch.equal(grad_of(x), (x > 0).float())
 
 
+def test_scores_that_fp16_holds_once_they_are_scaled():
+    qkv = (random(1, 5, 3 * 64) * 90).half()
+    q, k, _ = qkv.double().view(5, 3, 64).unbind(1)
+    assert (q @ k.T).abs().max() > 65504
+    wide = leaf(qkv)
+    qkv.requires_grad_()
+    found, expected = (dropout_attention(one, 1) for one in (qkv, wide))
+    for one in (found, expected):
+        one.sum().backward()
+    torch.testing.assert_close(found.double(), expected, rtol=2e-2, atol=0.5)
+    assert grad_of(qkv).isfinite().all()
+
+
 @pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
 def test_where_there_are_no_tokens(shape):
     qkv = torch.zeros(*shape, 12, requires_grad=True)

@@ -75,20 +75,7 @@ def sparse_attention(
     lists = layout if isinstance(layout, BlockLists) else BlockLists.of(layout, block)
     _check(q, k, v, lists, block, dropout_p)
     shape = (q.shape[0], q.shape[1], q.shape[2], k.shape[2])
-    padding = key_padding_mask
-    if padding is not None:
-        if padding.dim() not in (2, 3):
-            raise OpError(
-                f"sparse_attention: key_padding_mask of shape {list(padding.shape)}, not [{shape[0]}, {shape[3]}]"
-            )
-        padding = padding[:, None, None, :] if padding.dim() == 2 else padding[:, :, None, :]
-    biases = (
-        _Bias.of("attn_mask", attn_mask, attn_mask_mode, shape, q.device),
-        _Bias.of("key_padding_mask", padding, key_padding_mask_mode, shape, q.device),
-        _Bias.of("rpe", rpe, "add", shape, q.device),
-    )
-    if any(bias.tensor is not None and bias.tensor.requires_grad for bias in biases[:2]):
-        raise UnsupportedError("sparse_attention: a mask requires a gradient, which only rpe has; give it as rpe")
+    biases = _biases(shape, q.device, attn_mask, attn_mask_mode, key_padding_mask, key_padding_mask_mode, rpe)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     op = find_op("sparse_attention_forward", q.device.type) if q.dtype in _DTYPES else None
     if op is None:
@@ -104,6 +91,33 @@ def sparse_attention(
     )
     found: Tensor = _SparseAttention.apply(q, k, v, biases[0].tensor, biases[1].tensor, rpe, settings)
     return found
+
+
+def _biases(
+    shape: tuple[int, int, int, int],
+    device: torch.device,
+    attn_mask: Tensor | None,
+    attn_mask_mode: str,
+    key_padding_mask: Tensor | None,
+    key_padding_mask_mode: str,
+    rpe: Tensor | None,
+) -> tuple[_Bias, _Bias, _Bias]:
+    """The three, seen as scores of a shape."""
+    padding = key_padding_mask
+    if padding is not None:
+        if padding.dim() not in (2, 3):
+            raise OpError(
+                f"sparse_attention: key_padding_mask of shape {list(padding.shape)}, not [{shape[0]}, {shape[3]}]"
+            )
+        padding = padding[:, None, None, :] if padding.dim() == 2 else padding[:, :, None, :]
+    biases = (
+        _Bias.of("attn_mask", attn_mask, attn_mask_mode, shape, device),
+        _Bias.of("key_padding_mask", padding, key_padding_mask_mode, shape, device),
+        _Bias.of("rpe", rpe, "add", shape, device),
+    )
+    if any(bias.tensor is not None and bias.tensor.requires_grad for bias in biases[:2]):
+        raise UnsupportedError("sparse_attention: a mask requires a gradient, which only rpe has; give it as rpe")
+    return biases
 
 
 class _Settings(NamedTuple):

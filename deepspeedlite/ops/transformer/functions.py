@@ -359,12 +359,21 @@ def _probabilities(
     """Of `[3, batch, heads, tokens, dim]`: before dropout (after it where they are not wanted), and after it."""
     _, batch, heads, tokens, dim = parts.shape
     q, k, _ = parts.view(3, batch * heads, tokens, dim)
-    scores = torch.bmm(q, k.transpose(1, 2)).view(batch, heads, tokens, tokens)
+    scores, scale = _products(q, k)
+    scores = scores.view(batch, heads, tokens, tokens)
     dropping = how.dropout.ratio != 0
     probs = scores if parts_wanted or not dropping else None
     dropped = None if not dropping else torch.empty_like(scores) if parts_wanted else scores
-    _op("masked_softmax", scores, how.stochastic)(scores, mask, probs, dropped, dim**-0.5, *how.dropout)
+    _op("masked_softmax", scores, how.stochastic)(scores, mask, probs, dropped, scale, *how.dropout)
     return scores, scores if dropped is None else dropped
+
+
+def _products(q: Tensor, k: Tensor) -> tuple[Tensor, float]:
+    """`q k^T`, and what it is still to be multiplied by: in fp16 nothing, as it may overflow before it is scaled."""
+    scale = q.shape[-1] ** -0.5
+    if q.dtype != torch.float16:
+        return torch.bmm(q, k.transpose(1, 2)), scale
+    return torch.baddbmm(q.new_empty(1, 1, 1), q, k.transpose(1, 2), beta=0, alpha=scale), 1.0
 
 
 # --- what they share --------------------------------------------------------------------------------------------------
