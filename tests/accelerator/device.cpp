@@ -461,8 +461,6 @@ at::Tensor copy_from_and_resize(const at::Tensor& from, const at::Tensor& to) {
 }
 
 at::Scalar local_scalar(const at::Tensor& tensor) {
-    std::optional<pybind11::gil_scoped_release> released;
-    if (Py_IsInitialized() && PyGILState_Check()) released.emplace();
     Scheduler& scheduler = Scheduler::instance();
     scheduler.synchronize(scheduler.point_of(current_stream(tensor.device().index())));
     return on_cpu(tensor).item();

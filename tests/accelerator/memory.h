@@ -102,7 +102,7 @@ class Memory final : public c10::Allocator {
 
     void give_back(void* data, const Block& block) {
         const size_t nbytes = block.nbytes;
-        Scheduler::instance().put(block.stream, {"", [=] { std::memset(data, POISON, nbytes); }});
+        Scheduler::instance().put_only(block.stream, {"", [=] { std::memset(data, POISON, nbytes); }});
         free_[{block.stream, nbytes}].push_back(data);
     }
 
