@@ -11,7 +11,7 @@ import socket
 import zlib
 from dataclasses import dataclass
 
-from deepspeedlite.runtime.env import LOCALHOST, World, number_in, port_in, require_all
+from deepspeedlite.runtime.env import LOCALHOST, World, number_in, port_in
 from deepspeedlite.runtime.errors import DistributedError
 
 # Ports below Linux's ephemeral range (32768 up), so that no outgoing connection sits on one by chance.
@@ -76,7 +76,7 @@ def world_of(env: dict[str, str]) -> World | None:
 
 
 def _from_mpi(env: dict[str, str], names: _MpiNames) -> World:
-    require_all(env, (names.rank, names.size, names.local_rank), names.source)
+    _require_all(env, (names.rank, names.size, names.local_rank), names.source)
     world_size = number_in(env, names.size, least=1)
     local_size = number_in(env, names.local_size, least=1) if names.local_size in env else None
     source, addr, port = names.source, env.get("MASTER_ADDR"), port_in(env)
@@ -124,7 +124,7 @@ def _in_slurm_step(env: dict[str, str]) -> bool:
 
 def _from_slurm(env: dict[str, str]) -> World:
     size_name = "SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in env else "SLURM_NTASKS"
-    require_all(env, ("SLURM_PROCID", size_name, "SLURM_LOCALID"), "Slurm")
+    _require_all(env, ("SLURM_PROCID", size_name, "SLURM_LOCALID"), "Slurm")
     world_size = number_in(env, size_name, least=1)
     nodelist = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST") or env.get("SLURM_NODELIST")
     hosts = expand_nodelist(nodelist) if nodelist else []
@@ -242,3 +242,15 @@ def _own_address() -> str:
             return str(probe.getsockname()[0])
         except OSError:
             return socket.gethostname()
+
+
+def _require_all(env: dict[str, str], names: tuple[str, ...], source: str) -> None:
+    """Raise where some of these variables are not set."""
+    missing = [name for name in names if name not in env]
+    if missing:
+        present = [name for name in names if name in env]
+        raise DistributedError(
+            f"{source}: {', '.join(present) or 'its step variables'} set, but {', '.join(missing)} not; start the "
+            "script with mpirun or srun so that all are set, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
+            "MASTER_PORT by hand"
+        )

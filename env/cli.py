@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from deepspeedlite.runtime.text import columns
+from deepspeedlite.host.text import columns
 from env import cluster, show
 from env.environment import CONSTRAINTS, FOLDER, check_constraints, load, names, read
 from env.errors import ImageError

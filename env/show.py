@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from deepspeedlite.runtime.text import columns
+from deepspeedlite.host.text import columns
 from env.images import Made
 
 

@@ -39,6 +39,7 @@ MAX_FUNCTION_LINES = 60
 # What the drawing says under a room's name; the lowest first.
 NOTES = {
     "runtime": "world, device, log, errors",
+    "host": "processors, tables as text",
     "config": "keys, checks, legacy spellings",
     "launcher": "starts ranks on hosts",
     "env_report": "what a machine has",

@@ -28,12 +28,12 @@ from deepspeedlite.comm.desync import LabelledWork, explained
 from deepspeedlite.comm.group import Group
 from deepspeedlite.comm.init import init_process_group
 from deepspeedlite.comm.transport import ALL_GATHER, OPS, REDUCE_SCATTER
-from deepspeedlite.comm.work import PendingWork
 from deepspeedlite.config import load_config
 from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.metrics.stall_watch import watch_for_stalls
 from deepspeedlite.runtime.device import on_accelerator
 from deepspeedlite.runtime.errors import ConfigError, DistributedError
+from deepspeedlite.transports.pending import PendingWork
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

@@ -19,10 +19,10 @@ from pathlib import Path
 from deepspeedlite.env_report.preflight import OWN_NAME_REMEDY, own_name, own_name_fault
 from deepspeedlite.env_report.probe import op_builder
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text
+from deepspeedlite.host.cores import cpu_quota, usable_cores
+from deepspeedlite.host.text import GIB, MIB, size_text
 from deepspeedlite.launcher.gpus import find_devices
-from deepspeedlite.runtime.cores import cpu_quota, usable_cores
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.text import GIB, MIB, size_text
 
 _ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")
 _LEAST_TEMPORARY_BYTES = 16 << 20

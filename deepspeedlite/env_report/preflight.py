@@ -22,11 +22,11 @@ from typing import Any
 
 from deepspeedlite._version import __version__
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text, torch_files
+from deepspeedlite.host.cores import usable_cores
+from deepspeedlite.host.text import GIB, MIB, columns, size_text
 from deepspeedlite.launcher.gpus import Devices, find_devices
 from deepspeedlite.launcher.hostfile import bare, ssh_words
-from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import LaunchError
-from deepspeedlite.runtime.text import GIB, MIB, columns, size_text
 
 _SKEW_S = 2.0  # logs and file times of the nodes stop making sense together
 _LOOKUP_S = 1.0  # a name server that is slower delays every start by it

@@ -20,7 +20,7 @@ from deepspeedlite.env_report.rows import (
     torch_files,
     version_numbers,
 )
-from deepspeedlite.runtime.text import size_text
+from deepspeedlite.host.text import size_text
 
 
 def compilers() -> list[Row]:

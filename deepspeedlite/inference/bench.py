@@ -16,6 +16,7 @@ import torch
 
 from deepspeedlite.comm.init import init_process_group
 from deepspeedlite.comm.ranks import get_local_rank
+from deepspeedlite.host.text import print_table, size_text
 from deepspeedlite.inference.config import read_inference_config
 from deepspeedlite.inference.engine import InferenceEngine
 from deepspeedlite.inference.prepare import TORCH_DTYPES
@@ -23,7 +24,6 @@ from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.env import discover_world
 from deepspeedlite.runtime.errors import ConfigError
 from deepspeedlite.runtime.log import current_rank, logger
-from deepspeedlite.runtime.text import print_table, size_text
 
 _READ_NBYTES = 512 << 20  # of the buffer that the read bandwidth is measured with
 

@@ -17,11 +17,11 @@ from typing import Any, NamedTuple
 import torch
 
 from deepspeedlite.checkpoint.foreign import Formats
+from deepspeedlite.host.text import size_text
 from deepspeedlite.inference.weight_files import Stored, Weights, open_weights
 from deepspeedlite.parallel.tensor.pieces import Piece
 from deepspeedlite.runtime.errors import CheckpointError, InferenceError
 from deepspeedlite.runtime.log import current_rank, log_dist, logger
-from deepspeedlite.runtime.text import size_text
 
 _MOST_NAMED = 40
 _LINE_EVERY_S = 5.0

@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspeedlite.host.text import counted
 from deepspeedlite.ops.packed_linear import PackedLinear
 from deepspeedlite.parallel.tensor import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from deepspeedlite.parallel.tensor.collectives import gather_out, slice_in, sum_out
-from deepspeedlite.runtime.text import counted
 
 Fill = Callable[[nn.Module], None]
 

@@ -20,9 +20,9 @@ import torch
 from deepspeedlite.comm import Group
 from deepspeedlite.config import load_config
 from deepspeedlite.config.sections.zero import ZeroOptimization
+from deepspeedlite.host.text import size_text
 from deepspeedlite.offload.options import make_offload
 from deepspeedlite.runtime.log import log_dist
-from deepspeedlite.runtime.text import size_text
 from deepspeedlite.zero.flat_params import FlatParams, ParamState
 from deepspeedlite.zero.leaf import leaf_modules, mark_leaves
 from deepspeedlite.zero.prefetch import ParamPrefetcher

@@ -18,11 +18,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from deepspeedlite.host.cores import usable_cores
 from deepspeedlite.launcher.gpus import Devices, find_devices
 from deepspeedlite.launcher.hostfile import numbers_in
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.plan import EVERY_RANK
-from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.env import JOB_SECRET
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger

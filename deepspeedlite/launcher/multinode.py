@@ -24,6 +24,7 @@ from typing import Any
 
 from deepspeedlite.env_report.preflight import Found, addresses, check, table
 from deepspeedlite.env_report.rows import BAD, WARN
+from deepspeedlite.host.text import columns, counted
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Backend, Launch, Reach, find_backend
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
@@ -39,7 +40,6 @@ from deepspeedlite.launcher.report import CLOSED, Outcome, RankEnd
 from deepspeedlite.launcher.ssh import HostProcess, last_line, reason_for
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
-from deepspeedlite.runtime.text import columns, counted
 
 _NOTICE_S = 8.0  # after so long somebody is told who is being waited for
 _KILL_S = 3.0  # beyond a grace: how long an agent may take to end its ranks by SIGKILL and say so

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from deepspeedlite.host.cores import usable_cores
+from deepspeedlite.host.text import counted
 from deepspeedlite.launcher.agent import Agent
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
 from deepspeedlite.launcher.gpus import find_devices
@@ -19,10 +21,8 @@ from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
 from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, choose_hosts, exported, is_here, ranks_environ
 from deepspeedlite.launcher.report import Outcome, duration
-from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
-from deepspeedlite.runtime.text import counted
 
 # One start of a training, the so-manieth: how it went, or None if it was only to be checked, and is well.
 Attempt = Callable[[LaunchOptions, Hosts, int, Loop, Screen], "Outcome | None"]

@@ -25,9 +25,9 @@ import torch.distributed as dist
 
 from deepspeedlite.comm import Group, Work
 from deepspeedlite.config.sections.monitors import CommsLogger as CommsLoggerSection
+from deepspeedlite.host.text import columns, size_text
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.log import logger as text_log
-from deepspeedlite.runtime.text import columns, size_text
 
 _PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 _BETWEEN = (os.path.join(_PACKAGE, "comm", ""), os.path.join(_PACKAGE, "compat", "comm.py"), os.path.abspath(__file__))

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 
-from deepspeedlite.runtime.text import columns
+from deepspeedlite.host.text import columns
 
 
 @dataclass

@@ -128,18 +128,6 @@ def _refuse_stale_single(env: dict[str, str], outer: World | None) -> None:
         )
 
 
-def require_all(env: dict[str, str], names: tuple[str, ...], source: str) -> None:
-    """Raise where some of these variables are not set."""
-    missing = [name for name in names if name not in env]
-    if missing:
-        present = [name for name in names if name in env]
-        raise DistributedError(
-            f"{source}: {', '.join(present) or 'its step variables'} set, but {', '.join(missing)} not; start the "
-            "script with mpirun or srun so that all are set, or set RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR and "
-            "MASTER_PORT by hand"
-        )
-
-
 def number_in(env: dict[str, str], name: str, least: int = 0, default: int | None = None) -> int:
     """A variable's whole number; `DistributedError` for another value, or one below `least`."""
     if name not in env and default is not None:

@@ -14,8 +14,8 @@ from typing import Any
 from deepspeedlite.checkpoint.formats import open_checkpoint
 from deepspeedlite.checkpoint.manifest import Parameter
 from deepspeedlite.checkpoint.reader import Reader
+from deepspeedlite.host.text import print_table
 from deepspeedlite.runtime.errors import CheckpointError
-from deepspeedlite.runtime.text import print_table
 from deepspeedlite.tools.checkpoint_diff import Difference, differences
 
 _MOST_LINES = 20  # of a section of differences, for people; --json has them all

@@ -22,8 +22,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from deepspeedlite.host.text import parse_size, print_table, size_text
 from deepspeedlite.runtime.errors import OpError
-from deepspeedlite.runtime.text import parse_size, print_table, size_text
 
 if TYPE_CHECKING:
     from torch import Tensor

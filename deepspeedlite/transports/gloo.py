@@ -21,7 +21,8 @@ import torch.distributed as dist
 from deepspeedlite.comm.desync import explained
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.comm.transport import TorchTransport, copy_unless_same
-from deepspeedlite.comm.work import PendingWork, Work
+from deepspeedlite.comm.work import Work
+from deepspeedlite.transports.pending import PendingWork
 from deepspeedlite.transports.shared_memory import Pieces, SharedMemoryLink, connect
 
 # Smaller all-reduces are one message of gloo's rather than two of a link's.

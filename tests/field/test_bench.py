@@ -14,7 +14,7 @@ from cluster import Cluster, needs_cluster
 from harness import distributed
 from paths import ROOT
 
-from deepspeedlite.runtime.text import size_text, time_text
+from deepspeedlite.host.text import size_text, time_text
 from deepspeedlite.tools.bench.plot import draw
 from deepspeedlite.tools.bench.points import Point, parse_sizes
 

@@ -8,10 +8,10 @@ import pytest
 from programs import find, needs
 
 from deepspeedlite.config import load_config
+from deepspeedlite.host.text import size_text
 from deepspeedlite.ops import load
 from deepspeedlite.ops.aio import aio_handle
 from deepspeedlite.runtime.errors import OpError
-from deepspeedlite.runtime.text import size_text
 from deepspeedlite.tools import io_tune
 
 SMALL = ["--size", "1M", "--repeats", "1"]

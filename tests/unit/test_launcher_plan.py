@@ -21,6 +21,7 @@ from programs import needs
 
 from deepspeedlite.env_report.preflight import Found, check, facts, table
 from deepspeedlite.env_report.rows import BAD, WARN
+from deepspeedlite.host.cores import cpu_quota, usable_cores
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
 from deepspeedlite.launcher.cli import parse
@@ -31,7 +32,6 @@ from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.multinode import assign_ranks, dry_run
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.plan import choose_hosts, exported, ranks_environ
-from deepspeedlite.runtime.cores import cpu_quota, usable_cores
 from deepspeedlite.runtime.errors import LaunchError
 
 # --include and --exclude

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from deepspeedlite.runtime.text import columns, did_you_mean, nearest, parse_size, print_table, size_text, time_text
+from deepspeedlite.host.text import columns, parse_size, print_table, size_text, time_text
+from deepspeedlite.runtime.text import did_you_mean, nearest
 
 
 def test_sizes_have_three_digits_or_the_places_asked_for():

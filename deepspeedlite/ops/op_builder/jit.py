@@ -23,6 +23,7 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from deepspeedlite.host.text import size_text
 from deepspeedlite.ops.op_builder.build_lock import build_lock, is_locked
 from deepspeedlite.ops.op_builder.errors import OpBuildError
 from deepspeedlite.ops.op_builder.folders import CHOOSE, detour, distrust, places, writable_folder
@@ -31,7 +32,6 @@ from deepspeedlite.ops.op_builder.prebuilt import csrc, prebuilt, sources_hash
 from deepspeedlite.ops.op_builder.spec import OPS, OpSpec
 from deepspeedlite.ops.op_builder.toolchain import Build, Toolchain, build
 from deepspeedlite.ops.op_builder.torch_build import find_torch
-from deepspeedlite.runtime.text import size_text
 
 _logger = logging.getLogger("deepspeedlite")
 _MOST_BESIDE = 4  # builders that hang, before nobody tries any longer

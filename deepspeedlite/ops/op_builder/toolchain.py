@@ -18,11 +18,11 @@ from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
+from deepspeedlite.host.cores import usable_cores
 from deepspeedlite.ops.op_builder.errors import OpBuildError
 from deepspeedlite.ops.op_builder.gpu import GpuCompiler, find_gpu_compiler
 from deepspeedlite.ops.op_builder.spec import OpSpec
 from deepspeedlite.ops.op_builder.torch_build import TorchBuild, find_torch
-from deepspeedlite.runtime.cores import usable_cores
 from deepspeedlite.runtime.errors import ConfigError
 
 OLDEST_TORCH = 0x020A000000000000  # TORCH_TARGET_VERSION: 2.10

@@ -11,10 +11,10 @@ import torch
 
 from deepspeedlite._version import __version__
 from deepspeedlite.comm import Group, destroy_process_group, get_local_rank, init_process_group
+from deepspeedlite.host.text import size_text
 from deepspeedlite.metrics.comms_logger import bus_factor
 from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.errors import DistributedError
-from deepspeedlite.runtime.text import size_text
 from deepspeedlite.tools.bench.points import Plan, Point
 from deepspeedlite.tools.bench.report import show
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Sequence
 from html import escape
 
-from deepspeedlite.runtime.text import size_text, time_text
+from deepspeedlite.host.text import size_text, time_text
 from deepspeedlite.tools.bench.points import Point
 
 _WIDTH, _HEIGHT = 420, 300  # of one panel, without what is around it

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from deepspeedlite.runtime.text import parse_size
+from deepspeedlite.host.text import parse_size
 
 # By nccl-tests' names; a size counts the whole buffer: of an all-gather its output, of a reduce-scatter its input.
 COLLECTIVES = ("all_reduce", "reduce_scatter", "all_gather", "broadcast")

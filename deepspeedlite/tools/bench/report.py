@@ -8,7 +8,7 @@ from dataclasses import asdict
 from itertools import pairwise
 from typing import Any
 
-from deepspeedlite.runtime.text import print_table, size_text, time_text
+from deepspeedlite.host.text import print_table, size_text, time_text
 from deepspeedlite.tools.bench.plot import draw
 from deepspeedlite.tools.bench.points import Plan, Point
 

@@ -13,8 +13,8 @@ import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
+from deepspeedlite.host.text import GIB, columns, size_text
 from deepspeedlite.runtime.errors import ConfigError
-from deepspeedlite.runtime.text import GIB, columns, size_text
 from deepspeedlite.tools.memory_plan.states import PINNED_FACTOR, WEIGHT_BYTES, ModelStates, Setup, all_ways
 from deepspeedlite.tools.memory_plan.states import model_states_bytes as model_states_bytes
 

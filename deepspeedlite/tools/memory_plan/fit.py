@@ -12,8 +12,8 @@ import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from deepspeedlite.host.text import GIB, print_table, size_text
 from deepspeedlite.runtime.errors import ConfigError
-from deepspeedlite.runtime.text import GIB, print_table, size_text
 from deepspeedlite.tools.memory_plan.states import (
     MASTER_BYTES,
     MOMENTS_BYTES,
