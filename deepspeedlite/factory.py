@@ -27,10 +27,18 @@ from deepspeedlite.offload.options import make_offload
 from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.whole_tensors import WholeTensors
 from deepspeedlite.optim.precision import LossScaler, Precision
-from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
+from deepspeedlite.optim.registry import build_optimizer, choose_fused
 from deepspeedlite.optim.schedules import build_scheduler
 from deepspeedlite.optim.step import StepSettings
 from deepspeedlite.parallel.replica import Replica, Tie
+from deepspeedlite.preflight.elementwise import check_flat_compatible
+from deepspeedlite.preflight.usable import (
+    check_trains,
+    refuse_unusable_modules,
+    refuse_unusable_parameters,
+    warn_left_out,
+)
+from deepspeedlite.preflight.verify_model import check_model, check_optimizer, load_alike
 from deepspeedlite.runtime.device import pick_device
 from deepspeedlite.runtime.errors import ConfigError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once
@@ -42,9 +50,7 @@ from deepspeedlite.zero.plan import ShardingPlan
 from deepspeedlite.zero.prefetch import ParamPrefetcher
 from deepspeedlite.zero.state_dicts import StateDicts
 from deepspeedlite.zero.unit import ShardUnit, UnitOptions
-from deepspeedlite.zero.usable import check_trains, refuse_unusable, warn_left_out
 from deepspeedlite.zero.use_order import PrefetchLimits
-from deepspeedlite.zero.verify_model import all_state, check_model, check_optimizer, load_alike
 from deepspeedlite.zero.wrap import (
     FROZEN,
     Bucket,
@@ -124,7 +130,7 @@ def _build_parts(
     plan = ShardingPlan.from_stage(settings.zero_optimization.stage)
     precision = Precision.from_config(settings)
     device = pick_device(comm.get_local_rank())
-    refuse_unusable(model, plan)
+    refuse_unusable_modules(model, plan)
     check_model(model, group, replica)
     model.to(device.torch_device)
     precision.convert(model)
@@ -133,8 +139,9 @@ def _build_parts(
     param_groups = [g["params"] for g in base.param_groups] if base is not None else []
     check_trains(model, base, param_groups)
     named = name_parameters(model, param_groups)
-    check_optimizer(base, given.lr_scheduler, named, group, replica)
     trained = [entry for entry in named if entry.param.requires_grad]
+    refuse_unusable_parameters(trained)
+    check_optimizer(base, given.lr_scheduler, named, group, replica)
     left = take_over(model, [e.param for e in trained], trains=base is not None, shards=plan.shard_params, group=group)
     if base is not None:
         warn_left_out(model, [*(entry.param for entry in named), *left], param_groups)
@@ -295,7 +302,7 @@ def _make_scheduler(settings: DeepSpeedConfig, base: torch.optim.Optimizer | Non
 @torch.no_grad()
 def _broadcast_rest(model: torch.nn.Module, group: Group) -> None:
     """Give every rank rank 0's buffers, and those parameters that lie in no flat values, which have seen to theirs."""
-    for _, tensor in all_state(model):
+    for tensor in (*model.parameters(), *model.buffers()):
         if owner_of(tensor) is None and tensor.numel() > 0:
             whole = tensor.data.contiguous()
             group.broadcast(whole, src=0)

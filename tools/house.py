@@ -50,6 +50,7 @@ NOTES = {
     "offload": "device, host or disk",
     "zero": "flat buffers, units, prefetch",
     "optim": "masters, step, schedules",
+    "preflight": "does it all fit?",
     "data": "loaders",
     "metrics": "train log, monitors, stalls",
     "activation_checkpointing": "recomputation",

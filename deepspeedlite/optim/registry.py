@@ -2,7 +2,6 @@
 
 `build_optimizer("AdamW", {"lr": 3e-4}, model.parameters())` takes DeepSpeed's names and parameters, and any
 torch.optim class by its name with its own. Every mistake in the section is an `OptimizerError` that lists all of them.
-`check_flat_compatible(optimizer)` refuses optimizers that cannot work on the engine's flat 1-D runs.
 What is known about each optimizer is in tables, here and (names and parameters) in config/recipes.json.
 """
 
@@ -18,7 +17,6 @@ from torch.optim import Optimizer
 from deepspeedlite.config.faults import dotted
 from deepspeedlite.config.recipes import (
     OPTIMIZERS,
-    WHOLE_TENSOR,
     accepted_parameters,
     optimizer_faults,
     refused_combination,
@@ -28,14 +26,12 @@ from deepspeedlite.ops import is_available
 from deepspeedlite.ops.adagrad import DeepSpeedCPUAdagrad
 from deepspeedlite.ops.adam import DeepSpeedCPUAdam, FusedAdam
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.ops.lion import DeepSpeedCPULion, FusedLion
+from deepspeedlite.ops.lion import FusedLion
 from deepspeedlite.ops.uncorrected_adam import UncorrectedAdam
-from deepspeedlite.runtime.device import accelerators, on_accelerator
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
-from deepspeedlite.runtime.log import log_once
 
-_OURS: dict[str, type[Optimizer]] = {"lion": FusedLion, "lamb": FusedLamb}
-_TORCH_CLASSES: dict[str, type[Optimizer]] = {
+OURS: dict[str, type[Optimizer]] = {"lion": FusedLion, "lamb": FusedLamb}
+TORCH_CLASSES: dict[str, type[Optimizer]] = {
     name.lower(): cls for name, cls in vars(torch.optim).items() if isinstance(cls, type) and cls is not Optimizer
 }
 # Where torch has a kernel that updates a whole list of tensors in one pass.
@@ -59,11 +55,6 @@ _BY_OP: dict[tuple[type[Optimizer], str], tuple[type[Optimizer], str, dict[str, 
     (torch.optim.AdamW, "cuda"): (FusedAdam, "fused_adam", {"adam_w_mode": True}),
 }
 _RULES_OUT_FUSED = {"fused", "foreach", "differentiable"}
-
-_ELEMENTWISE: frozenset[type[Optimizer]] = frozenset(
-    {cls for name, cls in {**_TORCH_CLASSES, **_OURS}.items() if name not in WHOLE_TENSOR}
-    | {FusedAdam, UncorrectedAdam, DeepSpeedCPUAdam, DeepSpeedCPUAdagrad, DeepSpeedCPULion}
-)
 
 
 def build_optimizer(
@@ -126,43 +117,6 @@ def choose_fused(optimizer: Optimizer) -> None:
             group["fused"] = True
 
 
-def check_flat_compatible(optimizer: Optimizer, allow_untested: bool = False) -> None:
-    """Raise `UnsupportedError` if the optimizer would be wrong on flat runs.
-
-    The engine gives optimizers 1-D fp32 runs, each a concatenation of parameters. That changes nothing for an update
-    that treats every element alike, and breaks one that looks at matrices or at a parameter's norm. Known classes are
-    looked up; an unknown one is tried out on two small matrices and on their concatenation, and refused if the results
-    differ. `allow_untested` (the key `zero_allow_untested_optimizer`) accepts unknown classes untried.
-    """
-    cls = type(optimizer)
-    if cls in _ELEMENTWISE or isinstance(optimizer, FusedLamb):
-        return
-    for base in cls.__mro__:
-        reason = WHOLE_TENSOR.get(base.__name__.lower())
-        if reason is not None:
-            raise UnsupportedError(
-                f"optimizer {cls.__name__} cannot run on flat parameter runs: it {reason}, or ZeRO stage 0"
-            )
-    if allow_untested:
-        log_once(f"optimizer {cls.__name__} is taken untested (zero_allow_untested_optimizer): it will see flat runs")
-        return
-    try:
-        elementwise = _is_elementwise(optimizer)
-    except Exception as error:  # unknown code, on tensors it did not choose: any failure only means "not known"
-        log_once(
-            f"optimizer {cls.__name__} could not be tried out on flat runs ({error.__class__.__name__}: {error}); it "
-            "is used as it is, and is right only if its update treats every element alike"
-        )
-        return
-    if not elementwise:
-        raise UnsupportedError(
-            f"optimizer {cls.__name__} gives other results on flat parameter runs than on whole tensors, so its update "
-            'is not elementwise (or is random): use AdamW, Lion or Lamb, or set "zero_allow_untested_optimizer": true '
-            "if you know better"
-        )
-    log_once(f"optimizer {cls.__name__} is not known here; tried out, it treats every element alike")
-
-
 def built_like(optimizer: Optimizer, group: Mapping[str, Any], params: Sequence[Tensor]) -> Optimizer:
     """A fresh optimizer of the same class for other parameters, with the options of one of its groups."""
     accepted = accepted_parameters(type(optimizer), leading=1).keys() - {"params"}
@@ -179,8 +133,8 @@ def fault_line(section: str, type: Any, path: Sequence[Any], said: str) -> str:
 def _class_of(name: str) -> type[Optimizer]:
     known = OPTIMIZERS.get(name)
     if known is None:
-        return _TORCH_CLASSES[name]
-    cls: type[Optimizer] = getattr(torch.optim, known.torch) if known.torch else _OURS[known.ours]
+        return TORCH_CLASSES[name]
+    cls: type[Optimizer] = getattr(torch.optim, known.torch) if known.torch else OURS[known.ours]
     return cls
 
 
@@ -234,27 +188,3 @@ def _all_plain(groups: list[Any], devices: frozenset[str]) -> bool:
             entry["params"] = list(entry["params"])  # a generator would be used up by looking
     plain = (Tensor, torch.nn.Parameter)
     return all(type(t) in plain and t.is_floating_point() and t.device.type in devices for t in _tensors(groups))
-
-
-def _is_elementwise(optimizer: Optimizer) -> bool:
-    """Whether a fresh optimizer of the same class moves two matrices exactly as it moves their concatenation."""
-    first = optimizer.param_groups[0]
-    device = first["params"][0].device
-    generator = torch.Generator().manual_seed(1)
-    shapes = ((8, 6), (5, 7))
-    whole = [torch.randn(shape, generator=generator).to(device) * (i + 1) for i, shape in enumerate(shapes)]
-    flat = torch.cat([tensor.flatten() for tensor in whole])
-    start = flat.clone()
-    layouts = [[torch.nn.Parameter(t.clone()) for t in whole], [torch.nn.Parameter(flat)]]
-    for tensors in layouts:
-        noise = torch.Generator().manual_seed(2)
-        trial = built_like(optimizer, first, tensors)
-        with torch.random.fork_rng(devices=[device] if on_accelerator(device) else [], device_type=accelerators().type):
-            for _ in range(3):
-                grads = [torch.randn(shape, generator=noise).to(device) * 10.0**i for i, shape in enumerate(shapes)]
-                grads = grads if len(tensors) > 1 else [torch.cat([g.flatten() for g in grads])]
-                for tensor, grad in zip(tensors, grads):
-                    tensor.grad = grad
-                trial.step()
-    moved = [torch.cat([t.detach().flatten() for t in tensors]) - start for tensors in layouts]
-    return torch.allclose(moved[0], moved[1], rtol=1e-3, atol=1e-6 * float(moved[0].abs().max()))

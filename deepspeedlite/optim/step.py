@@ -46,7 +46,7 @@ class ShardedOptimizer(torch.optim.Optimizer):
     `optimizer`; `torch.optim.Optimizer.__init__` is not called, since there is nothing of its own to keep.
 
     Args:
-        optimizer: one that `registry.check_flat_compatible` passes, whose params the units of `reducer` hold.
+        optimizer: one that `preflight.elementwise` passes, whose params the units of `reducer` hold.
         reducer: the units and the state of their gradients.
         scaler: the loss scale in force.
         settings: clipping, overflow check, sub-group size.

@@ -33,11 +33,12 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from deepspeedlite.comm import Group
+from deepspeedlite.preflight.usable import refuse_unusable_parameters
 from deepspeedlite.runtime.errors import UnsupportedError
 from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.flat_params import FlatParams, ParamState, full_shape, make_whole, owner_of, tensors_over
 from deepspeedlite.zero.missing import OF_KIND, OF_SHAPE, name_of
-from deepspeedlite.zero.wrap import NamedParameter, refuse_unusable
+from deepspeedlite.zero.wrap import NamedParameter
 
 Shard = Callable[[Sequence[NamedParameter]], None]
 
@@ -177,7 +178,7 @@ class Building:
     @_plain()
     def _refuse_unusable(self, held: Set[int]) -> None:
         members = [member for whole in self._whole for key, member in whole.members.items() if key in held]
-        refuse_unusable([member for member in members if member.param.requires_grad])
+        refuse_unusable_parameters([member for member in members if member.param.requires_grad])
 
     # --- sharding -------------------------------------------------------------------------------------------------
 

@@ -17,7 +17,6 @@ from typing import NamedTuple
 import torch
 
 from deepspeedlite.comm import Group
-from deepspeedlite.runtime.errors import UnsupportedError
 
 # Large enough to reach the wire's full bandwidth, small enough that the last bucket, whose reduction nothing hides,
 # is short. Used where the configuration leaves `reduce_bucket_size` out.
@@ -55,9 +54,6 @@ def name_parameters(
 
     A parameter that the module does not hold (a learnt temperature beside the model, say) comes last and is named by
     its place in the optimizer.
-
-    Raises:
-        UnsupportedError: two parameters share memory without being the same parameter, or one is complex.
     """
     place = {id(p): (g, i) for g, group in enumerate(param_groups) for i, p in enumerate(group)}
     everyone = {id(p): p for group in param_groups for p in group}
@@ -67,33 +63,7 @@ def name_parameters(
             named.append(NamedParameter(name, param, place.pop(id(param))[0]))
     for key, (group, index) in place.items():
         named.append(NamedParameter(f"optimizer.param_groups[{group}].params[{index}]", everyone[key], group))
-    refuse_unusable([entry for entry in named if entry.param.requires_grad])
     return named
-
-
-def refuse_unusable(trained: Sequence[NamedParameter]) -> None:
-    """Raise for parameters that cannot be trained.
-
-    Raises:
-        UnsupportedError: see `name_parameters`.
-    """
-    owner: dict[int, str] = {}
-    for name, param, _ in trained:
-        if param.is_complex():
-            raise UnsupportedError(
-                f"parameter {name} is {param.dtype}; only real numbers can be trained: hold it as torch.view_as_real"
-            )
-        if param.layout is not torch.strided:
-            raise UnsupportedError(f"parameter {name} has layout {param.layout}; only dense parameters can be trained")
-        if param.numel() == 0:
-            continue
-        address = param.data_ptr()
-        if address in owner:
-            raise UnsupportedError(
-                f"parameters {owner[address]} and {name} share memory without being the same Parameter; tie them by "
-                "assigning one Parameter to both modules"
-            )
-        owner[address] = name
 
 
 def reverse_buckets(trained: Iterable[NamedParameter], bucket_numel: int | None) -> list[list[NamedParameter]]:

@@ -14,8 +14,8 @@ import deepspeedlite
 from deepspeedlite.comm import Group
 from deepspeedlite.config import ConfigError, load_config
 from deepspeedlite.config.agreement import must_agree
+from deepspeedlite.preflight.verify_model import load_alike
 from deepspeedlite.runtime.errors import DistributedError
-from deepspeedlite.zero.verify_model import load_alike
 
 BASE = {
     "train_micro_batch_size_per_gpu": 1,

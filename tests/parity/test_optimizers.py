@@ -14,7 +14,9 @@ from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.lion import FusedLion
 from deepspeedlite.ops.uncorrected_adam import UncorrectedAdam
 from deepspeedlite.optim import registry
-from deepspeedlite.optim.registry import build_optimizer, check_flat_compatible, choose_fused
+from deepspeedlite.optim.registry import build_optimizer, choose_fused
+from deepspeedlite.preflight import elementwise
+from deepspeedlite.preflight.elementwise import check_flat_compatible
 from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 
 SHAPES = ((3, 4), (5,), (2, 2, 2), (1,))
@@ -254,8 +256,8 @@ def test_torch_classes_by_name(name):
 
 
 def test_every_torch_optimizer_is_either_known_or_refused():
-    known = {cls.__name__.lower() for cls in registry._ELEMENTWISE}
-    assert set(registry._TORCH_CLASSES) <= known | set(registry.WHOLE_TENSOR)
+    known = {cls.__name__.lower() for cls in elementwise._ELEMENTWISE}
+    assert set(registry.TORCH_CLASSES) <= known | set(elementwise.WHOLE_TENSOR)
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD", "Adagrad"])
@@ -394,9 +396,9 @@ def test_flat_check_knows_refuses_and_tries_out():
 
 
 def test_the_trial_finds_every_known_elementwise_class_elementwise():
-    for cls in registry._ELEMENTWISE - {FusedLamb}:
-        assert registry._is_elementwise(cls(make_parameters(torch.float32))), cls
-    assert not registry._is_elementwise(FusedLamb(make_parameters(torch.float32)))
+    for cls in elementwise._ELEMENTWISE - {FusedLamb}:
+        assert elementwise._is_elementwise(cls(make_parameters(torch.float32))), cls
+    assert not elementwise._is_elementwise(FusedLamb(make_parameters(torch.float32)))
     state = torch.random.get_rng_state()
     check_flat_compatible(PlainDescent(make_parameters()))
     assert torch.equal(state, torch.random.get_rng_state())

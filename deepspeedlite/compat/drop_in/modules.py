@@ -329,7 +329,7 @@ MODULES: Mapping[str, Names] = {
         DeepSpeedZeroOffloadOptimizerConfig="OffloadOptimizer",
     ),
     "runtime.zero.utils": at("compat.zero", "is_zero_param ZeRORuntimeException")
-    | no("optim.registry.check_flat_compatible says why an optimizer cannot be sharded", "is_zero_supported_optimizer"),
+    | no("preflight.elementwise says why an optimizer cannot be sharded", "is_zero_supported_optimizer"),
     "runtime.zero.stage3": at("compat.optimizers", "DeepSpeedZeroOptimizer_Stage3", _ONE_OPTIMIZER)
     | at("sharded_params.gathered", "unwrap_model_for_generation", "takes an engine or a module")
     | at(

@@ -10,12 +10,13 @@ from deepspeedlite.runtime.errors import OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.zero.flat_params import full_shape
 from deepspeedlite.zero.plan import ShardingPlan
+from deepspeedlite.zero.wrap import NamedParameter
 
 _SHOWN = 5  # names in a message
 _Groups = Sequence[Sequence[torch.Tensor]]
 
 
-def refuse_unusable(model: torch.nn.Module, plan: ShardingPlan) -> None:
+def refuse_unusable_modules(model: torch.nn.Module, plan: ShardingPlan) -> None:
     """Raise for modules whose parameters an engine cannot take over.
 
     Raises:
@@ -42,6 +43,31 @@ def refuse_unusable(model: torch.nn.Module, plan: ShardingPlan) -> None:
                 "hooks of the engine; give initialize the Python module that was compiled"
                 + ("" if module is model else ", or use stage 0, 1 or 2")
             )
+
+
+def refuse_unusable_parameters(trained: Sequence[NamedParameter]) -> None:
+    """Raise for parameters that cannot be trained.
+
+    Raises:
+        UnsupportedError: two share memory without being the same parameter, or one is complex or not dense.
+    """
+    owner: dict[int, str] = {}
+    for name, param, _ in trained:
+        if param.is_complex():
+            raise UnsupportedError(
+                f"parameter {name} is {param.dtype}; only real numbers can be trained: hold it as torch.view_as_real"
+            )
+        if param.layout is not torch.strided:
+            raise UnsupportedError(f"parameter {name} has layout {param.layout}; only dense parameters can be trained")
+        if param.numel() == 0:
+            continue
+        address = param.data_ptr()
+        if address in owner:
+            raise UnsupportedError(
+                f"parameters {owner[address]} and {name} share memory without being the same Parameter; tie them by "
+                "assigning one Parameter to both modules"
+            )
+        owner[address] = name
 
 
 def check_trains(model: torch.nn.Module, optimizer: torch.optim.Optimizer | None, groups: _Groups) -> None:

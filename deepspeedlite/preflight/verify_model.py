@@ -24,11 +24,6 @@ _SHOWN = 8  # names in a message
 _REMEDY = "give every rank the same (paths and what is logged may differ)"
 
 
-def all_state(model: torch.nn.Module) -> list[tuple[str, torch.Tensor]]:
-    """Parameters and buffers by name."""
-    return [*model.named_parameters(), *model.named_buffers()]
-
-
 def load_alike(load: Callable[[], DeepSpeedConfig], world: Group) -> DeepSpeedConfig:
     """The configuration that `load` gives, once it is known to be every rank's. Collective.
 
@@ -145,7 +140,7 @@ def check_model(model: torch.nn.Module, group: Group, replica: Replica) -> None:
 
 def _differences(model: torch.nn.Module, group: Group) -> str:
     """How models of the group's ranks differ, the same on all of them; empty if they do not."""
-    state = all_state(model)
+    state = [*model.named_parameters(), *model.named_buffers()]
     kinds = {name: f"{tuple(full_shape(t))} {t.dtype}{' trained' if t.requires_grad else ''}" for name, t in state}
     places = {name: f"number {place}" for place, (name, _) in enumerate(state)}
     found = _difference(kinds, group) or _difference(places, group)
