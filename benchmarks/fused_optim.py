@@ -39,15 +39,15 @@ class Contender(NamedTuple):
     element_bytes: int
 
 
-def contenders(numel: int) -> dict[str, Contender]:
+def contenders(numel: int, device: str = "cuda") -> dict[str, Contender]:
     """All of them, on the same parameters and gradients, each with moments of its own."""
     sizes = [TENSOR_NUMEL] * (numel // TENSOR_NUMEL) + [numel % TENSOR_NUMEL]
-    params = [torch.nn.Parameter(torch.randn(size, device="cuda")) for size in sizes if size]
+    params = [torch.nn.Parameter(torch.randn(size, device=device)) for size in sizes if size]
     for param in params:
         param.grad = torch.randn_like(param)
     halves = [param.grad.bfloat16() for param in params if param.grad is not None]
     copies = [torch.empty_like(half) for half in halves]
-    source, target = (torch.empty(numel, device="cuda") for _ in range(2))
+    source, target = (torch.empty(numel, device=device) for _ in range(2))
     mixed = FusedAdam(params, **OPTIONS)
 
     def step_mixed() -> None:

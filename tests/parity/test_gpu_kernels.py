@@ -9,30 +9,22 @@ from __future__ import annotations
 import ctypes
 import math
 import mmap
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
-from paths import ROOT
-from programs import find, program
+from gpu_kernels import ALL_BLOCKS, CSRC, GPU, CTensor, compile_for_gpu, compile_for_host, gpu_or_skip
 from torch import Tensor
 
 from deepspeedlite.ops.adam import Adam, adam_in_torch
 
 pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for the work at hand
 
-CSRC = ROOT / "csrc"
 KERNELS = sorted(str(file) for file in (CSRC / "gpu_optim").glob("*.cu"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 NUMBER = {dtype: number for number, dtype in enumerate(DTYPES)}
 BLOCK_NUMEL = 4096
 SIZES = (0, 1, 3, 4, 9, 255, 1024, BLOCK_NUMEL - 1, BLOCK_NUMEL, BLOCK_NUMEL + 1, 9999)
-ALL_BLOCKS = 0xFFFFFFFF
-
-
-class CTensor(ctypes.Structure):
-    _fields_ = [("data", ctypes.c_void_p), ("dtype", ctypes.c_int32)]
 
 
 def struct(name: str, floats: str, ints: str = "") -> type[ctypes.Structure]:
@@ -108,15 +100,6 @@ class Gpu:
             torch.cuda.synchronize()
 
 
-def compile_for_host(sources: list[str], library: Path) -> Path:
-    compiler = program("c++")
-    command = [compiler, "-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{CSRC}"]
-    command += ["-U_FORTIFY_SOURCE"]  # some systems' compilers define it
-    done = subprocess.run([*command, "-x", "c++", *sources, "-o", str(library)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return library
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("kernels")
@@ -127,19 +110,14 @@ def libraries(folder) -> dict[str, Path]:
     return {}
 
 
-@pytest.fixture(params=["wave32", "wave64", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.fixture(params=["wave32", "wave64", GPU])
 def gpu(request, libraries, folder) -> Gpu:
     kind = "cuda" if request.param == "cuda" else "host"
-    if kind == "cuda" and not (torch.cuda.is_available() and find("nvcc")):
-        pytest.skip("needs a GPU and nvcc")
+    if kind == "cuda":
+        gpu_or_skip()
     if kind not in libraries:
-        library = folder / f"{kind}.so"
-        if kind == "host":
-            compile_for_host(KERNELS, library)
-        else:
-            flags = ["-std=c++17", "-O3", "-arch=native", "-Xcompiler", "-fPIC", "-shared", f"-I{CSRC}"]
-            subprocess.run(["nvcc", *flags, *KERNELS, "-o", str(library)], check=True)
-        libraries[kind] = library
+        compiled = compile_for_gpu if kind == "cuda" else compile_for_host
+        libraries[kind] = compiled(KERNELS, folder / f"{kind}.so")
     return Gpu(libraries[kind], {"wave32": 32, "wave64": 64}.get(request.param))
 
 

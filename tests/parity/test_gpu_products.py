@@ -14,9 +14,10 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gpu_kernels import compile_for_host
 from paths import ROOT
 from programs import program
-from test_gpu_kernels import DTYPES, compile_for_host
+from test_gpu_kernels import DTYPES
 from torch import Tensor
 
 pytestmark = pytest.mark.slow  # with the other kernels on fibers

@@ -1,4 +1,4 @@
-"""The GPU kernels between and in a transformer's products, run on fibers (csrc/common/gpu_on_host.h) against float64.
+"""The GPU kernels between and in a transformer's products, on fibers or on a GPU, against float64.
 
 They are called through their C ABI, as bindings do. What they write lies between guards that must stay as they were.
 """
@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpu_kernels import DEVICES, CTensor, Device
 from paths import ROOT
-from test_gpu_kernels import CTensor, compile_for_host
 from test_packed_linear import exact_weight, layer
 from torch import Tensor
 
@@ -23,7 +23,6 @@ pytestmark = pytest.mark.slow  # all of them together: `make test-fast` is for t
 
 SOURCES = sorted(str(file) for file in (ROOT / "csrc" / "transformer_inference").glob("*.cu"))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-GUARD = 64
 TENSOR, INT64, INT32, FLOAT, POINTER = CTensor, ctypes.c_int64, ctypes.c_int32, ctypes.c_float, ctypes.c_void_p
 
 
@@ -81,38 +80,14 @@ def given(tensor: Tensor | None) -> CTensor:
     return CTensor(None if tensor is None else tensor.data_ptr(), number)
 
 
-class Device:
-    """The kernels on fibers, and tensors between guards for what they write."""
-
-    def __init__(self, library: Path, wave: int) -> None:
-        self.library = ctypes.CDLL(str(library))
-        self.library.dsl_host_failure.restype = ctypes.c_char_p
-        self.library.dsl_host_configure(wave, 0, 0xFFFFFFFF)
-        self.guarded: list[Tensor] = []
-
-    def empty(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        numel = torch.Size(shape).numel()
-        self.guarded.append(torch.full((numel + 2 * GUARD,), -77.0, dtype=dtype))
-        return self.guarded[-1][GUARD : GUARD + numel].view(shape)
-
-    def call(self, function: str, *arguments: object) -> None:
-        passed = [ctypes.byref(one) if isinstance(one, ctypes.Structure) else one for one in arguments]
-        error = getattr(self.library, function)(*passed, None)
-        assert error == 0, self.library.dsl_host_failure().decode()
-        for buffer in self.guarded:
-            assert (buffer[:GUARD] == -77).all() and (buffer[-GUARD:] == -77).all(), (
-                f"{function} wrote outside a tensor"
-            )
-
-
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return compile_for_host(SOURCES, tmp_path_factory.mktemp("inference") / "host.so")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("inference")
 
 
-@pytest.fixture(params=[32, 64])
-def device(request, library) -> Device:
-    return Device(library, request.param)
+@pytest.fixture(params=DEVICES)
+def device(request, folder) -> Device:
+    return Device.of(request.param, SOURCES, folder)
 
 
 def random(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

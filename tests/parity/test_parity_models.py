@@ -19,9 +19,10 @@ import torch.distributed as dist
 import zero_models as zoo
 from harness import distributed
 from pairwise import each_pair
-from test_parity import CLIP, DTYPES, LOSS_SCALE, OPTIMIZER, engine_config, full_weights
+from test_parity import full_weights
 from test_zero_models import gathered_experts, rows, rows_routed, squared_error
 from torch import Tensor, nn
+from unsharded import CLIP, DTYPES, LOSS_SCALE, OPTIMIZER, engine_config
 
 import deepspeedlite
 

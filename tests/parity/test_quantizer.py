@@ -7,12 +7,13 @@ import os
 import subprocess
 import sys
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
+from gpu_kernels import DEVICES, CTensor, Device
 from paths import BOOT, ROOT
 from programs import needs
-from test_gpu_kernels import CTensor, compile_for_host
 from torch import Tensor
 
 from deepspeedlite.ops.group_quantize import Quantized, dequantize, dequantize_in_torch, quantize, quantize_in_torch
@@ -137,15 +138,13 @@ def c_groups(x: Tensor, quantized: Quantized) -> CGroups:
 
 
 @pytest.fixture(scope="module")
-def on_host(tmp_path_factory) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(compile_for_host([SOURCE], tmp_path_factory.mktemp("quantizer") / "host.so")))
-    library.dsl_host_failure.restype = ctypes.c_char_p
-    return library
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("quantizer")
 
 
-@pytest.mark.parametrize("wave", [32, 64])
-def test_gpu_kernels_do_what_torch_does(on_host, wave):
-    on_host.dsl_host_configure(wave, 0, 0xFFFFFFFF)
+@pytest.mark.parametrize("kind", [*DEVICES, "copied"])
+def test_gpu_kernels_do_what_torch_does(folder, kind):
+    device = Device.of(kind, [SOURCE], folder)
     for ((shape, group_size), dtype), bits, symmetric in product(zip(SHAPES[:5], 2 * DTYPES), (8, 4), (True, False)):
         x = numbers(shape, dtype)
         for scale_dtype in (torch.float32, torch.bfloat16):
@@ -153,8 +152,8 @@ def test_gpu_kernels_do_what_torch_does(on_host, wave):
             expected = quantize_in_torch(x, **how)
             tensors = [None if one is None else torch.zeros_like(one) for one in expected[:3]]
             found = Quantized(*tensors, *expected[3:])
-            assert on_host.dsl_gpu_quantize(ctypes.byref(c_groups(x, found)), None) == 0, on_host.dsl_host_failure()
+            device.call("dsl_gpu_quantize", c_groups(x, found))
             assert_same(found, expected)
             back = torch.zeros_like(x)
-            assert on_host.dsl_gpu_dequantize(ctypes.byref(c_groups(back, found)), None) == 0
+            device.call("dsl_gpu_dequantize", c_groups(back, found))
             assert_near(back, dequantize_in_torch(found, dtype))

@@ -1,4 +1,4 @@
-"""Block-sparse attention's GPU kernels, run on fibers against dense attention in float64 and its gradients.
+"""Block-sparse attention's GPU kernels, on fibers, or on a GPU, against dense attention in float64 and its gradients.
 
 With waves of 32 products of 16-bit numbers are NVIDIA's, with waves of 64 AMD's; `plain` is a GPU without tensor cores.
 """
@@ -11,9 +11,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from gpu_kernels import DEVICES, Device
 from paths import ROOT
-from test_gpu_kernels import compile_for_host
-from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, Device, given, random, struct
+from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, given, random, struct
 from test_transformer_gpu_kernels import CDropout, dropout, factors, pointer
 from torch import Tensor
 
@@ -171,18 +171,19 @@ class Attention:
             *biases,
             *(BATCH, HEADS, self.queries, self.keys, case.dim, case.block, 0.3, case.causal, self.dropout),
         )
-        self.device.library.dsl_host_plain_products(case.plain)
+        if self.device.on_host:
+            self.device.library.dsl_host_plain_products(case.plain)
         self.device.call(function, how)
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory) -> Path:
-    return compile_for_host([SOURCE], tmp_path_factory.mktemp("sparse") / "host.so")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("sparse")
 
 
-@pytest.fixture(params=[32, 64])
-def device(request, library) -> Device:
-    return Device(library, request.param)
+@pytest.fixture(params=DEVICES)
+def device(request, folder) -> Device:
+    return Device.of(request.param, [SOURCE], folder)
 
 
 def assert_near(found: Tensor, expected: Tensor, name: str, dtype: torch.dtype | None = None) -> None:

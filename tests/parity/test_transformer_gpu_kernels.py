@@ -1,4 +1,4 @@
-"""The GPU kernels between a training transformer's products, run on fibers against float64.
+"""The GPU kernels between a training transformer's products, on fibers, or on a GPU, against float64.
 
 Random bits are made a second time here, by numpy from the paper's description of Philox.
 """
@@ -12,10 +12,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from gpu_kernels import DEVICES, GPU, Device
 from paths import ROOT
 from programs import needs
-from test_gpu_kernels import compile_for_host
-from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, Device, given, random, struct
+from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, given, random, struct
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -112,20 +112,13 @@ def test_words_are_the_papers():
 
 
 @pytest.fixture(scope="module")
-def libraries(tmp_path_factory) -> dict[bool, Path]:
-    """Of the op, and of its stochastic build."""
-    folder, plain = tmp_path_factory.mktemp("transformer"), Path(SOURCE)
-    stochastic = folder / "stochastic.cu"
-    stochastic.write_text("#define DSL_STOCHASTIC\n" + plain.read_text())
-    return {
-        False: compile_for_host([SOURCE], folder / "host.so"),
-        True: compile_for_host([str(stochastic)], folder / "stochastic.so"),
-    }
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("transformer")
 
 
-@pytest.fixture(params=[32, 64])
-def device(request, libraries) -> Device:
-    return Device(libraries[False], request.param)
+@pytest.fixture(params=DEVICES)
+def device(request, folder) -> Device:
+    return Device.of(request.param, [SOURCE], folder)
 
 
 def assert_near(found: Tensor, expected: Tensor, scale: float = 1.0, steps: int = 1) -> None:
@@ -349,12 +342,15 @@ def test_everything_is_dropped_at_a_ratio_of_one(device):
     assert (out == 0).all()
 
 
-def test_the_stochastic_build_moves_results_a_little(libraries):
+@pytest.mark.parametrize("kind", [32, GPU])
+def test_the_stochastic_build_moves_results_a_little(folder, kind):
     """Moments in one pass: the variance loses what the mean's square has of digits."""
     x, weight, shift = random(3, 260) + 8, torch.ones(260), torch.zeros(260)
     found = []
-    for stochastic in (False, True):
-        device = Device(libraries[stochastic], 32)
+    stochastic = folder / "stochastic.cu"
+    stochastic.write_text("#define DSL_STOCHASTIC\n" + Path(SOURCE).read_text())
+    for source in (SOURCE, str(stochastic)):
+        device = Device.of(kind, [source], folder)
         normed, mean, rstd = (torch.empty(shape) for shape in ((3, 260), (3,), (3,)))
         tensors = map(given, (x, None, None, None, normed, weight, shift))
         device.call("dsl_gpu_drop_norm", CDropNorm(*tensors, pointer(mean), pointer(rstd), 3, 260, 1e-5, dropout(0)))
