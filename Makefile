@@ -10,6 +10,7 @@
 #             CUDA, ROCM  which version's image `make image-cuda` and `image-rocm` build  (13.0 and 7.1)
 #             BASE, IMAGE_ARGS   another base image, and more options of `python -m env build`
 #             FUZZ_S, FUZZ_SEED  for how long `make fuzz` goes on, and from which seed         (3600, 1000)
+#             GPU_PYTHON, GPU_CHECK_ARGS  the Python of `make gpu-check`, which has the torch  (VENV's, where there is one)
 #             HOSTFILE, INSTALL_ARGS  the machines of `make install-hosts`, and more options of install.sh (-r for root)
 
 PYTHON ?= python3
@@ -31,13 +32,15 @@ FUZZ_S ?= 3600
 FUZZ_SEED ?= 1000
 HOSTFILE ?=
 INSTALL_ARGS ?=
+GPU_CHECK_ARGS ?=
 
 BIN := $(VENV)/bin
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster test-streams fuzz lint format typecheck wheel bench ops report
+.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster test-streams gpu-check fuzz lint format typecheck wheel bench ops report
 .PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
@@ -75,6 +78,9 @@ test-llamafactory:  ## train with LLaMA-Factory by its own configurations, in an
 
 test-streams:  ## train on an accelerator made of late queues: 9 configurations under 3 seeds, equal to running at once
 	$(TIMED) "make test-streams" env DSL_STREAMS=1 $(MAKE) --no-print-directory test-here PYTEST_ARGS="tests/accelerator $(PYTEST_ARGS)"
+
+gpu-check:  ## prove and measure it on this machine's GPUs, in at most 8 minutes, without a network (GPU_CHECK_ARGS: --only ...)
+	@$(GPU_PYTHON) -m tools.gpu_check $(GPU_CHECK_ARGS)
 
 fuzz:  ## train random small models under random configurations for an hour, each beside an unsharded loop (FUZZ_S, FUZZ_SEED)
 	$(TIMED) "make fuzz" env DSL_FUZZ_S=$(FUZZ_S) DSL_FUZZ_SEED=$(FUZZ_SEED) $(MAKE) --no-print-directory test-here \

@@ -29,8 +29,10 @@ def main() -> int:
     runner = Runner(report, args.device, args.tiny, ends_s, args.ranks)
     runner.run(PHASES[0])
     if not report.figures_of("here").get("accelerators") and args.device == "auto":
-        print(f"\nThere is no accelerator here{', or it does not work' if report.failed else ''}. On one it would:\n")
-        print(plan(args.only))
+        if report.failed:
+            print("\nNo accelerator works here; the rows that failed say why", file=sys.stderr)
+            return 1
+        print(f"\nThere is no accelerator here. On one it would:\n\n{plan(args.only)}")
         return NO_DEVICE
     for phase in PHASES[1:]:
         if not args.only or phase.name in args.only:

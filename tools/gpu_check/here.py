@@ -63,7 +63,7 @@ def accelerators(setting: Setting) -> dict[str, Any]:
 
 def about_cuda() -> dict[str, Any]:
     """Capability, dtypes, who reaches whose memory, the mode in which processes may share it."""
-    properties = torch.cuda.get_device_properties(0)
+    every = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     peers = sum(
         torch.cuda.can_device_access_peer(one, other)
         for one in range(torch.cuda.device_count())
@@ -71,13 +71,20 @@ def about_cuda() -> dict[str, Any]:
         if one != other
     )
     return {
-        "capability": getattr(properties, "gcnArchName", None) or f"{properties.major}.{properties.minor}",
-        "total": size_text(properties.total_memory),
+        "archs": ";".join(sorted({arch_of(properties) for properties in every})),
+        "total": size_text(min(properties.total_memory for properties in every)),
         "bf16": torch.cuda.is_bf16_supported(),
         "peer_pairs": peers,
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if dist.is_nccl_available() else "none",
         "MPS": "CUDA_MPS_PIPE_DIRECTORY" in os.environ,
     }
+
+
+def arch_of(properties: Any) -> str:
+    """As TORCH_CUDA_ARCH_LIST or PYTORCH_ROCM_ARCH name it: asked of torch, since nvidia-smi may not be there."""
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).partition(":")[0]
+    return f"{properties.major}.{properties.minor}"
 
 
 def driver() -> str:

@@ -32,7 +32,7 @@ class Watcher:
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Count a test once: by its call, or by a set-up that failed or skipped."""
-        file = Path(report.nodeid.partition("::")[0]).name
+        file = Path(report.nodeid.partition("::")[0]).name or "elsewhere"  # what lies outside of the checkout
         if file != self._file:
             self._done()
             self._file, self._counts, self._begun_s, self._reason = file, {}, time.monotonic(), ""
@@ -72,7 +72,8 @@ def of_tests(setting: Setting, arguments: list[str], files: list[str]) -> Rows:
         yield setting.tried("pytest", lambda: not_here(why))
         return
     watcher = Watcher(setting.phase)
-    usual = ["-q", "-p", "no:cacheprovider", "-p", "no:terminal", f"--rootdir={ROOT}", "-W", "ignore"]
+    # In a thread signals tell of nothing, which pytest-timeout would use; the phase has its own limit.
+    usual = ["-q", "-p", "no:cacheprovider", "-p", "no:timeout", f"--rootdir={ROOT}", "-W", "ignore"]
     codes: list[int] = []
 
     def run() -> None:

@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,6 @@ class Runner:
     tiny: bool
     ends_s: float
     most_ranks: int
-    environment: dict[str, str] = field(default_factory=dict)
 
     def run(self, phase: Phase) -> None:
         """Do it, and add its rows; that of a phase which broke off says with what words."""
@@ -143,9 +142,11 @@ class Runner:
         # Where there is no network, nothing else is up; where there is, it may be slow or filtered.
         usual = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN"}
         usual |= {"OMP_NUM_THREADS": max(1, cores // ranks), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+        if archs := self.report.figures_of("here").get("archs"):  # the same for all phases: libraries are kept by them
+            usual |= {"TORCH_CUDA_ARCH_LIST": archs, "PYTORCH_ROCM_ARCH": archs}
         kept = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHELASTIC_"))}
         texts = {name: str(value) for name, value in ours.items()}
-        return {**{name: str(value) for name, value in usual.items()}, **kept, **texts, **self.environment}
+        return {**{name: str(value) for name, value in usual.items()}, **kept, **texts}
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
