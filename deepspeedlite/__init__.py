@@ -27,6 +27,7 @@ _OWN = ("config", "errors")
 # What the core is given beside what it has, so that it need not know it: where it is, and what it is asked for as.
 _PLUGINS = {
     "checkpoint.formats.deepspeed.saver:DeepSpeedSaver": [("saver", "deepspeed")],
+    "parallel.mpu:groups_of": [("groups", "mpu")],
     "schedulers:world_of": [("world", "schedulers")],
     "schedulers:ask_mpi": [
         ("address of rank 0", name) for name in ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")

@@ -34,11 +34,12 @@ from deepspeedlite.metrics.train_log import StepReport, TrainLog
 from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.optim.step import ShardedOptimizer
-from deepspeedlite.parallel.replica import Replica, Tie, groups_of
+from deepspeedlite.parallel.replica import Replica, Tie
 from deepspeedlite.passes import note_clearing, note_hidden, note_losses
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_once, logger
+from deepspeedlite.runtime.plugins import plugins
 from deepspeedlite.runtime.tensors import tensors_in
 from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
@@ -92,8 +93,10 @@ class Engine(torch.nn.Module):
 
     @classmethod
     def mpu_of(cls, model: torch.nn.Module, mpu: Any) -> tuple[Any, Group, Replica]:
-        """The Megatron-style object that tells of process groups, and its groups."""
-        return mpu, *groups_of(mpu, comms_logger)
+        """The Megatron-style object that tells of process groups, and its groups; None: every rank is data parallel."""
+        if mpu is None:
+            return None, Group(observer=comms_logger), Replica()
+        return mpu, *plugins.find("groups", "mpu")(mpu, comms_logger)
 
     @classmethod
     def prepare(cls, model: torch.nn.Module, config: DeepSpeedConfig) -> None:

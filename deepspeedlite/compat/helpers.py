@@ -17,7 +17,8 @@ import torch
 from deepspeedlite.comm import Group
 from deepspeedlite.compat.accelerator import get_accelerator
 from deepspeedlite.metrics.memory import memory_breakdown
-from deepspeedlite.parallel.replica import Replica, replica_of
+from deepspeedlite.parallel.mpu import replica_of
+from deepspeedlite.parallel.replica import Replica
 from deepspeedlite.parallel.replica import is_model_parallel_parameter as is_model_parallel_parameter
 from deepspeedlite.runtime.device import device_in_use
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError

@@ -49,7 +49,7 @@ def initialize(
         lr_scheduler: a schedule, or a callable that makes one from the optimizer; the configuration's if None.
         distributed_port: port of rank 0 for start-ups that do not name one.
         mpu: a Megatron-style object whose data-parallel and model-parallel groups are honoured; see
-            `parallel.replica.groups_of`.
+            `parallel.mpu.groups_of`.
         dist_init_required: False: torch.distributed must be initialised already; None: initialise it if it is not.
         collate_fn: for the loader of `training_data`.
         config: path, dict or base64 of the JSON configuration.

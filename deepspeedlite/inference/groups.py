@@ -10,7 +10,7 @@ import torch.distributed as dist
 from deepspeedlite.comm import Group
 from deepspeedlite.comm.init import default_timeout, init_process_group
 from deepspeedlite.inference.config import DeepSpeedTPConfig
-from deepspeedlite.parallel.replica import replica_of
+from deepspeedlite.parallel.mpu import replica_of
 from deepspeedlite.runtime.env import discover_world
 from deepspeedlite.runtime.errors import ConfigError
 

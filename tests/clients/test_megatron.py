@@ -13,7 +13,7 @@ from tensor_parallel import HIDDEN, WIDTH, Mlp, piece_of, whole_model
 from test_mpu import Unsharded, assert_trained_alike, config, take_step
 
 import deepspeedlite
-from deepspeedlite.parallel.replica import groups_of
+from deepspeedlite.parallel.mpu import groups_of
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.utils import groups, safe_get_full_fp32_param, safe_get_full_optimizer_state
 

@@ -15,8 +15,9 @@ from tensor_parallel import Grid, Mlp, NewMpu, OldMpu, batch, marked, parallel_m
 import deepspeedlite
 from deepspeedlite import checkpointing
 from deepspeedlite.compat.helpers import clip_grad_norm_
+from deepspeedlite.engine import Engine
 from deepspeedlite.ops.lamb import FusedLamb
-from deepspeedlite.parallel.replica import groups_of
+from deepspeedlite.parallel.mpu import groups_of
 from deepspeedlite.runtime.errors import DistributedError, LossScaleError, OptimizerError
 from deepspeedlite.runtime.log import logger
 from deepspeedlite.utils import groups, safe_get_full_fp32_param
@@ -236,7 +237,7 @@ def test_an_mpu_that_cannot_be_used_is_told_on_every_rank():
     group, replica = groups_of(stages)
     assert (replica.group.size, replica.tensor.size, replica.name_prefix) == (2, 1, f"mp_rank_0{grid.rank}.")
     assert replica.counts(torch.ones(1))  # what a stage holds nobody else does
-    group, replica = groups_of(None)
+    _, group, replica = Engine.mpu_of(torch.nn.Identity(), None)
     assert (group.size, replica.group.size, replica.group.ranks, replica.name_prefix) == (4, 1, [dist.get_rank()], "")
 
 
