@@ -35,13 +35,13 @@ from deepspeedlite.offload.options import Offload
 from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.parallel.replica import Replica, Tie
-from deepspeedlite.passes import note_clearing, note_hidden, note_losses
+from deepspeedlite.preflight.attached import Attached
+from deepspeedlite.preflight.passes import note_clearing, note_hidden, note_losses
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_once, logger
 from deepspeedlite.runtime.plugins import plugins
 from deepspeedlite.runtime.tensors import tensors_in
-from deepspeedlite.zero.attached import Attached
 from deepspeedlite.zero.clearing import ModuleClearing
 from deepspeedlite.zero.flat_params import FlatParams
 from deepspeedlite.zero.grad_reducer import GradReducer

@@ -32,7 +32,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PACKAGE = "deepspeedlite"
-CORE = ("engine", "factory", "passes", "config", "runtime", "comm", "zero", "offload", "optim")
+CORE = ("engine", "factory", "config", "runtime", "comm", "zero", "offload", "optim")
 CORE += ("comm/guard", "parallel/replica", "checkpoint")
 OWN_ROOMS = ("checkpoint/formats", "comm/guard", "parallel/replica")
 MAX_FUNCTION_LINES = 60
@@ -56,7 +56,6 @@ NOTES = {
     "activation_checkpointing": "recomputation",
     "checkpoint": "save, load, manifest",
     "checkpoint/formats": "DeepSpeed, Hugging Face",
-    "passes": "forward and backward",
     "engine": "the training interface",
     "factory": "builds an engine",
     "parallel": "pipelines",

@@ -1,4 +1,6 @@
-"""What is asked before an engine is built, and changes nothing: do model, optimizer and ranks fit what is to be done?
+"""What looks for mistakes that would spoil a training unnoticed. The engine asks it; nothing here trains.
 
-`usable` asks it of one rank's model, `elementwise` of its optimizer, `verify_model` of all ranks together.
+Before an engine is built: `usable` asks whether one rank's model fits, `elementwise` whether its optimizer does,
+`verify_model` whether all ranks do together. In the loop: `attached` looks for parameters that came since and that
+nobody trains, `passes` for backward passes that no step follows.
 """
