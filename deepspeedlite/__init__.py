@@ -28,6 +28,9 @@ _OWN = ("config", "errors")
 _PLUGINS = {
     "checkpoint.formats.deepspeed.saver:DeepSpeedSaver": [("saver", "deepspeed")],
     "parallel.mpu:groups_of": [("groups", "mpu")],
+    "spellings:modernise": [("older spellings", "rewrite")],
+    "spellings:older_names": [("older spellings", "names")],
+    "schedule_parameters:scheduler_faults": [("faults", "scheduler")],
     "schedulers:world_of": [("world", "schedulers")],
     "schedulers:ask_mpi": [
         ("address of rank 0", name) for name in ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")

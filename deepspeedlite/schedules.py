@@ -17,10 +17,10 @@ from typing import Any
 
 from torch import Tensor
 
-from deepspeedlite.config.recipes import schedule_problem
 from deepspeedlite.optim.schedules import with_param_groups
 from deepspeedlite.runtime.errors import OptimizerError
 from deepspeedlite.runtime.log import logger
+from deepspeedlite.schedule_parameters import schedule_problem
 
 PerGroup = float | Sequence[float]  # one value for all parameter groups, or one for each
 

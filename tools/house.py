@@ -40,7 +40,7 @@ MAX_FUNCTION_LINES = 60
 NOTES = {
     "runtime": "world, device, log, errors",
     "host": "processors, tables as text",
-    "config": "keys, checks, legacy spellings",
+    "config": "keys, checks, recipes",
     "launcher": "starts ranks on hosts",
     "env_report": "what a machine has",
     "comm": "groups and transports",

@@ -32,6 +32,13 @@ class Fault(NamedTuple):
         return f"{text}; {self.remedy}" if self.remedy else text
 
 
+class Origin(NamedTuple):
+    """How the user wrote a key: its path, and its value if it was another one then (MISSING: the same)."""
+
+    path: KeyPath
+    value: Any = MISSING
+
+
 def dotted(path: Sequence[Any]) -> str:
     """("a", "b", 0, "odd key") -> a.b[0]["odd key"]."""
     text = ""

@@ -1,6 +1,6 @@
 """`load_config`: from a source to a checked `DeepSpeedConfig`, or to one ConfigError with everything that is wrong.
 
-Stages, each adding to one list of faults: read (source), older spellings (legacy), placeholders, types and unknown
+Stages, each adding to one list of faults: read (source), older spellings (a plug-in), placeholders, types and unknown
 keys (pydantic), features of this release (features), contradictions (rules), the batch triangle (batch). A value at
 fault is taken out and the rest checked again, so no mistake hides another.
 
@@ -26,15 +26,15 @@ from pydantic.fields import FieldInfo
 
 from deepspeedlite.config.base import Section
 from deepspeedlite.config.batch import NAMES, batch_problem
-from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted, raise_faults
+from deepspeedlite.config.faults import MISSING, Fault, KeyPath, Origin, dotted, raise_faults
 from deepspeedlite.config.keys import default_of, inner_section, kind_of, standing
-from deepspeedlite.config.legacy import RENAMED, Origin, modernise
 from deepspeedlite.config.recipes import OTHER_NAMES, Faults, optimizer_faults, refused_combination, scheduler_faults
 from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import copy_tree, read_source
 from deepspeedlite.runtime.leniency import is_lenient
 from deepspeedlite.runtime.log import log_dist_once, log_once
+from deepspeedlite.runtime.plugins import plugins
 from deepspeedlite.runtime.text import nearest
 
 AUTO = "auto"
@@ -101,8 +101,8 @@ def examine(
     """
     origin, raw, faults = read_source(source)
     tree = typing.cast(dict[str, Any], copy_tree(raw))
-    moved = modernise(tree, faults)
-    found = Findings(moved, faults, peek)
+    modernise = plugins.find("older spellings", "rewrite")
+    found = Findings(modernise(tree, faults) if modernise is not None else {}, faults, peek)
     unknown = [*_take_unknown(tree), *_number_stage(tree)] if lenient else []
     placeholders(tree, DeepSpeedConfig, (), found, peek or lenient)
     config: DeepSpeedConfig = validate(tree, found, DeepSpeedConfig)
@@ -308,7 +308,8 @@ def _known_key(path: KeyPath, owner: type[Section], root: type[Section] = DeepSp
     """What an unknown key was probably meant to be."""
     name = str(path[-1])
     parent = tuple(part for part in path[:-1] if isinstance(part, str))
-    known = {*owner.model_fields, *(old.old for old in RENAMED if old.parent == parent)}
+    older_names = plugins.find("older spellings", "names")
+    known = {*owner.model_fields, *(older_names(parent) if older_names is not None else ())}
     elsewhere = [place for place in _places(root).get(name, ()) if place != ".".join(parent)]
     match = nearest(name, known, _NEAR)
     if name in OTHER_NAMES and not parent:

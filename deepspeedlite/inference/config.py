@@ -13,8 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, model_validator
 
 from deepspeedlite.config.base import DTYPE_NAMES, Flag, FreeForm, Int, Path, Section, Text, key
-from deepspeedlite.config.faults import Fault, dotted, raise_faults, show
-from deepspeedlite.config.legacy import Origin
+from deepspeedlite.config.faults import Fault, Origin, dotted, raise_faults, show
 from deepspeedlite.config.load import Findings, check_features, placeholders, validate
 from deepspeedlite.config.sections.zero import ZeroOptimization
 from deepspeedlite.config.source import read_source

@@ -27,7 +27,9 @@ def build_scheduler(type: str, params: Mapping[str, Any] | None, optimizer: Any)
     options = dict(params or {})
     if faults := scheduler_faults(type, options):
         raise OptimizerError(f"scheduler {type}: " + "\n  ".join(fault_line("scheduler", type, *one) for one in faults))
-    cls = plugins.find("schedule", type.lower()) or _TORCH_SCHEDULES[type.lower()]
+    cls = plugins.find("schedule", type.lower()) or _TORCH_SCHEDULES.get(type.lower())
+    if cls is None:
+        raise OptimizerError(f"scheduler {type} is unknown; known: {', '.join(lr_scheduler.__all__)}")
     try:
         return cls(with_param_groups(optimizer), **options)
     except (OptimizerError, TypeError, ValueError, AttributeError) as error:

@@ -7,10 +7,10 @@ import textwrap
 from typing import Any
 
 from deepspeedlite.config.base import LARGEST, Section
-from deepspeedlite.config.legacy import LEGACY_ZERO_DOC, RENAMED
 from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.inference.config import RENAMED as RENAMED_FOR_INFERENCE
 from deepspeedlite.inference.config import DeepSpeedInferenceConfig
+from deepspeedlite.spellings import LEGACY_ZERO_DOC, RENAMED
 from deepspeedlite.tools.config_keys import ALL_SECTIONS, KeyInfo, iter_keys
 
 INTRODUCTION = """\

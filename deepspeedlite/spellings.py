@@ -1,4 +1,4 @@
-"""Older spellings that DeepSpeed still takes, as data: where a key was, where it is now, how its value changes.
+"""A plug-in of `config.load`: older spellings that DeepSpeed still takes, as data: where a key was, where it is now.
 
 `modernise` rewrites a configuration in place and returns where each rewritten key came from, so that messages name
 the key as the user wrote it.
@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from deepspeedlite.config.faults import MISSING, Fault, KeyPath, dotted
+from deepspeedlite.config.faults import MISSING, Fault, KeyPath, Origin, dotted
 
 
 class Renamed(NamedTuple):
@@ -27,13 +27,6 @@ def _to_cpu(value: Any) -> Any:
     if isinstance(value, int) and value in (0, 1):
         return {"device": "cpu"} if value else MISSING
     return value
-
-
-class Origin(NamedTuple):
-    """How the user wrote a key: its path, and its value if it was another one then (MISSING: the same)."""
-
-    path: KeyPath
-    value: Any = MISSING
 
 
 ZERO = ("zero_optimization",)
@@ -65,6 +58,11 @@ LEGACY_ZERO_DOC = (
     '`"zero_optimization": true` is `{"stage": 1}` and `false` is `{}`; beside it, a top-level `allgather_size` is '
     "`allgather_bucket_size`"
 )
+
+
+def older_names(parent: KeyPath) -> set[str]:
+    """The older spellings of an object's keys."""
+    return {rename.old for rename in RENAMED if rename.parent == parent}
 
 
 def modernise(tree: dict[str, Any], faults: list[Fault]) -> dict[KeyPath, Origin]:
