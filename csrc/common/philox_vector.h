@@ -10,7 +10,12 @@
 #include "common/vector.h"
 
 #if defined(__x86_64__)
+// All of immintrin.h is read in half a second, which is most of what such a file takes.
+#if defined(__AVX2__)
 #include <immintrin.h>
+#else
+#include <emmintrin.h>
+#endif
 #endif
 
 namespace {

@@ -11,6 +11,10 @@
 #include "common/tensor.h"
 #include "common/tile.h"
 
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 #if defined(__AVX512F__)
@@ -56,7 +60,7 @@ inline Vector load(const Float16* from) {
 #if defined(__AVX512F__)
     return reinterpret_cast<Vector>(_mm512_cvtph_ps(load_as<__m256i>(from)));
 #elif defined(__F16C__)
-    return reinterpret_cast<Vector>(_mm256_cvtph_ps(load_as<__m128i>(from)));
+    return __builtin_ia32_vcvtph2ps256(load_as<EightHalves>(from));
 #else
     float wide[LANES];
     for (int i = 0; i < LANES; ++i) wide[i] = widen_fp16(from[i].bits);

@@ -29,11 +29,11 @@ void change(const Strip& strip, const dsl::SparseRoom& room, const float* kept) 
                 store(room.products + at, changed[k]);
             }
             if constexpr (Kind::EACH == 2) {
-                __m256i narrow[2];
+                decltype(Kind::narrow(weight[0])) narrow[2];
                 for (int k = 0; k < 2; ++k) {
                     const int64_t at = ((j + k) * queries + i) / 2;
                     narrow[k] = Kind::narrow(changed[k]);
-                    const __m256i halves = Kind::narrow(weight[k]);
+                    const auto halves = Kind::narrow(weight[k]);
                     std::memcpy(room.weights + at, &halves, sizeof halves);
                     std::memcpy(room.changes + at, &narrow[k], sizeof halves);
                 }

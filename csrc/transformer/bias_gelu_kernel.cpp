@@ -93,13 +93,12 @@ void for_tiles(const How& how, int64_t part, float* bias_buffer, const Work& wor
 void put_sums(const dsl_bias_gelu_backward& how, const float* sums, int64_t part, int64_t begin, int64_t column,
               int64_t n) {
     if (how.parts == nullptr) return;
-#if defined(DSL_STOCHASTIC)
-    float* const to = how.parts + begin * how.width + column;
-    for (int64_t i = 0; i < n; ++i) to[i] = part == begin ? sums[i] : to[i] + sums[i];
-#else
-    (void)begin;
-    std::memcpy(how.parts + part * how.width + column, sums, n * sizeof(float));
-#endif
+    float* const to = how.parts + (how.stochastic ? begin : part) * how.width + column;
+    if (how.stochastic && part != begin) {
+        for (int64_t i = 0; i < n; ++i) to[i] += sums[i];
+    } else {
+        std::memcpy(to, sums, n * sizeof(float));
+    }
 }
 
 }  // namespace

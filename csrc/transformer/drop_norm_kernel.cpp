@@ -28,25 +28,24 @@ struct Moments {
     float mean, variance;
 };
 
-Moments moments_of(float* row, int64_t n) {
+Moments moments_of(float* row, int64_t n, bool in_one_pass) {
     pad(row, n, 0);
     const float mean = sum_vectors(n, [&](int64_t i) { return load(row + i); }) / n;
-#if defined(DSL_STOCHASTIC)
-    const float squares = sum_vectors(n, [&](int64_t i) { return load(row + i) * load(row + i); }) / n;
-    const float variance = squares - mean * mean;
-    return {mean, variance < 0 ? 0 : variance};  // NaN stays NaN
-#else
+    if (in_one_pass) {
+        const float squares = sum_vectors(n, [&](int64_t i) { return load(row + i) * load(row + i); }) / n;
+        const float variance = squares - mean * mean;
+        return {mean, variance < 0 ? 0 : variance};  // NaN stays NaN
+    }
     pad(row, n, mean);
     const float squares = sum_vectors(n, [&](int64_t i) {
         const Vector off = load(row + i) - mean;
         return off * off;
     });
     return {mean, squares / n};
-#endif
 }
 
 void norm_row(const dsl_drop_norm& how, int64_t row, const float* weight, const float* shift, float* summed) {
-    const Moments moments = moments_of(summed, how.hidden);
+    const Moments moments = moments_of(summed, how.hidden, how.stochastic);
     const float rstd = 1 / std::sqrt(moments.variance + how.eps);
     how.mean[row] = moments.mean;
     how.rstd[row] = rstd;
@@ -169,14 +168,11 @@ extern "C" void DSL_NAMED(dsl_drop_norm_backward)(const dsl_drop_norm_backward* 
         for (int64_t row = part * DSL_PART; row < least((part + 1) * DSL_PART, how->rows); ++row) {
             backward_row(*how, row, shared, buffers);
         }
-#if !defined(DSL_STOCHASTIC)  // there, one part for all rows of the call
+        if (how->stochastic) continue;  // one part for all rows of the call
         put_part(*how, shared, part);
         clear(shared, n);
-#endif
     }
-#if defined(DSL_STOCHASTIC)
-    put_part(*how, shared, begin);
-#endif
+    if (how->stochastic) put_part(*how, shared, begin);
 }
 
 extern "C" void DSL_NAMED(dsl_sum_parts)(const dsl_parts* parts, int64_t begin, int64_t end) {

@@ -80,9 +80,8 @@ inline void for_vectors(int64_t n, const Work& work) {
     for (int64_t i = 0; i < n; i += LANES) work(i);
 }
 
-// e^x where it need not be exact to the last bits: less than 2^-17 of it. As exact as `exponential` by default.
-inline Vector softmax_exponential(Vector x) {
-#if defined(DSL_STOCHASTIC)
+// e^x of what is at most 0, where it need not be exact to the last bits: less than 2^-17 of it.
+inline Vector rough_exponential(Vector x) {
     const Vector magic = spread(12582912.0f);
     const Vector n = (x * 1.44269504f + magic) - magic;
     const Vector r = x * 1.44269504f - n;  // 2^r by its series, |r| <= 1/2
@@ -90,11 +89,8 @@ inline Vector softmax_exponential(Vector x) {
     for (const float factor : {9.61812911e-3f, 5.55041087e-2f, 2.40226507e-1f, 6.93147181e-1f, 1.0f})
         p = p * r + factor;
     const Ints whole = __builtin_convertvector(choose(reinterpret_cast<Ints>(n < -126.0f), spread(-126.0f), n), Ints);
-    const Vector found = p * reinterpret_cast<Vector>((whole + 127) << 23);  // x is at most 0 here
+    const Vector found = p * reinterpret_cast<Vector>((whole + 127) << 23);
     return choose(reinterpret_cast<Ints>(x < -87.3f), spread(0.0f), found);
-#else
-    return exponential(x);
-#endif
 }
 
 }  // namespace

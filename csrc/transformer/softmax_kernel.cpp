@@ -55,7 +55,11 @@ void softmax_row(const dsl_softmax& how, int64_t row, const Buffers& buffers) {
     if (most == -INFINITY) {
         std::memset(probs, 0, padded(n) * sizeof(float));
     } else {
-        for_vectors(n, [&](int64_t i) { store(probs + i, softmax_exponential(load(probs + i) - most)); });
+        if (how.stochastic) {
+            for_vectors(n, [&](int64_t i) { store(probs + i, rough_exponential(load(probs + i) - most)); });
+        } else {
+            for_vectors(n, [&](int64_t i) { store(probs + i, exponential(load(probs + i) - most)); });
+        }
         const float inverse = 1 / sum_vectors(n, [&](int64_t i) { return load(probs + i); });
         for_vectors(n, [&](int64_t i) { store(probs + i, load(probs + i) * inverse); });
     }

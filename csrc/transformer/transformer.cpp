@@ -19,6 +19,12 @@
 
 namespace {
 
+#if defined(DSL_STOCHASTIC)
+constexpr bool STOCHASTIC = true;
+#else
+constexpr bool STOCHASTIC = false;
+#endif
+
 using dsl::Arguments;
 using dsl::MaybeTensor;
 using dsl::Tensor;
@@ -47,12 +53,8 @@ std::vector<int64_t> share(int64_t rows, int64_t width, const Work& work) {
 void sum_parts(const float* from, int64_t rows, int64_t step, int64_t width, const std::vector<int64_t>& begun,
                float* to) {
     if (to == nullptr) return;
-#if defined(DSL_STOCHASTIC)
-    const dsl_parts parts{from, static_cast<int64_t>(begun.size()), step, begun.data(), to};
-#else
-    (void)begun;
-    const dsl_parts parts{from, parts_of(rows), step, nullptr, to};
-#endif
+    const dsl_parts parts{from, STOCHASTIC ? static_cast<int64_t>(begun.size()) : parts_of(rows), step,
+                          STOCHASTIC ? begun.data() : nullptr, to};
     dsl_sum_parts_kernel* const sum = DSL_BEST(dsl_sum_parts);
     const auto work = [&](int64_t begin, int64_t end) { sum(&parts, begin * COLUMNS, std::min(end * COLUMNS, width)); };
     const int64_t shares = (width + COLUMNS - 1) / COLUMNS;
@@ -80,6 +82,7 @@ void drop_norm(Tensor x, MaybeTensor bias, MaybeTensor residual, MaybeTensor wei
     const int64_t numel = x.numel(), hidden = width_of(x);
     if (numel == 0) return;
     dsl_drop_norm how{};
+    how.stochastic = STOCHASTIC;
     how.rows = numel / hidden, how.hidden = hidden;
     how.x = arguments.floats("x", x, numel);
     how.bias = arguments.floats("bias", bias, hidden);
@@ -115,6 +118,7 @@ void drop_norm_backward(MaybeTensor grad_normed, MaybeTensor grad_summed, MaybeT
     const int64_t numel = first.numel(), hidden = width_of(first);
     if (numel == 0) return;
     dsl_drop_norm_backward how{};
+    how.stochastic = STOCHASTIC;
     how.rows = numel / hidden, how.hidden = hidden;
     how.grad_normed = arguments.floats("grad_normed", grad_normed, numel);
     how.grad_summed = arguments.floats("grad_summed", grad_summed, numel);
@@ -177,6 +181,7 @@ void bias_gelu_backward(Tensor grad_out, Tensor x, MaybeTensor bias, Tensor grad
     const int64_t numel = x.numel(), width = width_of(x);
     if (numel == 0) return;
     dsl_bias_gelu_backward how{};
+    how.stochastic = STOCHASTIC;
     how.rows = numel / width, how.width = width;
     how.grad_out = arguments.floats("grad_out", grad_out, numel);
     how.x = arguments.floats("x", x, numel);
@@ -224,6 +229,7 @@ void masked_softmax(Tensor scores, MaybeTensor mask, MaybeTensor probs, MaybeTen
     const int64_t numel = scores.numel();
     if (numel == 0) return;
     dsl_softmax how{};
+    how.stochastic = STOCHASTIC;
     how.batch = scores.size(0), how.heads = scores.size(1), how.queries = scores.size(2), how.keys = scores.size(3);
     how.scores = arguments.floats("scores", scores, numel);
     how.probs = arguments.floats("probs", probs, numel);

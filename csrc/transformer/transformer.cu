@@ -1,8 +1,8 @@
 // What stands between a training transformer's products, on GPUs; see transformer.h for what it computes.
 //
 // Threads take four neighbours of a row at a time. A row's sums are a block's or a wave's, sums over rows are made in the
-// order of rows by parts of DSL_PART: there are no atomics. Compiled with DSL_STOCHASTIC, a row's moments are taken in
-// one pass and exponentials are the processor's own.
+// order of rows by parts of DSL_PART: there are no atomics. In stochastic calls a row's moments are taken in one pass and
+// exponentials are the processor's own.
 #include "common/gpu_four.h"
 #include "transformer/transformer.h"
 
@@ -16,11 +16,12 @@ static_assert(TILE_COLUMNS == BLOCK_THREADS && TILE_COLUMNS / 4 * ROW_GROUPS == 
 
 __device__ inline int four_of(int64_t column, int64_t n) { return n - column < 4 ? static_cast<int>(n - column) : 4; }
 
-__device__ inline float softmax_exponential(float x) {
-#if defined(DSL_STOCHASTIC) && !defined(DSL_GPU_HOST)
-    return __expf(x);
-#else
+__device__ inline float softmax_exponential(float x, bool rough) {
+#if defined(DSL_GPU_HOST)
+    (void)rough;
     return expf(x);
+#else
+    return rough ? __expf(x) : expf(x);
 #endif
 }
 
@@ -71,18 +72,19 @@ __global__ void __launch_bounds__(BLOCK_THREADS) drop_norm_kernel(const dsl_drop
     }
     if (how.normed.data == nullptr) return;
     const float mean = sum_over_block(total) / n;
-#if defined(DSL_STOCHASTIC)
-    float variance = sum_over_block(squares) / n - mean * mean;
-    variance = variance < 0 ? 0 : variance;  // NaN stays NaN
-#else
-    squares = 0;
-    for (int64_t column = 4 * threadIdx.x; column < n; column += 4 * BLOCK_THREADS) {
-        const int some = four_of(column, n);
-        const Four value = again(column, some);
-        for (int k = 0; k < 4; ++k) squares += k < some ? (value.at[k] - mean) * (value.at[k] - mean) : 0;
+    float variance;
+    if (how.stochastic) {
+        variance = sum_over_block(squares) / n - mean * mean;
+        variance = variance < 0 ? 0 : variance;  // NaN stays NaN
+    } else {
+        squares = 0;
+        for (int64_t column = 4 * threadIdx.x; column < n; column += 4 * BLOCK_THREADS) {
+            const int some = four_of(column, n);
+            const Four value = again(column, some);
+            for (int k = 0; k < 4; ++k) squares += k < some ? (value.at[k] - mean) * (value.at[k] - mean) : 0;
+        }
+        variance = sum_over_block(squares) / n;
     }
-    const float variance = sum_over_block(squares) / n;
-#endif
     const float rstd = 1 / sqrtf(variance + how.eps);
     if (threadIdx.x == 0) {
         how.mean[blockIdx.x] = mean;
@@ -298,18 +300,18 @@ __global__ void __launch_bounds__(BLOCK_THREADS) softmax_kernel(const dsl_softma
         float higher = most;
         for (int k = 0; k < 4; ++k) higher = larger(higher, score.at[k]);
         if (higher == -INFINITY) continue;
-        weight *= softmax_exponential(most - higher);
-        for (int k = 0; k < 4; ++k) weight += softmax_exponential(score.at[k] - higher);
+        weight *= softmax_exponential(most - higher, how.stochastic);
+        for (int k = 0; k < 4; ++k) weight += softmax_exponential(score.at[k] - higher, how.stochastic);
         most = higher;
     }
     const float whole = most_over(most, wave);
-    weight = sum_over(most == -INFINITY ? 0 : weight * softmax_exponential(most - whole), wave);
+    weight = sum_over(most == -INFINITY ? 0 : weight * softmax_exponential(most - whole, how.stochastic), wave);
     const float inverse = 1 / weight;
     for (int64_t column = 4 * lane; column < n; column += 4 * wave) {
         const int some = four_of(column, n);
         Four probs = masked_four(how, row, mask_start, column, some);
         for (int k = 0; k < 4; ++k) {
-            probs.at[k] = whole == -INFINITY ? 0 : softmax_exponential(probs.at[k] - whole) * inverse;
+            probs.at[k] = whole == -INFINITY ? 0 : softmax_exponential(probs.at[k] - whole, how.stochastic) * inverse;
         }
         put_four(how.probs, row * n + column, some, probs);
         if (how.dropped.data == nullptr) continue;

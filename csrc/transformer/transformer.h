@@ -6,7 +6,8 @@
 // grad_dropped.
 //
 // What is summed over rows goes through `parts`: one part for each DSL_PART rows, in the order of rows, so that the
-// number of threads changes no bit. Compiled with DSL_STOCHASTIC, a kernel may add in any order and round parts to bf16.
+// number of threads changes no bit. Where a call is `stochastic`, a kernel may add in any order and take shorter ways to
+// moments and exponentials. That is asked when the op runs, so that both libraries have the same kernels.
 #pragma once
 
 #include "common/philox.h"
@@ -24,6 +25,7 @@ struct dsl_drop_norm {
     float *mean, *rstd;            // (rows): 1 / sqrt(variance + eps); null where normed is absent
     int64_t rows, hidden;
     float eps;
+    int32_t stochastic;
     dsl_dropout dropout;
 };
 
@@ -42,6 +44,7 @@ struct dsl_drop_norm_backward {
     float* parts;     // (rows / DSL_PART, rounded up; 3; hidden): of the three above; on a GPU it is there where
                       // grad_normed is, and after them has room for 2 more numbers a row
     int64_t rows, hidden;
+    int32_t stochastic;
     dsl_dropout dropout;
 };
 
@@ -61,7 +64,7 @@ struct dsl_bias_gelu_backward {
     float* parts;                          // (rows / DSL_PART, rounded up; width)
     dsl_tensor out;                        // (rows, width) or absent: the forward pass's result, made once more
     int64_t rows, width;
-    int32_t tanh_form;
+    int32_t tanh_form, stochastic;
     dsl_dropout dropout;
 };
 
@@ -75,6 +78,7 @@ struct dsl_softmax {
     int64_t mask_batch, mask_head, mask_query, mask_key;  // steps in either
     int64_t batch, heads, queries, keys;
     float scale;
+    int32_t stochastic;
     dsl_dropout dropout;
 };
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gpu_kernels import DEVICES, GPU, Device
+from gpu_kernels import DEVICES, Device
 from paths import ROOT
 from programs import needs
 from test_inference_gpu_kernels import DTYPES, FLOAT, INT32, INT64, POINTER, TENSOR, given, random, struct
@@ -34,6 +34,7 @@ CDropNorm = struct(
     mean__rstd=POINTER,
     rows__hidden=INT64,
     eps=FLOAT,
+    stochastic=INT32,
     dropout=CDropout,
 )
 CDropNormBackward = struct(
@@ -43,6 +44,7 @@ CDropNormBackward = struct(
     grad_x__grad_residual=TENSOR,
     grad_bias__grad_weight__grad_shift__parts=POINTER,
     rows__hidden=INT64,
+    stochastic=INT32,
     dropout=CDropout,
 )
 CBiasGelu = struct("CBiasGelu", x__bias__out=TENSOR, rows__width=INT64, tanh_form=INT32, dropout=CDropout)
@@ -52,7 +54,7 @@ CBiasGeluBackward = struct(
     grad_bias__parts=POINTER,
     out=TENSOR,
     rows__width=INT64,
-    tanh_form=INT32,
+    tanh_form__stochastic=INT32,
     dropout=CDropout,
 )
 CSoftmax = struct(
@@ -61,6 +63,7 @@ CSoftmax = struct(
     seen=POINTER,
     mask_batch__mask_head__mask_query__mask_key__batch__heads__queries__keys=INT64,
     scale=FLOAT,
+    stochastic=INT32,
     dropout=CDropout,
 )
 CSoftmaxBackward = struct(
@@ -151,7 +154,7 @@ def test_bias_dropout_residual_and_layer_norm(device, dtype):
         tensors = (x, bias if with_bias else None, residual if with_residual else None)
         outputs = (summed if keeps else None, normed if norms else None)
         moments = (mean.data_ptr(), rstd.data_ptr()) if norms else (None, None)
-        call = CDropNorm(*map(given, (*tensors, *outputs, weight, shift)), *moments, rows, hidden, 1e-5, how)
+        call = CDropNorm(*map(given, (*tensors, *outputs, weight, shift)), *moments, rows, hidden, 1e-5, 0, how)
         device.call("dsl_gpu_drop_norm", call)
         if keeps:
             assert_near(summed, exact, scale=2)
@@ -204,7 +207,7 @@ def test_its_gradients(device, dtype, kind):
             *(pointer(mean), pointer(rstd)),
             *map(given, (grad_x, grad_residual)),
             *(pointer(one) if norms or number == 0 else None for number, one in enumerate(grads)),
-            *(pointer(scratch), rows, hidden, how),
+            *(pointer(scratch), rows, hidden, 0, how),
         )
         device.call("dsl_gpu_drop_norm_backward", call)
         scale = float(exact.abs().max()) * 4
@@ -232,7 +235,7 @@ def test_bias_gelu_and_dropout(device, dtype, form):
         parts = device.empty(-(-rows // PART), width, dtype=torch.float32)
         tensors = map(given, (grad_out, x, bias, grad_out))  # in its place
         pointers = (pointer(grad_bias), pointer(parts)) if with_bias else (None, None)
-        rest = (given(again if with_bias else None), rows, width, form == "tanh", how)
+        rest = (given(again if with_bias else None), rows, width, form == "tanh", 0, how)
         device.call("dsl_gpu_bias_gelu_backward", CBiasGeluBackward(*tensors, *pointers, *rest))
         assert_near(grad_out, exact.grad, scale=8)
         if with_bias:
@@ -247,7 +250,7 @@ def test_slopes_of_gelu_to_the_last_digits(device):
     exact = x.double().requires_grad_()
     F.gelu(exact, approximate="tanh").sum().backward()
     tensors = map(given, (ones, x, None, ones))
-    call = CBiasGeluBackward(*tensors, None, None, given(None), 1, width, True, dropout(0.0))
+    call = CBiasGeluBackward(*tensors, None, None, given(None), 1, width, True, 0, dropout(0.0))
     device.call("dsl_gpu_bias_gelu_backward", call)
     torch.testing.assert_close(ones.double(), exact.grad, rtol=0, atol=4e-7)
 
@@ -281,7 +284,7 @@ def test_masked_softmax_and_dropout(device, dtype, kind):
         exact = (scores.double() * 0.3 + added).softmax(-1).nan_to_num(0)
         call = CSoftmax(
             *map(given, (scores, probs, dropped, mask)),
-            *(pointer(seen), *steps, batch, heads, queries, keys, 0.3, how),
+            *(pointer(seen), *steps, batch, heads, queries, keys, 0.3, 0, how),
         )
         device.call("dsl_gpu_softmax", call)
         assert_near(probs, exact)
@@ -308,7 +311,7 @@ def test_a_nan_spoils_its_row_alone(device):
     scores = random(4, 130)
     scores[1, 127], scores[2, 3], scores[3] = float("nan"), float("inf"), float("-inf")
     probs = device.empty(4, 130, dtype=torch.float32)
-    call = CSoftmax(*map(given, (scores, probs, None, None)), None, *[0] * 4, 1, 1, 4, 130, 1.0, dropout(0))
+    call = CSoftmax(*map(given, (scores, probs, None, None)), None, *[0] * 4, 1, 1, 4, 130, 1.0, 0, dropout(0))
     device.call("dsl_gpu_softmax", call)
     assert probs[0].isfinite().all() and probs[1:3].isnan().all() and (probs[3] == 0).all()
 
@@ -321,10 +324,10 @@ def test_the_same_numbers_are_dropped_as_on_the_cpu(device, ratio):
     how, ones = dropout(ratio, seed, stream), torch.ones(rows, width)
     summed, out, dropped = (device.empty(rows, width, dtype=torch.float32) for _ in range(3))
     absent = (None,) * 4
-    sums = CDropNorm(*map(given, (ones, None, None, summed, *absent[:3])), None, None, rows, width, 0.0, how)
+    sums = CDropNorm(*map(given, (ones, None, None, summed, *absent[:3])), None, None, rows, width, 0.0, 0, how)
     device.call("dsl_gpu_drop_norm", sums)
     device.call("dsl_gpu_bias_gelu", CBiasGelu(*map(given, (ones, None, out)), rows, width, 0, how))
-    softmax = CSoftmax(*map(given, (ones, None, dropped, None)), None, *[0] * 4, 1, 1, rows, width, 1.0, how)
+    softmax = CSoftmax(*map(given, (ones, None, dropped, None)), None, *[0] * 4, 1, 1, rows, width, 1.0, 0, how)
     device.call("dsl_gpu_softmax", softmax)
     found = [torch.empty_like(ones) for _ in range(3)]
     load("drop_norm")(ones, None, None, None, None, found[0], *absent[:3], 0.0, ratio, seed, stream)
@@ -342,18 +345,15 @@ def test_everything_is_dropped_at_a_ratio_of_one(device):
     assert (out == 0).all()
 
 
-@pytest.mark.parametrize("kind", [32, GPU])
-def test_the_stochastic_build_moves_results_a_little(folder, kind):
+def test_stochastic_calls_move_results_a_little(device):
     """Moments in one pass: the variance loses what the mean's square has of digits."""
     x, weight, shift = random(3, 260) + 8, torch.ones(260), torch.zeros(260)
     found = []
-    stochastic = folder / "stochastic.cu"
-    stochastic.write_text("#define DSL_STOCHASTIC\n" + Path(SOURCE).read_text())
-    for source in (SOURCE, str(stochastic)):
-        device = Device.of(kind, [source], folder)
+    for stochastic in (0, 1):
         normed, mean, rstd = (torch.empty(shape) for shape in ((3, 260), (3,), (3,)))
         tensors = map(given, (x, None, None, None, normed, weight, shift))
-        device.call("dsl_gpu_drop_norm", CDropNorm(*tensors, pointer(mean), pointer(rstd), 3, 260, 1e-5, dropout(0)))
+        numbers = (pointer(mean), pointer(rstd), 3, 260, 1e-5, stochastic)
+        device.call("dsl_gpu_drop_norm", CDropNorm(*tensors, *numbers, dropout(0)))
         found.append(normed)
     moved = (found[1] - found[0]).abs().max()
     assert 0 < moved < 1e-4 * found[0].abs().max()

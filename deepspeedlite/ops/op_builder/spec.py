@@ -22,7 +22,7 @@ class OpSpec:
         kernels: plain C++, compiled once for each instruction set that the processor's family has.
         plain: plain C++ that is compiled once, without torch.
         gpu: kernels of plain C ABI for nvcc or hipcc, left out where torch has no GPU.
-        defines: macros that all of its sources are compiled with, for libraries of the same sources.
+        defines: macros that its bindings are compiled with, for libraries of the same kernels.
     """
 
     name: str

@@ -93,24 +93,28 @@ class Toolchain:
         return f"{self.torch.version} {compiler} {stat.st_size} {stat.st_mtime_ns} {gpu}"
 
     def commands(self, spec: OpSpec, csrc: Path, objects: Path) -> list[list[str]]:
-        """A command per object file, whose last argument is that file; those that take longest come first."""
+        """A command per object file, whose last argument is that file.
+
+        Of bindings each library has its own; what else has the same source and flags is the same file in all of them.
+        """
         defines = [f"-D{name}" for name in spec.defines]
-        first = [*self.cxx, *_COMMON, *defines, f"-I{csrc}"]
+        first = [*self.cxx, *_COMMON, f"-I{csrc}"]
         torch = [f"-isystem{self.torch.home / 'include'}", f"-DTORCH_TARGET_VERSION={OLDEST_TORCH:#018x}"]
         torch += [self.gpu.define] if self.gpu else []
 
+        def object_file(source: str, kind: str) -> Path:
+            return objects / f"{source.removesuffix(Path(source).suffix).replace('/', '.')}.{kind}.o"
+
         def compile_with(source: str, kind: str, flags: Sequence[str]) -> list[str]:
-            output = objects / f"{spec.name}.{Path(source).stem}.{kind}.o"
-            return [*first, *flags, "-c", str(csrc / source), "-o", str(output)]
+            return [*first, *flags, "-c", str(csrc / source), "-o", str(object_file(source, kind))]
 
         found = []
         if self.gpu:
             for source in spec.gpu:
-                output = objects / f"{spec.name}.{Path(source).stem}.gpu.o"
                 host = [str(self.compiler), *self.options]
-                program, *rest = self.gpu.command(csrc / source, csrc, host, output)
-                found.append([program, *defines, *rest])
-        found += [compile_with(source, "binding", [*_BINDING, *torch]) for source in spec.bindings]
+                found.append(self.gpu.command(csrc / source, csrc, host, object_file(source, "gpu")))
+        binding = [*_BINDING, *defines, *torch]
+        found += [compile_with(source, f"{spec.name}.binding", binding) for source in spec.bindings]
         for isa, flags in _ISAS.get(platform.machine(), _ONE_ISA).items():
             found += [compile_with(source, isa, [*_KERNEL, *flags]) for source in spec.kernels]
         return found + [compile_with(source, "plain", ["-O2"]) for source in spec.plain]
@@ -213,13 +217,14 @@ def build(wanted: Sequence[Build], csrc: Path, objects: Path, jobs: int | None =
     Raises:
         OpBuildError: with the compiler's first error and its command.
     """
-    compile_commands, link_commands = [], []
+    by_output: dict[str, tuple[str, list[str]]] = {}  # what several libraries have is compiled once
+    link_commands = []
     for one in wanted:
         commands = one.toolchain.commands(one.spec, csrc, objects)
-        compile_commands += [(one.spec.name, command) for command in commands]
         outputs = [command[-1] for command in commands]
+        by_output |= {output: (one.spec.name, command) for output, command in zip(outputs, commands)}
         link_commands.append((one.spec.name, one.toolchain.link_command(one.spec, outputs, one.library)))
-    compile_commands.sort(key=lambda each: _expected(each[1]), reverse=True)  # the longest first
+    compile_commands = sorted(by_output.values(), key=lambda each: _expected(each[1]), reverse=True)
     jobs = jobs or max_jobs()
     if os.environ.get("DS_ENABLE_NINJA") == "1":
         _run_in_ninja([command for _, command in compile_commands], objects, jobs)
