@@ -13,8 +13,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
+from deepspeedlite.host.text import size_text
 from deepspeedlite.ops.op_builder import OPS, find_torch, why_not
-from deepspeedlite.runtime.text import size_text
 from tools.gpu_check.setting import Rows, Setting
 
 OLDEST_TORCH = (2, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,11 +30,10 @@ def rows(setting: Setting) -> Rows:
     """One for each way and batch; ours must say what the module says."""
     expected: dict[str, torch.Tensor] = {}
     for name, config in WAYS.items():
-        yield setting.tried(f"{name}: logits", lambda c=config: logits(c, setting, expected))  # type: ignore[misc]
+        yield setting.tried(f"{name}: logits", partial(logits, config, setting, expected))
         for batch in (1,) if setting.tiny else (1, 8):
-            yield setting.tried(  # type: ignore[misc]
-                f"{name}, batch {batch}", lambda c=config, b=batch: rates(c, b, setting), judges=False
-            )
+            work = partial(rates, config, batch, setting)
+            yield setting.tried(f"{name}, batch {batch}", work, judges=False)
 
 
 def made(config: dict[str, Any] | None, setting: Setting) -> Any:

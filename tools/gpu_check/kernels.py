@@ -28,7 +28,8 @@ class Watcher:
     def __init__(self, phase: str) -> None:
         self.phase = phase
         self.rows: queue.Queue[Row | None] = queue.Queue()
-        self._file, self._counts, self._begun_s, self._reason = "", {}, time.monotonic(), ""
+        self._counts: dict[str, int] = {}
+        self._file, self._begun_s, self._reason = "", time.monotonic(), ""
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Count a test once: by its call, or by a set-up that failed or skipped."""

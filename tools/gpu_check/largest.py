@@ -59,8 +59,8 @@ def estimate(stage: int, part_bytes: int, setting: Setting) -> int:
 @contextmanager
 def limited(part_bytes: int, setting: Setting) -> Iterator[None]:
     """Let torch's allocator have no more than this, where it can be told so."""
-    module = setting.device.module if setting.device.is_accelerator else None
-    if not hasattr(module, "set_per_process_memory_fraction"):
+    module: Any = setting.device.module if setting.device.is_accelerator else None
+    if module is None or not hasattr(module, "set_per_process_memory_fraction"):
         yield
         return
     total = module.mem_get_info(setting.device.torch_device)[1]

@@ -83,7 +83,11 @@ def equal(case: Case, setting: Setting) -> dict[str, Any]:
             engine.step()
             mine.append(loss.detach())
         losses.append(float(sum(mine)) / 2)
-    weights = {name: safe_get_full_fp32_param(param).cpu() for name, param in engine.module.named_parameters()}
+    weights = {}
+    for name, param in engine.module.named_parameters():
+        found = safe_get_full_fp32_param(param)
+        assert found is not None, f"{name} has no fp32 value"
+        weights[name] = found.cpu()
     engine.destroy()
     wanted, exact = unsharded.reference(case.dtype, 2, True, setting.ranks, str(device))
     # The reference's losses are rank 0's.

@@ -140,7 +140,7 @@ class Runner:
             "HF_HUB_OFFLINE": 1,
         }
         # Where there is no network, nothing else is up; where there is, it may be slow or filtered.
-        usual = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN"}
+        usual: dict[str, Any] = {"NCCL_SOCKET_IFNAME": "lo", "GLOO_SOCKET_IFNAME": "lo", "NCCL_DEBUG": "WARN"}
         usual |= {"OMP_NUM_THREADS": max(1, cores // ranks), "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
         if archs := self.report.figures_of("here").get("archs"):  # the same for all phases: libraries are kept by them
             usual |= {"TORCH_CUDA_ARCH_LIST": archs, "PYTORCH_ROCM_ARCH": archs}
