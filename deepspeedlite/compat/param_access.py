@@ -133,10 +133,25 @@ class _Place:
     def grad(self) -> tuple[torch.Tensor | None, bool]:
         """The gradient in the unit's memory, times the loss scale: 1-D, and whether it is more than the fragment."""
         self.unit.take_in()
-        own = self.unit.own_grad(self.slot)
+        own = self._own_grad()
         if own is None and self.unit.grads.state is GradState.AVERAGED:
             return self.unit.grads.shard[self.in_shard], False
         return own, self.is_split
+
+    def _own_grad(self) -> torch.Tensor | None:
+        """What this rank alone has accumulated of the gradient: a 1-D view; None where it is not LOCAL."""
+        grads, name = self.unit.grads, self.slot.name
+        if self.unit.arrivals.in_pass:
+            raise EngineStateError(f"the gradient of {name} was asked for while a backward pass is under way")
+        if grads.state is not GradState.LOCAL:
+            return None
+        if grads.is_partly_averaged:
+            raise EngineStateError(
+                f"the gradient of {name} is averaged over the ranks but for what the last pass, without "
+                "averaging, has added; read it after the pass that ends the accumulation"
+            )
+        view = grads.view(self.unit.layout.place(self.slot))
+        return None if view is None else view.view(-1)
 
     def local_grad(self) -> torch.Tensor | None:
         """The fragment of a gradient that needs no more averaging, in the unit's memory."""

@@ -42,10 +42,11 @@ class DiskStore(Store):
         self.keep()
         self.close()
 
-    def _start(self, buffer: StagingBuffer) -> None:
+    def _start(self, buffer: StagingBuffer) -> StagingBuffer:
         buffer.begin(padded(self._region.nbytes))
         self._buffer, self._memory = buffer, buffer.take(self._region.nbytes)
         buffer.read(self._memory, self._region)
+        return buffer
 
     def fetch(self) -> bool:
         """Start reading, if a buffer is idle."""
@@ -55,10 +56,8 @@ class DiskStore(Store):
 
     def open(self) -> None:
         """Wait for what was read."""
-        if not self.fetch():
-            self._start(self._pool.swap_file.buffer())
-        assert self._buffer is not None
-        self._buffer.wait()
+        buffer = self._buffer or self._start(self._pool.take() or self._pool.swap_file.buffer())
+        buffer.wait()
         self._shard.data = self._memory.view(self._shard.dtype).to(self._shard.device)
 
     def close(self) -> None:

@@ -32,7 +32,7 @@ from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.zero.arrivals import Arrivals
 from deepspeedlite.zero.flat_params import FlatParams, owner_of
 from deepspeedlite.zero.grad_buffer import GradBuffer, GradState
-from deepspeedlite.zero.layout import Run, Slot
+from deepspeedlite.zero.layout import Run
 from deepspeedlite.zero.missing import as_plain
 from deepspeedlite.zero.plan import ReducePolicy, ShardingPlan
 from deepspeedlite.zero.use_order import UseTrace
@@ -280,24 +280,6 @@ class ShardUnit:
         self.grads.replace(index, grad.to_dense() if grad is not None and grad.is_sparse else grad)
         if grad is not None and self._shows(self.grads.state):
             param.grad = self._shown[index] = self.grads.view(index)
-
-    def own_grad(self, slot: Slot) -> torch.Tensor | None:
-        """What this rank alone has accumulated of a parameter's gradient: a 1-D view; None where it is not LOCAL.
-
-        Raises:
-            EngineStateError: during a backward pass, and where another part of the gradient is averaged already.
-        """
-        if self.arrivals.in_pass:
-            raise EngineStateError(f"the gradient of {slot.name} was asked for while a backward pass is under way")
-        if self.grads.state is not GradState.LOCAL:
-            return None
-        if self.grads.is_partly_averaged:
-            raise EngineStateError(
-                f"the gradient of {slot.name} is averaged over the ranks but for what the last pass, without "
-                "averaging, has added; read it after the pass that ends the accumulation"
-            )
-        view = self.grads.view(self.layout.place(slot))
-        return None if view is None else view.view(-1)
 
     # --- whose gradients come here --------------------------------------------------------------------------------
 
