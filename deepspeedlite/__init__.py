@@ -35,6 +35,8 @@ _PLUGINS = {
     "schedulers:ask_mpi": [
         ("address of rank 0", name) for name in ("Open MPI", "MVAPICH", "MPICH or Intel MPI", "SageMaker")
     ],
+    "segments:tell_segments": [("segments", "numbers")],
+    "segments:tell_parameters": [("segments", "parameters")],
     "transports.gloo:GlooTransport": [("transport", "gloo")],
     **{
         f"schedules:{name}": [("schedule", name.lower())]

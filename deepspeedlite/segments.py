@@ -1,4 +1,6 @@
-"""Telling optimizers where parameters lie in runs: LAMB, and those that must see each parameter in its shape.
+"""Plug-ins that tell optimizers where parameters lie in runs: LAMB, and those that see each parameter in its shape.
+
+An optimizer names the one it needs in its class's `segments_told_as`.
 
 LAMB's norms are those of whole parameters, wherever their pieces are: in several runs, on several ranks.
 
@@ -52,8 +54,8 @@ def tell_segments(lamb: FusedLamb, reducer: GradReducer, sub_groups: Sequence[in
     lamb.set_segments(segments, len(numbers), partial(_sum, reducer, split) if spread else None, numels)
 
 
-def tell_parameters(optimizer: WholeTensors, reducer: GradReducer) -> None:
-    """Tell an optimizer of whole parameters where each lies in its runs, which nothing shards."""
+def tell_parameters(optimizer: WholeTensors, reducer: GradReducer, sub_groups: Sequence[int]) -> None:
+    """Tell an optimizer of whole parameters where each lies in its runs, which nothing shards. See `tell_segments`."""
     found = {}
     for unit in reducer.units:
         params = {slot.name: param for slot, param in unit.flat.slots}

@@ -101,6 +101,7 @@ class FusedLamb(FusedOptimizer):
     """
 
     _step_supports_amp_scaling = False
+    segments_told_as = "numbers"  # by the plug-in of this name, which calls `set_segments`
 
     def __init__(
         self,

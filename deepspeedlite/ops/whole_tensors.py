@@ -28,6 +28,8 @@ class WholeTensors(torch.optim.Optimizer):
     `torch.optim.Optimizer.__init__` is not called: all that it makes is the wrapped optimizer's.
     """
 
+    segments_told_as = "parameters"  # by the plug-in of this name, which calls `set_segments`
+
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.state = {}  # type: ignore[assignment]  # none is kept by run: see `get_extra_state`

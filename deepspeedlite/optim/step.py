@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from deepspeedlite.ops.lamb import FusedLamb
 from deepspeedlite.ops.one_pass import FusedOptimizer, OnePassOptimizer
 from deepspeedlite.ops.whole_tensors import WholeTensors
 from deepspeedlite.optim.masters import MasterMaker, SteppedRun
@@ -25,10 +24,10 @@ from deepspeedlite.optim.norms import StepNorm
 from deepspeedlite.optim.precision import LossScaler
 from deepspeedlite.optim.settings import StepSettings
 from deepspeedlite.optim.skipped import SkippedSteps
-from deepspeedlite.optim.whole_norms import tell_parameters, tell_segments
 from deepspeedlite.runtime.device import on_accelerator
 from deepspeedlite.runtime.errors import EngineStateError, OptimizerError, UnsupportedError
 from deepspeedlite.runtime.log import log_once
+from deepspeedlite.runtime.plugins import plugins
 from deepspeedlite.zero.clearing import ClearsUnseen
 from deepspeedlite.zero.grad_reducer import GradReducer
 from deepspeedlite.zero.missing import as_plain
@@ -97,10 +96,9 @@ class ShardedOptimizer(torch.optim.Optimizer):
             self._runs_of_units.append(runs)
             self._runs += runs
         self._sub_groups = self._cut_sub_groups()
-        if isinstance(self.optimizer, FusedLamb):
-            tell_segments(self.optimizer, self._reducer, [len(runs) for runs in self._sub_groups])
-        if isinstance(self.optimizer, WholeTensors):
-            tell_parameters(self.optimizer, self._reducer)
+        tell = plugins.find("segments", getattr(self.optimizer, "segments_told_as", ""))
+        if tell is not None:  # the optimizer must know where each parameter lies in the runs
+            tell(self.optimizer, self._reducer, [len(runs) for runs in self._sub_groups])
 
     def _cut_sub_groups(self) -> list[list[SteppedRun]]:
         """Runs to step together, cut by sizes that are the same on every rank, so that all take equally many steps."""
