@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from threading import get_ident
 from typing import Any
 
@@ -39,29 +40,16 @@ class LabelledWork:
         Raises:
             DistributedError: it failed or timed out; the message says where every rank was.
         """
-        thread = get_ident()
-        before = registry.waits.get(thread)
-        registry.waits[thread] = self._wait
-        try:
+        with _Waiting(self._wait, explains=True):
             return self._work.wait()
-        except (RuntimeError, OSError) as error:
-            raise _explained(self._wait, error) from error
-        finally:
-            registry.waits[thread] = before
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._work, name)
 
 
-@contextlib.contextmanager
-def explained(what: str, ranks: Sequence[int]) -> Iterator[None]:
+def explained(what: str, ranks: Sequence[int]) -> AbstractContextManager[object]:
     """Turn a failure inside into a DistributedError that says where every rank was; this one waits in `what`."""
-    wait = Wait(what, ranks)
-    with _waiting(wait):
-        try:
-            yield
-        except (RuntimeError, OSError) as error:
-            raise _explained(wait, error) from error
+    return _Waiting(Wait(what, ranks), explains=True)
 
 
 @contextlib.contextmanager
@@ -69,20 +57,27 @@ def whereabouts(note: str) -> Iterator[None]:
     """Let others know where this rank is, while it waits for them outside of a collective, or has failed."""
     store = _notes()
     store.set(str(dist.get_rank()), note)
-    with _waiting(Wait(note.removeprefix("waits in "), range(dist.get_world_size()), is_told=False)):
+    with _Waiting(Wait(note.removeprefix("waits in "), range(dist.get_world_size()), is_told=False), explains=False):
         yield
     store.delete_key(str(dist.get_rank()))
 
 
-@contextlib.contextmanager
-def _waiting(wait: Wait) -> Iterator[None]:
-    thread = get_ident()
-    before = registry.waits.get(thread)
-    registry.waits[thread] = wait
-    try:
-        yield
-    finally:
-        registry.waits[thread] = before
+class _Waiting:
+    """Has the registry say that this thread waits, and explains a failure if asked to."""
+
+    def __init__(self, wait: Wait, explains: bool) -> None:
+        self._wait, self._explains, self._thread = wait, explains, get_ident()
+        self._before = registry.waits.get(self._thread)
+
+    def __enter__(self) -> None:
+        registry.waits[self._thread] = self._wait
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            if self._explains and isinstance(error, (RuntimeError, OSError)):
+                raise _explained(self._wait, error) from error
+        finally:
+            registry.waits[self._thread] = self._before
 
 
 def _notes() -> Any:

@@ -193,7 +193,7 @@ class Group:
 
     def broadcast_object(self, obj: _T, src: int = 0) -> _T:
         """The object that rank `src` of this group passed; what other ranks pass is ignored."""
-        return obj if self.size == 1 else objects.broadcast(obj, src, self.process_group, self.device)
+        return self.all_gather_objects(obj if self.rank == src or self.size == 1 else None)[src]  # type: ignore[return-value]
 
     def roll_call(self, call: str, key: str, weight: int = 0) -> str:
         """Wait a few seconds until every rank has made the same call, before it communicates; see `comm.roll_call`.

@@ -7,8 +7,8 @@ fault is taken out and the rest checked again, so no mistake hides another.
 [Note: "auto"]
 A client such as transformers' Trainer writes "auto" for what it will fill in before `initialize`. Whoever reads a
 configuration before that (`zero.Init`, `config check`) does so with `peek=True`: such a key is left open, neither right
-nor wrong. Where the values count, what is still "auto" is a fault. Where `runtime.leniency` says so it means
-the default, and unknown keys at the top level are passed over, as in DeepSpeed; both are said once.
+nor wrong. Where the values count, what is still "auto" is a fault. Where there is a plug-in for
+DeepSpeed's rules it means the default, and unknown keys at the top level are passed over; both are said once.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from deepspeedlite.config.recipes import OTHER_NAMES, Faults, optimizer_faults, 
 from deepspeedlite.config.root import DeepSpeedConfig
 from deepspeedlite.config.rules import RULES
 from deepspeedlite.config.source import copy_tree, read_source
-from deepspeedlite.runtime.leniency import is_lenient
 from deepspeedlite.runtime.log import log_dist_once, log_once
 from deepspeedlite.runtime.plugins import plugins
 from deepspeedlite.runtime.text import nearest
@@ -76,7 +75,9 @@ def load_config(
             source.batch(world_size)
         return source
     unused = ("optimizer", "scheduler") if peek else handed
-    origin, config, faults = examine(source, world_size, peek=peek, lenient=is_lenient(), handed=unused)
+    origin, config, faults = examine(
+        source, world_size, peek=peek, pass_over=plugins.find("configuration", "pass over"), handed=unused
+    )
     if faults:
         raise_faults(origin, faults)
     if not peek:
@@ -92,19 +93,19 @@ def examine(
     world_size: int | None = None,
     *,
     peek: bool = False,
-    lenient: bool = False,
+    pass_over: Callable[[dict[str, Any]], list[str]] | None = None,
     handed: Collection[str] = (),
 ) -> Examined:
     """Do all of `load_config`'s work, and return faults instead of raising. Unreadable sources still raise.
 
-    `lenient`: by DeepSpeed's rules for "auto" and for unknown keys at the top level.
+    `pass_over` takes out what is passed over, and gives a line about each; what is still "auto" then is so too.
     """
     origin, raw, faults = read_source(source)
     tree = typing.cast(dict[str, Any], copy_tree(raw))
     modernise = plugins.find("older spellings", "rewrite")
     found = Findings(modernise(tree, faults) if modernise is not None else {}, faults, peek)
-    unknown = [*_take_unknown(tree), *_number_stage(tree)] if lenient else []
-    placeholders(tree, DeepSpeedConfig, (), found, peek or lenient)
+    unknown = [] if pass_over is None else pass_over(tree)
+    placeholders(tree, DeepSpeedConfig, (), found, peek or pass_over is not None)
     config: DeepSpeedConfig = validate(tree, found, DeepSpeedConfig)
     hints: dict[str, list[str]] = {}
     check_features(config, (), found, hints)
@@ -144,23 +145,6 @@ def _check_recipe(name: str, section: Any, look: Callable[[str, Mapping[str, Any
         where = (name, *path)
         if not (found.peek and where in found.open):
             found.add(where, section.type if path == ("type",) else MISSING, problem)
-
-
-def _number_stage(tree: dict[str, Any]) -> list[str]:
-    """Write a stage that is true or false as the number that Python takes it for; a line about it."""
-    zero = tree.get("zero_optimization")
-    if not isinstance(zero, dict) or not isinstance(zero.get("stage"), bool):
-        return []
-    zero["stage"] = int(zero["stage"])
-    return [f"zero_optimization.stage: true or false, taken as {zero['stage']}; write the number"]
-
-
-def _take_unknown(tree: dict[str, Any]) -> list[str]:
-    """Take the unknown keys out of the top level; a line about each."""
-    names = [name for name in tree if name not in DeepSpeedConfig.model_fields]
-    for name in names:
-        del tree[name]
-    return [f"{dotted((name,))}: unknown key, passed over; {_known_key((name,), DeepSpeedConfig)}" for name in names]
 
 
 class Findings:
@@ -260,7 +244,7 @@ def _explain(item: Any, tree: dict[str, Any], found: Findings, root: type[Sectio
     where = tuple(path)
     value = _value_at(tree, where)
     if item["type"] == "extra_forbidden":
-        found.add(where, value, "unknown key", _known_key(where, owner, root))
+        found.add(where, value, "unknown key", known_key(where, owner, root))
     elif item["type"] == "missing":
         if found.peek and where in found.open:
             return where[:-1]
@@ -304,7 +288,7 @@ def _places(root: type[Section]) -> dict[str, list[str]]:
     return places
 
 
-def _known_key(path: KeyPath, owner: type[Section], root: type[Section] = DeepSpeedConfig) -> str:
+def known_key(path: KeyPath, owner: type[Section], root: type[Section] = DeepSpeedConfig) -> str:
     """What an unknown key was probably meant to be."""
     name = str(path[-1])
     parent = tuple(part for part in path[:-1] if isinstance(part, str))

@@ -178,6 +178,7 @@ def accepted_parameters(cls: type, leading: int) -> dict[str, Any]:
 
 
 def signature(module: str, name: str) -> Mapping[str, Any]:
+    """A class of torch's parameters and defaults: of the torch that is loaded, or the table's."""
     cls = getattr(sys.modules.get(module), name, None)
     return signatures(module)[name] if cls is None else accepted_parameters(cls, leading=1)
 
@@ -213,6 +214,7 @@ def type_problem(name: str, value: Any, default: Any) -> str:
 
 
 def unquote(value: Any) -> str:
+    """What to add where text stands for a number; "" where it is none."""
     try:
         return f": write it without quotes, {float(value)}" if isinstance(value, str) else ""
     except ValueError:

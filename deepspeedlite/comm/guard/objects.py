@@ -145,16 +145,6 @@ def _sized(obj: Any, group: dist.ProcessGroup | None, device: torch.device) -> t
     return _bytes(data + bytes(max(counts) - len(data)), device), counts
 
 
-def broadcast(obj: Any, src: int, group: dist.ProcessGroup | None, device: torch.device) -> Any:
-    """The object that rank `src` passed; what the others pass is ignored."""
-    data = to_bytes(obj) if dist.get_rank(group) == src else b""
-    size = torch.tensor([len(data)], device=device)
-    dist.broadcast(size, group=group, group_src=src)
-    body = _bytes(data, device) if data else torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(body, group=group, group_src=src)
-    return _object(body, int(size))
-
-
 def send_bytes(data: bytes, dst: int, group: dist.ProcessGroup | None) -> None:
     """Send an object, as bytes by now, to a rank, over a group of CPU ranks."""
     dist.send(torch.tensor([len(data)]), group=group, group_dst=dst)

@@ -27,7 +27,7 @@ from types import CodeType, ModuleType
 from typing import TYPE_CHECKING, Any
 
 from deepspeedlite.compat.drop_in import HOME, NAME, VERSION
-from deepspeedlite.runtime.leniency import be_lenient
+from deepspeedlite.runtime.plugins import plugins
 
 if TYPE_CHECKING:
     from importlib.abc import Loader, MetaPathFinder
@@ -67,7 +67,7 @@ def stand_in() -> None:
     package = importlib.import_module(HOME)
     package.__version__ = VERSION  # type: ignore[attr-defined]  # scripts compare it with releases of DeepSpeed
     sys.modules[NAME] = package
-    be_lenient()
+    plugins.add("configuration", "pass over", f"{HOME}.compat.lenient_config:pass_over")
 
 
 def serve() -> None:
