@@ -32,11 +32,11 @@ from deepspeedlite.data.loader import LoaderOptions
 from deepspeedlite.metrics.comms_logger import comms_logger
 from deepspeedlite.metrics.train_log import StepReport, TrainLog
 from deepspeedlite.offload.options import Offload
-from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, check_loss, widen
+from deepspeedlite.optim.precision import LossScaler, Precision, cast_floating, widen
 from deepspeedlite.optim.step import ShardedOptimizer
 from deepspeedlite.parallel.replica import Replica, Tie
 from deepspeedlite.preflight.attached import Attached
-from deepspeedlite.preflight.passes import note_clearing, note_hidden, note_losses
+from deepspeedlite.preflight.passes import check_loss, explain_types, note_clearing, note_hidden, note_losses
 from deepspeedlite.runtime.device import Device
 from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_once, logger
@@ -177,7 +177,7 @@ class Engine(torch.nn.Module):
                 outputs = self.module(*inputs, **kwargs)
         except RuntimeError as error:
             self._parts.lease.verify_attached()  # a dtype that torch complains of may have been changed since
-            precision.explain(error)
+            explain_types(error, precision)
             raise
         if self._prefetcher is not None and not recording:
             self._prefetcher.reshard()

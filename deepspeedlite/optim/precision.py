@@ -16,12 +16,9 @@ import torch
 
 from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.config.sections.precision import name_pattern
-from deepspeedlite.runtime.errors import EngineStateError, LossScaleError, UnsupportedError
+from deepspeedlite.runtime.errors import LossScaleError, UnsupportedError
 from deepspeedlite.runtime.tensors import dtype_named, map_tensors
 from deepspeedlite.zero.flat_params import owner_of
-
-# What torch's operations say of two types that do not go together.
-_OF_TYPES = re.compile(r"dtype|scalar type|(bias|weight) type|Type promoting")
 
 
 @dataclass
@@ -196,16 +193,6 @@ class Precision:
                 patterns += list(getattr(module, "_keep_in_fp32_modules", None) or ())
         return [name_pattern(pattern) for pattern in patterns]
 
-    def explain(self, error: RuntimeError) -> None:
-        """Add to an error of the model's about types which the model computes in, and how inputs get it."""
-        if self.model_dtype is None or not _OF_TYPES.search(str(error)):
-            return
-        name = "fp16" if self.model_dtype is torch.float16 else "bf16"
-        advice = f"cast inputs with .to({self.model_dtype}), or set {name}.auto_cast to true"
-        if self.cast_inputs:
-            advice = f"{name}.auto_cast casts inputs, and not what the model makes itself"
-        error.args = (f"{error}\n{name} is enabled, and parameters are {self.model_dtype}: {advice}",)
-
     def autocast(self, device_type: str) -> AbstractContextManager[Any]:
         """The context in which the forward pass runs."""
         if self.autocast_dtype is None:
@@ -221,19 +208,3 @@ def cast_floating(value: Any, dtype: torch.dtype) -> Any:
 def widen(loss: torch.Tensor) -> torch.Tensor:
     """The loss in a dtype that a loss scale does not push out of range."""
     return loss.float() if loss.dtype.itemsize < 4 else loss
-
-
-def check_loss(loss: torch.Tensor) -> None:
-    """Raise for what no backward pass can start from.
-
-    Raises:
-        EngineStateError: it is not a scalar, or nothing that requires grad leads to it.
-    """
-    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
-        what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
-        raise EngineStateError(f"engine.backward needs a scalar loss, got {what}; reduce it first (loss.mean())")
-    if not loss.requires_grad:
-        raise EngineStateError(
-            "engine.backward: no parameter that requires grad leads to this loss; was it computed under "
-            "torch.no_grad, detached, or are all parameters frozen?"
-        )

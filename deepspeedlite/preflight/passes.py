@@ -1,4 +1,4 @@
-"""What is said, once each, about backward passes that may not do what was meant.
+"""What is said of passes that cannot work and, once each, of backward passes that may not do what was meant.
 
 Gradients add up until a step, as torch's do. A script that forgets the step, or clears gradients where nothing sees it,
 trains without an error; several passes before a step may also be just what was wanted (several losses, a GAN).
@@ -7,9 +7,16 @@ trains without an error; several passes before a step may also be just what was 
 from __future__ import annotations
 
 import logging
+import re
 
+import torch
+
+from deepspeedlite.optim.precision import Precision
+from deepspeedlite.runtime.errors import EngineStateError
 from deepspeedlite.runtime.log import log_dist_once
 
+# What torch's operations say of two types that do not go together.
+_OF_TYPES = re.compile(r"dtype|scalar type|(bias|weight) type|Type promoting")
 MANY_PASSES = 8
 """Losses that a step may well be made of."""
 
@@ -44,4 +51,32 @@ def note_clearing(micro_batches: int, accumulation: int) -> None:
             "which leaves them out of it. engine.step() clears gradients by itself when it has used them: zero_grad() "
             "before every micro-batch, as in a plain torch loop, is to be removed",
             level=logging.WARNING,
+        )
+
+
+def explain_types(error: RuntimeError, precision: Precision) -> None:
+    """Add to an error of the model's about types which the model computes in, and how inputs get it."""
+    dtype = precision.model_dtype
+    if dtype is None or not _OF_TYPES.search(str(error)):
+        return
+    name = "fp16" if dtype is torch.float16 else "bf16"
+    advice = f"cast inputs with .to({dtype}), or set {name}.auto_cast to true"
+    if precision.cast_inputs:
+        advice = f"{name}.auto_cast casts inputs, and not what the model makes itself"
+    error.args = (f"{error}\n{name} is enabled, and parameters are {dtype}: {advice}",)
+
+
+def check_loss(loss: torch.Tensor) -> None:
+    """Raise for what no backward pass can start from.
+
+    Raises:
+        EngineStateError: it is not a scalar, or nothing that requires grad leads to it.
+    """
+    if not isinstance(loss, torch.Tensor) or loss.numel() != 1:
+        what = f"shape {tuple(loss.shape)}" if isinstance(loss, torch.Tensor) else type(loss).__name__
+        raise EngineStateError(f"engine.backward needs a scalar loss, got {what}; reduce it first (loss.mean())")
+    if not loss.requires_grad:
+        raise EngineStateError(
+            "engine.backward: no parameter that requires grad leads to this loss; was it computed under "
+            "torch.no_grad, detached, or are all parameters frozen?"
         )

@@ -26,11 +26,12 @@ from deepspeedlite.config import DeepSpeedConfig
 from deepspeedlite.data.loader import RepeatingLoader
 from deepspeedlite.engine import Engine, EngineParts
 from deepspeedlite.metrics.comms_logger import comms_logger
-from deepspeedlite.optim.precision import check_loss, widen
+from deepspeedlite.optim.precision import widen
 from deepspeedlite.parallel.pipe.fault import Faults, scalar
 from deepspeedlite.parallel.pipe.module import PipelineModule
 from deepspeedlite.parallel.pipe.stage_comm import StageComm
 from deepspeedlite.parallel.replica import Replica, Tie
+from deepspeedlite.preflight.passes import check_loss
 from deepspeedlite.runtime.errors import ConfigError, DistributedError, PipelineError
 from deepspeedlite.runtime.tensors import move_to_device
 
