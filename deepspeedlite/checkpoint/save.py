@@ -243,14 +243,6 @@ class Saver:
         self._ranks.meet("save_checkpoint", self.records)
         entries: list[Parameter] = []  # of the whole model, on rank 0
 
-        def tell() -> tuple[str, Holding | None]:
-            name = check_new_tag(f"global_step{state.counters['global_steps']}" if tag is None else tag, self._formats)
-            check_folder(save_dir, "save_checkpoint")
-            if state.group.rank != 0:
-                return name, None
-            held, buffers = parameters_of(state, exclude_frozen)
-            return name, Holding(state.group.ranks[0], held, checksums(buffers))
-
         def decide() -> _Decided:
             name = self._one_of([name for name, _ in told])
             suffix = survey(Path(save_dir), name, self._formats)
@@ -265,7 +257,7 @@ class Saver:
             if self._background is not None:
                 self._snapshot(part)
 
-        told = self._ranks.each("save_checkpoint", tell)
+        told = self._ranks.each("save_checkpoint", partial(self._tell, state, save_dir, tag, exclude_frozen))
         decided = self._ranks.first("save_checkpoint", decide)
         part = RankPart(f"rank_{self._ranks.rank:05d}{decided.suffix}.safetensors")
         what = f"saving checkpoint {decided.tag} to {save_dir}"
@@ -280,6 +272,17 @@ class Saver:
             finish()
         else:
             self._background.start(finish)
+
+    def _tell(
+        self, state: TrainState, save_dir: str | Path, tag: Any, exclude_frozen: bool
+    ) -> tuple[str, Holding | None]:
+        """The tag that this rank was given, and what its group holds, which the group's first rank tells."""
+        name = check_new_tag(f"global_step{state.counters['global_steps']}" if tag is None else tag, self._formats)
+        check_folder(save_dir, "save_checkpoint")
+        if state.group.rank != 0:
+            return name, None
+        held, buffers = parameters_of(state, exclude_frozen)
+        return name, Holding(state.group.ranks[0], held, checksums(buffers))
 
     def wait(self) -> None:
         """Wait for a save in the background.

@@ -11,7 +11,7 @@ from deepspeedlite.comm.desync import whereabouts
 from deepspeedlite.comm.group import Group, Observer
 from deepspeedlite.comm.init import default_timeout, init_process_group
 from deepspeedlite.comm.ranks import destroy_process_group, get_local_rank, get_rank, get_world_size, is_initialized
-from deepspeedlite.comm.work import Work
+from deepspeedlite.comm.transport import Work
 
 __all__ = [
     "Group",

@@ -13,7 +13,7 @@ from deepspeedlite.comm.ranks import get_local_rank as get_local_rank
 from deepspeedlite.comm.ranks import get_rank as get_rank
 from deepspeedlite.comm.ranks import get_world_size as get_world_size
 from deepspeedlite.comm.ranks import is_initialized as is_initialized
-from deepspeedlite.comm.work import Work as Work
+from deepspeedlite.comm.transport import Work as Work
 from deepspeedlite.compat.comm import P2POp as P2POp
 from deepspeedlite.compat.comm import all_gather as all_gather
 from deepspeedlite.compat.comm import all_gather_coalesced as all_gather_coalesced

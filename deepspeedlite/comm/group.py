@@ -23,8 +23,7 @@ from deepspeedlite.comm.desync import LabelledWork
 from deepspeedlite.comm.guard import objects
 from deepspeedlite.comm.registry import registry
 from deepspeedlite.comm.roll_call import LEFT_ALONE_S, absent_ranks
-from deepspeedlite.comm.transport import OPS, TorchTransport, Transport, copy_unless_same
-from deepspeedlite.comm.work import Work
+from deepspeedlite.comm.transport import OPS, TorchTransport, Transport, Work, copy_unless_same
 from deepspeedlite.runtime.device import accelerator, on_accelerator
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.runtime.plugins import plugins

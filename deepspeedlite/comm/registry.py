@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch.distributed as dist
 
 if TYPE_CHECKING:
-    from deepspeedlite.comm.transport import Transport
-    from deepspeedlite.comm.work import Work
+    from deepspeedlite.comm.transport import Transport, Work
 
 
 class Wait(NamedTuple):

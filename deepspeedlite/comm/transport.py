@@ -14,12 +14,17 @@ from typing import Any, Protocol
 import torch
 import torch.distributed as dist
 
-from deepspeedlite.comm.work import Work
-
 # torch 2.13 renamed both, and warns where the older names are used.
 ALL_GATHER = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 OPS = {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN, "avg": dist.ReduceOp.AVG}
+
+
+class Work(Protocol):
+    """A collective under way. Its buffers may be touched again after `wait` (on GPUs: by the current stream)."""
+
+    def wait(self) -> Any:
+        """Wait for completion; raises what the backend raises when a rank is gone."""
 
 
 class Transport(Protocol):

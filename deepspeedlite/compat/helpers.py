@@ -24,13 +24,19 @@ from deepspeedlite.runtime.device import device_in_use
 from deepspeedlite.runtime.errors import ConfigError, UnsupportedError
 from deepspeedlite.runtime.log import log_dist, log_once, logger
 from deepspeedlite.runtime.tensors import map_tensors
-from deepspeedlite.runtime.tensors import move_to_device as move_to_device
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 _LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 # --- seeds, devices, memory -------------------------------------------------------------------------------------------
+
+
+def move_to_device(item: Any, device: Any, criterion_func: Callable[[torch.Tensor], bool] | None = None) -> Any:
+    """`item` with its tensors on `device`; those alone that `criterion_func` says yes to."""
+    return map_tensors(
+        item, lambda tensor: tensor.to(device) if criterion_func is None or criterion_func(tensor) else tensor
+    )
 
 
 def set_random_seed(seed: int) -> None:

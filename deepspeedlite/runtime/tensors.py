@@ -29,13 +29,6 @@ def map_tensors(item: Any, change: Callable[[torch.Tensor], Any]) -> Any:
     return item
 
 
-def move_to_device(item: Any, device: Any, criterion_func: Callable[[torch.Tensor], bool] | None = None) -> Any:
-    """`item` with its tensors on `device`; those alone that `criterion_func` says yes to."""
-    return map_tensors(
-        item, lambda tensor: tensor.to(device) if criterion_func is None or criterion_func(tensor) else tensor
-    )
-
-
 def tensors_in(value: Any, inside_objects: int = 2) -> Iterator[torch.Tensor]:
     """Every tensor in what models take and return: tensors, lists, tuples, mappings, dataclasses of them at any depth.
 

@@ -20,8 +20,7 @@ import torch.distributed as dist
 
 from deepspeedlite.comm.desync import explained
 from deepspeedlite.comm.registry import registry
-from deepspeedlite.comm.transport import TorchTransport, copy_unless_same
-from deepspeedlite.comm.work import Work
+from deepspeedlite.comm.transport import TorchTransport, Work, copy_unless_same
 from deepspeedlite.transports.pending import PendingWork
 from deepspeedlite.transports.shared_memory import Pieces, SharedMemoryLink, connect
 

@@ -57,7 +57,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeedlite.comm.guard import objects
-from deepspeedlite.comm.work import Work
+from deepspeedlite.comm.transport import Work
 from deepspeedlite.runtime.errors import DistributedError
 from deepspeedlite.transports.block import Block, map_memory
 from deepspeedlite.transports.slots import ARE_ORDERED, BOARD_NBYTES, SLOT_NBYTES, Board, have_shown

@@ -19,7 +19,7 @@ from paths import ROOT
 PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
-MAX_CORE_LINES = 9_072  # the goal is 8,500; raised once, for what 20 files asked CUDA for is in runtime/device.py now
+MAX_CORE_LINES = 9_065  # the goal is 8,500; raised once, for what 20 files asked CUDA for is in runtime/device.py now
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
 # What the core is given, or never sees: it must run without them.
 BESIDE_THE_CORE = ("schedulers", "schedules", "sharded_params", "transports", "checkpoint.formats", "tools", "launcher")

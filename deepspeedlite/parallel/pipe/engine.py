@@ -33,7 +33,7 @@ from deepspeedlite.parallel.pipe.stage_comm import StageComm
 from deepspeedlite.parallel.replica import Replica, Tie
 from deepspeedlite.preflight.passes import check_loss
 from deepspeedlite.runtime.errors import ConfigError, DistributedError, PipelineError
-from deepspeedlite.runtime.tensors import move_to_device
+from deepspeedlite.runtime.tensors import map_tensors
 
 _READY, _EXHAUSTED, _FAILED = 0, 1, 2
 
@@ -297,7 +297,7 @@ class PipelineEngine(Engine):
     def _compute(self, inputs: Any, batch: Any, training: bool, compute_loss: bool) -> tuple[Any, Any]:
         """What this stage makes of its inputs, and how it is described to the next one."""
         if self.is_first_stage():
-            inputs = move_to_device(batch[0], self.device)
+            inputs = map_tensors(batch[0], lambda tensor: tensor.to(self.device))
         given = tuple(map(_changeable, inputs)) if isinstance(inputs, tuple) else _changeable(inputs)
         result = super().forward(given)
         if not self.is_last_stage():
@@ -305,7 +305,7 @@ class PipelineEngine(Engine):
         if self._outputs is not None:
             self._outputs.append(result)
         if self.module.loss_fn is not None and compute_loss:
-            labels = move_to_device(batch[1], self.device)
+            labels = map_tensors(batch[1], lambda tensor: tensor.to(self.device))
             with self._parts.precision.autocast(self.device.type):
                 result = self.module.loss_fn(result, labels)
         return scalar(result) if training else result, None
