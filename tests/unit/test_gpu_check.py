@@ -14,7 +14,7 @@ from paths import ROOT
 
 sys.path.append(str(ROOT))
 from deepspeedlite.runtime.device import Device
-from tools.gpu_check.kernels import of_tests
+from tools.gpu_check.kernels import of_process, of_tests
 from tools.gpu_check.largest import SHARES, largest_share
 from tools.gpu_check.overlap import count, judge_collectives, judge_copies
 from tools.gpu_check.phases import PHASES, Phase
@@ -119,6 +119,16 @@ def test_pytests_results_are_rows(setting, tmp_path):
     assert "1 == 2" in rows[0].note and rows[1].figures == {"passed": 1, "failed": 1, "skipped": 1}
     nothing = list(of_tests(setting, ["-k", "nothing"], [str(file)]))
     assert [row.state for row in nothing] == [FAILED] and "5" in nothing[0].note
+
+
+def test_a_file_of_tests_runs_in_a_process_of_its_own(setting, tmp_path):
+    states = []
+    for name, body in (("right", "pass"), ("deadly", "import os; os._exit(7)")):
+        file = tmp_path / f"test_{name}.py"
+        file.write_text(f"def test_it(): {body}\n")
+        states += of_process(setting, {"phase": "kernels", "arguments": [], "file": str(file)})
+    assert [(row.what, row.state) for row in states] == [("elsewhere", GOOD), ("test_deadly.py", FAILED)]
+    assert "status 7" in states[1].note
 
 
 def event(category: str, name: str, stream: int, begin: float, duration: float) -> dict:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import os
 import queue
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
 from typing import Any
 
+from deepspeedlite.runtime.device import pick_device
 from tools.gpu_check.report import FAILED, GOOD, NOT_RUN, Row
 from tools.gpu_check.setting import ROOT, NotHereError, Rows, Setting
+from tools.gpu_check.worker import MARK, give, leave
 
 FILES = (
     "test_gpu_kernels.py",
@@ -60,8 +66,36 @@ class Watcher:
 
 
 def rows(setting: Setting) -> Rows:
-    """Of pytest's run, as it goes on."""
-    yield from of_tests(setting, ["-m", "gpu"], [f"tests/parity/{name}" for name in FILES])
+    """Of pytest's run of each file, as it goes on.
+
+    Each in a process of its own: after an illegal access to memory nothing works any more in that process.
+    """
+    for name in FILES:
+        told = {"phase": setting.phase, "arguments": ["-m", "gpu"], "file": f"tests/parity/{name}"}
+        yield from of_process(setting, told)
+
+
+def of_process(setting: Setting, told: dict[str, Any]) -> Rows:
+    """Those of `of_tests` elsewhere; a process that dies says nothing more, which is a row too."""
+    command = [sys.executable, "-W", "ignore", "-m", "tools.gpu_check.kernels", json.dumps(told)]
+    child = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert child.stdout is not None
+    for line in child.stdout:
+        if line.startswith(MARK):
+            yield Row(**json.loads(line[len(MARK) :]))
+    if status := child.wait():
+        yield Row(setting.phase, Path(told["file"]).name, FAILED, {}, f"its process ended with status {status}")
+
+
+def main() -> None:
+    """One file's tests, in this process: rows on stdout, all else on stderr."""
+    told = json.loads(sys.argv[1])
+    out = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    device = pick_device(0)
+    setting = Setting(told["phase"], device, 0, 1, False, time.monotonic() + 600, ROOT)
+    give(of_tests(setting, told["arguments"], [told["file"]]), out)
+    leave()
 
 
 def of_tests(setting: Setting, arguments: list[str], files: list[str]) -> Rows:
@@ -101,3 +135,7 @@ def not_here(why: str) -> dict[str, Any]:
 def broken(codes: list[int]) -> dict[str, Any]:
     """Raises RuntimeError: it collected nothing, or broke off."""
     raise RuntimeError(f"pytest ended with {codes or 'no status'} (5: no tests), see the phase's last words")
+
+
+if __name__ == "__main__":
+    main()

@@ -28,6 +28,8 @@ def rows(setting: Setting) -> Rows:
         def measured(name: str = name, contender: Any = contender) -> dict[str, Any]:
             if name.startswith("Fused") and type_ == "cuda" and not is_available("fused_adam", type_):
                 raise NotHereError("its kernels could not be compiled: see build")
+            if name.startswith("FusedAdam") and type_ not in ("cpu", "cuda"):
+                raise NotHereError(f"FusedAdam takes no tensors on {setting.device.name}")
             ms = setting.step_ms(contender.step, *((1, 2) if setting.tiny else (3, 10)))
             rates[name] = numel * contender.element_bytes / (ms * 1e6)
             return {"step_ms": ms, "GB_per_s": rates[name], "of_copy": rates[name] / rates.get("copy", rates[name])}

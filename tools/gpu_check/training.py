@@ -22,6 +22,7 @@ OURS: dict[str, dict[str, Any]] = {
     "ours, stage 2, optimizer on the host": {"stage": 2, "offload_optimizer": ON_HOST},
     "ours, stage 3, all on the host": {"stage": 3, "offload_optimizer": ON_HOST, "offload_param": ON_HOST},
 }
+TORCHS_OWN = ("cpu", "cuda", "xpu")  # kinds of device for which torch itself brings all that it offers
 Step = Callable[[], Any]  # one whole optimizer step on this rank's batch; its loss
 Maker = Callable[[gpt.GPT, gpt.Batch, Setting], tuple[Step, Callable[[], None]]]  # the step, and what ends it
 
@@ -39,6 +40,8 @@ def rows(setting: Setting) -> Rows:
 
 def measured(make: Maker, setting: Setting) -> dict[str, Any]:
     """Train some steps on the same batch; the loss must fall, for who trains nothing is quick."""
+    if make in (alone, ddp, fsdp2) and setting.device.type not in TORCHS_OWN:
+        raise NotHereError(f"torch has no autocast, and FSDP2 is not tried, on {setting.device.name}")
     config, sequences = gpt.sizes(setting)
     batch = gpt.batch(config, sequences, setting)
     model = gpt.fresh(config)
