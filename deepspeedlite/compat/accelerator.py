@@ -4,8 +4,9 @@
     get_accelerator().empty_cache()
 
 For scripts; inside, the library passes a `Device` around. AMD's GPUs answer to "cuda", as in torch. `DS_ACCELERATOR`
-(cuda, rocm or cpu) chooses; without it GPUs are used where there are any. A GPU is touched when a method needs it. On a
-CPU memory is the host's, streams and events are None, and there is nothing to wait for.
+(cuda, rocm, cpu, or torch's name of another kind) chooses; without it GPUs are used where there are any. A GPU is
+touched when a method needs it. On a CPU memory is the host's, streams and events are None, and there is nothing to wait
+for.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from deepspeedlite.metrics.memory import host_bytes, host_rss_bytes
-from deepspeedlite.runtime.device import pick_device
+from deepspeedlite.runtime.device import Device, pick_device
 from deepspeedlite.runtime.errors import DistributedError, UnsupportedError
 
 _KINDS = ("cuda", "rocm", "cpu")
@@ -26,30 +27,35 @@ _KINDS = ("cuda", "rocm", "cpu")
 
 def _tensor_class(name: str) -> property:
     return property(
-        lambda self: getattr(torch.cuda if self._on_gpu else torch, name),
+        lambda self: getattr(self._module if self._on_gpu else torch, name),
         doc="Torch's constructor of tensors of this type on the device.",
     )
 
 
 class DeepSpeedAccelerator:
-    """The device that this process computes on. `kind` is "cuda", "rocm" or "cpu"."""
+    """The device that this process computes on. `kind` is "cuda", "rocm", "cpu", or torch's name of another one."""
 
     def __init__(self, kind: str) -> None:
         self.kind = kind
-        self._name = "cpu" if kind == "cpu" else "cuda"
-        self._communication_backend_name = "gloo" if kind == "cpu" else "nccl"
+        self._name = "cuda" if kind == "rocm" else kind
+        self._communication_backend_name = Device(torch.device(self._name)).backend
         self._compile_backend = "inductor"
         self._peak_bytes = 0
 
     @property
     def _on_gpu(self) -> bool:
-        return self._name == "cuda"
+        return self._name != "cpu"
+
+    @property
+    def _module(self) -> Any:
+        """Torch's module of this kind of accelerator."""
+        return torch.get_device_module(self._name)
 
     # --- what it is ---------------------------------------------------------------------------------------------------
 
     def is_available(self) -> bool:
         """Whether it can be used here."""
-        return not self._on_gpu or torch.cuda.is_available()
+        return not self._on_gpu or self._module.is_available()
 
     def is_synchronized_device(self) -> bool:
         """Whether work is done when a call returns."""
@@ -63,29 +69,29 @@ class DeepSpeedAccelerator:
 
     def device(self, device_index: Any = None) -> Any:
         """A context in which this GPU is the current one; None on a CPU."""
-        return torch.cuda.device(device_index) if self._on_gpu else None
+        return self._module.device(device_index) if self._on_gpu else None
 
     def set_device(self, device_index: Any) -> None:
         """Make this GPU the current one."""
         if self._on_gpu:
-            torch.cuda.set_device(device_index)
+            self._module.set_device(device_index)
 
     def current_device(self) -> int:
         """The current GPU's number; on a CPU this process's number on its host."""
-        return torch.cuda.current_device() if self._on_gpu else int(os.environ.get("LOCAL_RANK") or 0)
+        return self._module.current_device() if self._on_gpu else int(os.environ.get("LOCAL_RANK") or 0)
 
     def current_device_name(self) -> str:
         """`cuda:1`, or `cpu`."""
-        return f"cuda:{torch.cuda.current_device()}" if self._on_gpu else "cpu"
+        return f"{self._name}:{self._module.current_device()}" if self._on_gpu else "cpu"
 
     def device_count(self) -> int:
         """GPUs that this process sees; on a CPU its host's ranks, as the launcher set them."""
-        return torch.cuda.device_count() if self._on_gpu else int(os.environ.get("LOCAL_SIZE") or 1)
+        return self._module.device_count() if self._on_gpu else int(os.environ.get("LOCAL_SIZE") or 1)
 
     def synchronize(self, device_index: Any = None) -> None:
         """Wait until all work on the device is done."""
         if self._on_gpu:
-            torch.cuda.synchronize(device_index)
+            self._module.synchronize(device_index)
 
     def communication_backend_name(self) -> str:
         """The backend of torch.distributed for its tensors."""
@@ -104,9 +110,8 @@ class DeepSpeedAccelerator:
 
     def visible_devices_envs(self) -> list[str]:
         """The variables that say which devices a process sees."""
-        return {"cuda": ["CUDA_VISIBLE_DEVICES"], "rocm": ["HIP_VISIBLE_DEVICES"], "cpu": ["CUDA_VISIBLE_DEVICES"]}[
-            self.kind
-        ]
+        named = {"cuda": ["CUDA_VISIBLE_DEVICES"], "rocm": ["HIP_VISIBLE_DEVICES"], "cpu": ["CUDA_VISIBLE_DEVICES"]}
+        return named.get(self.kind, [])
 
     def set_visible_devices_envs(self, current_env: dict[str, str], local_accelerator_ids: list[Any]) -> None:
         """Write these devices into an environment."""
@@ -115,7 +120,7 @@ class DeepSpeedAccelerator:
 
     def export_envs(self) -> list[str]:
         """Prefixes of variables that ranks on other machines need."""
-        return ["NCCL"] if self._on_gpu else []
+        return ["NCCL"] if self._name == "cuda" else []
 
     # --- random numbers -----------------------------------------------------------------------------------------------
 
@@ -128,65 +133,65 @@ class DeepSpeedAccelerator:
         if not self._on_gpu:
             torch.set_rng_state(new_state)
         else:
-            torch.cuda.set_rng_state(new_state, "cuda" if device_index is None else device_index)
+            self._module.set_rng_state(new_state, self._name if device_index is None else device_index)
 
     def get_rng_state(self, device_index: Any = None) -> torch.Tensor:
         """The state of the device's generator."""
         if not self._on_gpu:
             return torch.get_rng_state()
-        return torch.cuda.get_rng_state("cuda" if device_index is None else device_index)
+        return self._module.get_rng_state(self._name if device_index is None else device_index)
 
     def manual_seed(self, seed: int) -> Any:
         """Seed the device's generator."""
-        return torch.cuda.manual_seed(seed) if self._on_gpu else torch.manual_seed(seed)
+        return self._module.manual_seed(seed) if self._on_gpu else torch.manual_seed(seed)
 
     def manual_seed_all(self, seed: int) -> Any:
         """Seed the generators of all devices."""
-        return torch.cuda.manual_seed_all(seed) if self._on_gpu else torch.manual_seed(seed)
+        return self._module.manual_seed_all(seed) if self._on_gpu else torch.manual_seed(seed)
 
     def initial_seed(self) -> int:
         """What the device's generator was last seeded with."""
-        return torch.cuda.initial_seed() if self._on_gpu else torch.initial_seed()
+        return self._module.initial_seed() if self._on_gpu else torch.initial_seed()
 
     def default_generator(self, device_index: int) -> torch.Generator:
         """The device's generator."""
-        return torch.cuda.default_generators[device_index] if self._on_gpu else torch.default_generator
+        return self._module.default_generators[device_index] if self._on_gpu else torch.default_generator
 
     # --- streams ------------------------------------------------------------------------------------------------------
 
     @property
     def Stream(self) -> Any:  # noqa: N802  DeepSpeed's name
         """The class of streams; None on a CPU."""
-        return torch.cuda.Stream if self._on_gpu else None
+        return self._module.Stream if self._on_gpu else None
 
     @property
     def Event(self) -> Any:  # noqa: N802  DeepSpeed's name
         """The class of events; None on a CPU."""
-        return torch.cuda.Event if self._on_gpu else None
+        return self._module.Event if self._on_gpu else None
 
     def stream(self, stream: Any) -> Any:
         """A context in which work goes to this stream."""
-        return torch.cuda.stream(stream) if self._on_gpu else contextlib.nullcontext()
+        return self._module.stream(stream) if self._on_gpu else contextlib.nullcontext()
 
     def current_stream(self, device_index: Any = None) -> Any:
         """The stream that work goes to now; None on a CPU."""
-        return torch.cuda.current_stream(device_index) if self._on_gpu else None
+        return self._module.current_stream(device_index) if self._on_gpu else None
 
     def default_stream(self, device_index: Any = None) -> Any:
         """The stream that work goes to unless told otherwise; None on a CPU."""
-        return torch.cuda.default_stream(device_index) if self._on_gpu else None
+        return self._module.default_stream(device_index) if self._on_gpu else None
 
     def is_current_stream_capturing(self) -> bool:
         """Whether the current stream is being recorded into a graph."""
-        return self._on_gpu and torch.cuda.is_current_stream_capturing()
+        return self._name == "cuda" and torch.cuda.is_current_stream_capturing()
 
     def create_graph(self) -> Any:
         """An empty CUDA graph; None on a CPU."""
-        return torch.cuda.CUDAGraph() if self._on_gpu else None
+        return torch.cuda.CUDAGraph() if self._name == "cuda" else None
 
     def capture_to_graph(self, graph: Any, pool: Any = None, stream: Any = None) -> Any:
         """A context whose work is recorded into the graph."""
-        return torch.cuda.graph(graph, pool, stream) if self._on_gpu else contextlib.nullcontext()
+        return torch.cuda.graph(graph, pool, stream) if self._name == "cuda" else contextlib.nullcontext()
 
     def replay_graph(self, graph: Any) -> None:
         """Do what was recorded."""
@@ -195,29 +200,29 @@ class DeepSpeedAccelerator:
 
     def range_push(self, msg: str, domain: Any = None, category: Any = None) -> None:
         """Open a range that profilers show."""
-        if self._on_gpu:
+        if self._name == "cuda":
             torch.cuda.nvtx.range_push(msg)
 
     def range_pop(self, domain: Any = None) -> None:
         """Close it."""
-        if self._on_gpu:
+        if self._name == "cuda":
             torch.cuda.nvtx.range_pop()
 
     def lazy_call(self, callback: Callable[[], Any]) -> Any:
         """Call when the GPUs are initialised; at once on a CPU."""
-        return torch.cuda._lazy_call(callback) if self._on_gpu else callback()
+        return torch.cuda._lazy_call(callback) if self._name == "cuda" else callback()
 
     # --- memory, in bytes ---------------------------------------------------------------------------------------------
 
     def empty_cache(self) -> None:
         """Give memory that no tensor uses back to the driver."""
         if self._on_gpu:
-            torch.cuda.empty_cache()
+            self._module.empty_cache()
 
     def memory_allocated(self, device_index: Any = None) -> int:
         """Bytes that tensors use; on a CPU those of this process (RSS)."""
         if self._on_gpu:
-            return torch.cuda.memory_allocated(device_index)
+            return self._module.memory_allocated(device_index)
         rss_bytes = host_rss_bytes()
         self._peak_bytes = max(self._peak_bytes, rss_bytes)
         return rss_bytes
@@ -225,31 +230,31 @@ class DeepSpeedAccelerator:
     def max_memory_allocated(self, device_index: Any = None) -> int:
         """The most that tensors used; on a CPU the most that was seen by a call."""
         if self._on_gpu:
-            return torch.cuda.max_memory_allocated(device_index)
+            return self._module.max_memory_allocated(device_index)
         return max(self._peak_bytes, self.memory_allocated())
 
     def reset_peak_memory_stats(self, device_index: Any = None) -> None:
         """Begin the peaks anew."""
         self._peak_bytes = 0
         if self._on_gpu:
-            torch.cuda.reset_peak_memory_stats(device_index)
+            self._module.reset_peak_memory_stats(device_index)
 
     reset_max_memory_allocated = reset_max_memory_cached = reset_peak_memory_stats
 
     def memory_reserved(self, device_index: Any = None) -> int:
         """Bytes that the allocator holds."""
-        return torch.cuda.memory_reserved(device_index) if self._on_gpu else self.memory_allocated()
+        return self._module.memory_reserved(device_index) if self._on_gpu else self.memory_allocated()
 
     def max_memory_reserved(self, device_index: Any = None) -> int:
         """The most that it held."""
-        return torch.cuda.max_memory_reserved(device_index) if self._on_gpu else self.max_memory_allocated()
+        return self._module.max_memory_reserved(device_index) if self._on_gpu else self.max_memory_allocated()
 
     memory_cached, max_memory_cached = memory_reserved, max_memory_reserved
 
     def memory_stats(self, device_index: Any = None) -> dict[str, Any]:
         """The allocator's figures by name; on a CPU the two that exist."""
         if self._on_gpu:
-            return torch.cuda.memory_stats(device_index)
+            return self._module.memory_stats(device_index)
         return {
             "allocated_bytes.all.current": self.memory_allocated(),
             "allocated_bytes.all.peak": self.max_memory_allocated(),
@@ -258,13 +263,12 @@ class DeepSpeedAccelerator:
     def total_memory(self, device_index: Any = None) -> int:
         """Bytes that the device, or the host, has."""
         if self._on_gpu:
-            index = torch.cuda.current_device() if device_index is None else device_index
-            return int(torch.cuda.get_device_properties(index).total_memory)
+            return int(self._module.mem_get_info(device_index)[1])
         return host_bytes()[0]
 
     def available_memory(self, device_index: Any = None) -> int:
         """Bytes that are free."""
-        return torch.cuda.mem_get_info(device_index)[0] if self._on_gpu else host_bytes()[1]
+        return self._module.mem_get_info(device_index)[0] if self._on_gpu else host_bytes()[1]
 
     def pin_memory(self, tensor: torch.Tensor, make_copy: bool = True, match_shape: bool = True) -> torch.Tensor:
         """A page-locked copy, which GPUs read without waiting; the tensor itself on a CPU."""
@@ -307,7 +311,7 @@ class DeepSpeedAccelerator:
 
     def is_bf16_supported(self) -> bool:
         """Whether it computes in bf16."""
-        return not self._on_gpu or torch.cuda.is_bf16_supported()
+        return self._name != "cuda" or torch.cuda.is_bf16_supported()
 
     def is_fp16_supported(self) -> bool:
         """Whether it computes in fp16."""
@@ -321,7 +325,7 @@ class DeepSpeedAccelerator:
 
     def is_triton_supported(self) -> bool:
         """Whether Triton has code for it."""
-        return self._on_gpu and torch.cuda.get_device_capability()[0] >= 8
+        return self._name == "cuda" and torch.cuda.get_device_capability()[0] >= 8
 
     def prefer_triton_grouped_mm(self) -> bool:
         """Whether a grouped product in Triton is the better one."""

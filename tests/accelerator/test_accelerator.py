@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from paths import ROOT
 from programs import needs
 
 HERE = Path(__file__).parent
@@ -52,3 +53,35 @@ def test_training_is_the_same_in_every_order(folder):
                 said = f"{row['case']}, rank {rank}, seed {late['seed']}"
                 assert late["losses"] == found[0]["losses"], said
                 assert late["norm"] == found[0]["norm"], said
+
+
+ASKED = """
+import json, os, threads_device
+threads_device.use()
+os.environ["DS_ACCELERATOR"] = "threads"
+import torch
+from deepspeedlite.accelerator import get_accelerator
+one = get_accelerator()
+one.set_device(3)
+one.manual_seed(5)
+state = one.get_rng_state()
+drawn = torch.rand(4, device=one.current_device_name())
+one.set_rng_state(state)
+with one.stream(one.Stream()) as _:
+    again = torch.rand(4, device=one.device_name())
+one.synchronize()
+said = {"name": one.current_device_name(), "group": one.communication_backend_name(), "same": torch.equal(drawn, again)}
+said |= {"there": one.is_available() and one.on_accelerator(drawn)}
+said |= {"bytes": one.total_memory(), "count": one.device_count()}
+print(json.dumps(said), flush=True)
+os._exit(0)
+"""
+
+
+def test_the_accelerator_that_scripts_ask_for_is_this_one(folder):
+    env = os.environ | {"THREADS_DEVICE_DIR": str(folder), "PYTHONPATH": f"{HERE}{os.pathsep}{ROOT}"}
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", ASKED], env=env, capture_output=True, text=True, timeout=200
+    )
+    said = {"name": "threads:3", "group": "threads", "same": True, "there": True, "bytes": 1 << 30, "count": 8}
+    assert json.loads(done.stdout or "null") == said, done.stderr[-2000:]
