@@ -40,7 +40,7 @@ TIMED := @bash tools/timed.sh
 export PYTHON VENV TORCH_SPEC TORCH_INDEX
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster test-streams gpu-check fuzz lint format typecheck wheel bench ops report
+.PHONY: help demo test test-fast test-clients test-llamafactory test-images test-wheels test-cluster test-streams test-streams-mutants gpu-check fuzz lint format typecheck wheel bench ops report
 .PHONY: image-cpu image-cuda image-rocm release-check install-hosts venv-examples venv-dev clean
 
 help:  ## list these commands
@@ -76,8 +76,12 @@ test-clients:  ## train with Trainer, Accelerate, Lightning, PEFT, TRL and Megat
 test-llamafactory:  ## train with LLaMA-Factory by its own configurations, in an environment of its own (2 GB)
 	$(TIMED) "make test-llamafactory" $(MAKE) --no-print-directory llamafactory-here VENV=$(VENV)-llamafactory
 
-test-streams:  ## train on an accelerator made of late queues: 9 configurations under 3 seeds, equal to running at once
-	$(TIMED) "make test-streams" env DSL_STREAMS=1 $(MAKE) --no-print-directory test-here PYTEST_ARGS="tests/accelerator $(PYTEST_ARGS)"
+test-streams:  ## train on an accelerator made of late queues: 26 cases under 10 seeds, equal to running at once
+	$(TIMED) "make test-streams" env DSL_STREAMS=10 $(MAKE) --no-print-directory test-here PYTEST_ARGS="tests/accelerator $(PYTEST_ARGS)"
+
+test-streams-mutants:  ## delete each wait for streams and collectives of the library, and say which case there shows it
+	mkdir -p build/threads
+	THREADS_DEVICE_DIR=build/threads PYTHONPATH=$(CURDIR) $(VENV)/bin/python tests/accelerator/mutate.py
 
 gpu-check:  ## prove and measure it on this machine's GPUs, in at most 8 minutes, without a network (GPU_CHECK_ARGS: --only ...)
 	@$(GPU_PYTHON) -m tools.gpu_check $(GPU_CHECK_ARGS)

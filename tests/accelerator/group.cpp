@@ -58,6 +58,22 @@ struct Pending final : Work {
     Tensors kept_, results_;
 };
 
+// A message of gloo's under way: gloo itself says that one is complete only to who waits, so that a thread does.
+struct Message final : Work {
+    static intrusive_ptr<Work> watched(intrusive_ptr<Work> inner) {
+        auto made = c10::make_intrusive<Message>();
+        std::thread([made, inner = std::move(inner)] {
+            try {
+                inner->wait();
+                made->finish();
+            } catch (...) {
+                made->finish(std::current_exception());
+            }
+        }).detach();
+        return made;
+    }
+};
+
 class Group final : public Backend {
  public:
     Group(intrusive_ptr<Backend> gloo, int rank, int size) : Backend(rank, size), gloo_(std::move(gloo)) {}
@@ -146,11 +162,15 @@ class Group final : public Backend {
     }
     intrusive_ptr<Work> send(Tensors& tensors, int rank, int tag) override {
         return put("send", c10d::OpType::SEND, tensors, tensors,
-                   [this, cpu = all_on_cpu(tensors), rank, tag]() mutable { return gloo_->send(cpu, rank, tag); });
+                   [this, cpu = all_on_cpu(tensors), rank, tag]() mutable {
+                       return Message::watched(gloo_->send(cpu, rank, tag));
+                   });
     }
     intrusive_ptr<Work> recv(Tensors& tensors, int rank, int tag) override {
         return put("recv", c10d::OpType::RECV, tensors, tensors,
-                   [this, cpu = all_on_cpu(tensors), rank, tag]() mutable { return gloo_->recv(cpu, rank, tag); });
+                   [this, cpu = all_on_cpu(tensors), rank, tag]() mutable {
+                       return Message::watched(gloo_->recv(cpu, rank, tag));
+                   });
     }
     intrusive_ptr<Work> barrier(const c10d::BarrierOptions&) override {
         Tensors one{at::zeros({1}, at::TensorOptions().device(at::kPrivateUse1))};
@@ -177,19 +197,23 @@ class Group final : public Backend {
                         tensor.device());
         Scheduler& scheduler = Scheduler::instance();
         const StreamKey own = stream();
+        // Messages only start when somebody waits: a rank may post a receive before it sends what the other waits for.
+        const bool is_message = type == c10d::OpType::SEND || type == c10d::OpType::RECV;
+        const auto put_down = [&](Item item) {
+            return is_message ? scheduler.put_only(own, std::move(item)) : scheduler.put(own, std::move(item));
+        };
         Item wait{"", nullptr};
         wait.waits = true;
         wait.until = scheduler.point_of(current_stream(own.first));
-        scheduler.put(own, std::move(wait));
+        put_down(std::move(wait));
         const auto work = std::make_shared<intrusive_ptr<Work>>();
         Item item{name, [work, start = std::move(start)] { *work = start(); }};
         item.is_done = [work] { return (*work)->isCompleted(); };
-        scheduler.put(own, std::move(item));
-        const Point done = scheduler.put(own, {"", [work, end = std::move(end)] {
-                                                   if ((*work)->exception())
-                                                       std::rethrow_exception((*work)->exception());
-                                                   if (end) end();
-                                               }});
+        put_down(std::move(item));
+        const Point done = put_down({"", [work, end = std::move(end)] {
+                                         if ((*work)->exception()) std::rethrow_exception((*work)->exception());
+                                         if (end) end();
+                                     }});
         return c10::make_intrusive<Pending>(getRank(), type, done, std::move(kept), std::move(results));
     }
 
