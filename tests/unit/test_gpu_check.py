@@ -14,6 +14,7 @@ from paths import ROOT
 
 sys.path.append(str(ROOT))
 from deepspeedlite.runtime.device import Device
+from tools.gpu_check import sanitizer
 from tools.gpu_check.kernels import of_process, of_tests
 from tools.gpu_check.largest import SHARES, largest_share
 from tools.gpu_check.overlap import count, judge_collectives, judge_copies
@@ -129,6 +130,17 @@ def test_a_file_of_tests_runs_in_a_process_of_its_own(setting, tmp_path):
         states += of_process(setting, {"phase": "kernels", "arguments": [], "file": str(file)})
     assert [(row.what, row.state) for row in states] == [("elsewhere", GOOD), ("test_deadly.py", FAILED)]
     assert "status 7" in states[1].note
+
+
+@pytest.mark.parametrize(("ending", "state"), [("exit 9", FAILED), ("exit 0", GOOD)])
+def test_what_a_sanitizer_finds_is_a_failure(setting, tmp_path, monkeypatch, ending, state):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(f"#!/bin/sh\necho $1 $2\n{ending}\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    rows = list(sanitizer.rows(setting))
+    assert [(row.what, row.state) for row in rows] == [("memcheck", state), ("racecheck", state)]
+    assert "--tool memcheck" in rows[0].note + str(rows[0].figures)
 
 
 def event(category: str, name: str, stream: int, begin: float, duration: float) -> dict:
