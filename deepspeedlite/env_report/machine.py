@@ -20,8 +20,8 @@ from deepspeedlite.env_report.preflight import OWN_NAME_REMEDY, own_name, own_na
 from deepspeedlite.env_report.probe import op_builder
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text
 from deepspeedlite.host.cores import cpu_quota, usable_cores
+from deepspeedlite.host.gpus import find_devices
 from deepspeedlite.host.text import GIB, MIB, size_text
-from deepspeedlite.launcher.gpus import find_devices
 from deepspeedlite.runtime.errors import LaunchError
 
 _ISA_FLAGS = ("sse4_2", "avx", "avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512vl", "avx512_bf16", "amx_bf16")

@@ -22,9 +22,10 @@ from typing import Any
 
 from deepspeedlite._version import __version__
 from deepspeedlite.env_report.rows import BAD, OK, WARN, Row, output_of, read_text, torch_files
+from deepspeedlite.host import network
 from deepspeedlite.host.cores import usable_cores
+from deepspeedlite.host.gpus import Devices, find_devices
 from deepspeedlite.host.text import GIB, MIB, columns, size_text
-from deepspeedlite.launcher.gpus import Devices, find_devices
 from deepspeedlite.launcher.hostfile import bare, ssh_words
 from deepspeedlite.runtime.errors import LaunchError
 
@@ -47,6 +48,12 @@ _ALIKE = {
     "torch": "install the same torch on every node: pip install torch==VERSION",
     "deepspeedlite": "install the same wheel on every node: install.sh --hostfile FILE",
 }
+# What ssh, pdsh, srun or an agent says of a host that it names, after which nothing comes from it any more.
+_FATAL = re.compile(
+    r"\bssh: |exited with exit code|Permission denied|[Hh]ost key|Connection (closed|reset|timed out|refused)"
+    r"|srun: error|^deepspeedlite: "
+)
+_FATAL_FOR_ALL = re.compile(r"srun: Required node not available")
 # What is said of a host that does not answer -> what to do.
 _UNREACHED = (
     (
@@ -94,18 +101,21 @@ class Found:
         return [self.devices.ids[slot] for slot in self.slots or () if slot < len(self.devices.ids)]
 
 
-def names() -> list[str]:
-    """What this machine is called."""
-    named = [os.environ.get("SLURMD_NODENAME", ""), socket.gethostname(), socket.gethostname().split(".")[0]]
-    return [name for name in dict.fromkeys(named) if name]
+def reason_for(host: str, said: str) -> str:
+    """Why a host was not reached, in the words of ssh, of what started ssh, or of an agent; "" where none is said."""
+    name, lines = bare(host), said.strip().splitlines()
+    about = [
+        line for line in lines if _FATAL.search(line) and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", line)
+    ]
+    own = [line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")]
+    every = [line for line in lines if _FATAL_FOR_ALL.search(line)]
+    return ((about and own) or about or every or [""])[-1].strip()
 
 
-def addresses() -> list[str]:
-    """Where this machine can be reached."""
-    import psutil
-
-    found = [a.address for each in psutil.net_if_addrs().values() for a in each if a.family == socket.AF_INET]
-    return [address for address in dict.fromkeys(found) if not address.startswith("127.")]
+def last_line(said: str) -> str:
+    """The last that was said, or the first of what Open MPI frames."""
+    lines = [line.strip() for line in said.splitlines() if line.strip(" -")]
+    return lines[0 if "-----" in said else -1] if lines else ""
 
 
 def own_name() -> tuple[str, str]:
@@ -138,7 +148,7 @@ def facts(environ: Mapping[str, str]) -> dict[str, Any]:
     torch, cache = torch_files(), cache_folder()
     cache = next(path for path in (cache, *cache.parents) if os.path.exists(path))
     return {
-        "addresses": addresses(),
+        "addresses": network.addresses(),
         "machine": f"{read_text('/proc/sys/kernel/random/boot_id').strip()} {os.stat('/proc/self/ns/net').st_ino}",
         "own_name": own_name_fault(*own_name()),
         "cores": usable_cores(),

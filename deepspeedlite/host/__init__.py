@@ -1,1 +1,2 @@
-"""What programs around a training ask and tell: the processors that they may use; sizes, times and tables as text."""
+"""What programs around a training ask of this machine, and tell: its processors, GPUs, addresses and ports; sizes, times
+and tables as text."""

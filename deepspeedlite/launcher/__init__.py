@@ -4,7 +4,6 @@
     cli.py           parses the command line; the only file that knows about argparse
     start.py         the attempts, and the last words
     hostfile.py      which machines there are, and choosing from them
-    gpus.py          which devices ranks with a given environment would see
     plan.py          options -> machines and variables
     job.py           a node's place in the world -> each rank's command and environment
     cluster.py       turns one event loop for all nodes of a run, and decides when all are to end

@@ -6,8 +6,6 @@ Everything that can be wrong there is found before a process starts.
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import os
 import shlex
 import shutil
@@ -19,7 +17,8 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from deepspeedlite.host.cores import usable_cores
-from deepspeedlite.launcher.gpus import Devices, find_devices
+from deepspeedlite.host.gpus import Devices, find_devices
+from deepspeedlite.host.network import claim_port, interface_towards, pick_port, port_fault
 from deepspeedlite.launcher.hostfile import numbers_in
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.plan import EVERY_RANK
@@ -29,7 +28,6 @@ from deepspeedlite.runtime.log import logger
 from deepspeedlite.runtime.text import nearest
 
 DEFAULT_PORT = 29500
-_LOWEST_PICKED = 10_000
 
 
 @dataclass(frozen=True)
@@ -97,7 +95,7 @@ def build_job(
         filled["OMP_NUM_THREADS"] = str(share)  # else each rank takes every core
     # Else gloo asks for the machine's own name, which may be a loopback address, one that all can reach, or none.
     is_alone = assignment.num_nodes == 1
-    filled["GLOO_SOCKET_IFNAME"] = "lo" if is_alone else _interface_towards(assignment.master_addr)
+    filled["GLOO_SOCKET_IFNAME"] = "lo" if is_alone else interface_towards(assignment.master_addr)
     filled = {name: value for name, value in filled.items() if value and name not in environ}
     for name, value in filled.items():
         logger.debug("%s=%s for each rank; set it yourself to change it", name, value, extra=EVERY_RANK)
@@ -118,19 +116,6 @@ def build_job(
         )
 
     return Job(tuple(map(command, range(size))), environ, keyboard)
-
-
-def _interface_towards(address: str) -> str:
-    """The network interface by which this machine reaches an address, maybe its own; "" where that cannot be told."""
-    import psutil
-
-    with contextlib.suppress(OSError), socket.socket(type=socket.SOCK_DGRAM) as probe:
-        probe.connect((address, 1))  # sends nothing
-        own = probe.getsockname()[0]
-        interfaces = psutil.net_if_addrs().items()
-        names = [name for name, found in interfaces if any(each.address == own for each in found)]
-        return names[0] if names and not own.startswith("127.") else ""
-    return ""
 
 
 def rank_argv(options: LaunchOptions, local_rank: int | str, python: str) -> tuple[str, ...]:
@@ -243,8 +228,8 @@ def choose_port(asked: int | None) -> Port:
     wanted = DEFAULT_PORT if asked is None else asked
     fault = ""
     if wanted:
-        port = Port(wanted, "", _claim(wanted))
-        fault = _port_fault(wanted)
+        port = Port(wanted, "", claim_port(wanted))
+        fault = port_fault(wanted)
         if port.claim is None and asked is None:  # who asks for a port may know that the other's ranks do not use it
             fault = fault or "has been chosen by another launch"
         if not fault:
@@ -252,58 +237,7 @@ def choose_port(asked: int | None) -> Port:
         port.close()
     if asked:
         raise LaunchError(f"--master_port {asked} {fault}; name another port, or 0 to have a free one picked")
-    number, claim = _free_port()
+    number, claim = pick_port()
     if asked == 0:
         return Port(number, f"--master_port 0: port {number} is free and used", claim)
     return Port(number, f"the usual port {DEFAULT_PORT} {fault}: port {number} is used instead", claim)
-
-
-def _claim(port: int) -> socket.socket | None:
-    """Keep a port from other launches; None: one has it.
-
-    It is a name among Unix sockets that belong to no file: the kernel knows one of each in what has the same ports (a
-    network namespace), whoever the user is, and forgets it with the process.
-    """
-    claim = socket.socket(socket.AF_UNIX)
-    try:
-        claim.bind(f"\0deepspeedlite/port/{port}")
-    except OSError:
-        claim.close()
-        return None
-    return claim
-
-
-def listen(port: int, backlog: int = 128) -> socket.socket:
-    """A server at all addresses of this machine, as torch's store is one. Raises OSError."""
-    both = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if both else socket.AF_INET
-    return socket.create_server(("", port), family=family, dualstack_ipv6=both, backlog=backlog)
-
-
-def _free_port() -> tuple[int, socket.socket | None]:
-    """One below those that connections and `bind(0)` get, where that can be: seconds go by until rank 0 uses it."""
-    try:
-        with open("/proc/sys/net/ipv4/ip_local_port_range", encoding="ascii") as given:
-            choice = int(given.read().split()[0]) - _LOWEST_PICKED
-    except (OSError, ValueError, IndexError):
-        choice = 0
-    for _ in range(20 if choice > 0 else 0):
-        number = _LOWEST_PICKED + int.from_bytes(os.urandom(4), "big") % choice
-        claim = _claim(number)
-        if claim is not None and not _port_fault(number):
-            return number, claim
-        if claim is not None:
-            claim.close()
-    with listen(0) as probe:
-        number = int(probe.getsockname()[1])
-    return number, _claim(number)
-
-
-def _port_fault(port: int) -> str:
-    """Why a server could not listen on this port, or "" when it could."""
-    try:
-        listen(port).close()
-    except OSError as error:
-        known = {errno.EADDRINUSE: "is in use by another program", errno.EACCES: "needs root (ports below 1024)"}
-        return known.get(error.errno or 0, "")
-    return ""

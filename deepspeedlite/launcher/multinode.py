@@ -22,22 +22,23 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from deepspeedlite.env_report.preflight import Found, addresses, check, table
+from deepspeedlite.env_report.preflight import Found, check, last_line, reason_for, table
 from deepspeedlite.env_report.rows import BAD, WARN
+from deepspeedlite.host.network import addresses, is_here, listen
 from deepspeedlite.host.text import columns, counted
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Backend, Launch, Reach, find_backend
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
 from deepspeedlite.launcher.hostfile import bare
-from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, listen, rank_argv
+from deepspeedlite.launcher.job import DEFAULT_PORT, Assignment, rank_argv
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.node import AgentSession, connect
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
-from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, is_here
+from deepspeedlite.launcher.plan import EVERY_RANK, Hosts
 from deepspeedlite.launcher.protocol import KEY
 from deepspeedlite.launcher.report import CLOSED, Outcome, RankEnd
-from deepspeedlite.launcher.ssh import HostProcess, last_line, reason_for
+from deepspeedlite.launcher.ssh import HostProcess
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger
 

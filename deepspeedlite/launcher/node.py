@@ -16,10 +16,11 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from deepspeedlite.env_report.preflight import facts, names
+from deepspeedlite.env_report.preflight import facts
+from deepspeedlite.host.network import listen, names
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.agent import FAILURE_GRACE_S, SIGNAL_GRACE_S, Agent
-from deepspeedlite.launcher.job import Assignment, Port, build_job, check_script, choose_port, listen
+from deepspeedlite.launcher.job import Assignment, Port, build_job, check_script, choose_port
 from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import WINDOW_BYTES, Screen

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
-from deepspeedlite.launcher.gpus import find_devices
+from deepspeedlite.host.gpus import find_devices
 from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, lines_of, read_hostfile, select
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.stand_in import with_stand_in
@@ -195,14 +195,3 @@ def _sourced(script: str | None, environ: Mapping[str, str]) -> Mapping[str, str
         raise LaunchError(f"--venv_script {script} cannot be sourced: {said}")
     pairs = [pair.partition(b"=") for pair in done.stdout.split(b"\0") if pair]
     return {os.fsdecode(name): os.fsdecode(value) for name, _, value in pairs}
-
-
-def is_here(host: str) -> bool:
-    """Whether a host's name is this machine's. Name servers are not asked: one that is slow would be asked a lot."""
-    own = socket.gethostname()
-    if host in ("localhost", own, own.split(".")[0]):
-        return True
-    with contextlib.suppress(OSError), socket.socket() as probe:
-        probe.bind((socket.inet_ntoa(socket.inet_aton(host)), 0))  # only an own address can be bound
-        return True
-    return False

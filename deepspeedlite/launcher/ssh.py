@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import functools
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -19,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, bare, read_hostfile, ssh_words
+from deepspeedlite.launcher.hostfile import DEFAULT_HOSTFILE, read_hostfile, ssh_words
 from deepspeedlite.launcher.loop import ENDING, Loop
 from deepspeedlite.launcher.process_tree import die_with
 from deepspeedlite.runtime.errors import LaunchError
@@ -30,12 +29,6 @@ ASK_NOTHING = ("-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_S}")
 # Notices within 15 s that a host is gone, before the connection or in the middle of it.
 QUICK_TO_NOTICE = (*ASK_NOTHING, "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 _SSH_FAILED = 255
-# What ssh, pdsh, srun or an agent says of a host that it names, after which nothing comes from it any more.
-_FATAL = re.compile(
-    r"\bssh: |exited with exit code|Permission denied|[Hh]ost key|Connection (closed|reset|timed out|refused)"
-    r"|srun: error|^deepspeedlite: "
-)
-_FATAL_FOR_ALL = re.compile(r"srun: Required node not available")
 _LINE_LIMIT_BYTES = 1 << 20  # a longer line is broken rather than held in memory
 _DRAIN_S = 0.5  # for output that is still in the pipes when ssh has ended; a process left behind may hold them open
 _GRACE_S = 1.0  # between SIGTERM and SIGKILL
@@ -139,23 +132,6 @@ class HostProcess:
         """Hear no more of it."""
         for fd in list(self._rests):
             self._forget(fd)
-
-
-def reason_for(host: str, said: str) -> str:
-    """Why a host was not reached, in the words of ssh, of what started ssh, or of an agent; "" where none is said."""
-    name, lines = bare(host), said.strip().splitlines()
-    about = [
-        line for line in lines if _FATAL.search(line) and re.search(rf"(?<![\w.-]){re.escape(name)}(?![\w.-])", line)
-    ]
-    own = [line.removeprefix(f"{name}: ") for line in lines if line.startswith(f"{name}: ")]
-    every = [line for line in lines if _FATAL_FOR_ALL.search(line)]
-    return ((about and own) or about or every or [""])[-1].strip()
-
-
-def last_line(said: str) -> str:
-    """The last that was said, or the first of what Open MPI frames."""
-    lines = [line.strip() for line in said.splitlines() if line.strip(" -")]
-    return lines[0 if "-----" in said else -1] if lines else ""
 
 
 @dataclass(frozen=True)

@@ -11,15 +11,16 @@ from dataclasses import replace
 from pathlib import Path
 
 from deepspeedlite.host.cores import usable_cores
+from deepspeedlite.host.gpus import find_devices
+from deepspeedlite.host.network import is_here
 from deepspeedlite.host.text import counted
 from deepspeedlite.launcher.agent import Agent
 from deepspeedlite.launcher.cluster import Cluster, NotReadyError
-from deepspeedlite.launcher.gpus import find_devices
 from deepspeedlite.launcher.job import Assignment, Job, Port, build_job, choose_port, shell_line
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.options import LaunchOptions
 from deepspeedlite.launcher.output import Screen
-from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, choose_hosts, exported, is_here, ranks_environ
+from deepspeedlite.launcher.plan import EVERY_RANK, Hosts, choose_hosts, exported, ranks_environ
 from deepspeedlite.launcher.report import Outcome, duration
 from deepspeedlite.runtime.errors import LaunchError
 from deepspeedlite.runtime.log import logger

@@ -145,7 +145,7 @@ def test_contradictory_variables_are_broken(fake_torch: Path) -> None:
 
 
 def test_gpus_without_a_driver_and_a_torch_without_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from deepspeedlite.launcher import gpus as devices
+    from deepspeedlite.host import gpus as devices
 
     (tmp_path / "dev").mkdir()
     (tmp_path / "dev/nvidia0").touch()

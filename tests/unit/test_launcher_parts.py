@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from deepspeedlite.host.gpus import find_devices, parse_visible
 from deepspeedlite.launcher.cli import parse
-from deepspeedlite.launcher.gpus import find_devices, parse_visible
 from deepspeedlite.launcher.job import rank_argv
 from deepspeedlite.launcher.loop import Loop
 from deepspeedlite.launcher.options import LaunchOptions

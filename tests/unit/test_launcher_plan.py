@@ -22,10 +22,10 @@ from programs import needs
 from deepspeedlite.env_report.preflight import Found, check, facts, table
 from deepspeedlite.env_report.rows import BAD, WARN
 from deepspeedlite.host.cores import cpu_quota, usable_cores
+from deepspeedlite.host.gpus import Devices
 from deepspeedlite.launcher import protocol
 from deepspeedlite.launcher.backends import BACKENDS, Launch, Reach, find_backend
 from deepspeedlite.launcher.cli import parse
-from deepspeedlite.launcher.gpus import Devices
 from deepspeedlite.launcher.hostfile import numbers_in, select
 from deepspeedlite.launcher.job import Assignment, build_job
 from deepspeedlite.launcher.loop import Loop
