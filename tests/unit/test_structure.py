@@ -20,6 +20,7 @@ PACKAGE = ROOT / "deepspeedlite"
 
 # What `python tools/house.py` counts may only go down; a commit that lowers one of these lowers it here too.
 MAX_CORE_LINES = 9_065  # the goal is 8,500; raised once, for what 20 files asked CUDA for is in runtime/device.py now
+MAX_LAUNCHER_LINES = 2_598  # the goal is 2,400
 MAX_FOREIGN_STORES, MAX_ACROSS_ROOMS, MAX_CALLBACK_SLOTS = 80, 10, 1  # the goal for the last two is none
 # What the core is given, or never sees: it must run without them.
 BESIDE_THE_CORE = ("schedulers", "schedules", "sharded_params", "transports", "checkpoint.formats", "tools", "launcher")
@@ -179,6 +180,11 @@ def test_no_import_cycles():
 
 def test_core_does_not_grow():
     assert house().core_lines(sources()) <= MAX_CORE_LINES, "cut as much as was added, or move it out of the core"
+
+
+def test_launcher_does_not_grow():
+    lines = sum(source.code for source in sources() if source.room == "launcher")
+    assert 0 < lines <= MAX_LAUNCHER_LINES, "cut as much as was added, or move what is no launching out of it"
 
 
 def test_core_knows_nothing_that_stands_on_it():
