@@ -1,2 +1,1 @@
-"""What programs around a training ask of this machine, and tell: its processors, GPUs, addresses and ports; sizes, times
-and tables as text."""
+"""What programs around a training ask of this machine, and tell: processors, GPUs, addresses, ports; sizes, tables."""
